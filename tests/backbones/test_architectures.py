@@ -116,21 +116,21 @@ def test_lora_on_every_layout(kind: str, tmp_path) -> None:
     if kind in LEFT_OUT:
         assert any(LEFT_OUT[kind] in text for text in report.skipped)
     if kind in TORCHVISION:
-        assert {"in_proj_weight", "out_proj"} <= {spec.path.rpartition(".")[2] for spec in report.sites}
+        assert {"in_proj_weight", "out_proj"} <= {spec.path.rpartition(".")[2] for spec in report.specs}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_lora_on_experts(kind: str, tmp_path) -> None:
     report = check_layout(kind, NAMED[kind], tmp_path)
-    assert {spec.kind for spec in report.sites} == {"parameter"} and not report.skipped
+    assert {spec.kind for spec in report.specs} == {"parameter"} and not report.skipped
 
 
 def check_layout(kind: str, targets: Any, folder: Path) -> AdaptReport:
     """Adapt, train one step, save, load, merge and undo; return the report."""
     model, expected = build(kind), run(build(kind), kind)
     report = vismt.adapt(model, "lora", targets, rank=2)
-    assert report.sites and torch.allclose(run(model, kind), expected, atol=1e-5)
+    assert report.specs and torch.allclose(run(model, kind), expected, atol=1e-5)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -158,7 +158,7 @@ def check_layout(kind: str, targets: Any, folder: Path) -> AdaptReport:
 def test_what_the_scan_of_mamba_reads_is_refused_by_name() -> None:
     model = causal("mamba")
     report = vismt.adapt(model, "lora", rank=2)
-    assert {spec.path.split(".")[-1] for spec in report.sites} == {"in_proj"}
+    assert {spec.path.split(".")[-1] for spec in report.specs} == {"in_proj"}
     for name in ("x_proj", "dt_proj", "out_proj", "conv1d"):
         with pytest.raises(UserError, match=rf"mixer\.{name}' is read by the fused scan of a MambaMixer on a GPU"):
             vismt.adapt(causal("mamba"), "lora", [name], rank=1)
@@ -172,13 +172,13 @@ def test_experts_in_one_parameter_are_remarked() -> None:
     )
     assert remark.endswith("name them in targets: ['experts.gate_up_proj', 'experts.down_proj']")
     report = vismt.adapt(causal("mixtral"), "lora", ["q_proj", "experts.gate_up_proj", "experts.down_proj"], rank=2)
-    assert len(report.sites) == 6 and not report.skipped
+    assert len(report.specs) == 6 and not report.skipped
     for targets in (r".*_proj", ["q_proj"]):
         report = vismt.adapt(causal("mixtral"), "lora", targets, rank=2)
-        assert {spec.kind for spec in report.sites} == {"linear"}
+        assert {spec.kind for spec in report.specs} == {"linear"}
         assert any("name them in targets" in text for text in report.skipped) == (targets == r".*_proj")
     report = vismt.adapt(causal("mixtral"), "peft:ia3", r".*_proj")
-    assert len(report.sites) == 8 and "stays frozen" in report.skipped[0] and "name them" not in report.skipped[0]
+    assert len(report.specs) == 8 and "stays frozen" in report.skipped[0] and "name them" not in report.skipped[0]
     assert not vismt.adapt(causal("mixtral"), "lora", r".*_proj", exclude=["experts.gate_up_proj", "down_proj"]).skipped
 
 

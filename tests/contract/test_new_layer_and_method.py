@@ -135,7 +135,7 @@ def test_adapt_reports_and_starts_at_the_original_function() -> None:
     model = tiny_vit()
     report = vismt.adapt(model, "output_scale", targets=TARGETS)
     assert "output_scale" in vismt.list_methods() and METHODS["output_scale"].options == ["strength", "also_train"]
-    assert report.trainable == 2 * (96 + 128) == sum(spec.parameters for spec in report.sites)
+    assert report.trainable == 2 * (96 + 128) == sum(spec.parameters for spec in report.specs)
     assert "blocks.*.attn.qkv" in str(report) and "96 x 32" in str(report)
     assert torch.allclose(model(images()), tiny_vit()(images()), atol=1e-6)
     with pytest.raises(vismt.UserError, match=r"no option 'strenght'\. Near: 'strength'"):

@@ -196,7 +196,7 @@ def test_peft_starts_at_the_same_product(kind: str, mode: str) -> None:
     config = peft.LoraConfig(
         r=4,
         lora_alpha=8,
-        target_modules=[site.path for site in report.sites],
+        target_modules=[site.path for site in report.specs],
         init_lora_weights="corda",
         corda_config=CordaConfig(corda_method=mode),
         fan_in_fan_out=kind == "gpt2",

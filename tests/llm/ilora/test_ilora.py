@@ -113,7 +113,7 @@ def test_i1_sizes_are_the_published_ones() -> None:
     linear = vismt.adapt(tiny_vit(), "ilora", rank=8, alpha=32)
     assert linear.trainable - plain.trainable == 64 * 4 + 4
     # rank 8 in 4 experts of rank 2: 32 / 2
-    assert {site.settings.scale for site in linear.sites} == {16.0}
+    assert {site.settings.scale for site in linear.specs} == {16.0}
 
 
 def test_start_is_the_original_function_under_any_gates_and_leaves_the_global_generator() -> None:

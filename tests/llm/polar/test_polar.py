@@ -66,9 +66,9 @@ def test_language_models(make, theta: str, tmp_path) -> None:
     original = model(TOKENS).logits
     report = vismt.adapt(model, "polar", rank=3, alpha=12.0, theta=theta)
     if make is llama:
-        assert {site.shape for site in report.sites} >= {(32, 32), (8, 32), (48, 32), (32, 48)}
+        assert {site.shape for site in report.specs} >= {(32, 32), (8, 32), (48, 32), (32, 48)}
     else:
-        assert {site.kind for site in report.sites} == {"conv1d"}
+        assert {site.kind for site in report.specs} == {"conv1d"}
     assert torch.equal(model(TOKENS).logits, original)
     moved = shake(model)(TOKENS).logits.detach()
     assert (moved - original).abs().max() > 1e-2

@@ -158,7 +158,7 @@ def test_a_weight_that_is_read_without_a_call_is_refused(make: Callable[[], nn.M
         with pytest.raises(UserError, match=rf"adapt\.targets: 'blocks\.0\.attn\.qkv' is never called: {reason}"):
             vismt.adapt(make(), "lora", targets=targets, rank=2)
     report = vismt.adapt(make(), "lora", rank=2)
-    assert "is never called" in str(report) and not any(spec.path.endswith("qkv") for spec in report.sites)
+    assert "is never called" in str(report) and not any(spec.path.endswith("qkv") for spec in report.specs)
     with pytest.raises(UserError, match=rf"nothing known to take part 'v' from: {reason}"):
         vismt.adapt(make(), "s2ft", parts=("v",), ratio=0.25)
     assert all("v" not in structure.parts for structure in structures(make()).values())

@@ -194,8 +194,8 @@ def test_a_reader_outside_of_the_forward_gets_the_sum() -> None:
 def test_split_qkv_gives_each_projection_its_own_pair() -> None:
     model = reader("vit")
     report = vismt.adapt(model, "lora", ["in_proj_weight"], rank=2, split_qkv=True)
-    assert report.sites[0].settings.blocks == (32, 32, 32) and model.vismt_record.layers[0].kind == "parameter"
-    layer = shake(model).get_submodule(report.sites[0].path)
+    assert report.specs[0].settings.blocks == (32, 32, 32) and model.vismt_record.layers[0].kind == "parameter"
+    layer = shake(model).get_submodule(report.specs[0].path)
     rows = [B @ A for A, B in zip(layer.lora_A.chunk(3), layer.lora_B.chunk(3))]
     assert torch.allclose(layer.adapted_weight(), layer.weight + torch.cat(rows), atol=1e-6)
 
@@ -254,7 +254,7 @@ def test_other_methods_refuse_by_name_and_leave_out_of_all_linear(method: str, o
     if method != "corda":
         report = vismt.adapt(model, method, rank=2, **options)
         assert not any(
-            "in_proj" in spec.path or "out_proj" in spec.path or "experts" in spec.path for spec in report.sites
+            "in_proj" in spec.path or "out_proj" in spec.path or "experts" in spec.path for spec in report.specs
         )
         assert any("reads its weight" in text or "experts in one parameter" in text for text in report.skipped)
         vismt.unadapt(model)

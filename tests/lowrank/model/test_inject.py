@@ -143,7 +143,7 @@ def test_adapting_twice_is_refused() -> None:
 def test_clamped_rank_keeps_the_scale_of_its_own_rank() -> None:
     model = tiny_vit()
     report = vismt.adapt(model, "lora", ["head", "qkv"], rank=8, alpha=16, clamp_rank=True)
-    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.sites}
+    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.specs}
     # head is 5 x 32, so rank 5; alpha / r = 16 / 5. qkv keeps 8 and 16 / 8.
     assert ranks["head"] == (5, 3.2) and ranks["blocks.0.attn.qkv"] == (8, 2.0)
 
@@ -153,7 +153,7 @@ def test_patterns_set_rank_and_alpha_by_first_match() -> None:
     report = vismt.adapt(
         model, "lora", rank=2, rank_pattern={r"blocks\.1\..*": 4, "fc2": 3}, alpha_pattern={"attn.qkv": 6}
     )
-    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.sites}
+    ranks = {spec.path: (spec.settings.rank, spec.settings.scale) for spec in report.specs}
     assert ranks["blocks.0.mlp.fc2"] == (3, 1.0) and ranks["blocks.1.mlp.fc2"] == (4, 1.0)
     assert ranks["blocks.0.attn.qkv"] == (2, 3.0) and ranks["blocks.1.attn.qkv"] == (4, 1.5)
 
@@ -163,7 +163,7 @@ def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
         {"mha": nn.MultiheadAttention(8, 2), "ok": nn.Linear(8, 8), "grouped": nn.Conv2d(4, 4, 3, groups=2)}
     )
     report = vismt.adapt(model, "lora", rank=2, dropout=0.1)  # there is no input of the attention's weights to drop
-    assert [spec.path for spec in report.sites] == ["ok"]
+    assert [spec.path for spec in report.specs] == ["ok"]
     assert any("MultiheadAttention" in text for text in report.skipped) and "left out" in str(report)
     tied = nn.ModuleDict({"embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
     tied["out"].weight = tied["embed"].weight
@@ -189,7 +189,7 @@ def test_a_module_with_its_own_computation_is_never_bypassed() -> None:
     with pytest.raises(UserError, match=r"'conv' is a Standardised with another forward"):
         vismt.adapt(model, "lora", ["conv"], rank=1)
     report = vismt.adapt(model, "lora", rank=1)
-    assert [spec.path for spec in report.sites] == ["plain"] and "Gained" in report.skipped[0]
+    assert [spec.path for spec in report.specs] == ["plain"] and "Gained" in report.skipped[0]
 
 
 def test_hooks_fire_while_adapted_and_after() -> None:
@@ -254,10 +254,10 @@ def test_target_in_llama_and_the_head_left_out() -> None:
     tokens = torch.arange(5)[None]
     before = model(tokens).logits
     report = vismt.adapt(model, "pissa", rank=2)
-    names = {spec.path.split(".")[-1] for spec in report.sites}
+    names = {spec.path.split(".")[-1] for spec in report.specs}
     assert (
         names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
-        and len(report.sites) == 14
+        and len(report.specs) == 14
     )
     assert torch.allclose(model(tokens).logits, before, atol=1e-5)
 

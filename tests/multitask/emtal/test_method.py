@@ -516,7 +516,7 @@ def test_other_vits() -> None:
         torch.manual_seed(0)
         model = timm.create_model(name, num_classes=3, **options).eval()
         report = vismt.adapt(model, "emtal", rank=2, n_experts=4, init="zero", cluster=False)
-        ends = {site.path.split(".", 2)[2] for site in report.sites}
+        ends = {site.path.split(".", 2)[2] for site in report.specs}
         assert all(
             end.endswith(("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")) and "rel_pos" not in end for end in ends
         ), ends

@@ -146,11 +146,6 @@ class AdaptReport:
     skipped: list[str] = field(default_factory=list)
     extras: list[str] = field(default_factory=list)
 
-    @property
-    def sites(self) -> list[LayerSpec]:
-        """The earlier name of `specs`."""
-        return self.specs
-
     def __str__(self) -> str:
         from vismt.base.console import aligned  # rich
 
