@@ -15,7 +15,7 @@ import torch
 from vismt.cli import main
 from vismt.engine import loop, runtime
 
-REFUSED = ("adapt.options.mode=permute", "train.compile=true", "train.precision=fp16")
+REFUSED = ("train.compile=true", "train.precision=fp16")
 
 
 def train(path: Path, out: str, *overrides: str) -> int:
