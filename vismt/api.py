@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from vismt.jobs.predictions import Predictions
     from vismt.report.compare.pairs import PairedDifference
 
-EPSILON = "4.5/255"
+_EPSILON = "4.5/255"
 
 
 @named_arguments
@@ -135,7 +135,7 @@ def evaluate_fewshot(
     queries: int = 15,
     attacks: Sequence[Any] = (),
     corruptions: Sequence[Any] = (),
-    epsilon: float | str = EPSILON,
+    epsilon: float | str = _EPSILON,
     head: str | Sequence[str] = "prototypes",
     sampling: str = "parts",
     ood: Any = (),
@@ -214,7 +214,7 @@ def audit(
     attacks: Sequence[Any] = ("strong",),
     corruptions: Sequence[Any] = (),
     *,
-    epsilon: float | str = EPSILON,
+    epsilon: float | str = _EPSILON,
     images: int | None = None,
     batch: int = 32,
     masking: bool = False,
@@ -280,7 +280,7 @@ def meta_tune(
     queries: int = 15,
     episodes: int = 600,
     attacks: Sequence[Any] = (),
-    epsilon: float | str = EPSILON,
+    epsilon: float | str = _EPSILON,
     img_size: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,

@@ -25,7 +25,7 @@ from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import AdaptReport, record_of
 from vismt.lowrank.model.targets import find_targets, pattern_values
 
-GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
+_GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
 RANK = 8
 DEFAULTS: dict[str, Any] = {"targets": None, "rank": RANK, "alpha": None}  # of `adapt`
 
@@ -121,7 +121,7 @@ class Method:
     @property
     def options(self) -> list[str]:
         """Names of the options beyond targets, rank, alpha and seed; `**options` of `adapt` stands for the common ones."""
-        parameters = [p for p in inspect.signature(self.adapt).parameters.values() if p.name not in GIVEN]
+        parameters = [p for p in inspect.signature(self.adapt).parameters.values() if p.name not in _GIVEN]
         names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         if len(names) < len(parameters):
             names += [name for name in COMMON if name not in names]

@@ -203,7 +203,7 @@ def test_interrupted_training_and_evaluation_go_on(tmp_path: Path, monkeypatch, 
             raise KeyboardInterrupt
         return run_episode(self, block)
 
-    monkeypatch.setattr(episode_runner, "BLOCK", 1)
+    monkeypatch.setattr(episode_runner, "_BLOCK", 1)
     monkeypatch.setattr(EpisodeRunner, "__call__", second_fails)
     assert main(["run", str(path), "--out", str(out)]) == 130
     assert "at step 2 of 4" in capsys.readouterr().out

@@ -34,7 +34,7 @@ from vismt.config.yaml_text import read_yaml
 from vismt.storage.paths import cache_root
 
 SHIPPED = Path(__file__).parent / "cards"
-KINDS = ("timm", "lm")
+_KINDS = ("timm", "lm")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class AssetCard:
     """
 
     name: RelativePath
-    kind: Annotated[str, Names(KINDS, only=True)]
+    kind: Annotated[str, Names(_KINDS, only=True)]
     file: RelativePath
     sources: tuple[WeightsSource, ...]
     path: Path

@@ -27,7 +27,7 @@ from vismt.storage.wheels import MEGABYTE, SourceFailed
 
 __all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
 
-RECORD = "record.json"
+_RECORD = "record.json"
 # (asset, file) that this process has reported: a run makes many backbones of one asset and reports it once.
 _reported: set[tuple[str, Path]] = set()
 
@@ -47,7 +47,7 @@ def describe() -> list[AssetRow]:
     """Return a row for every shipped card; only files are looked at."""
     rows = []
     for card in map(load_asset_card, list_assets()):
-        in_cache = card.kept.is_file() and (card.kept.parent / RECORD).is_file()
+        in_cache = card.kept.is_file() and (card.kept.parent / _RECORD).is_file()
         cached = any(_finished_files(card)) or in_cache or _in_hub_cache(card) is not None
         rows.append(AssetRow(card.name, card.kind, card.megabytes, card.licence, cached, card.about))
     return rows
@@ -143,14 +143,14 @@ def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> P
             convert.CONVERTERS[source.convert](raw, finished)
     except convert.NotConvertible as error:
         raise SourceFailed(str(error)) from error
-    record = scratch / RECORD
+    record = scratch / _RECORD
     sha256 = file_digest(finished)
     content = {"asset": card.name, "source": str(source), "source_sha256": source.sha256, "sha256": sha256}
     record.write_text(json.dumps(content, indent=1), encoding="utf8")
     kept = card.kept
     kept.parent.mkdir(parents=True, exist_ok=True)
     os.replace(finished, kept)
-    os.replace(record, kept.parent / RECORD)
+    os.replace(record, kept.parent / _RECORD)
     return kept
 
 
@@ -159,10 +159,10 @@ def _problem(card: AssetCard) -> str | None:
     if not kept.is_file():
         return "empty"
     try:
-        record = parse_json((kept.parent / RECORD).read_text(encoding="utf8"))
+        record = parse_json((kept.parent / _RECORD).read_text(encoding="utf8"))
         promised, origin = record["sha256"], record["source_sha256"]
     except (OSError, ValueError, KeyError, TypeError):
-        return f"{RECORD} is missing or unreadable"
+        return f"{_RECORD} is missing or unreadable"
     if origin not in {source.sha256 for source in card.sources}:
         return "made for another version of the card"
     actual = file_digest(kept)

@@ -67,7 +67,7 @@ def create(
     by_timm = pretrained is True and card is None and position == "timm"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = from_hub(architecture, **options) if by_timm else build(architecture, **options)
+        vit = from_hub(architecture, **options) if by_timm else _build(architecture, **options)
         if by_timm and new_head:
             vit.reset_classifier(num_classes)
     backbone = as_backbone(vit, img_size, block=block, pool=pool, name=name)
@@ -142,7 +142,7 @@ def timm_model(architecture: str, **options: Any) -> nn.Module:
         return timm.create_model(architecture, **{key: options[key] for key in options if key != "img_size"})
 
 
-def build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
+def _build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
     """Return timm's model. Raises UserError for a size that timm cannot build."""
     try:
         return timm_model(architecture, pretrained=pretrained, **options)
@@ -169,7 +169,7 @@ def from_hub(architecture: str, **options: Any) -> nn.Module:
         )
     try:
         with quiet_logger("huggingface_hub"):
-            return build(architecture, pretrained=True, **options)
+            return _build(architecture, pretrained=True, **options)
     except OSError as error:
         reason = one_line(str(error), 160)
         raise WeightsUnavailable(

@@ -19,7 +19,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.storage.wheels import one_line
 
-WRAPPERS = ("state_dict", "model", "teacher")
+_WRAPPERS = ("state_dict", "model", "teacher")
 PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.")
 
 
@@ -45,12 +45,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError, RuntimeError, EOFError, ValueError, LookupError, struct.error) as error:
         reason = one_line(str(error), 160)
         raise UserError(f"checkpoint '{path}' is damaged or not a checkpoint: {reason}") from error
-    for wrapper in WRAPPERS:
+    for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(
-            f"checkpoint '{path}' holds no state dict (names to tensors), alone or under {', '.join(WRAPPERS)}."
+            f"checkpoint '{path}' holds no state dict (names to tensors), alone or under {', '.join(_WRAPPERS)}."
         )
     state = dict(state)
     while shared := next((prefix for prefix in PREFIXES if all(key.startswith(prefix) for key in state)), None):

@@ -34,15 +34,15 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
-PLAIN = (type(None), bool, int, float, complex, str, bytes)
-CONTAINERS = (dict, list, tuple, set, frozenset)
+_PLAIN = (type(None), bool, int, float, complex, str, bytes)
+_CONTAINERS = (dict, list, tuple, set, frozenset)
 NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
 OF_MODULE = frozenset(vars(nn.Module()))
 # `training` is the caller's choice. Adapted models write merged files, by a function of the model.
 NO_NUMBER = OF_MODULE | {"save_pretrained"}
-HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
+_HOOKS = tuple(name for name in sorted(OF_MODULE) if name.endswith("_hooks"))
 PACKAGE = Path(__file__).resolve().parents[1]
-LIBRARIES = tuple(
+_LIBRARIES = tuple(
     {str(PACKAGE), *(sysconfig.get_path(name) for name in ("stdlib", "platstdlib", "purelib", "platlib"))}
 )
 
@@ -85,7 +85,7 @@ class Identity:
 
     def _add(self, value: Any) -> None:
         """Add a value; one that was added before, as its number."""
-        if type(value) in PLAIN:
+        if type(value) in _PLAIN:
             self._put(type(value).__name__, repr(value))
         elif id(value) in self._seen:
             self._put("again", self._seen[id(value)][0])
@@ -119,7 +119,7 @@ class Identity:
             if callable(value) and callable(getattr(type(module), name, None)):
                 self.foreign = self.foreign or f"{type(module).__name__}.{name}"
         # Without the numbers by which torch finds them.
-        hooks = {name: list(state[name].values()) for name in HOOKS if state[name]}
+        hooks = {name: list(state[name].values()) for name in _HOOKS if state[name]}
         self._each("module", type(module), settings, hooks)
         for kind in ("_parameters", "_buffers", "_modules"):
             self._each(kind, *(part for pair in state[kind].items() for part in pair))
@@ -143,7 +143,7 @@ class Identity:
             self._array(value)
             return
         state: dict[str, Any] = {}
-        if type(value) not in CONTAINERS:
+        if type(value) not in _CONTAINERS:
             self._add(type(value))
             state |= getattr(value, "__dict__", {})
             for base in type(value).__mro__:
@@ -259,7 +259,7 @@ def _library_of(code: types.FunctionType | type) -> str | None:
     name = str(code.__module__).partition(".")[0]
     if not file:
         return name if name != "__main__" and name in sys.modules else None
-    return name if file.startswith(LIBRARIES) or "site-packages" in file else None
+    return name if file.startswith(_LIBRARIES) or "site-packages" in file else None
 
 
 def _source(code: types.FunctionType | type) -> str:

@@ -22,7 +22,7 @@ from vismt.base.seeds import mix_seed
 PIXELS = "pixel units of [0, 1] (8/255, not 8)"  # of a radius, in errors
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-12
-TOLERANCE = 1e-6
+_TOLERANCE = 1e-6
 BISECTIONS = 60  # of the threshold of the l1 projection: the interval shrinks below double precision
 SLIDE_SHARE = 0.01
 
@@ -47,7 +47,7 @@ def size_of_all(images: Tensor, norm: str) -> float:
 
 def rounding(images: Tensor, epsilon: float, norm: str) -> float:
     """Return by how much a change of norm epsilon may seem longer, as float32 rounds every number of the image."""
-    return TOLERANCE * max(1.0, epsilon) + torch.finfo(torch.float32).eps / 2 * size_of_all(images, norm)
+    return _TOLERANCE * max(1.0, epsilon) + torch.finfo(torch.float32).eps / 2 * size_of_all(images, norm)
 
 
 def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
@@ -130,7 +130,7 @@ def within_budget(clean: Tensor, adversarial: Tensor, epsilon: float, norm: str,
     worst, low, high = float(size(adversarial - clean, norm).max()), float(adversarial.min()), float(adversarial.max())
     allowed = epsilon + rounding(clean, epsilon, norm)
     # Written so that a NaN fails it.
-    if not (worst <= allowed and low >= -TOLERANCE and high <= 1 + TOLERANCE):
+    if not (worst <= allowed and low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
         raise RuntimeError(
             f"attack {what}: left its budget: {norm} {worst:.8g} > {epsilon:.8g}, or pixels {low}..{high}"
         )

@@ -25,8 +25,8 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 
-NAME = re.compile(r"<([^<>]+) [0-9a-f]{8}>")
-PLAIN = (str, int, float, bool, type(None))
+_NAME = re.compile(r"<([^<>]+) [0-9a-f]{8}>")
+_PLAIN = (str, int, float, bool, type(None))
 # Attributes of a data set that are read beside its examples.
 READ = ("classes", "column_names", "features", "targets", "labels", "_labels", "indices", "ids", "nodes", "superclass")
 
@@ -35,7 +35,7 @@ _registered: ContextVar[Mapping[str, Any] | None] = ContextVar("registered", def
 
 def named(value: Any, objects: dict[str, Any]) -> Any:
     """Return a configuration with a name in the place of each object that YAML could not hold, which goes into `objects`."""
-    if isinstance(value, PLAIN):
+    if isinstance(value, _PLAIN):
         return value
     if type(value) is dict:
         return {key: named(item, objects) for key, item in value.items()}
@@ -93,12 +93,12 @@ def object_named(name: str) -> Any:
 
 def is_object(name: str) -> bool:
     """Return whether a name is one of an object."""
-    return NAME.fullmatch(name) is not None
+    return _NAME.fullmatch(name) is not None
 
 
 def title_of(name: str) -> str:
     """Return the title in the name of an object, and any other name as it is."""
-    match = NAME.fullmatch(name)
+    match = _NAME.fullmatch(name)
     return match[1] if match else name
 
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vismt.config.sections import RunConfig
     from vismt.report.study_rows import StudyRows
 
-SHOWN = 5  # keys in which the nearest study differs, in an error
+_SHOWN = 5  # keys in which the nearest study differs, in an error
 SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set otherwise, wherever they stand
 
 
@@ -94,8 +94,8 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
         if not differing:
             return path.stem, study
         texts = list(dict.fromkeys(differing))
-        more = [f"{len(texts) - SHOWN} more"] * (len(texts) > SHOWN)
-        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*texts[:SHOWN], *more])))))
+        more = [f"{len(texts) - _SHOWN} more"] * (len(texts) > _SHOWN)
+        nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*texts[:_SHOWN], *more])))))
     if nearest is None:
         raise UserError("check: this installation has no committed rows; name a file of rows.")
     what = f"'{given}' has the rows" if given else "this configuration has no committed rows; the nearest are those"

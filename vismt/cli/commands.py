@@ -43,8 +43,8 @@ EPILOG = """\
 Begin with `vismt init fewshot --images my_images`, or with `vismt run quickstart`. `vismt COMMAND --help` has the options
 and an example. Completion in the shell: pip install "vismt[complete]", then eval "$(register-python-argcomplete vismt)".
 """
-PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}  # of modules of another name
-SHOWN = 100  # characters of a path that is too long
+_PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}  # of modules of another name
+_SHOWN = 100  # characters of a path that is too long
 Runner = Callable[[argparse.Namespace], int | None]
 
 
@@ -102,10 +102,10 @@ def explanation(error: Exception) -> str | None:
         if error.errno != errno.ENAMETOOLONG:
             return None
         name = str(error.filename)
-        return f"'{name[:SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one."
+        return f"'{name[:_SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one."
     module = (getattr(error, "name", None) or "").partition(".")[0]
     for line in metadata.requires("vismt") or ():
         package, extra = re.match(r"[\w-]+", line), re.search(r"extra == .([\w-]+)", line)
-        if package and extra and package[0].replace("-", "_") == PACKAGES.get(module, module):
+        if package and extra and package[0].replace("-", "_") == _PACKAGES.get(module, module):
             return f'needs {module}, which is not installed: pip install "vismt[{extra[1]}]".'
     return None

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from vismt.data.check import CheckReport
     from vismt.methods import Method
 
-GIVEN = ("model", "optimizer", "targets", "rank", "alpha", "seed")  # of every method; their texts are not of options
-LAST = " Further options| Raises| Returns| The other arguments| The adapted model"  # what follows the last option of a text
-ROWS, COLUMNS = 40, 16  # groups and images of a group that are shown
+_GIVEN = ("model", "optimizer", "targets", "rank", "alpha", "seed")  # of every method; their texts are not of options
+_LAST = " Further options| Raises| Returns| The other arguments| The adapted model"  # what follows the last option of a text
+_ROWS, _COLUMNS = 40, 16  # groups and images of a group that are shown
 LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
 
 
@@ -144,10 +144,10 @@ def _list_duplicates(name: str) -> None:
     kinds = {"splits": found.leaking, "classes": found.mixed}
     further = [f"; {number:,} groups lie in several {kind}" for kind, number in kinds.items() if number]
     console.stage("check", text + "".join(further))
-    for number, group in enumerate(found.groups[:ROWS], 1):
-        more = f" and {len(group) - COLUMNS} more" if len(group) > COLUMNS else ""
-        console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:COLUMNS])}{more}")
-    shown = [group[:COLUMNS] for group in found.groups[:ROWS]]
+    for number, group in enumerate(found.groups[:_ROWS], 1):
+        more = f" and {len(group) - _COLUMNS} more" if len(group) > _COLUMNS else ""
+        console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:_COLUMNS])}{more}")
+    shown = [group[:_COLUMNS] for group in found.groups[:_ROWS]]
     atomic_write(sheet, contact_sheet(shown))
     console.stage("check", f"{sheet}: a row for each of these {len(shown)} groups, the largest first")
     numbers = {images.ids[i]: number for number, group in enumerate(found.groups, 1) for images, i in group}
@@ -189,7 +189,7 @@ def _list(options: argparse.Namespace) -> None:
     if options.what == "methods":
         answer(options, {"methods": _list_methods()})
         return
-    found = {what: list(names) for what, names in LISTED.items() if options.what in (None, what)}
+    found = {what: list(names) for what, names in _LISTED.items() if options.what in (None, what)}
     for what, names in found.items():
         console.stage(what, ", ".join(names))
     answer(options, found)
@@ -237,9 +237,9 @@ def option_texts(method: Method) -> dict[str, tuple[str, str]]:
 
     named = sorted(re.findall(r"`(\w+)`", method.adapt.__doc__ or ""), key="inject".__eq__)
     documented = [*filter(None, map(method.adapt.__globals__.get, named)), method.adapt]  # the last text counts
-    label = "(?:" + "|".join(map(re.escape, (*method.options, *GIVEN))) + ")"
+    label = "(?:" + "|".join(map(re.escape, (*method.options, *_GIVEN))) + ")"
     pattern = re.compile(
-        rf"(?:^|(?<=[.;:] )|(?<=Args: ))({label}(?:, {label})*): (.*?)(?= {label}(?:, {label})*: |{LAST}|$)"
+        rf"(?:^|(?<=[.;:] )|(?<=Args: ))({label}(?:, {label})*): (.*?)(?= {label}(?:, {label})*: |{_LAST}|$)"
     )
     texts: dict[str, str] = {}
     for item in documented:
@@ -257,7 +257,7 @@ def _methods() -> Iterable[str]:
 
 
 # What `vismt list` prints in one line -> its names, imported when they are asked for.
-LISTED: dict[str, Names] = {
+_LISTED: dict[str, Names] = {
     "methods": Names("vismt.cli.data:_methods"),
     "jobs": Names("vismt.jobs:JOBS"),
     "configs": Names("vismt.config.sections:list_configs"),

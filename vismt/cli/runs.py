@@ -13,7 +13,7 @@ from vismt.base.errors import UserError
 from vismt.cli.commands import Commands, answer
 from vismt.cli.folders import add_format, formats_of
 
-ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
+_ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
 
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
@@ -143,10 +143,10 @@ def _report(options: argparse.Namespace) -> None:
     from vismt.report.results import RESULTS
     from vismt.storage.locks import is_locked
 
-    formats, files = formats_of(options, ROBUSTBENCH), list[Path]()
-    if ROBUSTBENCH in formats:
+    formats, files = formats_of(options, _ROBUSTBENCH), list[Path]()
+    if _ROBUSTBENCH in formats:
         files += _robustbench(run)
-        formats.remove(ROBUSTBENCH)
+        formats.remove(_ROBUSTBENCH)
     if formats and is_locked(options.run):  # a process works in it: the report shows how far it is
         files += run.report(formats)
     elif formats:

@@ -32,7 +32,7 @@ LONGEST_NAME = 255  # bytes, on the usual file systems
 SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
-CONTAINERS = (*MAPPINGS, list, tuple)
+_CONTAINERS = (*MAPPINGS, list, tuple)
 
 
 class JsonFile(str):
@@ -287,7 +287,7 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
         return converted
     if is_union(hint):
         return _convert_union(value, hint, source, key)
-    if origin in CONTAINERS:
+    if origin in _CONTAINERS:
         return _convert_container(value, hint, source, key)
     if dataclasses.is_dataclass(hint):
         if not isinstance(value, Mapping):

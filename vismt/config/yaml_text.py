@@ -17,11 +17,11 @@ import yaml
 from vismt.base.errors import UserError, shown_value
 from vismt.storage.paths import read_bytes
 
-MAX_BYTES = 2**20
+_MAX_BYTES = 2**20
 MAX_DEPTH = 50
 MAX_VALUES = 10_000  # of the whole text, with every alias replaced by what it stands for
 MAX_DIGITS = 100  # characters of a number
-LEFT_OUT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+_LEFT_OUT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 
 
@@ -86,7 +86,7 @@ class _Loader(yaml.SafeLoader):
 
 
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in LEFT_OUT]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _LEFT_OUT]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -108,7 +108,7 @@ def read_yaml(path: Path, source: str) -> dict[str, Any]:
     Raises UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.
     """
     try:
-        loaded = parse_yaml(read_bytes(path, MAX_BYTES).decode("utf8"))
+        loaded = parse_yaml(read_bytes(path, _MAX_BYTES).decode("utf8"))
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not readable as YAML: {' '.join(str(error).split())}.") from error
     except (OSError, UnicodeDecodeError) as error:

@@ -17,7 +17,7 @@ from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.source_types import DataSource, Files
 
 NOWHERE = "-"  # the place of a set without a copy
-LISTED = 8  # wrong rows that a report names
+_LISTED = 8  # wrong rows that a report names
 
 
 class CheckRow(NamedTuple):
@@ -74,10 +74,10 @@ class CheckReport:
         expected = sum(row.expected or 0 for row in self.splits)
         count = f"{self.images:,} of {expected:,}" if expected else f"{self.images:,}"
         listed = []
-        for row in wrong[:LISTED]:
+        for row in wrong[:_LISTED]:
             counts = f" ({row.actual} of {row.expected})" if row.state == "short" else ""
             listed.append(f"{row.state} '{row.group}'{counts}")
-        more = f" and {len(wrong) - LISTED} more" if len(wrong) > LISTED else ""
+        more = f" and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
         return f"{self.shown}: {count} {self.unit} found under {self.where}; {', '.join(listed)}{more}. {self.fix}"
 
 

@@ -35,11 +35,11 @@ from vismt.data.texts.interactions import numbered
 
 S = TypeVar("S", ImageSet, DenseSet)
 
-SIDE = 16
+_SIDE = 16
 CORRELATION = 0.9
 COPY = 0.99  # with colours, as two classes may differ in their colour alone
-PLAIN = 1e-3  # a patch of less contrast has no correlations
-CHUNK = 1024
+_PLAIN = 1e-3  # a patch of less contrast has no correlations
+_CHUNK = 1024
 TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the number of its row
 
 
@@ -77,8 +77,8 @@ def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) ->
 
     def patches(i: int) -> tuple[Tensor, Tensor]:
         image = read(i).to(torch.float32)
-        least = PLAIN * float(image.max())  # the rounding errors of a plain surface are like those of another one
-        pooled = [F.adaptive_avg_pool2d(values, SIDE).flatten() for values in (rgb_to_grayscale(image), image)]
+        least = _PLAIN * float(image.max())  # the rounding errors of a plain surface are like those of another one
+        pooled = [F.adaptive_avg_pool2d(values, _SIDE).flatten() for values in (rgb_to_grayscale(image), image)]
         grey, colour = (F.normalize(values - values.mean(), dim=0, eps=least) for values in pooled)
         return grey, torch.cat([grey, colour]) / 2**0.5
 
@@ -111,8 +111,8 @@ def _chains(patches: Tensor, members: Tensor, cut: float) -> Tensor:
         first, fresh, rest = rest[0], rest[:1], rest[1:]
         first_of[fresh] = first
         while len(fresh):
-            near = (patches[rest] @ patches[fresh[:CHUNK]].T > cut).any(1)
-            fresh, rest = torch.cat([fresh[CHUNK:], rest[near]]), rest[~near]
+            near = (patches[rest] @ patches[fresh[:_CHUNK]].T > cut).any(1)
+            fresh, rest = torch.cat([fresh[_CHUNK:], rest[near]]), rest[~near]
             first_of[fresh] = first
     return first_of[members]
 
@@ -120,10 +120,10 @@ def _chains(patches: Tensor, members: Tensor, cut: float) -> Tensor:
 def _with_copies(patches: Tensor) -> Tensor:
     """Return the images, ascending, that have a patch like that of another image."""
     found = torch.zeros(len(patches), dtype=torch.bool)
-    for start in range(0, len(patches), CHUNK):
-        near = patches[start : start + CHUNK] @ patches[start:].T > COPY
+    for start in range(0, len(patches), _CHUNK):
+        near = patches[start : start + _CHUNK] @ patches[start:].T > COPY
         near.fill_diagonal_(False)
-        found[start : start + CHUNK] |= near.any(1)
+        found[start : start + _CHUNK] |= near.any(1)
         found[start:] |= near.any(0)
     return found.nonzero().flatten()
 

@@ -32,8 +32,8 @@ from vismt.storage.paths import cache_root, regular_file
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-2"
 MEMORY_BYTES = 512 * 2**20
 STORE_BYTES = 32 * 2**30  # of all stores together
-CHUNK = 64
-DIGEST = 16  # bytes
+_CHUNK = 64
+_DIGEST = 16  # bytes
 FOR_TIMM = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}  # `square` in the words of timm
 MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # whose versions decide the pixels
 
@@ -114,7 +114,7 @@ class Pixels:
         places = index.cpu().numpy()
         rows = self.store[places]
         if self._digests is not None:
-            expected = [self._digests[DIGEST * i : DIGEST * (i + 1)] for i in (places % len(self)).tolist()]
+            expected = [self._digests[_DIGEST * i : _DIGEST * (i + 1)] for i in (places % len(self)).tolist()]
             if any(xxhash.xxh3_128_digest(row) != one for row, one in zip(rows, expected)):
                 console.stage("cache", f"{self._path.name} is damaged; its images are decoded again")
                 with suppress(OSError):
@@ -132,8 +132,8 @@ class Pixels:
             ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool,
             console.bar("data", text, len(self)) as bar,
         ):
-            for start in range(0, len(self), CHUNK):
-                stop = min(start + CHUNK, len(self))
+            for start in range(0, len(self), _CHUNK):
+                stop = min(start + _CHUNK, len(self))
                 yield np.stack(list(pool.map(row, range(start, stop))))
                 bar.advance(stop - start)
 
@@ -205,7 +205,7 @@ def _opened(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, bytes] | No
             return None
         with path.open("rb") as file:
             file.seek(stored.offset + stored.nbytes)
-            digests, last = file.read(DIGEST * shape[0]), file.read(DIGEST + 1)
+            digests, last = file.read(_DIGEST * shape[0]), file.read(_DIGEST + 1)
     except (OSError, ValueError, EOFError):
         return None
     return (stored, digests) if last == xxhash.xxh3_128_digest(digests) else None

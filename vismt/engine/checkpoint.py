@@ -30,7 +30,7 @@ from vismt.lowrank.files.save_load import check_tensors
 from vismt.storage.files import file_digest, write_tensors
 
 KEPT = 2
-NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{12})\.safetensors")
+_NAME = re.compile(r"checkpoint-(\d+)-([0-9a-f]{12})\.safetensors")
 STATE = "state"  # key of the numbers in the file's header
 
 
@@ -53,7 +53,7 @@ def checkpoints(folder: Path) -> list[Path]:
 
 def is_checkpoint(path: Path) -> bool:
     """Return whether a file has the name of a checkpoint."""
-    return NAME.fullmatch(path.name) is not None
+    return _NAME.fullmatch(path.name) is not None
 
 
 def save(
@@ -115,7 +115,7 @@ def _delete_others(newest: Path, every: int = 1) -> None:
 
 
 def _step_of(path: Path) -> int:
-    match = NAME.fullmatch(path.name)
+    match = _NAME.fullmatch(path.name)
     assert match is not None, path
     return int(match[1])
 

@@ -25,7 +25,7 @@ DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
 BEST = "best"  # stands for the arm that is best on validation, unless an arm has this name
 # Sections that are the same for every arm of a study, whatever the job.
-SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
+_SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
 
 
 @dataclass
@@ -274,13 +274,13 @@ def check_arms(
 ) -> None:
     """Raise UserError for an invalid name, key, seed or rate of a study, and where `check` refuses the configuration of an arm.
 
-    shared: further keys that must be the same for all arms of the job. free: keys or sections of SHARED that may differ.
+    shared: further keys that must be the same for all arms of the job. free: keys or sections of _SHARED that may differ.
     """
     for name, values in config.arms.items():
         plain_name(name, "arms")
         for key in values:
             section = key.partition(".")[0]
-            if section in {*SHARED, *shared} and not {section, key} & set(free):
+            if section in {*_SHARED, *shared} and not {section, key} & set(free):
                 raise UserError(
                     f"arms.{name}: {key} must be the same for all arms, or they cannot be compared; leave it out."
                     f"{near(key, free)}"

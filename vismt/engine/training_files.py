@@ -25,7 +25,7 @@ DONE = "done.json"
 MERGE = "merge.json"
 CHANGES = "changes.jsonl"  # of the weights, matrix by matrix
 DONE_TYPES = {"method": str, "rank": int, "trainable": int, "total": int}
-FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
+_FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
 
 
 def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
@@ -35,7 +35,7 @@ def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, 
     weights = sorted(path for path in folder.glob("*.safetensors") if not is_checkpoint(path))
     kept = [folder / ADAPTER / DESCRIPTION, *weights] if with_adapter else weights
     files = {path.relative_to(folder).as_posix(): file_digest(path) for path in kept}
-    atomic_write(folder / DONE, sealed({**about, FILES: files}))
+    atomic_write(folder / DONE, sealed({**about, _FILES: files}))
 
 
 def read_done(training: Training) -> dict[str, Any] | None:
@@ -44,15 +44,15 @@ def read_done(training: Training) -> dict[str, Any] | None:
     if not path.exists():
         return None
     about = read_sealed(path, f"run '{training.folder}'", may=DONE_TYPES)
-    return {name: value for name, value in about.items() if name != FILES}
+    return {name: value for name, value in about.items() if name != _FILES}
 
 
 def check_files(folder: Path) -> None:
     """Raise UserError where files of a finished training are not those that its done.json names."""
     if not (folder / DONE).exists():
         return
-    about = read_sealed(folder / DONE, f"run '{folder}'", {FILES: dict[str, str]})
-    for name, digest in about[FILES].items():
+    about = read_sealed(folder / DONE, f"run '{folder}'", {_FILES: dict[str, str]})
+    for name, digest in about[_FILES].items():
         path = folder / name
         if not path.is_file() or file_digest(path) != digest:
             raise UserError(

@@ -30,10 +30,10 @@ except ImportError as error:
 if TYPE_CHECKING:
     from vismt.report.results import Result
 
-ADAPTER = "adapter"  # a folder of a checkpoint
-BELONGS = "vismt"  # the key of what a checkpoint belongs to among the callbacks' states in trainer_state.json
-WEIGHTS = "model.safetensors"  # of a checkpoint
-IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pretrained, and by Trainer when it resumes
+_ADAPTER = "adapter"  # a folder of a checkpoint
+_BELONGS = "vismt"  # the key of what a checkpoint belongs to among the callbacks' states in trainer_state.json
+_WEIGHTS = "model.safetensors"  # of a checkpoint
+_IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pretrained, and by Trainer when it resumes
 
 
 class VismtCallback(DriverCallback, TrainerCallback):
@@ -63,7 +63,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
             )
         self.drive(given["model"])
         _check_tied(given["model"])
-        self._ignored = getattr(given["model"], IGNORED, None)
+        self._ignored = getattr(given["model"], _IGNORED, None)
         self._ignore_frozen()
         self._resuming = given["model"].register_load_state_dict_pre_hook(self._check_tensors)
 
@@ -71,8 +71,8 @@ class VismtCallback(DriverCallback, TrainerCallback):
         driver, optimizer = self.driver, given["optimizer"]
         self._resuming.remove()
         states = getattr(state, "stateful_callbacks", {})
-        driver.check_resumed(states.get(BELONGS, self.belongs), self.belongs)
-        states[BELONGS] = self.belongs  # written into every checkpoint
+        driver.check_resumed(states.get(_BELONGS, self.belongs), self.belongs)
+        states[_BELONGS] = self.belongs  # written into every checkpoint
         self._ignore_frozen()
         if getattr(args, "deepspeed", None) or getattr(args, "fsdp", None):
             driver.warn_of_optimizers("DeepSpeed and FSDP hold the parameters in pieces")
@@ -96,13 +96,13 @@ class VismtCallback(DriverCallback, TrainerCallback):
         driver = self.driver
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if not hasattr(given["model"], "save_pretrained"):  # the Trainer has written all weights
-            write_tensors(folder / WEIGHTS, driver.moving(), {"format": "pt"})
+            write_tensors(folder / _WEIGHTS, driver.moving(), {"format": "pt"})
         for number, (part, _) in enumerate(driver.adapted):
-            save_adapter(part, folder / (f"{ADAPTER}-{number}" if number else ADAPTER))
+            save_adapter(part, folder / (f"{_ADAPTER}-{number}" if number else _ADAPTER))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Give the model's `save_pretrained` its usual keys back."""
-        setattr(given["model"], IGNORED, self._ignored)
+        setattr(given["model"], _IGNORED, self._ignored)
 
     def _check_tensors(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
         """Refuse the tensors of another adapter: the Trainer loads them, and the optimiser's state, before training begins."""
@@ -125,7 +125,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
         names = self._ignored
         if hasattr(driver.model, "save_pretrained"):
             names = {*(names or ()), *(driver.model.state_dict().keys() - driver.moving().keys())}
-        setattr(driver.model, IGNORED, names)
+        setattr(driver.model, _IGNORED, names)
 
 
 def _check_tied(model: Any) -> None:

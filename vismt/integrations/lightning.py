@@ -19,7 +19,7 @@ except ImportError as error:
     ) from error
 
 
-BELONGS = "vismt"  # the key of what a checkpoint belongs to
+_BELONGS = "vismt"  # the key of what a checkpoint belongs to
 
 
 class VismtCallback(DriverCallback, Callback):
@@ -66,9 +66,9 @@ class VismtCallback(DriverCallback, Callback):
 
     def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         moving = self.driver.moving()
-        checkpoint[BELONGS] = self.belongs
+        checkpoint[_BELONGS] = self.belongs
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
 
     def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
         if self._driver is not None:
-            self._driver.check_resumed(checkpoint.get(BELONGS, self.belongs), self.belongs)
+            self._driver.check_resumed(checkpoint.get(_BELONGS, self.belongs), self.belongs)

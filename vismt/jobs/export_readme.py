@@ -36,19 +36,19 @@ with torch.no_grad():
 probabilities = outputs.softmax(0)
 print(model.config.id2label[int(probabilities.argmax())], float(probabilities.max()))
 """
-TEXT = 'inputs = AutoTokenizer.from_pretrained(".")("Once upon a time", return_tensors="pt")'
+_TEXT = 'inputs = AutoTokenizer.from_pretrained(".")("Once upon a time", return_tensors="pt")'
 TRANSFORMERS = f"""\
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained(".").eval()
-{TEXT}
+{_TEXT}
 print(AutoTokenizer.from_pretrained(".").decode(model.generate(**inputs, max_new_tokens=20, do_sample=False)[0]))
 """
-TOKENS = f"""\
+_TOKENS = f"""\
 import torch
 from transformers import AutoTokenizer
 
-{TEXT}
+{_TEXT}
 (outputs,) = torch.export.load("model.pt2").module()(inputs["input_ids"], inputs["attention_mask"])
 print(outputs.shape)
 """
@@ -66,7 +66,7 @@ pixels = numpy.full((1, 3, {height}, {width}), 0.5, "float32")
 image = image.resize((width, height), Image.BILINEAR)
 pixels[0, :, :height, :width] = numpy.asarray(image, "float32").transpose(2, 0, 1) / 255
 """
-RUN = {
+_RUN = {
     "onnx": 'outputs = onnxruntime.InferenceSession("model.onnx").run(None, {"images": pixels})\n',
     "torch": 'outputs = torch.export.load("model.pt2").module()(torch.from_numpy(pixels))\n',
 }
@@ -109,7 +109,7 @@ def readme(folder: Path, form: str, title: str, base: str, adapted: str) -> str:
 
 def _graph(form: str, about: Mapping[str, Any]) -> str:
     if "input_ids" in about["input"]:
-        return TOKENS
+        return _TOKENS
     height, width = about["input"]["shape"][-2:]
     prepare = (CROPPED if about["resize"] == SQUARE else PADDED).format(width=width, height=height)
     output, known = next(iter(about["outputs"].items()))
@@ -117,7 +117,7 @@ def _graph(form: str, about: Mapping[str, Any]) -> str:
     answer = OF_LABELS.format(output=output) if labels else "print([output.shape for output in outputs])\n"
     libraries = ["json"] * labels + ["numpy", "onnxruntime" if form == "onnx" else "torch"]
     head = f"import {', '.join(libraries)}\nfrom PIL import Image, ImageOps\n\n{PHOTO}\n"
-    return f"{head}{prepare}{RUN[form]}{answer}"
+    return f"{head}{prepare}{_RUN[form]}{answer}"
 
 
 def _text(folder: Path, title: str, code: Mapping[str, str], about: Mapping[str, Any]) -> str:

@@ -32,7 +32,7 @@ PREPROCESSING = "preprocessing.json"
 SQUARE = "resize the shorter side to the size (bilinear, antialiased), then take the centre"
 CLOSE = 1e-4  # largest difference, as a share of the largest output
 ONNX_BYTES = 2**31 - 2**24  # of a protocol buffer, less what the graph itself takes
-MOST = 4096  # images of a batch
+_MOST = 4096  # images of a batch
 Forward = Callable[..., Sequence[Tensor]]
 
 
@@ -98,7 +98,7 @@ def image_graph(
         "resize": resizing,
         "normalisation": "inside the graph; give pixels in [0, 1]",
     }
-    return Graph(net, example, {"images": {0: Dim("batch", min=1, max=MOST)}}, outputs, about)
+    return Graph(net, example, {"images": {0: Dim("batch", min=1, max=_MOST)}}, outputs, about)
 
 
 def text_graph(lm: Any) -> Graph:
@@ -114,7 +114,7 @@ def text_graph(lm: Any) -> Graph:
         mask[0, :2] = 0  # padded on the left
         return {"input_ids": ids, "attention_mask": mask}
 
-    axes = {0: Dim("batch", min=1, max=MOST), 1: Dim("length", min=2, max=longest)}
+    axes = {0: Dim("batch", min=1, max=_MOST), 1: Dim("length", min=2, max=longest)}
     about = {
         "input": {
             "input_ids": "int64 (batch, length)",

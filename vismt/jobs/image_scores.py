@@ -30,7 +30,7 @@ from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import MEASURES, detection_values, example_measures
 
 ACCURACY = "accuracy"
-NEIGHBOURS, WIDTH = 20, 0.07
+NEIGHBOURS, _WIDTH = 20, 0.07
 
 
 def image_scores(
@@ -160,7 +160,7 @@ def neighbour_classes(features: Tensor, labels: Tensor) -> Tensor:
         cosines = unit[rows] @ unit.T
         cosines[torch.arange(len(rows)), rows] = -math.inf
         near, places = cosines.topk(min(NEIGHBOURS, len(unit) - 1), dim=1)
-        found.append(torch.einsum("bs,bsk->bk", (near / WIDTH).exp(), one_hot[places]).argmax(1))
+        found.append(torch.einsum("bs,bsk->bk", (near / _WIDTH).exp(), one_hot[places]).argmax(1))
     return torch.cat(found)
 
 

@@ -33,9 +33,9 @@ from vismt.storage.outputs import check_files, check_outputs, note
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
 FOLDER = "predictions"  # of a run
-TABLE, SHEET, ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
-BATCH = 32  # images at a time where no configuration says it
-MOST_SHOWN, COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
+TABLE, SHEET, _ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
+_BATCH = 32  # images at a time where no configuration says it
+MOST_SHOWN, _COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
 Row = dict[str, Any]
 
 
@@ -187,7 +187,7 @@ def images_for(inputs: Sequence[Path], target: Path, options: Options) -> dict[P
 
 
 def _class_outputs(options: Options) -> list[str]:
-    return [TABLE, *([ARRAYS] if options.maps else []), *([SHEET] if options.sheet else [])]
+    return [TABLE, *([_ARRAYS] if options.maps else []), *([SHEET] if options.sheet else [])]
 
 
 @torch.no_grad()
@@ -200,7 +200,7 @@ def predict_classes(
     options: Options,
     *,
     label: str,
-    batch: int = BATCH,
+    batch: int = _BATCH,
 ) -> Predictions:
     """Write the classes of images to <target>/predictions.csv.
 
@@ -242,7 +242,7 @@ def predict_classes(
         names = {"images": [str(path) for path in files], "labels": [name for group in groups for name in group.names]}
         arrays = {name: np.array(texts) for name, texts in names.items()}
         arrays["probabilities"] = torch.cat(probabilities).float().numpy()
-        written.append(write_arrays(target / ARRAYS, arrays))
+        written.append(write_arrays(target / _ARRAYS, arrays))
     if options.sheet:
         answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
         written.append(contact_sheet(shown, answers, target / SHEET))
@@ -313,10 +313,10 @@ def contact_sheet(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]]
     """
     lines = len(answers[0])
     pitch, height = CELL + 0.1, CELL + 0.24 + 0.16 * lines
-    down = -(-len(images) // COLUMNS)
-    figure = new_figure(pitch * min(COLUMNS, len(images)) + 0.1, height * down + 0.3)
+    down = -(-len(images) // _COLUMNS)
+    figure = new_figure(pitch * min(_COLUMNS, len(images)) + 0.1, height * down + 0.3)
     for place, (image, rows) in enumerate(zip(images, answers)):
-        row, column = divmod(place, COLUMNS)
+        row, column = divmod(place, _COLUMNS)
         left, top = 0.1 + pitch * column, height * row + 0.2
         write(figure, left, top - 0.04, short(Path(str(rows[0]["image"])).name, 20), fontsize=6, color=MUTED)
         show_image(axes_at(figure, left, top, CELL, CELL), image)

@@ -1,7 +1,7 @@
 """`evaluate.risk`: conformal sets and selective prediction, with thresholds from clean validation examples.
 
 The thresholds are those of vismt/uncertainty/conformal.py (sets that contain the label with COVERAGE) and
-vismt/uncertainty/selective.py (confidences above which SHARE of the answers lie). Coverage, size of the sets, accepted share,
+vismt/uncertainty/selective.py (confidences above which _SHARE of the answers lie). Coverage, size of the sets, accepted share,
 risk among the accepted and AURC are measures of every condition, clean, corrupted or attacked, from the record of every
 example.
 
@@ -50,10 +50,10 @@ from vismt.uncertainty.selective import (
     selective_risk,
 )
 
-COVERAGE, SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
+COVERAGE, _SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
 COVERED, SIZE, ACCEPTED, RISK, AURC = "coverage of sets", "classes in a set", "accepted", "selective risk", "AURC"
 COLUMNS = (COVERED, SIZE, ACCEPTED, RISK, AURC)
-NOTE = (
+_NOTE = (
     "Coverage: share of sets that contain the label, 90 % where examples are exchangeable with the validation examples that "
     "set the threshold. Accepted: answers with a confidence that 80 % of the validation answers have; the selective risk is "
     "the error among them. AURC: error averaged over all thresholds of the confidence. Under an attack an answer is right, and "
@@ -138,7 +138,7 @@ def fit_thresholds(log_p: Tensor, labels: Tensor) -> Thresholds:
 def thresholds_of(nlls: Tensor, confidences: Tensor) -> Thresholds:
     """Return the thresholds of clean examples from -log p of their labels (n,) and their largest probabilities (n,)."""
     _need_examples(len(nlls))
-    return Thresholds(conformal_quantile(nlls, COVERAGE), accepting_threshold(confidences, SHARE), len(nlls))
+    return Thresholds(conformal_quantile(nlls, COVERAGE), accepting_threshold(confidences, _SHARE), len(nlls))
 
 
 def risk_measures(
@@ -246,7 +246,7 @@ def risk_section(results: Sequence[Result]) -> Section:
         for found in by_metric.values()
         for row in found
     )
-    note = f"{NOTE} Intervals: {'; '.join(kinds)}."
+    note = f"{_NOTE} Intervals: {'; '.join(kinds)}."
     return Section("Risk", [(Table("Thresholds from clean validation examples", heads, rows, set(), texts=3), note)])
 
 

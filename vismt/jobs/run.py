@@ -36,7 +36,7 @@ from vismt.storage.outputs import check_folder
 
 README = "README.md"
 EXPORTED = "vismt.json"  # in the folder of an export: run, configuration, arm and seed
-FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
+_FORMATS = ("timm", "transformers", "peft", "onnx", "torch")
 
 
 class Run:
@@ -131,7 +131,7 @@ class Run:
         target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
         fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
         """
-        require_known("export: format", [form], FORMATS)
+        require_known("export: format", [form], _FORMATS)
         if uniform and form != "peft":
             raise UserError(f"export: --uniform is of --format peft; leave it out with {form}.")
         self._need_adapter()

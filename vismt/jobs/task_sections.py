@@ -11,8 +11,8 @@ from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig, TuneConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
-SPLITS = ("test", "validation")
-Split = Annotated[str, Names(SPLITS, only=True)]
+_SPLITS = ("test", "validation")
+Split = Annotated[str, Names(_SPLITS, only=True)]
 
 
 @dataclass

@@ -80,6 +80,6 @@ def _train(model: nn.Module, method: str, names: Sequence[str]) -> AdaptReport:
 
 
 ALL = dict.fromkeys(("targets", "rank", "alpha"), "trains every weight: set exclude")
-NONE = dict.fromkeys(("targets", "rank", "alpha"), "trains the classifier: set also_train")
+_NONE = dict.fromkeys(("targets", "rank", "alpha"), "trains the classifier: set also_train")
 register_method(Method("full", full, layers=(), exports=False, unread=ALL))
-register_method(Method("head", head, layers=(), exports=False, unread=NONE, head_only=True))
+register_method(Method("head", head, layers=(), exports=False, unread=_NONE, head_only=True))

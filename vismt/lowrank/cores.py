@@ -22,7 +22,7 @@ TIES and DARE of the papers act on the entries of D_t. On cores an entry is a pa
 another name. RegMean: each G_t is divided by its trace, so that tasks weigh the same whatever their numbers of samples, its
 elements off the diagonal are multiplied by OFF_DIAGONAL as in the authors' code, and a small ridge pulls towards the mean.
 TSV-M of the authors keeps min(o, i) / T singular values of each task, null ones among them, whose vectors are arbitrary; here the
-numerical rank is kept. Singular values below TOLERANCE of the largest count as 0 everywhere. All is computed in fp64.
+numerical rank is kept. Singular values below _TOLERANCE of the largest count as 0 everywhere. All is computed in fp64.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.svd import double
 
-TOLERANCE = {torch.float64: 1e-10}  # of the factors' dtype; 1e-5 for others
+_TOLERANCE = {torch.float64: 1e-10}  # of the factors' dtype; 1e-5 for others
 OFF_DIAGONAL, RIDGE = 0.95, 1e-6
 
 
@@ -67,7 +67,7 @@ def joint_cores(updates: Sequence[LowRank], weights: Sequence[float]) -> Cores:
     right, upper_right = torch.linalg.qr(torch.cat([double(update.A) for update in updates]).mT)
     pairs = zip(upper_left.split(ranks, 1), upper_right.split(ranks, 1))
     cores = torch.stack([ours @ others.mT for ours, others in pairs])
-    tolerance = max(TOLERANCE.get(update.B.dtype, 1e-5) for update in updates)
+    tolerance = max(_TOLERANCE.get(update.B.dtype, 1e-5) for update in updates)
     u, rows, _ = torch.linalg.svd(torch.cat(cores.unbind(), 1), full_matrices=False)
     _, columns, vh = torch.linalg.svd(torch.cat(cores.unbind(), 0), full_matrices=False)
     u, vh = u[:, : _rank(rows, tolerance)], vh[: _rank(columns, tolerance)]

@@ -28,8 +28,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-OVERSAMPLE, STEPS, DEGREE, GROWTH = 8, 12, 4, 1e6
-# The Gram matrix costs n columns of products, the steps (STEPS + 2) * 2 thinner and slower ones for each column.
+OVERSAMPLE, _STEPS, DEGREE, GROWTH = 8, 12, 4, 1e6
+# The Gram matrix costs n columns of products, the steps (_STEPS + 2) * 2 thinner and slower ones for each column.
 GRAM_PAYS = 48
 
 
@@ -63,7 +63,7 @@ def top_randomized(matrix: Tensor, rank: int, generator: torch.Generator) -> tup
         return matrix @ (matrix.T @ Y) if gram is None else gram @ Y
 
     start = torch.randn(size, columns, dtype=matrix.dtype, generator=generator).to(matrix.device)
-    Q, left = torch.linalg.qr(times_gram(start)).Q, STEPS
+    Q, left = torch.linalg.qr(times_gram(start)).Q, _STEPS
     while left > 0:
         Y = times_gram(Q)
         values = torch.linalg.eigvalsh(Q.T @ Y).tolist()

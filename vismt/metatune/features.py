@@ -30,10 +30,10 @@ from vismt.base.identity import Identity
 from vismt.metatune.functional import WithWeights
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
-MARK = "_vismt_rows"
-ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
+_MARK = "_vismt_rows"
+_ROUNDING = 1e-3  # largest difference between two orders of sums, as a share of the largest feature
 EQUAL = 8  # images of a batch where the size decides the order of sums
-IMAGES = 256  # in one forward pass
+_IMAGES = 256  # in one forward pass
 STATES = 256  # of backbones of one store
 
 
@@ -49,18 +49,18 @@ class Rows:
 def number(images: Tensor, store: FeatureStore | None, index: Tensor) -> Tensor:
     """Mark images (b, 3, h, w) as the rows `index` (b,) of the set of a store, and return them; None for no store."""
     if store is not None and not images.is_inference():
-        setattr(images, MARK, Rows(store, index.tolist(), images._version))
+        setattr(images, _MARK, Rows(store, index.tolist(), images._version))
     return images
 
 
 def features(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Return the features (b, d) of images (b, 3, h, w), IMAGES in a forward pass; those in a store from there."""
-    rows: Rows | None = getattr(images, MARK, None)
+    """Return the features (b, d) of images (b, 3, h, w), _IMAGES in a forward pass; those in a store from there."""
+    rows: Rows | None = getattr(images, _MARK, None)
     table = None
     if rows is not None and rows.version == images._version and not torch.is_grad_enabled():
         table = rows.store.table(backbone)
     if rows is None or table is None:
-        return _computed(backbone, images, IMAGES)
+        return _computed(backbone, images, _IMAGES)
     return table.look_up(backbone, images, rows.index)
 
 
@@ -182,7 +182,7 @@ class _Table:
 
     def _compute(self, backbone: nn.Module, images: Tensor) -> Tensor:
         if not self.equal:
-            return _computed(backbone, images, IMAGES)
+            return _computed(backbone, images, _IMAGES)
         filled = images[torch.arange(-(-len(images) // EQUAL) * EQUAL) % len(images)]
         return _computed(backbone, filled, EQUAL)[: len(images)]
 
@@ -221,4 +221,4 @@ def _stored_rows(path: Path, device: torch.device) -> dict[int, Tensor]:
 
 
 def _close(features: Tensor, expected: Tensor) -> bool:
-    return bool((features - expected).abs().max() <= ROUNDING * expected.abs().max())
+    return bool((features - expected).abs().max() <= _ROUNDING * expected.abs().max())

@@ -40,8 +40,8 @@ from vismt.base.errors import UserError, need_whole, require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 
-NORMS = ("group", "batch")
-GROUPS = 32  # largest number of groups
+_NORMS = ("group", "batch")
+_GROUPS = 32  # largest number of groups
 
 
 class Head(nn.Module, ABC):
@@ -280,5 +280,5 @@ def enlarge(map: Tensor, scale: int) -> Tensor:
 
 def make_norm(head: str, norm: str, width: int) -> nn.Module:
     """Return GroupNorm with the largest number of groups, at most 32, that divides `width`, or BatchNorm."""
-    require_known(f"{head}: norm", [norm], NORMS)
-    return nn.GroupNorm(math.gcd(width, GROUPS), width) if norm == "group" else nn.BatchNorm2d(width)
+    require_known(f"{head}: norm", [norm], _NORMS)
+    return nn.GroupNorm(math.gcd(width, _GROUPS), width) if norm == "group" else nn.BatchNorm2d(width)

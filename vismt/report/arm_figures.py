@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHARES = ("accuracy", "robust")  # logged in [0, 1], drawn in per cent
-WIDEST, LETTER = 6.4, 0.076  # inches: of a figure, and of a letter of 8.5 points
+_WIDEST, LETTER = 6.4, 0.076  # inches: of a figure, and of a letter of 8.5 points
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) 
     upright = (longest + 0.1) * len(arms) > 2.8
     size = (len(arms) * max(0.42, 1.9 / len(arms), 0 if upright else longest + 0.1), 1.5)
     head, pitch, below = 0.72, size[0] + 0.65, (longest if upright else 0.15) + 0.08
-    down = math.ceil(len(panels) / max(1, int((WIDEST - 0.2) // pitch)))
+    down = math.ceil(len(panels) / max(1, int((_WIDEST - 0.2) // pitch)))
     columns = math.ceil(len(panels) / down)
     figure = new_figure(0.2 + columns * pitch, down * (size[1] + head + 0.12) + below)
     for place, panel in enumerate(panels):

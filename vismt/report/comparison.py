@@ -37,7 +37,7 @@ AVERAGE = "average"
 FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
 CONSTANT = "constant"  # the best constant predictions, which come from no training
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
-CORRUPTIONS = "corruptions"  # kind of that mean
+_CORRUPTIONS = "corruptions"  # kind of that mean
 Values = dict[str, float]
 
 
@@ -69,7 +69,7 @@ class Evidence:
 
     def interval(self, rows: Sequence[Result]) -> tuple[float, float, Covers]:
         """Return the 95 % interval of an arm's mean over sets, and what it covers."""
-        if len(rows) == 1 and rows[0].kind != CORRUPTIONS:
+        if len(rows) == 1 and rows[0].kind != _CORRUPTIONS:
             return rows[0].low, rows[0].high, rows[0].interval
         found = self.estimate(rows)
         return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
@@ -242,7 +242,7 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
     for rows in groups.values():
         if len(rows) >= MANY_CORRUPTIONS:
             condition = f"mean of {len(rows)} corruptions"
-            row = replace(rows[0], condition=condition, kind=CORRUPTIONS, family=CORRUPTIONS, level=None)
+            row = replace(rows[0], condition=condition, kind=_CORRUPTIONS, family=_CORRUPTIONS, level=None)
             parts[row.key] = rows
             # Without values by example the mean has the mean variance of its rows, which is the largest that it can have.
             numbers = zip(*((one.value, one.low, one.high, one.variance) for one in rows), strict=True)

@@ -36,7 +36,7 @@ from vismt.report.tables import (
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate
 
 JOINT, POWER = 0.95, 0.8
-LEAST = 0.03  # the smallest difference that is asked for: three points, or three per cent of the score
+_LEAST = 0.03  # the smallest difference that is asked for: three points, or three per cent of the score
 MOST_NAMES = 4
 
 
@@ -214,7 +214,7 @@ def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) ->
     if found is None or found.variance == 0:
         return ""
     cell = c.cells[model]
-    difference = max(abs(found.mean), LEAST * (1 if c.row.scale == SHARE else abs(cell.value)))
+    difference = max(abs(found.mean), _LEAST * (1 if c.row.scale == SHARE else abs(cell.value)))
     examples, trainings = needed(found, cell, difference, ranking.level)
     size = f"{number_text(difference, c.row.scale, half=difference).removesuffix('.0')} {unit_of(c)}".strip()
     between = f" between {model} and {rivals[0]}"

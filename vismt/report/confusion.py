@@ -16,7 +16,7 @@ from vismt.uncertainty.intervals import SHARE, wilson
 FOLDER = "classes"  # of the run folder
 MOST_CLASSES = 16  # of a matrix; of more classes the most frequent confusions are listed
 MOST_CONFUSIONS = 12
-NOTE = (
+_NOTE = (
     "Share of the examples of a class that are answered right, in %, over all training seeds. [ ] and ±: Wilson's 95 % interval "
     "for independent examples of the class."
 )
@@ -59,7 +59,7 @@ def class_section(folder: Path, first: str) -> Section:
         order = sorted(range(len(arms)), key=lambda at: arms[at] != first)
         name, classes, answers = str(panel["name"][0]), panel["classes"].tolist(), panel["answers"].tolist()
         counts = {arms[at]: panel["counts"][at] for at in order}
-        section.tables.append((_accuracies(name, classes, counts), NOTE))
+        section.tables.append((_accuracies(name, classes, counts), _NOTE))
         if len(classes) > MOST_CLASSES:
             section.tables.append((_confusions(name, classes, answers, counts), CONFUSIONS_NOTE))
             continue

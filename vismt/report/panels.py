@@ -19,7 +19,7 @@ from vismt.storage.paths import MOST_BYTES, read_bytes
 
 # Kind of panel -> array -> type and axes. An axis has one length in all arrays of a file: "3" is three, "1" one, "z" may be zero.
 # "?": may be NaN.
-LAYOUTS = {
+_LAYOUTS = {
     "examples": {
         "images": ("uint8", "n3hw"),
         "truth": ("str", "n"),
@@ -91,7 +91,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a panel of LAYOUTS. Raises UserError for a file that is missing, damaged or of another kind."""
+    """Return the arrays of a panel of _LAYOUTS. Raises UserError for a file that is missing, damaged or of another kind."""
     try:
         return _checked(read_arrays(path), kind)
     except DAMAGE as error:
@@ -131,7 +131,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
     """Return the arrays; raise ValueError with the name of one that does not fit the layout."""
     lengths: dict[str, int] = {"3": 3, "1": 1}
-    for name, (kind_of_values, axes) in LAYOUTS[kind].items():
+    for name, (kind_of_values, axes) in _LAYOUTS[kind].items():
         array, dtype = arrays[name], kind_of_values.rstrip("?")
         fits = array.dtype.kind == "U" if dtype == "str" else array.dtype == dtype
         if not fits or array.ndim != len(axes) or (0 in array.shape and axes != "z"):

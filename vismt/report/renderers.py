@@ -21,7 +21,7 @@ from vismt.report.tables import Report, Table, fitted, is_long
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
+_PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
 
 # Characters with a meaning in LaTeX, and signs that it has under a name.
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
@@ -80,7 +80,10 @@ def _image(path: Path) -> dict[str, Any]:
     """Return the SVG of a picture in base64, and its width in pixels, 0 if the file does not say it."""
     content = path.read_bytes()
     found = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', content)
-    return {"data": base64.b64encode(content).decode("ascii"), "width": round(PIXELS * float(found[1])) if found else 0}
+    return {
+        "data": base64.b64encode(content).decode("ascii"),
+        "width": round(_PIXELS * float(found[1])) if found else 0,
+    }
 
 
 def _markdown_text(text: str) -> str:

@@ -14,7 +14,7 @@ from vismt.storage.cache import Deletable
 from vismt.storage.locks import HOLDER, LOCK, is_locked
 
 STUB = "nothing done"
-BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run that has made nothing
+_BARE = {RESOLVED, FACTS, LOCK, HOLDER}  # files of a run that has made nothing
 NOTED = {"command", "config_hash", "versions", "wall_time_s"}  # keys of every run.json; another program's has not all
 
 
@@ -64,7 +64,7 @@ def stub(folder: Path) -> Deletable | None:
     try:
         paths = () if folder.is_symlink() or not folder.is_dir() else tuple(sorted(folder.iterdir()))
         names = {path.name for path in paths}
-        if not {RESOLVED} <= names <= BARE or not all(path.is_file() and not path.is_symlink() for path in paths):
+        if not {RESOLVED} <= names <= _BARE or not all(path.is_file() and not path.is_symlink() for path in paths):
             return None
         ours = "task" in read_yaml(folder / RESOLVED)
         facts = read_facts(folder)

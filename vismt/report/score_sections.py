@@ -36,7 +36,7 @@ SEED_NOTE = (
     f"{ARROWS} Means, and differences from the named arm. Intervals: 95 % over training seeds only, by Student's t, on these "
     "test examples; those of the tables above cover examples and seeds. The average gives every set the same weight."
 )
-PAIRS_NOTE = (
+_PAIRS_NOTE = (
     f"{ARROWS} The later model minus the earlier one on the same examples, each averaged over the seeds. [ ]: {{kinds}}. Of "
     "twenty pairs without a difference, one is expected to show one."
 )
@@ -298,4 +298,4 @@ def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], 
         counts = dict.fromkeys(score.count for score in column.values())
         heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
     table = Table("Paired differences", heads, rows, set(), texts=len(heads) - len(columns), folded=True)
-    return [(table, PAIRS_NOTE.format(kinds=kinds))] if rows else []
+    return [(table, _PAIRS_NOTE.format(kinds=kinds))] if rows else []

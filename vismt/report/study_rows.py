@@ -35,7 +35,7 @@ from vismt.uncertainty.intervals import NUMBER, Estimate
 
 ROWS = "docs/results/rows"
 SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # what names one number
-DIGITS = 10  # significant digits of the numbers in a file
+_DIGITS = 10  # significant digits of the numbers in a file
 MATRICES = "matrices"  # what rows about all changed weights have as data
 
 
@@ -271,7 +271,7 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically: the columns in which a row differs from the default, floats with DIGITS digits."""
+    """Write a file of rows, atomically: the columns in which a row differs from the default, floats with _DIGITS digits."""
     columns = {item.name: [_short(getattr(row, item.name)) for row in study.rows] for item in fields(StudyRow)}
     shared, lines = {}, []
     for item in fields(StudyRow):
@@ -292,7 +292,7 @@ def write_study(path: Path, study: StudyRows) -> None:
 def _short(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_short, value))
-    return float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def read_study(path: Path) -> StudyRows:

@@ -25,7 +25,7 @@ BIAS_NOTE = (
 MANY_ARMS = 5  # from so many arms on, arms are rows
 MANY_ROWS = 40  # longer tables of measures are shown on request
 # Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
-WIDEST, APART, TEXT = 128, 4, 26
+_WIDEST, _APART, _TEXT = 128, 4, 26
 
 
 @dataclass(frozen=True)
@@ -351,7 +351,7 @@ def _is_best(c: Comparison, arm: str) -> bool:
     return arm in c.cells and c.cells[arm].mark == "best"
 
 
-def fitted(table: Table, widest: int = WIDEST) -> list[Table]:
+def fitted(table: Table, widest: int = _WIDEST) -> list[Table]:
     """Return a table as several with the same first columns where its numbers take more than `widest` characters.
 
     A row without a number in one of several parts is left out of it.
@@ -381,12 +381,12 @@ def _width(table: Table, column: int) -> int:
     """Return the characters that a column needs: its head is broken between words and joints, and so are long texts."""
     words = max(len(word) for word in re.split(r"[\s+:_/-]", table.heads[column]))
     longest = max((len(row[column]) for row in table.rows), default=0)
-    return APART + max(words, TEXT if is_long(table, column) else longest)
+    return _APART + max(words, _TEXT if is_long(table, column) else longest)
 
 
 def is_long(table: Table, column: int) -> bool:
     """Return whether a column holds texts that may be broken between lines."""
-    most = TEXT if column < table.texts else TEXT + 6  # a difference with its interval is shorter
+    most = _TEXT if column < table.texts else _TEXT + 6  # a difference with its interval is shorter
     return any(len(row[column]) > most for row in table.rows)
 
 

@@ -15,7 +15,7 @@ from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
 CHANGE, STABLE, SKEW = "relative norm of the update", "stable rank of the update", "skew of the update over depth"
-NOTE = (
+_NOTE = (
     "Means over the changed matrices but those that were zero, then over the trainings. The norm of an update is divided by that "
     "of its weight. The stable rank is |ΔW|²/σ², between 1 and the rank. The skew is the relative norm of the block that changed "
     "most, divided by that of the median block. For weights trained in place, ΔW is the difference of the weights."
@@ -86,7 +86,7 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
         if len(several[0]) > 1
     }
     pictures = [Picture(depth_figure(drawn, folder / "figures" / "depth.svg"), title, CAPTION)] if drawn else []
-    return Section(title, [(Table(title, heads, rows, set(), texts=1), NOTE)], pictures)
+    return Section(title, [(Table(title, heads, rows, set(), texts=1), _NOTE)], pictures)
 
 
 def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:  # attacks are loaded when one is made: every configuration im
     from vismt.robustness.attacks.attacks import AttackSpec
     from vismt.robustness.attacks.dense_attack import DenseAttack
 
-SEVERITIES = (1, 2, 3, 4, 5)
+_SEVERITIES = (1, 2, 3, 4, 5)
 CORRUPTION_NAMES = ("all", *CORRUPTIONS)
 
 
@@ -156,7 +156,7 @@ class CorruptionConfig:
     """
 
     name: Annotated[str, Names(CORRUPTION_NAMES, only=True)] = "all"
-    severities: list[Severity] = field(default_factory=lambda: list(SEVERITIES))
+    severities: list[Severity] = field(default_factory=lambda: list(_SEVERITIES))
 
     def specs(self, *, of_maps: bool = False) -> list[CorruptionSpec]:
         """Return one spec for each corruption and severity.

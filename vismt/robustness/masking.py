@@ -25,8 +25,8 @@ from vismt.robustness.attacks.attacks import AttackSpec, radius_text
 from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
 from vismt.uncertainty.intervals import mean_interval
 
-LARGEST = 64 / 255  # change of every pixel
-RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, LARGEST)
+_LARGEST = 64 / 255  # change of every pixel
+RADII = (0.0, 1 / 255, 2 / 255, 4.5 / 255, 8 / 255, 16 / 255, _LARGEST)
 CROSSING = 2.0  # radii that the steps must add up to
 SLACK = 0.02  # the accuracy may rise by this much from one radius to the next
 
@@ -104,7 +104,7 @@ def check_masking(
     """
     if epsilons is None:
         whole = size_of_all(next(iter(batches))[0], spec.norm)
-        epsilons = (0.0, spec.epsilon / 2, spec.epsilon, min(2 * spec.epsilon, whole), LARGEST * whole)
+        epsilons = (0.0, spec.epsilon / 2, spec.epsilon, min(2 * spec.epsilon, whole), _LARGEST * whole)
     radii = sorted(set(epsilons))
 
     def accuracy(attack: AttackSpec) -> ConditionAccuracy:

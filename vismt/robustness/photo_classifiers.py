@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 
-SIZE, STEPS, BATCH = 32, 240, 64
-EPSILON = 4.5 / 255
+_SIZE, _STEPS, _BATCH = 32, 240, 64
+_EPSILON = 4.5 / 255
 
 
 def plain() -> tuple[nn.Module, int]:
@@ -25,12 +25,12 @@ def plain() -> tuple[nn.Module, int]:
 
 def hardened() -> tuple[nn.Module, int]:
     """Return the net trained on attacked images."""
-    return _trained(epsilon=EPSILON)
+    return _trained(epsilon=_EPSILON)
 
 
 def _trained(epsilon: float) -> tuple[nn.Module, int]:
     images = open_images("photo_crops", "train")
-    pixels, classes = Pixels(images, SIZE), len(images.classes)
+    pixels, classes = Pixels(images, _SIZE), len(images.classes)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = nn.Sequential(
@@ -44,8 +44,8 @@ def _trained(epsilon: float) -> tuple[nn.Module, int]:
             nn.Linear(1024, classes),
         )
         optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)
-        for _ in range(STEPS):
-            index = torch.randint(len(images), (BATCH,))
+        for _ in range(_STEPS):
+            index = torch.randint(len(images), (_BATCH,))
             batch, labels = pixels[index], images.labels[index]
             if epsilon:
                 batch = _attacked(net, batch, labels, epsilon)

@@ -18,7 +18,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import Placed
 
 SCHEMES = ("int8",)
-LEVELS = 127
+_LEVELS = 127
 
 
 @torch.no_grad()
@@ -42,5 +42,5 @@ def int8(weight: Tensor) -> Tensor:
     In half precision the scale and the levels are of float32, and the values are rounded once.
     """
     rows = weight.flatten(1).to(torch.promote_types(weight.dtype, torch.float32))
-    scale = rows.abs().amax(1, keepdim=True) / LEVELS
+    scale = rows.abs().amax(1, keepdim=True) / _LEVELS
     return ((rows / torch.where(scale > 0, scale, 1)).round() * scale).view_as(weight).to(weight.dtype)

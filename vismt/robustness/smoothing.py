@@ -30,8 +30,8 @@ from vismt.config.typed import Checked, within
 from vismt.uncertainty.intervals import Condition
 
 FIRST, HOPELESS = 100, 0.4
-CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
-RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+_CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
+_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 ABSTAINED = -1  # the answer of an abstention
 
 
@@ -75,8 +75,8 @@ class Smoothing(Checked):
         return {"certify": asdict(self)}
 
     def conditions(self) -> list[Condition]:
-        """Return a condition for each of RADII that a certificate can reach."""
-        reached = [radius for radius in RADII if radius <= self.largest]
+        """Return a condition for each of _RADII that a certificate can reach."""
+        reached = [radius for radius in _RADII if radius <= self.largest]
         return [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in reached]
 
     def levels(self) -> dict[str, float]:
@@ -120,8 +120,8 @@ class Smoothing(Checked):
     ) -> Tensor:
         """Return the number of noisy copies of an image (3, h, w) that are answered each class, int64 (k,)."""
         votes = torch.zeros(0, dtype=torch.long)
-        for start in range(0, count, CHUNK):
-            noise = torch.randn(min(CHUNK, count - start), *image.shape, generator=generator)
+        for start in range(0, count, _CHUNK):
+            noise = torch.randn(min(_CHUNK, count - start), *image.shape, generator=generator)
             found = logits(image + self.sigma * noise.to(image.device))
             counts = found.argmax(1).cpu().bincount(minlength=found.shape[1])
             votes = counts if not len(votes) else votes + counts

@@ -30,7 +30,7 @@ MOST_JSON = 2**26  # bytes of a JSON file
 PARTIAL = ".vismt-partial"
 Types = Mapping[str, Any]  # the type of the value of each key of a JSON object
 NO_TYPES: Types = {}
-DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
+_DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
 # The name in safetensors of each dtype of torch.
 DTYPES = {
     "torch.float64": "F64",
@@ -99,12 +99,12 @@ def read_json(path: Path, what: str, strict: bool = False) -> Any:
 
 def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
     """Return JSON text of an object and its digest, by which `read_sealed` and `is_sealed` notice a changed file."""
-    return json.dumps({**content, DIGEST: _digest_of(content)}, indent=indent)
+    return json.dumps({**content, _DIGEST: _digest_of(content)}, indent=indent)
 
 
 def is_sealed(content: Mapping[str, Any]) -> bool:
     """Return whether the content of a JSON file is that with which it was written."""
-    return content.get(DIGEST) == _digest_of(content)
+    return content.get(_DIGEST) == _digest_of(content)
 
 
 def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO_TYPES) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO
         raise UserError(
             f"{what}: '{path}' does not have the content that a run writes: {fault}; delete it to make it again."
         )
-    return {name: value for name, value in content.items() if name != DIGEST}
+    return {name: value for name, value in content.items() if name != _DIGEST}
 
 
 def misfit(content: Mapping[str, Any], needed: Types, may: Types = NO_TYPES) -> str | None:
@@ -153,7 +153,7 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _digest_of(content: Mapping[str, Any]) -> str:
-    plain = {name: value for name, value in json.loads(json.dumps(content)).items() if name != DIGEST}
+    plain = {name: value for name, value in json.loads(json.dumps(content)).items() if name != _DIGEST}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 

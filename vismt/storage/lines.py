@@ -22,8 +22,8 @@ from vismt.base.errors import UserError
 from vismt.storage.files import NO_TYPES, Types, atomic_write, cannot_write, misfit, parse_json
 from vismt.storage.paths import read_bytes
 
-LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
-LAST = b', "last": true'
+_LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
+_LAST = b', "last": true'
 
 
 def read_lines(
@@ -40,7 +40,7 @@ def read_lines(
         return []
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
-    matches = [LINE.fullmatch(line) for line in lines]
+    matches = [_LINE.fullmatch(line) for line in lines]
     rows = []
     checksum = b""
     for number, match in enumerate(matches, 1):
@@ -66,7 +66,7 @@ def read_lines(
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write the whole file atomically; the last line is marked, so that a cut file is noticed."""
     lines, _ = _encoded(rows, b"")
-    atomic_write(path, lines[:-2] + LAST + lines[-2:] if lines else lines)
+    atomic_write(path, lines[:-2] + _LAST + lines[-2:] if lines else lines)
 
 
 class LineFile:

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError, shown_value
 from vismt.base.seeds import digest
 from vismt.storage.lines import LineFile, read_lines
 
-AGAIN = "move the file away to start again."
+_AGAIN = "move the file away to start again."
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class Records:
         for number, row in enumerate(rows, start=2):
             fault = self._fault(row)
             if fault is not None:
-                raise UserError(f"records '{path}': line {number}: {fault}; {AGAIN}")
+                raise UserError(f"records '{path}': line {number}: {fault}; {_AGAIN}")
             self._rows[row[self.key]] = row
         self._lines = LineFile(path, [header, *rows])
         return self._rows

@@ -34,11 +34,11 @@ HIGHER: Better = "higher"
 LOWER: Better = "lower"
 SHARE: Scale = "share"
 NUMBER: Scale = "number"
-TINY = 1e-12  # smallest p of one side
+_TINY = 1e-12  # smallest p of one side
 NEARLY_NORMAL = 500  # degrees of freedom of a t that is taken as normal
 EXACT_FLIPS, DRAWN_FLIPS, MOST_UNITS = 12, 10_000, 1_000  # of `sign_flip_p`
 FEWEST_DOMAINS = 5  # that are taken as a sample of domains
-COVERED: dict[str, str] = {
+_COVERED: dict[str, str] = {
     "sampler": "new episodes of the same images",
     "images": "new images of these classes",
     "classes": "new classes and their images",
@@ -54,7 +54,7 @@ def interval_kind_text(kind: Covers, units: str = "") -> str:
     units: the independent units of the examples, "379 signs"; "" for the examples.
     """
     counted = f", {units}" if units else ""
-    return f"95 % over {' and '.join(COVERED[part] for part in kind.split('+'))}{counted}"
+    return f"95 % over {' and '.join(_COVERED[part] for part in kind.split('+'))}{counted}"
 
 
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
@@ -135,9 +135,9 @@ class Estimate:
         if self.variance == 0:
             return float(self.mean == 0)
         reach = abs(self.mean) / math.sqrt(self.variance)
-        if self._quantile(1 - TINY) <= reach:
-            return 2 * TINY
-        return 2 * (1 - float(brentq(lambda level: self._quantile(level) - reach, 0.5, 1 - TINY)))
+        if self._quantile(1 - _TINY) <= reach:
+            return 2 * _TINY
+        return 2 * (1 - float(brentq(lambda level: self._quantile(level) - reach, 0.5, 1 - _TINY)))
 
     def detectable(self, power: float = 0.8) -> float:
         """Return the smallest true mean whose 95 % interval leaves out 0 with probability `power`.

@@ -29,8 +29,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known, shown_value
 
-METHODS = ("sample", "probit")
-PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
+_METHODS = ("sample", "probit")
+_PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
@@ -83,7 +83,7 @@ class GaussianHead(nn.Module, ABC):
             UserError: features that do not fit, `samples` below 1, or an unknown method.
         """
         method = method or ("probit" if samples is None else "sample")
-        require_known("predict: no method", [method], METHODS)
+        require_known("predict: no method", [method], _METHODS)
         mean, root = self.mean_and_root(features)
         if method == "probit":
             return probit(mean, root)
@@ -162,7 +162,7 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
 
 def probit(mean: Tensor, root: Tensor) -> Tensor:
     """Return approximate probabilities (b, k) without a draw. Arguments as in `draw_logits`."""
-    batch = max(1, PAIRS // mean.shape[1] ** 2)
+    batch = max(1, _PAIRS // mean.shape[1] ** 2)
     parts = []
     for m, r in zip(mean.split(batch), root.split(batch), strict=True):
         covariance = torch.diag_embed(r.square()) if r.ndim == 2 else r @ r.mT

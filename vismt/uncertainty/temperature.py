@@ -20,7 +20,7 @@ from torch import Tensor
 from vismt.base.errors import UserError
 
 COLDEST, HOTTEST = 1e-3, 1e3
-SHARED = 10  # examples as which the mean over all examples weighs in a block's temperature
+_SHARED = 10  # examples as which the mean over all examples weighs in a block's temperature
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
@@ -58,7 +58,7 @@ def fit_block_temperatures(logits: Tensor, labels: Tensor, block_of_class: Tenso
     """
     z, y = _checked(logits, labels)
     answered = block_of_class[z.argmax(1)]
-    weights = [(answered == block).double() + SHARED / len(y) for block in range(int(block_of_class.max()) + 1)]
+    weights = [(answered == block).double() + _SHARED / len(y) for block in range(int(block_of_class.max()) + 1)]
     return _fit(z, y, torch.stack(weights)).tolist()
 
 

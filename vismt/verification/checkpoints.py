@@ -30,14 +30,14 @@ from vismt.verification.facts import Facts, read_facts
 from vismt.verification.fit import BITS
 
 # Keys that fetch files, run other code than the model's own, or leave its weights as they are.
-LEFT_OUT = re.compile(
+_LEFT_OUT = re.compile(
     r"implementation|kernel|quantization_config|auto_map|dtype|^transformers_weights$|^_name_or_path$"
 )
 FETCHING = re.compile(r"^use_(timm|pretrained)_backbone$|^backbone$")
 # Keys that say how many modules there are, and keys with such words that say how large they are.
 COUNTS = re.compile(r"layer|depth|block|expert|stage|branch|codebook|^(num|n)_")
-SIZES = re.compile(r"size|dim|width|vocab|position|ctx|emb|inner|token|patch|feature|class|norm|channel")
-MOST, MOST_LABELS, LONGEST = 1024, 10**5, 500  # modules of a kind, labels, characters of a name that is converted
+_SIZES = re.compile(r"size|dim|width|vocab|position|ctx|emb|inner|token|patch|feature|class|norm|channel")
+_MOST, MOST_LABELS, _LONGEST = 1024, 10**5, 500  # modules of a kind, labels, characters of a name that is converted
 OF_TASKS = {
     "CAUSAL_LM": "CAUSAL_LM",
     "SEQ_CLS": "SEQUENCE_CLASSIFICATION",
@@ -238,11 +238,11 @@ def _plain(config: Any, key: str = "") -> Any:
     if isinstance(config, dict):
         if any(FETCHING.search(name) and value for name, value in config.items()):
             return None
-        parts = {name: _plain(value, name) for name, value in config.items() if not LEFT_OUT.search(name)}
+        parts = {name: _plain(value, name) for name, value in config.items() if not _LEFT_OUT.search(name)}
         lost = any(parts[name] is None and config[name] is not None for name in parts)
         return None if lost else parts
-    counted = COUNTS.search(key) is not None and SIZES.search(key) is None
-    most = MOST_LABELS if key == "num_labels" else MOST
+    counted = COUNTS.search(key) is not None and _SIZES.search(key) is None
+    most = MOST_LABELS if key == "num_labels" else _MOST
     if isinstance(config, list):
         parts_of_list = [_plain(value, key) for value in config]
         count = sum(value for value in config if isinstance(value, int)) if counted else 0
@@ -266,7 +266,7 @@ def _target(name: str, library: Library, renamings: list[Any], converters: list[
     """Return the name of a weight in the model, and the pattern of the converter that makes it of this tensor."""
     from transformers.core_model_loading import rename_source_key
 
-    if len(name) > LONGEST:
+    if len(name) > _LONGEST:
         return name, None
     prefix = library.model.base_model_prefix
     target, pattern = rename_source_key(name, renamings, converters, prefix, library.shapes)

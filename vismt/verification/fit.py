@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vismt.lowrank.update import Update
 
-CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
+_CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
 SAMPLE = 2**20  # elements that distinguish one factor from another
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -119,7 +119,7 @@ def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -
 
 
 def _chunks(W: Tensor) -> list[slice]:
-    step = max(1, CHUNK // W.shape[1])
+    step = max(1, _CHUNK // W.shape[1])
     return [slice(start, start + step) for start in range(0, W.shape[0], step)]
 
 
@@ -200,7 +200,7 @@ def known_mistakes(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
 def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tuple[float, str] | None:
     """Return the factor other than 1 that fits best, with its rules; None where 1 or no factor fits."""
     chunks = _chunks(W)
-    chosen = chunks[:: max(1, len(chunks) * CHUNK // SAMPLE)]
+    chosen = chunks[:: max(1, len(chunks) * _CHUNK // SAMPLE)]
 
     def at(merge: Merge) -> _Sums:
         return _sums(W, M, update, merge, chosen, _ways(M.dtype, update))

@@ -1,6 +1,6 @@
 """What each library, a reader, will do with a folder: which tensors it uses, ignores, refuses or misreads, and why.
 
-RULES is a table with one rule a condition of the folder, which was run with, or read from, VERSIONS. A rule with a code is a
+_RULES is a table with one rule a condition of the folder, which was run with, or read from, VERSIONS. A rule with a code is a
 finding of `vismt verify`. An effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks
 what was reported or follows from a reader's source and was not run: it is expected, not certain.
 
@@ -45,7 +45,7 @@ OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFI
 OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
 WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "BOOL")
-BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
+_BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
 # The factor of the update by readers that compute their own from the settings and the rank of the file.
 SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
     "vllm": lambda settings, rank: settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r),
@@ -132,7 +132,7 @@ class Met:
 def met_rules(case: Case) -> Iterable[Met]:
     """Yield the rules that a folder meets, with their reasons filled in."""
     facts = case.facts
-    for rule in RULES:
+    for rule in _RULES:
         names = rule.when(case)
         if names is True:
             yield Met(rule, list(facts.tensors) or [str(facts.folder)], rule.why, True)
@@ -331,7 +331,7 @@ def _not_saved(case: Case) -> list[str]:
     library = case.base.library if case.base else None
     if library is not None:
         return [name for name in lost if any(f".{name}." in f".{weight}" for weight in library.shapes)]
-    heads = HEADS if {*HEADS} <= {*listed} and not {*HEADS} <= {*lost} else ()
+    heads = _HEADS if {*_HEADS} <= {*listed} and not {*_HEADS} <= {*lost} else ()
     return [name for name in lost if name not in heads]
 
 
@@ -351,58 +351,58 @@ def _wrapped(case: Case) -> list[str]:
     if not case.facts.is_adapter and (case.timm or not case.facts.model_config):
         return []
     names = {name: name.removeprefix(PREFIX) if case.facts.is_adapter else name for name in case.facts.tensors}
-    return [name for name, inner in names.items() if re.search(WRAPPERS, inner)]
+    return [name for name, inner in names.items() if re.search(_WRAPPERS, inner)]
 
 
-FACTORS = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}
+_FACTORS = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}
 # What peft takes: the beginnings of starts, and tasks.
 INITIAL = (*STARTS, "pissa", "corda", "olora", "loftq", "lora_ga", "true", "false", "none")
-TASKS = (None, "", "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
-TOKENS = "trainable_token_indices"
-HEADS = ("classifier", "score")
-WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
+_TASKS = (None, "", "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
+_TOKENS = "trainable_token_indices"
+_HEADS = ("classifier", "score")
+_WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
+_PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
-MERGE = f"merge it into its base: {MERGE_COMMAND}"
+_MERGE = f"merge it into its base: {MERGE_COMMAND}"
 LOAD = "load it with vismt.load_adapter"
-AGAIN = "save the adapter again"
-BASE = "give the base it was trained on"
-REFUSED = {"peft": "refused", "transformers": "refused"}
-IGNORED = {"peft": "ignored", "transformers": "ignored"}
+_AGAIN = "save the adapter again"
+_BASE = "give the base it was trained on"
+_REFUSED = {"peft": "refused", "transformers": "refused"}
+_IGNORED = {"peft": "ignored", "transformers": "ignored"}
 MISREAD = {"peft": "misread", "transformers": "misread"}
 UNSERVED = {"vllm": "refused", "llama.cpp": "refused"}
 UNMAPPED = {"transformers": "misread", "vllm": "refused?", "llama.cpp": "refused?"}
 
 # fmt: off
-RULES = (
+_RULES = (
     # files and settings
     Rule(lambda case: case.facts.kind == "none", "the folder holds no adapter and no checkpoint",
-         REFUSED | UNSERVED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
-    Rule(lambda case: case.exports, "it is in the format of vismt", REFUSED | UNSERVED,
+         _REFUSED | UNSERVED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
+    Rule(lambda case: case.exports, "it is in the format of vismt", _REFUSED | UNSERVED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
-    Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", REFUSED | UNSERVED, LOAD),
-    Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, MERGE),
+    Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", _REFUSED | UNSERVED, LOAD),
+    Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, _MERGE),
     Rule(lambda case: case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
-         REFUSED | UNSERVED, AGAIN),
-    Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", REFUSED, "add the peft_type"),
-    Rule(_other_tuner, "peft_type names another tuner: the tensors are a LoRA's, and that tuner reads none of them", IGNORED,
+         _REFUSED | UNSERVED, _AGAIN),
+    Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", _REFUSED, "add the peft_type"),
+    Rule(_other_tuner, "peft_type names another tuner: the tensors are a LoRA's, and that tuner reads none of them", _IGNORED,
          "set peft_type to that of the training", "tuner"),
     Rule(lambda case: case.facts.tuner == "XLORA" and not case.facts.config.get("adapters"),
-         "an X-LoRA mixes the adapters that its settings name, and they name none", REFUSED, "add the adapters", "setting"),
+         "an X-LoRA mixes the adapters that its settings name, and they name none", _REFUSED, "add the adapters", "setting"),
     Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
     Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
-    Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), REFUSED | {"llama.cpp": "refused?"},
+    Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), _REFUSED | {"llama.cpp": "refused?"},
          "set it to that of the training", "setting"),
-    Rule(_odd("task_type", TASKS), "peft knows no such task_type", REFUSED, "set task_type to null", "setting"),
+    Rule(_odd("task_type", _TASKS), "peft knows no such task_type", _REFUSED, "set task_type to null", "setting"),
     Rule(lambda case: case.lora and not str(case.facts.config.get("init_lora_weights", True)).lower().startswith(INITIAL),
-         "peft knows no such init_lora_weights", REFUSED, "set init_lora_weights to true", "setting"),
+         "peft knows no such init_lora_weights", _REFUSED, "set init_lora_weights to true", "setting"),
     Rule(lambda case: case.lora and any(case.facts.config.get(key, {}) is None for key in ("rank_pattern", "alpha_pattern")),
-         "rank_pattern or alpha_pattern is null", REFUSED, "set it to {}", "setting"),
+         "rank_pattern or alpha_pattern is null", _REFUSED, "set it to {}", "setting"),
     Rule(lambda case: case.facts.kind == "peft" and TENSORS not in case.facts.files,
          "its tensors are not in a safetensors file",
          {"transformers": "note"}, "load_adapter(..., use_safetensors=False)"),
-    Rule(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", ""), "it is not a LoRA", UNSERVED, MERGE),
+    Rule(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", ""), "it is not a LoRA", UNSERVED, _MERGE),
     Rule(lambda case: case.facts.tuner in OF_PEFT_MODELS, "load_adapter does not take this tuner",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
     Rule(lambda case: case.facts.kind == "peft" and case.timm, "models of timm have no load_adapter",
@@ -411,7 +411,7 @@ RULES = (
                                        for made in case.configs),
          "it serves language models", UNSERVED),
     Rule(lambda case: case.facts.is_adapter and any(made.get("model_type") == "gpt2" for made in case.configs),
-         "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, MERGE),
+         "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, _MERGE),
     Rule(lambda case: case.facts.is_adapter and "model_type" in case.facts.model_config
          and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files),
          "the weights of a model are beside the adapter: from_pretrained adds the update to them, twice where they are merged",
@@ -424,11 +424,11 @@ RULES = (
          "the names hold 'default', the adapter's name, which only peft reads",
          UNSERVED | {"transformers": "ignored"}, "take '.default' out of the names", "adapter-name", "suspicious"),
     Rule(_tensors(lambda case, tensor: tensor.adapter not in ("", "default")),
-         "the names hold the name of an adapter", UNSERVED | IGNORED, "take the name out", "adapter-name"),
+         "the names hold the name of an adapter", UNSERVED | _IGNORED, "take the name out", "adapter-name"),
     Rule(_modules(_old), "the names have '.model' of an old peft",
-         IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
+         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
     Rule(_wrapped, "the names have the prefix of a wrapper of training (torch.compile, DDP, FSDP, peft)",
-         IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "take the prefix out of the names", "wrapped"),
+         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "take the prefix out of the names", "wrapped"),
     # transformers finds a model by its type where the paths only lack, or have, the name of the bare model
     Rule(_modules(lambda case, module: case.base and case.base.change == EARLIER and module.path in case.base.names
                   and f"{module.path}.weight" not in case.base.facts.tensors),
@@ -436,77 +436,78 @@ RULES = (
          {"peft": "ignored?"}, "load it with the transformers it was trained with", "earlier-names", "suspicious"),
     Rule(_modules(lambda case, module: case.base and case.base.change and case.base.change != EARLIER
                   and module.path in case.base.names
-                  and not (case.base.change in BARE and case.base.facts.config.get("model_type"))),
+                  and not (case.base.change in _BARE and case.base.facts.config.get("model_type"))),
          "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
-         IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
+         _IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
     Rule(_modules(lambda case, module: case.base and module.path not in case.base.names and not case.base.lacks(module.path)),
          "the base has other names, and it is not known what they become in its model",
          fix="give a folder with config.json", code="not-compared", level="suspicious"),
-    Rule(_modules(_absent), "the base has no such modules", IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, BASE,
+    Rule(_modules(_absent), "the base has no such modules", _IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, _BASE,
          "not-in-base"),
     # modules and shapes
-    Rule(_modules(_outside), "target_modules do not name these modules", IGNORED, "name them in target_modules"),
+    Rule(_modules(_outside), "target_modules do not name these modules", _IGNORED, "name them in target_modules"),
     Rule(_not_held, "target_modules name these modules, and the file holds no factors of them",
-         IGNORED | {"vllm": "ignored", "llama.cpp": "ignored"}, AGAIN, "missing-module"),
+         _IGNORED | {"vllm": "ignored", "llama.cpp": "ignored"}, _AGAIN, "missing-module"),
     Rule(_gaps, "the file has factors of such modules in most layers, and none of these; --base shows whether the model has them",
          code="gap", level="note"),
-    Rule(_no_target, "target_modules name no module of the base", REFUSED, BASE),
+    Rule(_no_target, "target_modules name no module of the base", _REFUSED, _BASE),
     Rule(_modules(lambda case, module: module.unpaired), "one of the two factors is missing",
-         IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, AGAIN, "unpaired"),
+         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, _AGAIN, "unpaired"),
     Rule(_modules(lambda case, module: _other_rank(case, module) and not _transposed(case, module)),
          "'{module.path}' has rank {module.rank} in the file and {module.declared} in the settings",
-         REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+         _REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
-    Rule(_modules(_transposed), "the factors are stored transposed", REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+    Rule(_modules(_transposed), "the factors are stored transposed", _REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "export the adapter again", "transposed"),
     Rule(_modules(lambda case, module: case.base and case.base.misfits(module) and ".experts" not in module.path),
          "the update of '{module.path}' is {update}, the base's weight {weight}",
-         REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, BASE, "shape"),
+         _REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, _BASE, "shape"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 16),
          "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 512),
-         "the rank is over the largest limit, 512", {"vllm": "refused"}, MERGE),
-    Rule(_tensors(lambda case, tensor: tensor.role in FACTORS and tensor.dtype in WHOLE_NUMBERS),
-         "the factors are whole numbers, which are read without their scale", MISREAD, AGAIN, "dtype"),
-    Rule(_tensors(lambda case, tensor: tensor.role in FACTORS and tensor.dtype not in {*WHOLE_NUMBERS, *DTYPES.values()}),
-         "no reader takes factors of this type as they are", {"peft": "misread?", "transformers": "misread?"}, AGAIN, "dtype"),
+         "the rank is over the largest limit, 512", {"vllm": "refused"}, _MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype in WHOLE_NUMBERS),
+         "the factors are whole numbers, which are read without their scale", MISREAD, _AGAIN, "dtype"),
+    Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype not in {*WHOLE_NUMBERS, *DTYPES.values()}),
+         "no reader takes factors of this type as they are", {"peft": "misread?", "transformers": "misread?"}, _AGAIN, "dtype"),
     # variants
     Rule(_role("magnitude", "use_dora", True), "load_adapter renames no magnitudes of DoRA: they keep their first values",
          {"transformers": "ignored"}, "load it with peft.PeftModel"),
-    Rule(_role("magnitude", "use_dora", False), "the file has magnitudes of DoRA, and use_dora is not set", IGNORED,
+    Rule(_role("magnitude", "use_dora", False), "the file has magnitudes of DoRA, and use_dora is not set", _IGNORED,
          "set use_dora", "dora"),
     Rule(lambda case: bool(case.facts.config.get("use_dora") or case.facts.with_role("magnitude")), "it is a DoRA",
-         {"vllm": "refused"}, MERGE),
-    Rule(_tensors(lambda case, tensor: tensor.role == "magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, MERGE),
+         {"vllm": "refused"}, _MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role == "magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, _MERGE),
     Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_dora") and "magnitude" not in module.tensors),
-         "use_dora is set, and the file lacks magnitudes", MISREAD | {"llama.cpp": "misread"}, AGAIN, "dora"),
-    Rule(_role("bias", "lora_bias", False), "the file has biases of B, and lora_bias is not set", IGNORED, "set lora_bias",
+         "use_dora is set, and the file lacks magnitudes", MISREAD | {"llama.cpp": "misread"}, _AGAIN, "dora"),
+    Rule(_role("bias", "lora_bias", False), "the file has biases of B, and lora_bias is not set", _IGNORED, "set lora_bias",
          "lora-bias"),
-    Rule(_tensors(lambda case, tensor: tensor.role == "bias"), "it has biases of B", UNSERVED, MERGE),
+    Rule(_tensors(lambda case, tensor: tensor.role == "bias"), "it has biases of B", UNSERVED, _MERGE),
     Rule(_tensors(lambda case, tensor: case.lora and tensor.role == "other"), "no variant of LoRA has such tensors",
          code="unknown-tensors", level="suspicious"),
-    Rule(lambda case: case.lora and case.facts.config.get("bias", "none") != "none", "it has biases", {"vllm": "refused"}, MERGE),
-    Rule(_setting("modules_to_save"), "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
+    Rule(lambda case: case.lora and case.facts.config.get("bias", "none") != "none", "it has biases", {"vllm": "refused"},
+         _MERGE),
+    Rule(_setting("modules_to_save"), "it has parameters that are saved whole", {"vllm": "refused"}, _MERGE),
     Rule(lambda case: [] if case.facts.config.get("modules_to_save") else _saved("other", "norm")(case),
-         "it has parameters that are saved whole", {"vllm": "refused"}, MERGE),
-    Rule(_saved("other"), "it has parameters that are saved whole", {"llama.cpp": "refused"}, MERGE),
-    Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, MERGE),
+         "it has parameters that are saved whole", {"vllm": "refused"}, _MERGE),
+    Rule(_saved("other"), "it has parameters that are saved whole", {"llama.cpp": "refused"}, _MERGE),
+    Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, _MERGE),
     Rule(_not_saved, "modules_to_save names them, and the file does not hold them",
-         {"peft": "refused", "transformers": "ignored", "llama.cpp": "ignored"}, AGAIN, "head-lost"),
-    Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, AGAIN, "head-lost"),
+         {"peft": "refused", "transformers": "ignored", "llama.cpp": "ignored"}, _AGAIN, "head-lost"),
+    Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, _AGAIN, "head-lost"),
     Rule(lambda case: case.base is None and case.lora and case.facts.config.get("bias", "none") != "none"
          and not any(tensor.path.endswith("bias") for tensor in case.facts.with_role("saved")),
          "the settings save biases, and the file holds none; --base shows whether the model has any", code="gap", level="note"),
-    Rule(lambda case: [TOKENS] * (case.lora and bool(case.facts.config.get(TOKENS)) and not case.facts.with_role("tokens")),
+    Rule(lambda case: [_TOKENS] * (case.lora and bool(case.facts.config.get(_TOKENS)) and not case.facts.with_role("tokens")),
          "trainable_token_indices names rows of an embedding, and the file does not hold them",
-         {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
+         {"peft": "refused", "transformers": "ignored"}, _AGAIN, "head-lost"),
     Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
          "needed where the vocabulary was resized"),
     Rule(lambda case: [tensor.name for tensor in case.facts.unlisted() if not tensor.path.endswith(TABLES)],
          "the settings do not name them: they replace the base's parameters, also where the adapter is disabled",
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
     Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",
-         IGNORED | {"vllm": "ignored?", "llama.cpp": "misread"}, "set lora_alpha to the value of the training", "alpha-zero"),
+         _IGNORED | {"vllm": "ignored?", "llama.cpp": "misread"}, "set lora_alpha to the value of the training", "alpha-zero"),
     Rule(lambda case: case.facts.settings is not None and bool(case.facts.settings.use_rslora)
          and case.facts.settings.lora_alpha == case.facts.settings.r > 1,
          "use_rslora with lora_alpha = r: the update is multiplied by sqrt(r); peft's add_weighted_adapter writes "
@@ -514,9 +515,9 @@ RULES = (
          code="rslora-alpha", level="note"),
     Rule(_start("pissa", "olora", "corda", "loftq"), "the start was taken out of the base, which this reader leaves whole",
          {"vllm": "misread", "llama.cpp": "misread"}, CONVERT),
-    Rule(_start("corda", "loftq"), "the start needs data that the folder does not hold", REFUSED, CONVERT),
+    Rule(_start("corda", "loftq"), "the start needs data that the folder does not hold", _REFUSED, CONVERT),
     Rule(_setting("alora_invocation_tokens"), "it applies after certain tokens only (aLoRA)", {"vllm": "misread?"}),
-    Rule(_setting("layer_replication"), "it repeats layers", {"vllm": "misread?", "llama.cpp": "misread?"}, MERGE),
+    Rule(_setting("layer_replication"), "it repeats layers", {"vllm": "misread?", "llama.cpp": "misread?"}, _MERGE),
     Rule(_setting("target_parameters"), "it adapts experts in one tensor", {"vllm": "note", "llama.cpp": "refused?"},
          "for models that vLLM marks as 3-D, or with enable_mixed_moe_lora_format"),
     Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_rslora")
@@ -525,10 +526,10 @@ RULES = (
          MISREAD, "set use_rslora to false and lora_alpha to lora_alpha·√r"),
     Rule(_modules(lambda case, module: case.base and case.base.facts.model_config.get("tie_word_embeddings")
                   and module.path.rpartition(".")[2] == "lm_head"),
-         "the head is the embedding table of the base", {"llama.cpp": "refused"}, MERGE),
-    Rule(_scaled("vllm"), "it reads no rank_pattern and alpha_pattern: {factors[vllm]}", {"vllm": "scaled"}, PLAIN),
+         "the head is the embedding table of the base", {"llama.cpp": "refused"}, _MERGE),
+    Rule(_scaled("vllm"), "it reads no rank_pattern and alpha_pattern: {factors[vllm]}", {"vllm": "scaled"}, _PLAIN),
     Rule(_scaled("llama.cpp"), "it divides lora_alpha by the rank and reads no use_rslora or alpha_pattern: {factors[llama.cpp]}",
-         {"llama.cpp": "scaled"}, PLAIN),
+         {"llama.cpp": "scaled"}, _PLAIN),
     # checkpoints
     Rule(lambda case: case.facts.kind == "checkpoint",
          "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
@@ -539,14 +540,14 @@ RULES = (
     Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"}, f"take '{PREFIX}' out"),
     Rule(_whole(lambda whole: whole.lacking), "the model has these weights and the file does not: they are initialised at random",
          UNMAPPED, "save the whole model under the names of its library", "lacking"),
-    Rule(_whole(lambda whole: whole.misfits), "config.json says another shape", REFUSED, "take config.json from the base",
+    Rule(_whole(lambda whole: whole.misfits), "config.json says another shape", _REFUSED, "take config.json from the base",
          "shape"),
     Rule(_whole(_unused), "the model of config.json has no such layers: they are left out", {"transformers": "ignored"},
          "take config.json from the base", "config"),
     Rule(lambda case: case.facts.kind == "checkpoint" and "config.json" in case.facts.files
          and "model_type" in case.facts.model_config
          and not {WEIGHTS, *INDEX, *LEGACY_WEIGHTS} & {*case.facts.files},
-         f"it has no '{WEIGHTS}' and no index of shards, which transformers looks for", REFUSED, "save the model again",
+         f"it has no '{WEIGHTS}' and no index of shards, which transformers looks for", _REFUSED, "save the model again",
          "file-names", "suspicious"),
     Rule(lambda case: case.facts.kind == "checkpoint" and {*INDEX} & {*case.facts.files} and WEIGHTS in case.facts.files,
          f"'{WEIGHTS}' is beside the shards of an index: transformers takes it and leaves the shards", {"transformers": "note"},
@@ -562,8 +563,8 @@ RULES = (
 EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
 # peft's and transformers' rules were run, the others read from the source of this date.
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
-NAMES = {"vllm": "vLLM"}
-RUN = ("peft", "transformers", "timm")
+_NAMES = {"vllm": "vLLM"}
+_RUN = ("peft", "transformers", "timm")
 GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
 GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
@@ -628,7 +629,7 @@ class Reading:
             answer = f"{count}, serves the base" if ignored else f"{count} as meant, served model differs"
         else:
             answer = f"{count}, served model differs"
-        return f"{NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
+        return f"{_NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
 
     @property
     def row(self) -> dict[str, Any]:
@@ -695,8 +696,8 @@ def _reading(reader: str, case: Case, met: Sequence[Met]) -> Reading:
 
 def _source(reader: str) -> str:
     """Return which version the rules of a reader are of."""
-    if reader not in RUN:
-        return f"as of {NAMES.get(reader, reader)} {VERSIONS[reader]}"
+    if reader not in _RUN:
+        return f"as of {_NAMES.get(reader, reader)} {VERSIONS[reader]}"
     try:
         installed = version(reader)
     except PackageNotFoundError:

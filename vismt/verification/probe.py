@@ -26,7 +26,7 @@ from vismt.robustness.classifier import load_classifier
 from vismt.uncertainty.intervals import estimate
 from vismt.verification.facts import Facts, Finding
 
-TEXTS, TOKENS, IMAGES = 64, 256, 256  # at most
+_TEXTS, _TOKENS, _IMAGES = 64, 256, 256  # at most
 UNCHANGED = 1e-6  # nats: last bits
 COLLAPSED = 1.0  # nats a token that an adapter may add before it counts as a collapse
 Example = tuple[Tensor, Tensor]  # input with a batch of one; targets (t,)
@@ -68,11 +68,11 @@ def probe(facts: Facts, base: str, merged: str | None, data: str) -> tuple[list[
 
 def _lm(base: str, data: str) -> tuple[nn.Module, list[Example]]:
     try:
-        lines = [line for line in Path(data).read_text(encoding="utf8").splitlines() if line.strip()][:TEXTS]
+        lines = [line for line in Path(data).read_text(encoding="utf8").splitlines() if line.strip()][:_TEXTS]
     except (OSError, ValueError) as error:
         raise UserError(f"verify: --probe '{data}' cannot be read as text ({error}).") from error
     model, tokenizer = create_lm(base)
-    encoded = [torch.tensor(tokenizer(line)["input_ids"][:TOKENS]) for line in lines]
+    encoded = [torch.tensor(tokenizer(line)["input_ids"][:_TOKENS]) for line in lines]
     examples = [(ids[None, :-1], ids[1:]) for ids in encoded if len(ids) > 1]
     return model, _enough(examples, data)
 
@@ -89,7 +89,7 @@ def _classifier(base: str, data: str) -> tuple[nn.Module, list[Example]]:
             f"verify: '{base}' has {model.num_classes} outputs, '{data}' {len(images.classes)} classes; give images of its "
             "classes."
         )
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:IMAGES].tolist()
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:_IMAGES].tolist()
     outputs = torch.tensor([names.index(name) for name in images.classes])
     return model, _enough([(images.read(i)[None] / 255, outputs[images.labels[i]][None]) for i in order], data)
 

@@ -28,7 +28,7 @@ from vismt.verification.libraries import Case, findings_of, readings
 from vismt.verification.weights import ModuleRow, against_base, examine_values
 
 EXIT_CODES = {"ok": 0, "suspicious": 3, "broken": 4}
-FORMAT = 1
+_FORMAT = 1
 UNSEEN = "not checked"  # of `about`, and of lines of checks
 # Keys of a config.json that change what a model computes, and keys with such words that do not.
 DECIDES = re.compile(
@@ -36,9 +36,9 @@ DECIDES = re.compile(
 )
 DOES_NOT = re.compile(r"drop|output_|vocab|label|token|router_aux|init|cache|chunk|tie_")
 # Families of models by words in their names, at the start or the end of a word.
-KINDS = "llama|llava|mistral|mixtral|qwen|gemma|phi|gpt|opt|bloom|falcon|bert|t5|vit|swin|dino|deit|beit|clip|siglip|whisper"
-FAMILIES = re.compile(rf"(?<![a-z])(?:{KINDS})|(?:{KINDS})(?![a-z])")
-SIZES = {"m": 10**6, "b": 10**9}
+_KINDS = "llama|llava|mistral|mixtral|qwen|gemma|phi|gpt|opt|bloom|falcon|bert|t5|vit|swin|dino|deit|beit|clip|siglip|whisper"
+FAMILIES = re.compile(rf"(?<![a-z])(?:{_KINDS})|(?:{_KINDS})(?![a-z])")
+_SIZES = {"m": 10**6, "b": 10**9}
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ class Verdict:
     def as_json(self) -> dict[str, Any]:
         """Return the verdict as values for JSON."""
         status = {"status": self.status, "exit_code": self.exit_code}
-        return {"format": FORMAT, "vismt": __version__, **status, **asdict(self)}
+        return {"format": _FORMAT, "vismt": __version__, **status, **asdict(self)}
 
 
 def verify(
@@ -330,7 +330,7 @@ def named_base(facts: Facts, given: str, base: Facts) -> Iterable[Finding]:
         return
     size = re.search(r"(?:^|[-_./])(\d+(?:\.\d+)?)([mb])(?:$|[-_.])", last)
     count = sum(prod(tensor.shape) for tensor in base.tensors.values())
-    other = size is not None and not 0.4 < count / max(float(size[1]) * SIZES[size[2]], 1) < 2.5
+    other = size is not None and not 0.4 < count / max(float(size[1]) * _SIZES[size[2]], 1) < 2.5
     words, kind = FAMILIES.findall(last), str(base.model_config.get("model_type") or "").lower()
     other |= bool(kind and words) and not any(word in kind for word in words)
     text = f"the adapter names '{name[:200]}' as its base, and '{given[:200]}' is given"

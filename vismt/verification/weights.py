@@ -24,7 +24,7 @@ from vismt.verification.checkpoints import Located, equal, find_parameter
 from vismt.verification.facts import Facts, Finding, Level, names_of
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
-LARGEST = 1e3  # of the root mean square of an update: weights are below 1
+_LARGEST = 1e3  # of the root mean square of an update: weights are below 1
 LARGEST_RATIO = 3.0  # of |D| / |W|
 SAVE_AGAIN = "save the adapter again from a run whose values are finite"
 GIVE_BASE = "give the base it was trained on"
@@ -80,7 +80,7 @@ def examine_values(facts: Facts, rows: Mapping[str, ModuleRow]) -> Iterable[Find
         if update is not None:
             row.norm = update.norm()
             size = row.norm / max(prod(update.shape), 1) ** 0.5
-            if row.norm > torch.finfo(torch.float32).max or size > LARGEST:
+            if row.norm > torch.finfo(torch.float32).max or size > _LARGEST:
                 seen["large"].append(path)
             elif row.norm > 0:
                 row.stable_rank = update.blocks[0].stable_rank()
@@ -118,7 +118,7 @@ def _findings_of(seen: dict[str, list[str]], facts: Facts) -> Iterable[Finding]:
         text = f"{names_of(edge)}: values at the largest number of their dtype, as an overflow leaves them"
         yield Finding("suspicious", "overflow", text, SAVE_AGAIN, tuple(edge))
     if large:
-        text = f"{names_of(large)}: the update is larger than {LARGEST:g} on average ({len(large)} of {total} modules)"
+        text = f"{names_of(large)}: the update is larger than {_LARGEST:g} on average ({len(large)} of {total} modules)"
         yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     kinds = Counter(_kind_of(facts.modules[path]) for path in facts.modules)
     whole = [

@@ -35,7 +35,7 @@ def test_a_rule_weights_experts_and_not_places(
     order = [2, 0, 1]
     assert torch.allclose(mixture([experts[index] for index in order], rule, shots), zeta[order], atol=1e-4)
     assert torch.equal(mixture(experts, rule, shots), zeta)
-    monkeypatch.setattr(features, "IMAGES", 2)  # in a forward pass
+    monkeypatch.setattr(features, "_IMAGES", 2)  # in a forward pass
     assert torch.allclose(mixture(experts, rule, shots), zeta, atol=1e-4)
 
 

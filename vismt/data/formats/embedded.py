@@ -21,10 +21,10 @@ from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 from vismt.data.texts.text_set import TextRows, TextSource
 
-DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn
+_DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn
 HALVES = ("train", "test")
 # Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
-STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
+_STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
 SIDE_FROM, SIDE_SPAN = 0.45, 0.4
 
 
@@ -42,7 +42,7 @@ def crop_boxes(height: int, width: int, half: str, count: int) -> list[tuple[int
     boxes = []
     for i in range(count):
         step = i + 1 + (0 if first else count)
-        u, v, s = ((0.5 + step * alpha) % 1.0 for alpha in STEPS)
+        u, v, s = ((0.5 + step * alpha) % 1.0 for alpha in _STEPS)
         side = max(1, round(min(rows, columns) * (SIDE_FROM + SIDE_SPAN * s)))
         boxes.append((top0 + int(u * (rows - side + 1)), left0 + int(v * (columns - side + 1)), side))
     return boxes
@@ -57,12 +57,12 @@ class DigitsSource(PackagedSource, ImageSource):
     fixed_splits: ClassVar[tuple[str, ...]] = ("all",)
 
     def list_files(self, base: Path) -> Files:
-        return {"digits": file_groups(base, [DIGITS])[DIGITS]}
+        return {"digits": file_groups(base, [_DIGITS])[_DIGITS]}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
         # 64 grey levels and the digit; importing sklearn takes a second.
-        table = np.loadtxt(base / DIGITS, delimiter=",")
+        table = np.loadtxt(base / _DIGITS, delimiter=",")
         images = (torch.from_numpy(table[:, :-1]).reshape(-1, 8, 8) * 255 / 16).round().to(torch.uint8)
         digits = table[:, -1].astype(int).tolist()
         return Listing(
@@ -122,7 +122,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
             classes=list(paths),
             rows={half: crops(half) for half in splits},
             read=read,
-            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{STEPS}:{asked}",
+            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{_STEPS}:{asked}",
         )
 
 

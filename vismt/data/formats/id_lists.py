@@ -48,7 +48,7 @@ class LabelListSource(RootedSource, ImageSource):
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return the images in the order of the list of paths; ids are paths relative to `base`."""
         places = [base / name for name in (self.paths, self.labels, self.training, self.names)]
-        paths, labels, training, names = (read_list(card, place) for place in places)
+        paths, labels, training, names = (_read_list(card, place) for place in places)
         for place, content in zip(places[1:3], (labels, training), strict=True):
             _check_same_ids(card, (places[0], paths), (place, content))
         _check_values(card, places[1], labels, names, f"not a class of '{self.names}'")
@@ -63,7 +63,7 @@ class LabelListSource(RootedSource, ImageSource):
         return Listing(list(names.values()), rows)
 
 
-def read_list(card: Card, path: Path) -> dict[str, str]:
+def _read_list(card: Card, path: Path) -> dict[str, str]:
     """Return {id: value} in the order of the lines."""
     shown = shown_path(path)
     values: dict[str, str] = {}

@@ -28,7 +28,7 @@ from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, 
 from vismt.storage.paths import cache_root
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
-SPLITS = ("train", "validation", "test")  # of a table of events
+_SPLITS = ("train", "validation", "test")  # of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
 Row = tuple[str, str, list[int], int]  # name, user, history, next
 
@@ -89,7 +89,7 @@ class InteractionsSource(RootedSource, TextSource):
         if self.events is None:
             self.check_per_split(where, "files", self.files)
         else:
-            require_known(f"{where}: a table of events has no split", self.splits, SPLITS)
+            require_known(f"{where}: a table of events has no split", self.splits, _SPLITS)
         lists = [("fields", self.fields, 2), ("columns", self.columns, 3)]
         if self.item_columns:
             lists.append(("item_columns", self.item_columns, 2))
@@ -237,7 +237,7 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
 
 
 def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = {name: [] for name in SPLITS}
+    parts: dict[str, list[Row]] = {name: [] for name in _SPLITS}
     for user, items in users.items():
         last = len(items) - 1
         splits = {last: "test", last - 1: "validation"} if len(items) > 2 else {}

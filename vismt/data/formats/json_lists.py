@@ -46,7 +46,7 @@ class FilelistSource(RootedSource, ImageSource):
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return the images of the lists; classes are the label_names of all lists that are there."""
         present = [name for name in self.splits if name in splits or (base / f"{name}.json").is_file()]
-        lists = {name: read_list(card, base, name) for name in present}
+        lists = {name: _read_list(card, base, name) for name in present}
         titles = dict.fromkeys(title for names, _, _ in lists.values() for title in names)
         number = {title: label for label, title in enumerate(titles)}
         rows: dict[str, list[ImageRow]] = {}
@@ -65,7 +65,7 @@ class FilelistSource(RootedSource, ImageSource):
         return Listing(list(titles), rows)
 
 
-def read_list(card: Card, base: Path, split: str) -> ImageList:
+def _read_list(card: Card, base: Path, split: str) -> ImageList:
     """Return the lists of one split. Raises UserError when the file is missing, has another shape or labels without a name."""
     path = base / f"{split}.json"
     shown = shown_path(path)

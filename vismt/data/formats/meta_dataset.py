@@ -26,7 +26,7 @@ from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import MOST_CLASSES, Card, Files, RootedSource, source_kind
 from vismt.storage.files import parse_json
 
-SPLITS = ("train", "valid", "test")
+_SPLITS = ("train", "valid", "test")
 HIERARCHIES = ("superclass", "nodes")
 SPEC = "dataset_spec.json"
 MALFORMED = (KeyError, ValueError, TypeError, AttributeError, IndexError, RecursionError)
@@ -53,9 +53,9 @@ class DomainSpec:
 
 def ranges(classes_per_split: Mapping[str, int]) -> dict[str, range]:
     """Return the class ids of each split: consecutive, in the order train, valid, test."""
-    counts = [int(classes_per_split.get(split, 0)) for split in SPLITS]
+    counts = [int(classes_per_split.get(split, 0)) for split in _SPLITS]
     ends = list(accumulate(counts))
-    return {split: range(end - count, end) for split, count, end in zip(SPLITS, counts, ends, strict=True)}
+    return {split: range(end - count, end) for split, count, end in zip(_SPLITS, counts, ends, strict=True)}
 
 
 def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list[list[int]]:
@@ -79,7 +79,7 @@ def _parse(raw: Mapping[str, Any]) -> DomainSpec:
     names_by_id = {int(key): str(name) for key, name in raw["class_names"].items()}
     names = [names_by_id[k] for k in range(len(names_by_id))]
     if "split_subgraphs" in raw:
-        graphs = {split: raw["split_subgraphs"][split.upper()] for split in SPLITS}
+        graphs = {split: raw["split_subgraphs"][split.upper()] for split in _SPLITS}
         ids = {name: k for k, name in enumerate(names)}
         counts = {split: sum(not node["children_ids"] for node in graph) for split, graph in graphs.items()}
         images = {ids[n]: c for part in raw["images_per_class"].values() for n, c in part.items() if n in ids}
@@ -87,11 +87,11 @@ def _parse(raw: Mapping[str, Any]) -> DomainSpec:
         return DomainSpec(names, ranges(counts), images, nodes=nodes)
     images = {int(key): count for key, count in raw["images_per_class"].items() if isinstance(count, int)}
     if "classes_per_superclass" not in raw:
-        counts = {split: raw["classes_per_split"][split.upper()] for split in SPLITS}
+        counts = {split: raw["classes_per_split"][split.upper()] for split in _SPLITS}
         return DomainSpec(names, ranges(counts), images)
     sizes = [raw["classes_per_superclass"][str(k)] for k in range(len(raw["classes_per_superclass"]))]
     above = [raw["superclass_names"][str(k)] for k, size in enumerate(sizes) for _ in range(size)]
-    groups = ranges({split: raw["superclasses_per_split"][split.upper()] for split in SPLITS})
+    groups = ranges({split: raw["superclasses_per_split"][split.upper()] for split in _SPLITS})
     counts = {split: sum(sizes[k] for k in group) for split, group in groups.items()}
     return DomainSpec(names, ranges(counts), images, above)
 
@@ -111,7 +111,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
 
     def check(self, where: str) -> None:
         super().check(where)
-        require_known(f"{where}: no split", (*self.splits, *self.classes_per_split), SPLITS)
+        require_known(f"{where}: no split", (*self.splits, *self.classes_per_split), _SPLITS)
 
     def list_files(self, base: Path) -> Files:
         """Return the files of the classes, each as a group of its name, and the spec."""

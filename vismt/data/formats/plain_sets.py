@@ -14,9 +14,9 @@ from vismt.data.source_types import KINDS, Card, DataSource
 from vismt.storage.paths import regular_file
 
 # Names of folders that are splits, not classes.
-SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
-PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
-LABELS = ("label", "class", "category", "target", "label_name", "class_name")
+_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+_PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
+_LABELS = ("label", "class", "category", "target", "label_name", "class_name")
 SPLIT = "split"  # the column with the split of a row
 
 
@@ -41,7 +41,7 @@ def plain_card(path: Path) -> Card | None:
 
 def _of_folder(path: Path) -> list[DataSource]:
     folders = _folders(path)
-    by_split = bool(folders) and all(folder.name.lower() in SPLITS for folder in folders)
+    by_split = bool(folders) and all(folder.name.lower() in _SPLITS for folder in folders)
     classes = [inner for folder in folders for inner in _folders(folder)] if by_split else folders
     if not classes:
         return []
@@ -72,7 +72,7 @@ def _of_table(path: Path) -> list[DataSource]:
     if not rows:
         raise UserError(f"'{path}': has no rows; write the names of the columns, then a line for each example.")
     texts = _source("text", root=str(path.parent), files={"all": path.name}, form="csv")
-    column, label = (next((name for name in columns if name.lower() in names), None) for names in (PATHS, LABELS))
+    column, label = (next((name for name in columns if name.lower() in names), None) for names in (_PATHS, _LABELS))
     if column is None or label is None:
         return [texts]
     labels = {row[label] or "" for row in rows}

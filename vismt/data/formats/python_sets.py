@@ -31,8 +31,8 @@ from vismt.storage.wheels import one_line
 
 HUB = "hf/"  # start of the name of a data set on the hub
 SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # a file that `save_to_disk` writes -> a key in it
-IMAGES = ("image", "img", "images", "pixel_values")
-LABELS = ("label", "labels", "class", "target", "fine_label", "category")
+_IMAGES = ("image", "img", "images", "pixel_values")
+_LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 
 def python_object(card: str, split: str) -> Any:
@@ -164,12 +164,12 @@ def _columns(given: Any, title: str) -> tuple[Any, Any]:
     names = getattr(given, "column_names", None)
     if not isinstance(names, Sequence):
         return 0, 1
-    image = next((name for name in IMAGES if name in names), None)
-    label = next((name for name in LABELS if name in names), None)
+    image = next((name for name in _IMAGES if name in names), None)
+    label = next((name for name in _LABELS if name in names), None)
     if image is None or label is None:
         raise UserError(
-            f"data '{title}': columns {', '.join(names)}; one must be called {' or '.join(IMAGES)}, another "
-            f"{' or '.join(LABELS)}; rename them with rename_column."
+            f"data '{title}': columns {', '.join(names)}; one must be called {' or '.join(_IMAGES)}, another "
+            f"{' or '.join(_LABELS)}; rename them with rename_column."
         )
     return image, label
 

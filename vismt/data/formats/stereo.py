@@ -25,7 +25,7 @@ from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.maps.derived_maps import normals_from_depth
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 
-TARGETS = ("edge", "depth", "normals")
+_TARGETS = ("edge", "depth", "normals")
 
 
 @source_kind("stereo_tiles")
@@ -115,7 +115,7 @@ class StereoTilesSource(PackagedSource, DenseSource):
         ids = [f"{name}/{top:03d}_{left:03d}" for name, top, left in entries]
         where = shown_path(base)
         return DenseSet(
-            card.name, split, [], list(TARGETS), ids, stored, lambda i: content(), where=where, edges="depth"
+            card.name, split, [], list(_TARGETS), ids, stored, lambda i: content(), where=where, edges="depth"
         )
 
 

@@ -22,7 +22,7 @@ from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, json_list
 
-FORMS = ("jsonl", "csv", "lines", "documents")
+_FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # whose files name the fields
 
 
@@ -46,7 +46,7 @@ class TextFilesSource(RootedSource, TextSource):
 
     files: dict[str, RelativePath]
     fields: list[str] = field(default_factory=list)
-    form: Annotated[str, Names(FORMS, only=True)] = "jsonl"
+    form: Annotated[str, Names(_FORMS, only=True)] = "jsonl"
     separators: list[str] = field(default_factory=list)
     starts: str | None = None
     extract: dict[str, str] = field(default_factory=dict)

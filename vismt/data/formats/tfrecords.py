@@ -20,7 +20,7 @@ from typing import Any
 from vismt.base.errors import UserError
 from vismt.data.copies import shown_path
 
-HEAD, FOOT = struct.Struct("<QI"), struct.Struct("<I")
+_HEAD, FOOT = struct.Struct("<QI"), struct.Struct("<I")
 Value = list[bytes] | list[int]
 
 
@@ -32,8 +32,8 @@ def scan(path: Path) -> array[int]:
         with path.open("rb") as file:
             position = 0
             while position < size:
-                length = _length(file.read(HEAD.size), path, len(positions))
-                end = position + HEAD.size + length + FOOT.size
+                length = _length(file.read(_HEAD.size), path, len(positions))
+                end = position + _HEAD.size + length + FOOT.size
                 if end > size:
                     raise _damaged(path, len(positions), f"{end - position:,} bytes, {size - position:,} are there")
                 positions.append(position)
@@ -49,7 +49,7 @@ def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
     try:
         with path.open("rb") as file:
             file.seek(position)
-            length = _length(file.read(HEAD.size), path, number)
+            length = _length(file.read(_HEAD.size), path, number)
             data, foot = file.read(length), file.read(FOOT.size)
     except OSError as error:
         raise UserError(f"{shown_path(path)}: cannot be read: {error.strerror or error}.") from error
@@ -65,9 +65,9 @@ def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
 
 
 def _length(head: bytes, path: Path, number: int) -> int:
-    if len(head) < HEAD.size:
+    if len(head) < _HEAD.size:
         raise _damaged(path, number, "the file ends within its length")
-    length, checksum = HEAD.unpack(head)
+    length, checksum = _HEAD.unpack(head)
     if checksum != _masked_crc(head[:8], path):
         raise _damaged(path, number, "its length does not fit its checksum")
     return int(length)

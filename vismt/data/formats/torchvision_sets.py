@@ -24,7 +24,7 @@ from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, source_kind
 from vismt.storage.paths import cache_root
 
-REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
+_REFUSED = (RuntimeError, OSError, ValueError, ImportError, EOFError, tarfile.TarError, zipfile.BadZipFile)
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ def _pcam_labels(dataset: Any) -> list[int]:
 
 
 TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
-DIGITS = tuple("0123456789")
-ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "SVHN")  # whose pixels are the array `data`
+_DIGITS = tuple("0123456789")
+_ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "SVHN")  # whose pixels are the array `data`
 LAYOUTS: dict[str, DatasetLayout] = {
     "CIFAR10": DatasetLayout(TRAIN_FLAG),
     "CIFAR100": DatasetLayout(TRAIN_FLAG),
@@ -77,7 +77,7 @@ LAYOUTS: dict[str, DatasetLayout] = {
     "PCAM": DatasetLayout(_named("train", "val", "test"), _pcam_labels, ("no_tumour", "tumour")),
     "STL10": DatasetLayout(_named("train", "test"), "labels"),
     "SUN397": DatasetLayout({"all": {}}, "_labels"),
-    "SVHN": DatasetLayout(_named("train", "test"), "labels", DIGITS),
+    "SVHN": DatasetLayout(_named("train", "test"), "labels", _DIGITS),
     "StanfordCars": DatasetLayout(_named("train", "test"), "_samples"),
 }  # fmt: skip
 
@@ -104,7 +104,7 @@ class TorchvisionSource(ImageSource):
         if self.members is None:
             require_known(f"{where}: {self.dataset} has no split", self.splits, LAYOUTS[self.dataset].splits)
         else:
-            require_known(f"{where}: 'members' is for sets that are arrays; no", [self.dataset], ARRAYS)
+            require_known(f"{where}: 'members' is for sets that are arrays; no", [self.dataset], _ARRAYS)
 
     def candidates(self, card: Card) -> list[Path]:
         return [cache_root() / "torchvision" / self.root]
@@ -192,7 +192,7 @@ class TorchvisionSource(ImageSource):
         try:
             with _NoPrograms.used():
                 return getattr(torchvision.datasets, self.dataset)(str(base), download=download, **arguments)
-        except REFUSED as error:
+        except _REFUSED as error:
             reason = " ".join(str(error).split())
             act = "could not download" if download else "could not open"
             copy = f"{self.dataset} (split '{split}') under {shown_path(base)}"

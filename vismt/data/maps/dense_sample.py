@@ -23,7 +23,7 @@ IGNORE = 255
 LABELS = ("semseg", "parts", "saliency", "edge")
 MAPS = (*LABELS, "depth", "normals")
 CLASS, NO_CLASS = "class", -1
-TARGETS = (*MAPS, CLASS)
+_TARGETS = (*MAPS, CLASS)
 Sample = dict[str, Tensor]
 
 
@@ -47,8 +47,8 @@ def size_of(sample: Sample) -> tuple[int, int]:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
     for name, values in sample.items():
-        if name != "image" and name not in TARGETS and not is_class(name):
-            raise UserError(f"dense sample: target '{name}' is not known.{near(name, TARGETS)}")
+        if name != "image" and name not in _TARGETS and not is_class(name):
+            raise UserError(f"dense sample: target '{name}' is not known.{near(name, _TARGETS)}")
         wanted: tuple[int, ...] = (height, width)
         if is_class(name):
             wanted = ()
@@ -65,7 +65,7 @@ def collate(samples: Sequence[Sample]) -> Sample:
     if len(sizes) != 1:
         raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")
     height, width = sizes.pop()
-    known = dict.fromkeys(("image", *TARGETS, *(name for sample in samples for name in sample)))
+    known = dict.fromkeys(("image", *_TARGETS, *(name for sample in samples for name in sample)))
     names = [name for name in known if any(name in sample for sample in samples)]
     return {
         name: torch.stack([sample[name] if name in sample else blank(name, height, width) for sample in samples])

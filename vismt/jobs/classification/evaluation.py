@@ -49,7 +49,7 @@ from vismt.uncertainty.laplace import STRUCTURES
 from vismt.uncertainty.last_layers import laplace_head
 from vismt.uncertainty.temperature import block_tempered, fit_block_temperatures
 
-TASK = "classification"
+_TASK = "classification"
 FITTED = "calibration.json"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
 
@@ -133,7 +133,7 @@ class Evaluation:
                 self._classifier(net, training, number),
                 InOrder(images, self.config.evaluate.batch),
                 specs,
-                names=(TASK, task, f"{split} images, {protocol}"),
+                names=(_TASK, task, f"{split} images, {protocol}"),
                 num_classes=union.num_classes,
                 records=path,
                 data=f"{task}:{split}",
@@ -299,7 +299,7 @@ class Evaluation:
                 protocol = f"{settings.split} images, detection"
                 evaluated = InOrder(self.data.part(number, settings.split), settings.batch)
                 contents, groups = [evaluated.images.content, images.content], [evaluated.groups, others.groups]
-                about = (TASK, task, protocol)
+                about = (_TASK, task, protocol)
                 scores.append(detection_score(inside, outside, row_name(name), about, contents=contents, groups=groups))
         return scores
 
@@ -316,7 +316,7 @@ class Evaluation:
             right = fitted_once(path, Neighbours, evaluated, fit).right
             groups = InOrder(images, self.config.evaluate.batch).groups
             measure = in_groups(Measure("k-NN accuracy", right, counts=True), *groups)
-            scores.append(Score(TASK, name, "features", measure, CLEAN, examples=images.content))
+            scores.append(Score(_TASK, name, "features", measure, CLEAN, examples=images.content))
         return scores
 
     def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> Neighbours:

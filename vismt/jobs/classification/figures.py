@@ -25,7 +25,7 @@ from vismt.report.tables import Picture, Section
 from vismt.storage.lines import read_lines
 
 EXAMPLES = "examples.npz"
-PER_TASK, SHOWN = 6, 8  # images that are written, and the most that are drawn
+PER_TASK, _SHOWN = 6, 8  # images that are written, and the most that are drawn
 
 
 def examples(
@@ -108,7 +108,7 @@ def examples_figure(panel: Path, path: Path) -> Path:
     arrays = read_panel(panel, "examples")
     arms = arrays["arms"].tolist()
     tasks = arrays["tasks"].tolist()
-    bands = {task: np.flatnonzero(arrays["tasks"] == task)[:SHOWN].tolist() for task in dict.fromkeys(tasks)}
+    bands = {task: np.flatnonzero(arrays["tasks"] == task)[:_SHOWN].tolist() for task in dict.fromkeys(tasks)}
     truth, *answers = (
         [short(name.removeprefix(f"{task}/"), 15) for task, name in zip(tasks, line)]
         for line in (arrays["truth"].tolist(), *arrays["predictions"].tolist())

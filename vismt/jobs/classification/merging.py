@@ -52,7 +52,7 @@ TYPES = {
     "rank": int,
     "validation": dict[str, float],
 }
-NOTE = (
+_NOTE = (
     "Relative error of a layer's update on the inputs of an arm's own tasks, mean over the layers: 0 where the arm's update is "
     "kept, 1 where it is lost. Weight: of each adapter, chosen on validation images where several were tried. First seed."
 )
@@ -173,7 +173,7 @@ def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
         rows.append([name, weight, str(about["rank"]), *means])
     table = Table("Merged arms", ["Arm", "Weight", "Rank", *arms], rows, set(), texts=2)
     picture = Picture(interference_figure(found, folder / "figures" / "interference.svg"), "Interference", CAPTION)
-    return [Section("Merged arms", [(table, NOTE)], [picture])]
+    return [Section("Merged arms", [(table, _NOTE)], [picture])]
 
 
 def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:

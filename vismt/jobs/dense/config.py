@@ -29,11 +29,11 @@ from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 
-MODES = ("slide", "whole")
-SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
+_MODES = ("slide", "whole")
+_SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
 TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")  # in logs and results
-PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
+_PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
 
 
@@ -117,7 +117,7 @@ class DenseEvaluateConfig:
 
     split: Split = "test"
     batch: Count = 8
-    mode: Annotated[str, Names(MODES, only=True)] = "slide"
+    mode: Annotated[str, Names(_MODES, only=True)] = "slide"
     overlap: Annotated[float, within(0, below=1)] = 0.5
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
@@ -184,7 +184,8 @@ class DenseConfig(StudyConfig):
 def all_tasks(config: DenseConfig) -> list[Task]:
     """Return the tasks of the configuration, also those that an arm leaves out, each over its own classes."""
     specs = [
-        spec if isinstance(spec, str) else {key: spec[key] for key in spec if key not in PARTS} for spec in config.tasks
+        spec if isinstance(spec, str) else {key: spec[key] for key in spec if key not in _PARTS}
+        for spec in config.tasks
     ]
     return [make_task(spec) for spec in specs]
 
@@ -193,10 +194,10 @@ def own_parts(config: DenseConfig) -> dict[str, PartsConfig]:
     """Return the sets of each task of whole images that has its own, by its name."""
     return {
         str(spec["name"]): build(
-            PartsConfig, {key: spec[key] for key in PARTS if key in spec}, f"tasks: {spec['name']}"
+            PartsConfig, {key: spec[key] for key in _PARTS if key in spec}, f"tasks: {spec['name']}"
         )
         for spec in config.tasks
-        if not isinstance(spec, str) and "name" in spec and any(key in spec for key in PARTS)
+        if not isinstance(spec, str) and "name" in spec and any(key in spec for key in _PARTS)
     }
 
 
@@ -219,7 +220,7 @@ def check(config: DenseConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
     losses = tuple(f"tasks.{task.name}.{option}" for task in all_tasks(config) for option in loss_options(task))
-    check_arms(config, _check_values, SHARED, losses)
+    check_arms(config, _check_values, _SHARED, losses)
     if len({arm.head.labels for arm in resolve_arms(config).values()}) > 1:
         raise UserError(
             "arms: head.labels must be the same for all arms: an answer among the classes of all tasks is right less often."

@@ -32,7 +32,7 @@ from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.panels import spread
 
 SAMPLED = 256  # samples that the mean depth and the constant predictions are of
-PIXELS = 4096  # of each of them that a constant prediction is of
+_PIXELS = 4096  # of each of them that a constant prediction is of
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ class DenseData:
     def constants(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
         """Return the best constant prediction (channels,) of each task that training samples have values of, as they are scored.
 
-        It comes from at most SAMPLED samples of a task, evenly over their order, and PIXELS pixels of each of them.
+        It comes from at most SAMPLED samples of a task, evenly over their order, and _PIXELS pixels of each of them.
         """
         rows, values = self.parts["train"], {task.name: list[Tensor]() for task in tasks}
         by_number: dict[int, list[Task]] = {}
@@ -208,7 +208,7 @@ class DenseData:
             for task in (task for task in by_number[number] if task.key in sample):
                 target = sample[task.key][None]
                 found = (target.movedim(1, -1) if task.vector else target)[task.valid(target)]
-                values[task.name].append(found[:: max(1, len(found) // PIXELS)])
+                values[task.name].append(found[:: max(1, len(found) // _PIXELS)])
         joined = {task: torch.cat(parts) for task, parts in values.items() if parts}
         return {task.name: task.constant(joined[task.name]) for task in tasks if len(joined.get(task.name, ()))}
 

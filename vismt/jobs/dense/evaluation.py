@@ -60,7 +60,7 @@ from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Con
 
 UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # keys of a record, each by task
 ADJUSTMENT = "adjustment.json"
-LEAST = 1e-6  # lower bound of a score before its logarithm
+_LEAST = 1e-6  # lower bound of a score before its logarithm
 
 
 @dataclass(frozen=True)
@@ -124,12 +124,12 @@ class Evaluation:
         """Return the geometric mean over the tasks of the score, 1 / score where lower is better.
 
         It ranks trainings independently of the units of the scores, and to first order as delta_m over any baseline does, so
-        that no baseline has to be trained first. undefined: number of scores without a number, which count as LEAST.
+        that no baseline has to be trained first. undefined: number of scores without a number, which count as _LEAST.
         """
         measures = [score.measure for score in scores if not score.measure.further]
-        logs = [math.log(max(measure.score, LEAST)) for measure in measures]
+        logs = [math.log(max(measure.score, _LEAST)) for measure in measures]
         signs = [-1 if measure.better == LOWER else 1 for measure in measures]
-        total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(LEAST)
+        total = math.fsum(sign * log for sign, log in zip(signs, logs)) + undefined * math.log(_LEAST)
         return math.exp(total / (len(logs) + undefined))
 
     def scores(

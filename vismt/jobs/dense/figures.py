@@ -34,7 +34,7 @@ from vismt.report.tables import Picture, Section, Table, number_text, scale_text
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
-MOST_CLASSES = 40  # of a matrix that is drawn
+_MOST_CLASSES = 40  # of a matrix that is drawn
 CONFUSION_CAPTION = (
     "Rows: true class. Columns: answer. Each number is the share of the pixels of the class in %, first seed."
 )
@@ -43,10 +43,10 @@ UNDEFINED_NOTE = "A score without a number has no row in the tables of results, 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-SHOWN = 4  # images
-SIDE, WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
+_SHOWN = 4  # images
+_SIDE, _WIDEST, GAP = 1.35, 11.0, 0.07  # inches: of a square picture, of a figure, between pictures
 # Inches of the names over a block, a task over its row, scores, between blocks.
-HEAD, LINE, BELOW, APART = 0.22, 0.22, 0.19, 0.3
+_HEAD, _LINE, BELOW, _APART = 0.22, 0.22, 0.19, 0.3
 
 
 def write_predictions(
@@ -57,7 +57,7 @@ def write_predictions(
     logits: Callable[[Training, Sample], Mapping[str, Tensor]],
     scored: Callable[[Training], Mapping[str, Scored]],
 ) -> Path | None:
-    """Write SHOWN evaluated images, evenly over their split, not chosen by result, with what every training predicts.
+    """Write _SHOWN evaluated images, evenly over their split, not chosen by result, with what every training predicts.
 
     Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
     images and trainings is kept, and nothing is predicted. The arrays:
@@ -67,7 +67,7 @@ def write_predictions(
         scores (a, t, n): score of the image alone, NaN for none.
         trained (a, t): whether the arm has the task; without it the pictures are dark grey and the scores NaN.
         trainings (a,): digests of the trainings.
-        classes, colors (c,): of the truth in the pictures, the commonest first, at most MOST_CLASSES of a task.
+        classes, colors (c,): of the truth in the pictures, the commonest first, at most _MOST_CLASSES of a task.
 
     logits: returns the outputs of a training on a batch by task. scored: returns the scores of a training by task.
     """
@@ -75,7 +75,7 @@ def write_predictions(
     if not tasks:
         return None
     rows = data.part(split)
-    numbers = spread(len(rows), SHOWN).tolist()
+    numbers = spread(len(rows), _SHOWN).tolist()
     about = {
         "ids": np.array([rows.ids[i] for i in numbers], dtype=str),
         "arms": np.array([training.arm for training in trainings], dtype=str),
@@ -84,7 +84,7 @@ def write_predictions(
     if _known(path, about):
         return path
     sample = collate([rows.fitted(i, data.size) for i in numbers])
-    colors = [pair for task in tasks if task.key in sample for pair in task.legend(sample[task.key])[:MOST_CLASSES]]
+    colors = [pair for task in tasks if task.key in sample for pair in task.legend(sample[task.key])[:_MOST_CLASSES]]
     predictions, trained, scores = [], [], []
     for training in trainings:
         outputs, scores_of = logits(training, sample), scored(training)
@@ -143,14 +143,14 @@ def predictions_figure(panel: Path, path: Path) -> Path:
     arrays = read_panel(panel, "maps")
     count, _, rows, columns = arrays["images"].shape
     pictures = 2 + len(arrays["arms"])
-    width = min(SIDE * math.sqrt(columns / rows), (WIDEST - 0.2) / pictures - GAP)
+    width = min(_SIDE * math.sqrt(columns / rows), (_WIDEST - 0.2) / pictures - GAP)
     size = (width, width * rows / columns)
     wide, high = (
-        pictures * (width + GAP) - GAP + APART,
-        HEAD + len(arrays["tasks"]) * (LINE + size[1] + BELOW) + APART / 2,
+        pictures * (width + GAP) - GAP + _APART,
+        _HEAD + len(arrays["tasks"]) * (_LINE + size[1] + BELOW) + _APART / 2,
     )
-    across = max(1, min(count, int((WIDEST - 0.2 + APART) / wide)))
-    total, classes = 0.2 + across * wide - APART, arrays["classes"].tolist()
+    across = max(1, min(count, int((_WIDEST - 0.2 + _APART) / wide)))
+    total, classes = 0.2 + across * wide - _APART, arrays["classes"].tolist()
     top = 0.05 + (0.12 + 0.22 * legend_rows(classes, total - 0.1) if classes else 0)
     figure = new_figure(total, top + high * math.ceil(count / across))
     if classes:
@@ -169,10 +169,10 @@ def _block(
     pitch, most = width + GAP, max(4, int(width / LETTER))
     for place, name in enumerate(["Input", "Truth", *arms]):
         write(
-            figure, left + place * pitch, top + HEAD - 0.03, short(name, int(most * 0.85)), va="bottom", weight="bold"
+            figure, left + place * pitch, top + _HEAD - 0.03, short(name, int(most * 0.85)), va="bottom", weight="bold"
         )
     for row, metric in enumerate(arrays["metrics"].tolist()):
-        y = top + HEAD + LINE + row * (LINE + height + BELOW)
+        y = top + _HEAD + _LINE + row * (_LINE + height + BELOW)
         scale = SHARE if arrays["shares"][row] else NUMBER
         better = LOWER if arrays["lower_is_better"][row] else HIGHER
         title = f"{arrays['tasks'][row]} {scale_text(metric, scale, better)}"
@@ -204,7 +204,7 @@ def confusions(folder: Path, trainings: Sequence[Training], split: str) -> Secti
         for line in read_lines(training.folder / RECORDS / f"{split}.jsonl", may={CLASS_NAMES: dict[str, list[str]]}):
             for task, names in line.get(CLASS_NAMES, {}).items():
                 matrix = line["tasks"].get(task, {}).get("numbers", {}).get("confusion")
-                if matrix is not None and len(names) <= MOST_CLASSES:
+                if matrix is not None and len(names) <= _MOST_CLASSES:
                     path = folder / "figures" / f"{record_stem('confusion', task, training.arm)}.svg"
                     drawn = confusion_figure(np.array(matrix), names, names, path)
                     pictures.append(Picture(drawn, f"{task}, answers of {training.arm}", CONFUSION_CAPTION))

@@ -12,11 +12,13 @@ from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, place, qu
 
 VOID = 255  # the usual label of pixels without a class
 PATCH = 14  # of the model in the configuration
-LONGEST = 448  # pixels of a side: a step on larger images takes minutes on a CPU
+_LONGEST = 448  # pixels of a side: a step on larger images takes minutes on a CPU
 RARE = 1e-4  # share of the pixels below which a label counts as rare
-SHOWN = 5  # rare labels, or folders, that a message names
-NAMES = "# names: [background, door, ...]   # what reports and legends call the classes, in the order of their labels\n"
-SIZES = (
+_SHOWN = 5  # rare labels, or folders, that a message names
+_NAMES = (
+    "# names: [background, door, ...]   # what reports and legends call the classes, in the order of their labels\n"
+)
+_SIZES = (
     "# Height and width of training and evaluation, multiples of the patch of {1}. Your images are {0}.\n"
     "# Images and maps are fitted into this size without changing their shape, then padded. Scores are of maps in this size."
 )
@@ -62,7 +64,7 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
         return _config(job, "tiles of one photograph", data, "[depth, normals]", sizes, [140, 112])
     maps, tasks, more = _maps(images)
     found, size = _size(images / "images")
-    sizes = SIZES.format(found, PATCH)
+    sizes = _SIZES.format(found, PATCH)
     name = set_name(images)
     card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
     return {CARD: card} | _config(
@@ -76,7 +78,7 @@ def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[
 
 
 def _size(folder: Path) -> tuple[str, list[int]]:
-    """Return the commonest size of the images as text, and the size of training: multiples of PATCH, no side above LONGEST."""
+    """Return the commonest size of the images as text, and the size of training: multiples of PATCH, no side above _LONGEST."""
     from vismt.data.decode import is_image_name, open_image, orientation_of, read_bytes
     from vismt.data.maps.dense_maps import read_image
 
@@ -93,7 +95,7 @@ def _size(folder: Path) -> tuple[str, list[int]]:
         raise UserError(f"init: --images {folder.parent}: no image in '{folder.name}'.")
     (height, width), count = sizes.most_common(1)[0]
     text = f"{height} x {width}" + (f", as {count} of {sizes.total()} images have" if len(sizes) > 1 else "")
-    scale = min(1.0, LONGEST / max(height, width))
+    scale = min(1.0, _LONGEST / max(height, width))
     return text, [max(2, round(scale * side / PATCH)) * PATCH for side in (height, width)]
 
 
@@ -111,7 +113,7 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
         )
     unused = sorted(path.name for path in images.iterdir() if path.is_dir() and path.name not in {"images", *found})
     if unused:
-        names = ", ".join(map(repr, unused[:SHOWN])) + (", ..." if len(unused) > SHOWN else "")
+        names = ", ".join(map(repr, unused[:_SHOWN])) + (", ..." if len(unused) > _SHOWN else "")
         console.stage("init", f"not used: {names}; a folder of maps is called by its form: {', '.join(MAP_FORMS)}")
     more, tasks = {"classes": "", "more": ""}, []
     for name, target in found.items():
@@ -126,7 +128,7 @@ def _maps(images: Path) -> tuple[str, str, dict[str, str]]:
         if not count:
             raise UserError(f"init: --images {images}: no map in '{name}' has a label but {VOID}, which marks none.")
         _tell_rare(name, [pixels[label] for label in range(count)])
-        more["classes"] = f"classes: {count}\n{NAMES}"
+        more["classes"] = f"classes: {count}\n{_NAMES}"
         more["more"] += f"    void: {VOID}\n" if void else ""
         tasks.append(f"{{name: semseg, classes: {count}}}")
     more["more"] += _partial(images, list(found))
@@ -150,8 +152,8 @@ def _tell_rare(name: str, pixels: list[int]) -> None:
     total = sum(pixels)
     rare = {label: count for label, count in enumerate(pixels) if count < RARE * total}
     if rare:
-        shown = ", ".join(f"{label} ({count:,})" for label, count in list(rare.items())[:SHOWN])
-        more = f" and {len(rare) - SHOWN} more" if len(rare) > SHOWN else ""
+        shown = ", ".join(f"{label} ({count:,})" for label, count in list(rare.items())[:_SHOWN])
+        more = f" and {len(rare) - _SHOWN} more" if len(rare) > _SHOWN else ""
         console.stage(
             "init",
             f"'{name}' has labels 0 to {len(pixels) - 1}, so {len(pixels)} classes. Of {total:,} pixels, few have label "

@@ -56,7 +56,7 @@ from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 from vismt.storage.files import atomic_write
 
-FITTED = (
+_FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
 )
 
@@ -295,7 +295,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             merge_shared(net.stock)
         else:
             net = self.merged_net(training)
-        return image_graph(Named(net, tasks), size, outputs, FITTED.format(*size))
+        return image_graph(Named(net, tasks), size, outputs, _FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}

@@ -28,7 +28,7 @@ from vismt.robustness.evaluate import probability_columns
 from vismt.uncertainty.intervals import CLEAN
 
 # Numbers of a state kept for each image; the histogram of angles has more, and no score is read from it.
-LARGEST = 100_000
+_LARGEST = 100_000
 
 
 class Undefined(UserError):
@@ -118,7 +118,7 @@ class PooledScore:
             self.answers[name] = answer
         if state:
             self._total = {key: value + self._total.get(key, 0) for key, value in state.items()}
-            self._states[name] = {key: value for key, value in state.items() if value.numel() <= LARGEST}
+            self._states[name] = {key: value for key, value in state.items() if value.numel() <= _LARGEST}
 
     def value(self) -> float:
         """Return the score of all images without more; -1 where it is not finite."""

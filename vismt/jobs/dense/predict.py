@@ -49,7 +49,7 @@ VALUES = 2**29  # 2 GiB of predictions, which are there several times
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-WIDTH, LINE, MOST = 2.6, 0.18, 8  # inches: of a panel, and of a line of the legend; classes in the legend
+_WIDTH, _LINE, _MOST = 2.6, 0.18, 8  # inches: of a panel, and of a line of the legend; classes in the legend
 
 
 @dataclass(frozen=True)
@@ -261,28 +261,28 @@ def picture(
     for name, value in predictions.items():
         task = tasks[name]
         if isinstance(task, MapTask):
-            legend = task.legend(value, classes.get(name, ()))[:MOST]
+            legend = task.legend(value, classes.get(name, ()))[:_MOST]
             panels.append(Panel(name, captions[name], task.picture(value), legend))
     columns = min(4, len(panels))
-    tall = WIDTH * image.shape[-2] / image.shape[-1]
+    tall = _WIDTH * image.shape[-2] / image.shape[-1]
     bands = [panels[i : i + columns] for i in range(0, len(panels), columns)]
-    below = [0.15 + LINE * max(math.ceil(len(panel.legend) / 2) for panel in band) for band in bands]
-    figure = new_figure(0.15 + columns * (WIDTH + 0.15), len(bands) * (tall + 0.3) + sum(below))
+    below = [0.15 + _LINE * max(math.ceil(len(panel.legend) / 2) for panel in band) for band in bands]
+    figure = new_figure(0.15 + columns * (_WIDTH + 0.15), len(bands) * (tall + 0.3) + sum(below))
     top = 0.3
     for band, room in zip(bands, below):
         for column, panel in enumerate(band):
-            _draw(figure, panel, 0.15 + column * (WIDTH + 0.15), top, tall)
+            _draw(figure, panel, 0.15 + column * (_WIDTH + 0.15), top, tall)
         top += tall + room + 0.3
     return save(figure, path)
 
 
 def _draw(figure: Figure, panel: Panel, left: float, top: float, tall: float) -> None:
-    """Draw a panel of WIDTH x tall inches, with its texts above and its legend below."""
+    """Draw a panel of _WIDTH x tall inches, with its texts above and its legend below."""
     write(figure, left, top - 0.08, panel.name, weight="bold")
-    write(figure, left + WIDTH, top - 0.08, short(panel.caption, 34), color=MUTED, fontsize=8, ha="right")
-    show_image(axes_at(figure, left, top, WIDTH, tall), panel.pixels.numpy(), small=384)
+    write(figure, left + _WIDTH, top - 0.08, short(panel.caption, 34), color=MUTED, fontsize=8, ha="right")
+    show_image(axes_at(figure, left, top, _WIDTH, tall), panel.pixels.numpy(), small=384)
     for number, (text, color) in enumerate(panel.legend):
         row, side = divmod(number, 2)
-        x, y = left + side * WIDTH / 2, top + tall + LINE * (row + 0.8)
+        x, y = left + side * _WIDTH / 2, top + tall + _LINE * (row + 0.8)
         write(figure, x, y, "■", color=color, fontsize=9)
         write(figure, x + 0.14, y, short(text, 20), color=INK, fontsize=7.5)

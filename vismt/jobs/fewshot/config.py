@@ -24,7 +24,7 @@ MERGED = "merged"
 DEFAULT = "merged:default"
 SINGLE = (FROZEN, ALONE)
 POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
-LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
+_LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
 # The model "STEM+HEAD" has one of these in place of the prototypes of "STEM".
 HEADS = ("finetune", "ridge", "logistic", "vbll", "laplace")
 PROTOTYPES = "prototypes"
@@ -79,7 +79,7 @@ class PoolConfig(AdversaryForm):
         select: the rule of the model merged (metatune/amt/selection_rules.py).
     """
 
-    levels: list[float | list[float]] = field(default_factory=lambda: list(LEVELS))
+    levels: list[float | list[float]] = field(default_factory=lambda: list(_LEVELS))
     pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: list(PYRAMID))
     clean: bool = False
     rates: dict[str, Annotated[float, within(above=0)]] = field(default_factory=dict)
@@ -89,7 +89,7 @@ class PoolConfig(AdversaryForm):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.experts and self.levels not in ([], LEVELS):
+        if self.experts and self.levels not in ([], _LEVELS):
             raise UserError(f"pool: levels {self.levels} and experts; give one of them.")
         if self.experts:
             object.__setattr__(self, "levels", [])

@@ -50,7 +50,7 @@ class Vectors:
         return {}, ""
 
 
-PARTS = 5  # more of them are smaller, and a few episodes in each vary more
+_PARTS = 5  # more of them are smaller, and a few episodes in each vary more
 
 
 class FewShotData:
@@ -204,7 +204,7 @@ class FewShotData:
         if settings.sampling == "without_replacement":
             make = DisjointSampler
         elif settings.sampling == "parts":
-            common["parts"] = min(PARTS, settings.episodes)
+            common["parts"] = min(_PARTS, settings.episodes)
         return [
             make(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common) for shots in settings.shots
         ]

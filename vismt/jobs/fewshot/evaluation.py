@@ -49,10 +49,10 @@ from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
 from vismt.uncertainty.probability_metrics import group_fields, group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
-TASK = "few-shot"
+_TASK = "few-shot"
 MASKING = "masking.jsonl"  # a file of the run folder
-FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
-ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
+_FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
+_ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
 
 
 @dataclass(frozen=True)
@@ -133,10 +133,10 @@ class Evaluation:
         drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{examples}".encode())
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
-        for form, label in FORMS.items():
+        for form, label in _FORMS.items():
             if all(name in results for name in group_fields([form])):
                 names = [str(number) for number in range(settings.episodes)]
-                found = group_measures(names, form, results, parts_of(names, sampler))
+                found = group_measures(names, form, results, _parts_of(names, sampler))
                 measures += [(label, measure) for measure in found]
         if smoothing is not None:
             measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
@@ -145,7 +145,7 @@ class Evaluation:
         for label in outside:
             measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
-        return [Score(TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
+        return [Score(_TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
@@ -170,7 +170,7 @@ class Evaluation:
             )
             for label in (CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs)):
                 measure = over_episodes(accuracy(accuracies[label.label], None), sampler)
-                scores.append(Score(TASK, shown_name(name), str(sampler), measure, label, "episodes"))
+                scores.append(Score(_TASK, shown_name(name), str(sampler), measure, label, "episodes"))
         return scores
 
     def _conditions(
@@ -223,10 +223,10 @@ def _settings(specs: Sequence[Perturbation]) -> str:
 
 def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
     """Return a measure whose interval is over the episodes of a sampler."""
-    return replace(measure, covers=sampler.covers, groups=parts_of(measure.values, sampler), grouped_by="parts")
+    return replace(measure, covers=sampler.covers, groups=_parts_of(measure.values, sampler), grouped_by="parts")
 
 
-def parts_of(episodes: Iterable[str], sampler: EpisodeSampler | VariableSampler) -> dict[str, str]:
+def _parts_of(episodes: Iterable[str], sampler: EpisodeSampler | VariableSampler) -> dict[str, str]:
     """Return the part of each episode by its number, {} if the sampler has no parts."""
     return {number: str(int(number) % sampler.parts) for number in episodes} if sampler.parts else {}
 
@@ -264,7 +264,7 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
             )
         ]
         ways = max(logits.shape[1] for logits, _ in pairs)
-        logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=ABSENT) for part, _ in pairs])
+        logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=_ABSENT) for part, _ in pairs])
         labels = torch.cat([part for _, part in pairs])
         # Rounded, as it is part of the records' settings: another machine fits the same.
         return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
@@ -272,7 +272,7 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
     text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
     fingerprint = digest(text.encode())
-    path = temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
+    path = _temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
     examples = joint_content(models.data.open(name) for name in names)
     return fitted_once(path, Temperature, fingerprint, fit, examples=examples).temperature
 
@@ -282,6 +282,6 @@ def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -
     return folder / "episodes" / f"seed-{seed}" / f"{record_stem(data, protocol, arm)}.jsonl"
 
 
-def temperature_file(folder: Path, seed: int, validation: str, arm: str) -> Path:
+def _temperature_file(folder: Path, seed: int, validation: str, arm: str) -> Path:
     """Return the file of a model's temperature, fitted on the validation episodes of that name."""
     return folder / "episodes" / f"seed-{seed}" / f"{record_stem('temperature', validation, arm)}.json"

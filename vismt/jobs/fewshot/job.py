@@ -56,8 +56,8 @@ from vismt.storage.files import atomic_write
 from vismt.storage.lines import write_lines
 
 Net = ProtoNet | MamlNet
-AVERAGE = "average"
-FIRST = 10  # images of a class, whose mean starts its vector
+_AVERAGE = "average"
+_FIRST = 10  # images of a class, whose mean starts its vector
 
 
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
@@ -166,7 +166,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     ) -> EpisodeObjective | AdversarialObjective:
         if isinstance(net, ProtoNet) and config.source.labels == "set":
             pixels, device = self.data.open(config.source.data[0]), runtime.net_device()
-            first = [(pixels.labels == label).nonzero()[:FIRST, 0] for label in range(len(pixels.classes))]
+            first = [(pixels.labels == label).nonzero()[:_FIRST, 0] for label in range(len(pixels.classes))]
             net.to(device).eval()
             with torch.no_grad():
                 found = [net.backbone(pixels[part].to(device)) for part in torch.cat(first).split(100)]
@@ -287,7 +287,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if pool is None:
             return super().adapted(arm)
         name = (arm or "").partition(":")[0]
-        if name == AVERAGE:
+        if name == _AVERAGE:
             experts = self._averaged_pool(arm)
             return experts.mixture(experts.uniform()).put_on(self.data.backbone().vit)
         assembled = {expert.label: expert.folder for expert in read_pool(Path(pool.folder))} if pool.folder else {}
@@ -296,7 +296,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             made = merged_text(self.config, split_head(model or MERGED)[0])  # "" for an unknown name
             reason = f"'{model or MERGED}' is {made}" if made else f"it has no single adapter '{model}'"
             raise UserError(
-                f"run '{self.folder}': {reason}; name one expert ({', '.join(names)}), or {AVERAGE} for the mean of all."
+                f"run '{self.folder}': {reason}; name one expert ({', '.join(names)}), or {_AVERAGE} for the mean of all."
             )
         folder = assembled[name] if pool.folder else self.study.find(arm).folder / ADAPTER
         return load_adapter(self.data.backbone().vit, folder)
@@ -318,9 +318,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def name_of(self, arm: str | None = None) -> str:
         arm = self._arm_of(arm)
         name = (arm or "").partition(":")[0]
-        if self.config.pool is not None and self.config.pool.folder and name != AVERAGE:
+        if self.config.pool is not None and self.config.pool.folder and name != _AVERAGE:
             return name
-        if self.config.pool is not None and name == AVERAGE:
+        if self.config.pool is not None and name == _AVERAGE:
             return f"{name}-seed-{self._averaged_seed(arm)}"
         return super().name_of(arm)
 
@@ -339,7 +339,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         """Return the timm model with one arm's merged weights, or frozen; for a pool also "average" or "average:seed"."""
         if arm is not None and split_head(arm)[0] == FROZEN:
             return self.data.backbone().vit
-        if self.config.pool is not None and (arm or "").partition(":")[0] == AVERAGE:
+        if self.config.pool is not None and (arm or "").partition(":")[0] == _AVERAGE:
             pool = self._averaged_pool(arm)
             backbone = self.data.backbone()
             backbone.load_state_dict(pool.weights(pool.uniform()), strict=False)

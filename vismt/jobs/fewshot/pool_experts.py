@@ -15,8 +15,8 @@ from vismt.data.set_entries import shown_name
 from vismt.metatune.settings import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
 
 CLEAN = "clean"
-NORMS = (*THREATS, CLEAN)
-SEVERITIES = [1.0, 2.0, 3.0, 4.0, 5.0]
+_NORMS = (*THREATS, CLEAN)
+_SEVERITIES = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
 @dataclass(frozen=True)
@@ -34,22 +34,22 @@ class ExpertSpec:
 
     source: str | list[str] | None = None
     level: float | list[float] | None = None
-    norm: Annotated[str, Names(NORMS)] = "linf"
+    norm: Annotated[str, Names(_NORMS)] = "linf"
     label: str | None = None
 
     def levels(self, where: str) -> list[float]:
         """Return the level's values, [] for a clean expert; `where` is the key in errors."""
-        require_known(f"{where}.norm:", [self.norm], NORMS)
+        require_known(f"{where}.norm:", [self.norm], _NORMS)
         if self.norm == CLEAN:
             if self.level is not None:
                 raise UserError(f"{where}: level {self.level} with norm clean, which has no attack; leave level out.")
             return []
         if self.level is None:
             if self.norm == CORRUPTION:
-                return SEVERITIES
+                return _SEVERITIES
             raise UserError(f"{where}.level: is null; norm {self.norm} needs a budget in 1/255.")
         values = [float(value) for value in (self.level if isinstance(self.level, list) else [self.level])]
-        if self.norm == CORRUPTION and not set(values) <= set(SEVERITIES):
+        if self.norm == CORRUPTION and not set(values) <= set(_SEVERITIES):
             raise UserError(f"{where}: {values}; the level of a corruption is its severity, 1 to 5.")
         highest = 255 if self.norm == "linf" else float("inf")
         if any(not 0 <= value <= highest or value == float("inf") for value in values):

@@ -21,7 +21,7 @@ from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
-MASKING_TYPES = {
+_MASKING_TYPES = {
     "model": str,
     "data": str,
     "protocol": str,
@@ -31,7 +31,7 @@ MASKING_TYPES = {
     "n": int,
     "verdict": str,
 }
-MASKING_NOTE = (
+_MASKING_NOTE = (
     "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
     "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
     "accuracies under attack do not measure robustness. The verdict ends with the accuracy under PGD-10 minus that under "
@@ -62,7 +62,7 @@ def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Ta
 
 def masking_tables(folder: Path) -> list[tuple[Table, str]]:
     """Return a table with a row for each model and set; [] for a run without the check."""
-    lines = read_lines(folder / MASKING, MASKING_TYPES, whole=True)
+    lines = read_lines(folder / MASKING, _MASKING_TYPES, whole=True)
     if not lines:
         return []
     models = list(dict.fromkeys(row["model"] for row in lines))
@@ -77,7 +77,7 @@ def masking_tables(folder: Path) -> list[tuple[Table, str]]:
         raise UserError(
             f"report: '{folder / MASKING}' has checks at other radii than the first; delete it and evaluate again."
         )
-    return [(Table("By radius, accuracy in %", heads, rows, set()), MASKING_NOTE)]
+    return [(Table("By radius, accuracy in %", heads, rows, set()), _MASKING_NOTE)]
 
 
 def _panels(folder: Path) -> list[Picture]:

@@ -58,7 +58,7 @@ adapt: {method: lora, rank: 16, alpha: 32}       # every linear layer; `vismt li
 batch: 4
 train: {steps: 100, lr: 2.0e-4, warmup: 10}      # at least one pass: rows / batch
 """)
-TEXTS = "text,label\n" + "".join(
+_TEXTS = "text,label\n" + "".join(
     f'"{subject} {verb} {word}.",{label}\n'
     for subject in ("The film", "The plot", "The food", "This book", "The service", "The phone")
     for verb in ("was", "is")
@@ -70,7 +70,7 @@ TEXTS = "text,label\n" + "".join(
 def _files(job: str, folder: Path, texts: Path | None) -> Files:
     if texts is None:
         about, title = "a table of texts", "Classification of texts"
-        return {"texts.csv": TEXTS} | config(job, TEMPLATE, about=about, title=title, data="./texts.csv")
+        return {"texts.csv": _TEXTS} | config(job, TEMPLATE, about=about, title=title, data="./texts.csv")
     from vismt.data.texts.text_set import open_texts
     from vismt.jobs.lm.row_layouts import layout_of
 

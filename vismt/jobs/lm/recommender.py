@@ -46,7 +46,7 @@ from vismt.llm.tasks.recommendation import listed_of
 from vismt.storage.locks import is_locked, locked
 
 # Folder and file of each trained recommender.
-FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
+_FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
 Net = TypeVar("Net", bound=ItemRecommender)
 OTHERS = 1024  # number of users that "shuffled-user" draws from
 
@@ -76,7 +76,7 @@ class Recommender:
         return self._trained(GRU, GRU4Rec(len(self.data.catalogue), settings.width, settings.dropout, self.config.seed))
 
     def _trained(self, name: str, net: Net) -> Net:
-        folder, file = (self.folder / FILES[name][0], FILES[name][1])
+        folder, file = (self.folder / _FILES[name][0], _FILES[name][1])
         trained = ranks.on_first((folder / file).exists)  # another process in the folder may write it at any time
         if not trained:  # of several processes in one run folder, the first one trains it
             with ExitStack() as held:

@@ -27,11 +27,11 @@ PROMPTS = ("prompt", "question", "instruction", "query", "question_stem", "goal"
 ABOUT = ("input", "context", "passage")  # what a prompt is about; it may be empty
 CHOICES = ("choices", "options", "endings")
 CHOICE = re.compile(r"(?:option|choice|ending|sol|op)?[ _]?([a-z]|[1-9])")  # the column of one choice
-ANSWERS = ("answer", "response", "completion", "output")
-TITLES, TEXTS = ("title",), ("text", "sentence", "content", "document")
-LABELS = ("label", "class", "category")
-RIGHT = ("answerkey", "answer_key", "target", *LABELS)  # the right one of several choices, where no answer is named
-MOST = len(ascii_uppercase)  # choices or labels
+_ANSWERS = ("answer", "response", "completion", "output")
+TITLES, _TEXTS = ("title",), ("text", "sentence", "content", "document")
+_LABELS = ("label", "class", "category")
+_RIGHT = ("answerkey", "answer_key", "target", *_LABELS)  # the right one of several choices, where no answer is named
+_MOST = len(ascii_uppercase)  # choices or labels
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Table:
 
     def texts(self) -> list[str]:
         """Return the fields of the title, if there is one, and of the text; [] without a text."""
-        names = self.one(*TITLES), self.one(*TEXTS)
+        names = self.one(*TITLES), self.one(*_TEXTS)
         return [name for name in names if name] if names[1] else []
 
     def refuse(self, reason: str, row: int | None = None) -> UserError:
@@ -140,7 +140,7 @@ def _prompt(table: Table) -> list[str]:
 
 def _choices(table: Table) -> Layout | None:
     """Return the task of rows with choices. Columns count as choices only if they have the answer of every row."""
-    name, right = table.one(*CHOICES), table.one(*ANSWERS) or table.one(*RIGHT)
+    name, right = table.one(*CHOICES), table.one(*_ANSWERS) or table.one(*_RIGHT)
     columns = [] if name else _columns(table)
     asked = (_prompt(table) or table.texts()) if right and (name or columns) else []
     if right is None or not asked:
@@ -157,7 +157,7 @@ def _choices(table: Table) -> Layout | None:
                 return number
         return None
 
-    numbers = [str(number) for number in range(MOST + 1)]
+    numbers = [str(number) for number in range(_MOST + 1)]
     ways = {"from 0": numbers[:-1], "from 1": numbers[1:], "from A": [*ascii_uppercase], "from a": [*ascii_lowercase]}
     way = next((way for way, keys in ways.items() if misfit(keys) is None), None)
     if way is None and columns:
@@ -187,16 +187,16 @@ def _listed(table: Table, name: str) -> tuple[list[str], list[list[Any]]]:
     labelled = all(isinstance(value, dict) and {"text", "label"} <= value.keys() for value in values)
     lists = [value["text"] for value in values] if labelled else values
     for number, texts in enumerate(lists, 1):
-        fits = isinstance(texts, list) and 2 <= len(texts) <= MOST
+        fits = isinstance(texts, list) and 2 <= len(texts) <= _MOST
         if not fits or not all(isinstance(text, str) and text.strip() for text in texts):
-            raise table.refuse(f"has {one_line(repr(texts), 80)} as '{name}'; needed are 2 to {MOST} texts", number)
+            raise table.refuse(f"has {one_line(repr(texts), 80)} as '{name}'; needed are 2 to {_MOST} texts", number)
     place = f"{name}[text]" if labelled else name
     templates = [f" {{{place}[{at}]}}" for at in range(max(map(len, lists)))]
     return templates, [[*map(str, value["label"])] if labelled else [None] * len(value) for value in values]
 
 
 def _answer(table: Table) -> Layout | None:
-    answer = table.one(*ANSWERS)
+    answer = table.one(*_ANSWERS)
     asked = _prompt(table) if answer else []
     if answer is None or not asked:
         return None
@@ -206,15 +206,15 @@ def _answer(table: Table) -> Layout | None:
 
 
 def _label(table: Table) -> Layout | None:
-    read, label = table.texts(), table.one(*LABELS)
+    read, label = table.texts(), table.one(*_LABELS)
     if not read or label is None:
         return None
     blank = table.empty(label)
     if blank:
         raise table.refuse(f"has an empty '{label}'; leave the row out", blank[0])
     labels = sorted({str(value) for value in table.values(label)})
-    if not 2 <= len(labels) <= MOST:
-        raise table.refuse(f"{len(labels)} labels in the column '{label}'; needed are 2 to {MOST}")
+    if not 2 <= len(labels) <= _MOST:
+        raise table.refuse(f"{len(labels)} labels in the column '{label}'; needed are 2 to {_MOST}")
     for one, other in combinations(labels, 2):
         if one.split() == other.split():
             alike = f"{shown_value(one)} and {shown_value(other)} in the column '{label}'"

@@ -23,7 +23,7 @@ from vismt.robustness.evaluate import Keep
 from vismt.robustness.smoothing import Smoothing
 from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
-TASK = "robustness"
+_TASK = "robustness"
 CORRUPTION_ERROR = "mean error under corruptions"
 ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
@@ -70,7 +70,7 @@ def score_set(
         classifier.net,
         batches,
         specs,
-        names=(TASK, name, "task known" if classifier.separate else f"one of {classifier.num_classes} classes"),
+        names=(_TASK, name, "task known" if classifier.separate else f"one of {classifier.num_classes} classes"),
         num_classes=classifier.num_classes,
         records=records_path(folder, data),
         forms={CLEAN: lambda logits: logits},

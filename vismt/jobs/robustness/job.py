@@ -28,7 +28,7 @@ from vismt.robustness.masking import check_masking
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.paths import file_name
 
-SHOWN = 6  # images of a panel
+_SHOWN = 6  # images of a panel
 ADVERSARIAL = "adversarial"  # a folder of the run folder
 
 
@@ -160,7 +160,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 num_classes=classifier.num_classes,
                 keys=batch_keys(spec, number, len(images)),
             )
-            broken = broken[:SHOWN]
+            broken = broken[:_SHOWN]
             answers = {
                 key: np.array([outputs.get(rows[ids[i]][column], "another task") for i in broken], dtype=str)
                 for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))

@@ -22,7 +22,7 @@ from vismt.robustness.corruptions import error_under_corruptions
 from vismt.storage.files import atomic_write
 from vismt.storage.lines import read_lines
 
-THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
+_THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
 # Keys of a file of RobustBench, in its order.
 MODEL_INFO = (
     *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps"),
@@ -35,7 +35,7 @@ CORRUPTION_NOTE = (
     "more robust than the baseline. It is not the mCE of ImageNet-C: its images are others (docs/guides/robustness.md), and the "
     "baseline is an arm of this run."
 )
-MASKING_TYPES = {
+_MASKING_TYPES = {
     "arm": str,
     "data": str,
     "epsilons": list[float],
@@ -44,7 +44,7 @@ MASKING_TYPES = {
     "n": int,
     "verdict": str,
 }
-MASKING_NOTE = (
+_MASKING_NOTE = (
     "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
     "Where it fails, or where the attack's steps cannot cross the ball, the accuracies under attack do not measure "
     "robustness. The verdict ends with the accuracy under this attack minus that under `strong` at the attack's radius."
@@ -91,7 +91,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
 
 
 def _masking(folder: Path) -> list[tuple[Table, str]]:
-    lines = read_lines(folder / MASKING, MASKING_TYPES, {"norm": str}, whole=True)
+    lines = read_lines(folder / MASKING, _MASKING_TYPES, {"norm": str}, whole=True)
     if not lines:
         return []
     tables: dict[str, Table] = {}  # by their radii, which in l2 and l1 depend on the size of the images
@@ -103,7 +103,7 @@ def _masking(folder: Path) -> list[tuple[Table, str]]:
         empty = Table(f"By {norm} radius, accuracy in %", heads, [], set())
         row = [line["arm"], line["data"], *values, str(line["n"]), line["verdict"]]
         tables.setdefault(f"{norm} {radii}", empty).rows.append(row)
-    return [(table, MASKING_NOTE) for table in tables.values()]
+    return [(table, _MASKING_NOTE) for table in tables.values()]
 
 
 def broken_figure(panel: Path, path: Path) -> Path:
@@ -151,7 +151,7 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
     found: list[tuple[Result, str]] = []
     for row in results:
         norm = row.family.removeprefix("AutoAttack ")
-        if row.kind == "attack" and norm in THREATS and row.level is not None and row.seed is None:
+        if row.kind == "attack" and norm in _THREATS and row.level is not None and row.seed is None:
             standard = AttackSpec(
                 "autoattack", row.level, norm=norm, seed=config.seed
             ).label  # with the default settings
@@ -169,7 +169,7 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
         radius = radius_text(norm, row.level or 0.0)
         name = f"{row.arm}-{radius.replace('/', '-')}" if several else row.arm
         dataset = row.data.partition(":")[0]
-        path = folder / "robustbench" / dataset.replace("/", "-") / THREATS[norm] / f"{name}.json"
+        path = folder / "robustbench" / dataset.replace("/", "-") / _THREATS[norm] / f"{name}.json"
         classifier = arms[row.arm].classifier
         timm = classifier.name or ""
         known = classifier.architecture is not None or timm.startswith(ROBUSTBENCH) or Path(timm).suffix in SUFFIXES

@@ -42,7 +42,7 @@ from vismt.storage.files import atomic_write, file_digest, read_sealed, sealed, 
 from vismt.storage.paths import regular_file
 
 Batch = Tensor | Mapping[str, Any] | Sequence[Any]
-TENSORS, DESCRIPTION = "covariances.safetensors", "covariances.json"
+_TENSORS, DESCRIPTION = "covariances.safetensors", "covariances.json"
 
 
 def collect_covariance(
@@ -113,7 +113,7 @@ def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> P
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UserError(f"covariances: '{path}' is {shape}, needed a square matrix.")
         first.setdefault(id(value), path)
-    digest = write_tensors(folder / TENSORS, {path: covariances[path] for path in first.values()})
+    digest = write_tensors(folder / _TENSORS, {path: covariances[path] for path in first.values()})
     stored = {path: first[id(value)] for path, value in covariances.items()}
     atomic_write(folder / DESCRIPTION, sealed({"stored": stored, "digest": digest}))
     return folder
@@ -128,14 +128,14 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
     what = f"covariances '{folder}'"
     about = read_sealed(folder / DESCRIPTION, what, {"stored": dict[str, str], "digest": str})
     try:
-        path = regular_file(folder / TENSORS)
+        path = regular_file(folder / _TENSORS)
         whole = file_digest(path) == about["digest"]
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - safe_open is not a mapping
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{what}: '{TENSORS}' is missing or damaged ({error}); collect them again.") from error
+        raise UserError(f"{what}: '{_TENSORS}' is missing or damaged ({error}); collect them again.") from error
     if not whole:
-        raise UserError(f"{what}: '{TENSORS}' was changed or damaged; delete the folder to collect them again.")
+        raise UserError(f"{what}: '{_TENSORS}' was changed or damaged; delete the folder to collect them again.")
     return {path: tensors[stored] for path, stored in about["stored"].items()}
 
 

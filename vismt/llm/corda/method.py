@@ -53,7 +53,7 @@ from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized, wor
 from vismt.methods import Calibration, Method, register_method
 from vismt.storage.locks import is_locked, locked
 
-MODES = ("ipm", "kpm", "cut")
+_MODES = ("ipm", "kpm", "cut")
 ORIENTATIONS = ("covariance", "activations", "none")
 DAMPING, DOUBLINGS = 0.01, 20
 
@@ -80,7 +80,7 @@ def corda(
     from threadpoolctl import threadpool_limits
 
     refuse_dropout("corda", options)
-    require_known("adapt.mode: 'corda' has no mode", [mode], MODES)
+    require_known("adapt.mode: 'corda' has no mode", [mode], _MODES)
     require_known("adapt.orientation: 'corda' has no orientation", [orientation], ORIENTATIONS)
     solver = solver or ("randomized" if mode == "ipm" else "exact")
     require_known("adapt.solver: 'corda' has no solver", [solver], SOLVERS)
@@ -265,7 +265,7 @@ def calibrate(
     model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Return the covariances of the inputs of the layers to adapt, unless some are given; once for equal layers and data."""
-    if not needs(options):
+    if not _needs(options):
         return {}
     excluded, batches = options.get("exclude", ()), calibration.batches()
     key = str(Identity(weights_digest(model), targets, excluded, list(batches)))[:16]
@@ -280,7 +280,7 @@ def calibrate(
     return {"covariances": calibration.results[key]}
 
 
-def needs(options: Mapping[str, Any]) -> dict[str, str]:
+def _needs(options: Mapping[str, Any]) -> dict[str, str]:
     """Return the need for data where no covariances are given."""
     if options.get("covariances") is not None:
         return {}
@@ -288,4 +288,4 @@ def needs(options: Mapping[str, Any]) -> dict[str, str]:
     return {"calibration": reason}
 
 
-register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=needs))
+register_method(Method("corda", corda, layers=(LowRankLayer,), calibrate=calibrate, needs=_needs))

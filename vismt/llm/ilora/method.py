@@ -36,9 +36,9 @@ from vismt.methods import Method, register_method
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
 
-PATH = "instance_gate"
-KINDS = ("linear", "cnn")
-LARGEST = 2**20  # number of rank groups, and width of a user's representation
+_PATH = "instance_gate"
+_KINDS = ("linear", "cnn")
+_LARGEST = 2**20  # number of rank groups, and width of a user's representation
 
 
 def ilora(
@@ -59,12 +59,12 @@ def ilora(
     """
     refuse_adapted(model)
     about = GateSettings(gate, n_experts, user_width)
-    InstanceGate.check(PATH, getattr(model, PATH, None), about)
+    InstanceGate.check(_PATH, getattr(model, _PATH, None), about)
     settings = {"experts": n_experts}
     report = inject(model, "ilora", kaiming, offset=False, settings=settings, seed=seed, **options)
-    gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, PATH)))
+    gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, _PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
-    attach(model, {PATH: instance_gate}, {PATH: about})
+    attach(model, {_PATH: instance_gate}, {_PATH: about})
     trainable, total = count_parameters(model)
     size = sum(parameter.numel() for parameter in instance_gate.parameters())
     extras = [f"{gate} gate, {user_width} to {n_experts} rank groups   {size:,}"] if gate else []
@@ -81,7 +81,7 @@ def gate_of(model: nn.Module) -> InstanceGate:
 
 def gate_part(model: nn.Module) -> InstanceGate | None:
     """Return the InstanceGate of an adapted model, with or without a network; None for a model of another method."""
-    gate = getattr(model, PATH, None)
+    gate = getattr(model, _PATH, None)
     return gate if isinstance(gate, InstanceGate) else None
 
 
@@ -118,13 +118,13 @@ class InstanceGate(AdapterModule):
     def check(cls, path: str, base: nn.Module | None, settings: GateSettings) -> dict[str, tuple[int, ...]]:
         """Return the shapes of `tensors()`; raise UserError for wrong settings, and where the path is taken."""
         kind, rank_groups, user_width = settings.kind, settings.n_experts, settings.user_width
-        if path != PATH:
-            raise UserError(f"ilora: the gate network of a model lies at '{PATH}', not at '{path}'.")
+        if path != _PATH:
+            raise UserError(f"ilora: the gate network of a model lies at '{_PATH}', not at '{path}'.")
         if base is not None and not isinstance(base, InstanceGate):
             raise UserError(f"ilora: the model already has a '{path}', a {type(base).__name__}; rename it.")
-        require_known("adapt.gate:", [] if kind is None else [kind], KINDS)
+        require_known("adapt.gate:", [] if kind is None else [kind], _KINDS)
         for name, value in (("n_experts", rank_groups), ("user_width", user_width)):
-            need_whole(f"adapt.{name}:", value, 1, LARGEST)
+            need_whole(f"adapt.{name}:", value, 1, _LARGEST)
         with torch.device("meta"):
             planned = network(kind, rank_groups, user_width)
         state = {} if planned is None else planned.state_dict()
@@ -204,5 +204,5 @@ class Residual(nn.Module):
         return F.relu(out + F.pad(x[:, :, :: self.stride], (0, 0, self.pad, self.pad)))
 
 
-NEEDS = {"users": "'ilora' is gated by a user's history"}
-register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=lambda options: NEEDS))
+_NEEDS = {"users": "'ilora' is gated by a user's history"}
+register_method(Method("ilora", ilora, layers=(LowRankLayer, InstanceGate), needs=lambda options: _NEEDS))

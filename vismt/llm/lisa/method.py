@@ -192,7 +192,7 @@ class Options:
     exclude: str | list[str]
 
 
-def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
+def _schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
     """Return the schedule that an adapted model carries, on its optimiser; UserError for settings that a file made up."""
     saved = build(
         Options, need_record(model, "LISA").options, JsonFile("LISA: the settings of the adapter cannot be read")
@@ -262,5 +262,5 @@ def _kind(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.)|^\d+(?=\.)", "*", name)
 
 
-WHOLE = dict.fromkeys(("targets", "rank", "alpha"), "trains whole layers: set layers, active and exclude")
-register_method(Method("lisa", lisa, layers=(), schedule=schedule, freezes=True, exports=False, unread=WHOLE))
+_WHOLE = dict.fromkeys(("targets", "rank", "alpha"), "trains whole layers: set layers, active and exclude")
+register_method(Method("lisa", lisa, layers=(), schedule=_schedule, freezes=True, exports=False, unread=_WHOLE))

@@ -37,7 +37,7 @@ from vismt.lowrank.layers.stock_modules import dense_weight
 from vismt.lowrank.model.modules import detach_all
 from vismt.lowrank.tensors import check_factor
 
-BASE = "base_layer"  # peft's name of the stock module in a tuner layer
+_BASE = "base_layer"  # peft's name of the stock module in a tuner layer
 Shapes = dict[str, tuple[int, ...]]
 
 
@@ -75,7 +75,7 @@ class HostedLayer(AdapterLayer):
         super().adopt(base)
         self.__dict__["inner"] = inner_module(base)
         if "tuner" in self._modules:  # of an adapter that becomes active again
-            self.tuner.__dict__[BASE] = self.inner
+            self.tuner.__dict__[_BASE] = self.inner
 
     # ---- the layer as data
     @classmethod
@@ -118,8 +118,8 @@ class HostedLayer(AdapterLayer):
 
     def host(self, tuner: nn.Module, seen: set[int]) -> None:
         """Take a tuner in. seen: ids of the tensors that layers before this one save; those of this one are added."""
-        tuner._modules.pop(BASE)
-        tuner.__dict__[BASE] = self.inner
+        tuner._modules.pop(_BASE)
+        tuner.__dict__[_BASE] = self.inner
         self.tuner = tuner.train(self.training)
         named = tensors_of(tuner)
         self.__dict__["elsewhere"] = frozenset(name for name, value in named.items() if id(value) in seen)
@@ -195,7 +195,9 @@ def tensors_of(tuner: nn.Module) -> dict[str, Tensor]:
 
     Names have ":" for the dots, which stand for modules in an adapter file.
     """
-    named = {name: value for name, value in tuner.state_dict(keep_vars=True).items() if not name.startswith(f"{BASE}.")}
+    named = {
+        name: value for name, value in tuner.state_dict(keep_vars=True).items() if not name.startswith(f"{_BASE}.")
+    }
     for attribute, table in vars(tuner).items():
         if isinstance(table, dict) and not attribute.startswith("_"):
             named.update({f"{attribute}.{key}": value for key, value in table.items() if isinstance(value, Tensor)})

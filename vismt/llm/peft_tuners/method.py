@@ -28,9 +28,9 @@ from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_ada
 from vismt.lowrank.model.targets import find_targets
 from vismt.methods import METHODS, Method
 
-PREFIX = "peft"
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
-LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
+_PREFIX = "peft"
+_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
+_LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 # What `adapt` decides, besides the fields that every configuration of peft has: no options.
 DECIDED = {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
 DECIDED |= {"modules_to_save", "target_modules", "target_parameters"}
@@ -55,7 +55,7 @@ def host(
     refuse_adapted(model)
     modules, remarks = find_targets(model, common["targets"], common["exclude"], prequantized=True)
     names = also_trained(model, common["also_train"], list(modules))
-    kind, given = VARIANTS.get(tuner, (tuner.upper(), {}))
+    kind, given = _VARIANTS.get(tuner, (tuner.upper(), {}))
     fields = _fields(kind)
     known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     model_type = getattr(getattr(model, "config", None), "model_type", None)
@@ -69,7 +69,7 @@ def host(
             options[name] = "|".join(re.escape(path) for path in find_targets(model, value, prequantized=True)[0])
     settings = {**_sizes(fields, common["rank"], common["alpha"]), **given, **options}
     specs = [spec_of(p, m, HostedLayer, HostedSettings(kind, dict(settings), seed)) for p, m in modules.items()]
-    method = f"{PREFIX}:{tuner}"
+    method = f"{_PREFIX}:{tuner}"
     install(model, method, specs, {"seed": seed}, names)
     return AdaptReport(method, specs, *count_parameters(model), remarks)
 
@@ -111,20 +111,20 @@ def tuners() -> list[str]:
         for kind, tuner in mapping.PEFT_TYPE_TO_TUNER_MAPPING.items()
         if isinstance(tuner, type) and issubclass(tuner, base)
     }
-    return sorted({kind.lower() for kind in kinds - set(LEFT_OUT)} | set(VARIANTS))
+    return sorted({kind.lower() for kind in kinds - set(_LEFT_OUT)} | set(_VARIANTS))
 
 
 @functools.cache
 def hosted(tuner: str) -> Method:
     """A tuner of the installed peft (peft:dora, peft:oft, peft:vera, ...); options: the fields of peft's configuration."""
     require_known("adapt: peft has no tuner", [tuner], tuners())
-    kind = VARIANTS.get(tuner, (tuner.upper(), {}))[0]
+    kind = _VARIANTS.get(tuner, (tuner.upper(), {}))[0]
     adapt = functools.partial(host, tuner=tuner)
     names = {*inspect.signature(host).parameters, *_fields(kind)} - {"tuner", "options"}
     parameters = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY) for name in sorted(names)]
     adapt.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     adapt.__doc__ = f"Put peft's tuner {tuner} on the targets."
-    return Method(f"{PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False, unread=_unread(_fields(kind)))
+    return Method(f"{_PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False, unread=_unread(_fields(kind)))
 
 
-METHODS.family(PREFIX, hosted)
+METHODS.family(_PREFIX, hosted)

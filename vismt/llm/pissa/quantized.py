@@ -36,11 +36,11 @@ from vismt.lowrank.layers.stock_modules import LINEAR
 from vismt.lowrank.svd import double, working_dtype
 
 GRIDS = ("nf4", "bitsandbytes")
-BLOCK = 64
+_BLOCK = 64
 # Of the released code: the outermost quantile, the mean of 1 - 1/30 and 1 - 1/32.
 OUTERMOST = 0.9677083
 
-MERGE = "against the original weights its update is not a pair of factors; merge the model and save it whole"
+_MERGE = "against the original weights its update is not a pair of factors; merge the model and save it whole"
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class QuantizedLayer(LowRankLayer):
     quantized: nn.Parameter | None
 
     Settings = QuantizedSettings
-    export_refusal = f"lies on quantised weights; {MERGE}"
+    export_refusal = f"lies on quantised weights; {_MERGE}"
     combine_refusal = export_refusal
     has_factors = False
     takes_prequantized = weight_readable = False
@@ -104,7 +104,7 @@ class QuantizedLayer(LowRankLayer):
         return {**super().tensors(), "start_A": self.start_A, "start_B": self.start_B}
 
     def low_rank(self) -> LowRank:
-        raise UserError(f"adapter on quantised weights: {MERGE}.")
+        raise UserError(f"adapter on quantised weights: {_MERGE}.")
 
     @property
     def frozen(self) -> Tensor:
@@ -181,7 +181,7 @@ def on_grid(matrix: Tensor, grid: str) -> Tensor:
     if grid == "nf4":
         return nf4(matrix)
     functional = need_bitsandbytes()
-    packed, state = functional.quantize_4bit(_blocks(matrix).float(), blocksize=BLOCK, quant_type="nf4")
+    packed, state = functional.quantize_4bit(_blocks(matrix).float(), blocksize=_BLOCK, quant_type="nf4")
     return _matrix(functional.dequantize_4bit(packed, state), matrix)
 
 
@@ -198,7 +198,7 @@ def need_bitsandbytes() -> Any:
 
 def _blocks(matrix: Tensor) -> Tensor:
     flat = matrix.flatten()
-    return torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK)).view(-1, BLOCK)
+    return torch.nn.functional.pad(flat, (0, -flat.numel() % _BLOCK)).view(-1, _BLOCK)
 
 
 def _matrix(blocks: Tensor, like: Tensor) -> Tensor:

@@ -129,7 +129,7 @@ class Landing(torch.optim.Optimizer):
         field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
         points = []
         with self._live(written=1) as rows:
-            for views in stacks(rows):
+            for views in _stacks(rows):
                 z, grad = (torch.stack(tensors) for tensors in zip(*views))
                 for (_, gradient), new in zip(views, field(z, grad, attraction)):
                     gradient.copy_(new)
@@ -142,7 +142,7 @@ class Landing(torch.optim.Optimizer):
         if not began:
             return
         with self._live(written=0) as rows:
-            for views, before in zip(stacks(rows), began):
+            for views, before in zip(_stacks(rows), began):
                 z = torch.stack([factor for factor, _ in views])
                 if self.constraint == "decoupled":
                     back = z - self.attraction * stiefel.pull(z)
@@ -178,7 +178,7 @@ class Landing(torch.optim.Optimizer):
     def metrics(self) -> dict[str, Tensor]:
         """Return two scalars: the average `infeasibility` ||Z^T Z - I||_F^2 of the factors, and `stable_rank` of the updates."""
         off, ranks = [], []
-        for views in stacks(update for layer in self.layers for update in updates(layer)):
+        for views in _stacks(update for layer in self.layers for update in updates(layer)):
             x, theta, y = (torch.stack(tensors) for tensors in zip(*views))
             off += [stiefel.infeasibility(x), stiefel.infeasibility(y)]
             ranks.append(stiefel.stable_rank(x, torch.diag_embed(theta) if theta.ndim == 2 else theta, y))
@@ -194,7 +194,7 @@ def orthonormalize_(model: nn.Module) -> nn.Module:
     for layer in polar_layers(model):
         factors = [factor.detach() for factor in (layer.lora_B, layer.lora_C, layer.lora_A)]
         gathered = [whole(factor) for factor in factors]
-        for update in blocks(layer, *gathered):
+        for update in _blocks(layer, *gathered):
             for tensor, new in zip(update, stiefel.orthonormalize(*update)):
                 tensor.copy_(new)
         for factor, value in zip(factors, gathered):
@@ -226,15 +226,15 @@ def right(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
 
 def updates(layer: LowRankLayer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block; of sharded ones gathered copies."""
-    return blocks(layer, *(whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A)))
+    return _blocks(layer, *(whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A)))
 
 
-def blocks(layer: LowRankLayer, x: Tensor, theta: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+def _blocks(layer: LowRankLayer, x: Tensor, theta: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Return the views of `updates` of given lora_B, lora_C and lora_A."""
     return zip(left(layer, x), theta.chunk(len(layer.blocks)), right(layer, y))
 
 
-def stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:
+def _stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:
     """Yield rows with tensors of like shapes, dtypes and devices together, at most about STACK numbers at a time."""
     alike: dict[tuple, Views] = {}
     for row in rows:

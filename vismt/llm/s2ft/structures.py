@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, matrix_shape
 from vismt.lowrank.model.targets import READ_DIRECTLY, head_paths, read_directly
 
-HEADS = (
+_HEADS = (
     (("q_proj", "k_proj", "v_proj"), ("o_proj", "out_proj", "proj")),
     (("qkv",), ("proj",)),
     (("qkv_proj",), ("o_proj",)),
@@ -97,7 +97,7 @@ def _children(module: nn.Module, layouts: tuple) -> tuple[list[str], str] | None
 
 
 def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
-    names = _children(module, HEADS)
+    names = _children(module, _HEADS)
     if names is None:
         return None
     inputs, last = names

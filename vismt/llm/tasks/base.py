@@ -34,7 +34,7 @@ from vismt.uncertainty.temperature import fit_temperature
 Record = dict[str, Any]
 REPLY = "reply"  # stands for an answer where the text after it is wanted
 BEFORE = 64  # letters before a text that decide how it is tokenised
-ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
+_ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
 
 
@@ -348,7 +348,7 @@ def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
 def temperature_of(records: Sequence[Record]) -> float:
     """Return the temperature fitted on (validation) records."""
     logs, labels = choices(records)
-    return fit_temperature(logs.clamp_min(ABSENT), labels)
+    return fit_temperature(logs.clamp_min(_ABSENT), labels)
 
 
 def averaged_records(parts: Sequence[Sequence[Record]]) -> list[Record]:

@@ -26,7 +26,7 @@ from vismt.llm.tasks.base import Item, LmTask, Record, by_row, context_tokens
 from vismt.llm.tasks.pieces import piece
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE, Measure
 
-FAMILY = "lm_eval"
+_FAMILY = "lm_eval"
 SEED = 1234  # of the examples of a prompt, the harness's default
 # Quotients of sums of a document's log-likelihood and its length: exp(-sum/sum), or -sum/sum/ln 2.
 QUOTIENTS = {"weighted_perplexity": math.exp, "bits_per_byte": lambda nats: nats / math.log(2)}
@@ -52,11 +52,11 @@ class Harness(LmTask):
         super().__init__(prompt)
         if prompt or (shots is not None and shots < 0):
             raise UserError(
-                f"tasks: '{FAMILY}:{self.name}' has prompts of its own: leave prompt out, and give shots 0 or more."
+                f"tasks: '{_FAMILY}:{self.name}' has prompts of its own: leave prompt out, and give shots 0 or more."
             )
         if importlib.util.find_spec("lm_eval") is None:
             raise UserError(
-                f"tasks: '{FAMILY}:{self.name}' needs lm-evaluation-harness: pip install \"vismt[lm-eval]\""
+                f"tasks: '{_FAMILY}:{self.name}' needs lm-evaluation-harness: pip install \"vismt[lm-eval]\""
             )
         self.shots = shots
         self._task: Any = None
@@ -84,15 +84,15 @@ class Harness(LmTask):
             try:
                 tasks = manager.load(self.name)["tasks"]
             except Exception as error:  # files and downloads of other people
-                raise UserError(f"tasks: '{FAMILY}:{self.name}' cannot be loaded ({first_line(error)}).") from error
+                raise UserError(f"tasks: '{_FAMILY}:{self.name}' cannot be loaded ({first_line(error)}).") from error
             if len(tasks) != 1:
                 raise UserError(
-                    f"tasks: '{FAMILY}:{self.name}' stands for {len(tasks)} tasks; name each: {near(self.name, tasks)}"
+                    f"tasks: '{_FAMILY}:{self.name}' stands for {len(tasks)} tasks; name each: {near(self.name, tasks)}"
                 )
             (task,) = tasks.values()
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise UserError(
-                    f"tasks: '{FAMILY}:{self.name}' runs code of the model or reads images, which vismt does not."
+                    f"tasks: '{_FAMILY}:{self.name}' runs code of the model or reads images, which vismt does not."
                 )
             shots = task.config.num_fewshot if self.shots is None else self.shots
             task.set_config(key="num_fewshot", value=shots or 0)
@@ -111,7 +111,7 @@ class Harness(LmTask):
         asked = json.dumps([[str(r.arguments) for r in of] for of in self._requests.values()])
         digest = hashlib.sha256(asked.encode()).hexdigest()
         title = str(self.task.task_name)
-        return TextSet(title, "test", [{"doc": name} for name in ids], ids, lambda: digest, FAMILY)
+        return TextSet(title, "test", [{"doc": name} for name in ids], ids, lambda: digest, _FAMILY)
 
     def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         self._tokenizer = tokenizer
@@ -119,7 +119,7 @@ class Harness(LmTask):
         return Item(name, [piece(context_tokens(tokenizer, text) or [0], [], self.length)])
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Any]:
-        raise UserError(f"tasks: '{FAMILY}:{self.name}' is for evaluation; train another task.")
+        raise UserError(f"tasks: '{_FAMILY}:{self.name}' is for evaluation; train another task.")
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
         model = self._model_of(net, len(items))
@@ -175,7 +175,7 @@ class Harness(LmTask):
             else:
                 console.stage("eval", f"{self.name}   {metric} has no number for each document and is left out")
         if not found:
-            raise UserError(f"tasks: '{FAMILY}:{self.name}' has no metric with a number for each document.")
+            raise UserError(f"tasks: '{_FAMILY}:{self.name}' has no metric with a number for each document.")
         return found
 
 
@@ -186,4 +186,4 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, (bool, int, float)) or hasattr(value, "item") else str(value)
 
 
-TASKS.family(FAMILY, lambda name: type("Harness", (Harness,), {"name": name, "__doc__": Harness.__doc__}))
+TASKS.family(_FAMILY, lambda name: type("Harness", (Harness,), {"name": name, "__doc__": Harness.__doc__}))

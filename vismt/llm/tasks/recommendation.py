@@ -52,8 +52,8 @@ from vismt.llm.tasks.item_prompts import ItemPrompt, read_answer, single_token
 from vismt.llm.tasks.pieces import prune, stem, tree
 from vismt.uncertainty.intervals import Measure
 
-ANSWERS = ("choose", "judge", "write")
-SAMPLES = ("rows", "users")
+_ANSWERS = ("choose", "judge", "write")
+_SAMPLES = ("rows", "users")
 
 
 @TASKS.register("recommendation")
@@ -106,9 +106,9 @@ class Recommendation(LmTask):
         length: int = 768,
     ) -> None:
         super().__init__(prompt, length)
-        require_known("tasks: answer", [answer], ANSWERS)
+        require_known("tasks: answer", [answer], _ANSWERS)
         require_known("tasks: normalise", [normalise], LENGTHS)
-        require_known("tasks: sample", [sample], SAMPLES)
+        require_known("tasks: sample", [sample], _SAMPLES)
         if candidates < 2 or history < 1 or new_tokens < 1 or not 0 <= curriculum <= 1:
             raise UserError(
                 f"tasks: candidates {candidates}, history {history}, new_tokens {new_tokens}, curriculum {curriculum:g}; "

@@ -26,7 +26,7 @@ FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
 # Layers whose entries in adapter.json leave their name out: the setting that only theirs have.
-UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
+_UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
 
@@ -84,7 +84,7 @@ class _Site:
 
 def entry_of(spec: LayerSpec) -> dict[str, Any]:
     """Return a spec as adapter.json holds it: empty settings are left out."""
-    layer = {} if spec.layer.name in UNNAMED else {"layer": spec.layer.name}
+    layer = {} if spec.layer.name in _UNNAMED else {"layer": spec.layer.name}
     entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
     return {name: value for name, value in entry.items() if value not in ("", (), None)}
 
@@ -99,7 +99,7 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
     common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
     settings = {name: value for name, value in entry.items() if name not in common}
     site = build(_Site, common, source, key)
-    name = site.layer or next((name for name, setting in UNNAMED.items() if setting in settings), "low_rank")
+    name = site.layer or next((name for name, setting in _UNNAMED.items() if setting in settings), "low_rank")
     layer = _module(name, source)
     if not issubclass(layer, AdapterLayer):
         raise UserError(f"{source}: {key}.layer: '{name}' carries no update of a weight; its entry belongs into parts.")

@@ -26,8 +26,8 @@ from vismt.lowrank.layers.stock_modules import LINEAR, kind_of
 from vismt.lowrank.model.targets import candidates
 from vismt.lowrank.tensors import check_factor, check_finite, check_parameter
 
-FACTORS, TABLE = ("A", "B"), ("embedding_A", "embedding_B")
-AGAIN, BASE = "save the adapter again", "load the base it was trained on"
+_FACTORS, _TABLE = ("A", "B"), ("embedding_A", "embedding_B")
+_AGAIN, _BASE = "save the adapter again", "load the base it was trained on"
 
 
 @dataclass(frozen=True)
@@ -67,13 +67,13 @@ class PeftAdapter:
         refuse_passed_by(what, dict(model.named_modules()), saved)
         for path in sorted(saved - named):
             if path not in known:
-                raise UserError(f"{what}: no linear or convolution '{path}' in this {type(model).__name__}; {BASE}.")
+                raise UserError(f"{what}: no linear or convolution '{path}' in this {type(model).__name__}; {_BASE}.")
             raise UserError(
                 f"{what}: the file holds factors of '{path}', which the settings do not name; name it in target_modules."
             )
         for path in sorted(named - saved):
             more = f" ({len(named - saved)} such modules)" if len(named - saved) > 1 else ""
-            raise UserError(f"{what}: the settings name '{path}', but the file holds no factors of it{more}; {AGAIN}.")
+            raise UserError(f"{what}: the settings name '{path}', but the file holds no factors of it{more}; {_AGAIN}.")
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole parameters of the file under the names that the model has for them."""
@@ -84,14 +84,14 @@ class PeftAdapter:
             sharing.setdefault(id(parameter), []).append(name)
         for name in sorted(promised - set(self.extras)):
             why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
-            raise UserError(f"{what}: '{name}' is missing, which the settings promise ({why}); {AGAIN}.")
+            raise UserError(f"{what}: '{name}' is missing, which the settings promise ({why}); {_AGAIN}.")
         kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
             if name not in tensors:
-                raise UserError(f"{what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {BASE}.")
+                raise UserError(f"{what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {_BASE}.")
             needed = tuple(tensors[name].shape)
             if value.shape != needed:
-                raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {needed}; {BASE}.")
+                raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {needed}; {_BASE}.")
             check_parameter(f"{what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
             if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
@@ -99,7 +99,7 @@ class PeftAdapter:
                 same = torch.equal(saved, present.to(saved.dtype)) or torch.equal(saved.to(present.dtype), present)
                 if not same:  # nor one a cast of the other
                     raise UserError(
-                        f"{what}: the file holds other values of '{name}', which the settings do not name; {BASE}."
+                        f"{what}: the file holds other values of '{name}', which the settings do not name; {_BASE}."
                     )
                 continue
             # peft trains a copy of one of two tied weights, which unties them.
@@ -137,14 +137,14 @@ def read_peft(folder: Path) -> PeftAdapter:
     low_rank, stacks = {}, {}
     for path, module in facts.modules.items():
         if module.unpaired:
-            raise UserError(f"{what}: '{path}' has lora_{next(iter(module.tensors))} but not its partner; {AGAIN}.")
+            raise UserError(f"{what}: '{path}' has lora_{next(iter(module.tensors))} but not its partner; {_AGAIN}.")
         values = {role: _value(what, facts, tensor) for role, tensor in module.tensors.items()}
         if module.stacked and "A" in values:
             stacks[module.key] = values
         else:
             low_rank[path] = _low_rank(what, module, values)
     if not facts.modules:
-        raise UserError(f"{what}: it holds no lora_A and lora_B; {AGAIN}.")
+        raise UserError(f"{what}: it holds no lora_A and lora_B; {_AGAIN}.")
     return PeftAdapter(what, settings, dict(sorted(low_rank.items())), extras, stacks)
 
 
@@ -162,7 +162,7 @@ def _plain_facts(what: str, folder: Path) -> tuple[AdapterFacts, PeftSettings]:
     for name, tensor in sorted(facts.tensors.items()):
         if not name.startswith(PREFIX):
             raise UserError(f"{what}: key '{name}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
-        plain = tensor.role == "saved" or tensor.role in FACTORS or (tensor.role in TABLE and len(tensor.shape) == 2)
+        plain = tensor.role == "saved" or tensor.role in _FACTORS or (tensor.role in _TABLE and len(tensor.shape) == 2)
         if tensor.role != "stock" and not (plain and tensor.adapter in ("", "default")):
             raise UserError(f"{what}: '{name}' belongs to a variant that is not a plain LoRA; merge it with peft.")
     return facts, settings
@@ -172,7 +172,7 @@ def _value(what: str, facts: AdapterFacts, tensor: Stored) -> Tensor:
     value = facts.stored.read(tensor.name)
     if value is None:
         reason = facts.stored.reasons[-1] if facts.stored.reasons else f"'{tensor.name}' is saved as {tensor.dtype}"
-        raise UserError(f"{what}: {reason}; {AGAIN}.")
+        raise UserError(f"{what}: {reason}; {_AGAIN}.")
     return value.clone()  # what was read is mapped from the file
 
 
@@ -199,7 +199,7 @@ def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRank
         differing = min(set(keys.values()) ^ set(adapter.stacks))
         raise UserError(
             f"{what}: the factors at '{differing}' are not those of the parameters that {list(wanted)} name in this "
-            f"{type(model).__name__}; {BASE}."
+            f"{type(model).__name__}; {_BASE}."
         )
     return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}
 

@@ -25,7 +25,7 @@ CONFIG = "adapter_config.json"
 # Starts that leave the base as it is; every other one moved a part of it into the factors.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Settings of variants, besides those that begin with use_ or end with _config.
-VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
+_VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
 ONE_PATH = re.compile(r"\^?\w+(?:\\?[.-]\w+)*")  # the whole of it after a ^, else its end
 BIASES = ("none", "all", "lora_only")
@@ -137,7 +137,7 @@ def check_plain(what: str, config: Mapping[str, Any]) -> None:
         )
     for key, value in config.items():
         named = key.startswith("use_") or key.endswith("_config")
-        if value and (key in VARIANTS or (named and key not in (*OF_A_START, "use_rslora"))):
+        if value and (key in _VARIANTS or (named and key not in (*OF_A_START, "use_rslora"))):
             raise UserError(f"{what}: '{key}' is set; that variant is not a plain LoRA and cannot be read.")
 
 

@@ -24,7 +24,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.tensors import check_factor
 
-HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
+_HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
 class Placed(nn.Module):
@@ -49,7 +49,7 @@ class Placed(nn.Module):
         # The stock module without what it lends: not a submodule, so it adds no keys and follows no conversion.
         shell = self.__dict__["shell"] = copy.copy(base)
         self.lent, shell._modules = tuple(base._modules), {}
-        for name in HOOKS:  # shared tables: hooks fire while the module is replaced and stay when it is back
+        for name in _HOOKS:  # shared tables: hooks fire while the module is replaced and stay when it is back
             self.__dict__[name] = base.__dict__[name]
         self._modules.update(base._modules)
         self.training = base.training
@@ -334,7 +334,7 @@ def in_autocast(x: Tensor) -> Tensor:
 def inner_module(base: nn.Module) -> nn.Module:
     """Return a stock module for calls from inside its layer: with its tensors, without the hooks, which the layer has."""
     inner = copy.copy(base)
-    inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in HOOKS})
+    inner.__dict__.update({name: value for name, value in nn.Module().__dict__.items() if name in _HOOKS})
     inner._parameters = dict(base._parameters)
     return inner
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
 ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # read by another module, without a forward of their own
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # read by another module, without a forward of their own
 
 
 class ParameterModule(nn.Module):
@@ -57,7 +57,7 @@ def readable_parameters(owner: nn.Module) -> list[str]:
     """Return the names of the parameters of a module that can be modules: stacks of matrices, projections of an attention."""
     if is_attention(owner):
         return [name for name in ATTENTION if owner._parameters.get(name) is not None]
-    if isinstance(owner, CONTAINERS):
+    if isinstance(owner, _CONTAINERS):
         return []
     own = owner.named_parameters(recurse=False)
     return [name for name, parameter in own if parameter.ndim == 3 and min(parameter.shape) > 1]

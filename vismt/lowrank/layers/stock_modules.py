@@ -28,7 +28,7 @@ KINDS: dict[str, type[nn.Module]] = {
     "parameter": ParameterModule,
 }
 LINEAR = ("linear", "conv1d")  # the kinds that 'all-linear' takes
-LIBRARIES = ("bitsandbytes", "torchao")  # whose weights are prequantized
+_LIBRARIES = ("bitsandbytes", "torchao")  # whose weights are prequantized
 
 
 def is_conv1d(module: nn.Module) -> bool:
@@ -55,8 +55,8 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def is_prequantized(weight: object) -> bool:
-    """Return whether a parameter is in a format of LIBRARIES."""
-    return type(weight).__module__.partition(".")[0] in LIBRARIES
+    """Return whether a parameter is in a format of _LIBRARIES."""
+    return type(weight).__module__.partition(".")[0] in _LIBRARIES
 
 
 def weight_format(module: nn.Module) -> str | None:

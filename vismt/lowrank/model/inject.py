@@ -41,7 +41,7 @@ from vismt.lowrank.model.targets import Targets, containers, find_targets, match
 # The options of `inject` that users give, whatever the method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
 COMMON |= {"rslora": False, "clamp_rank": False, "split_qkv": False, "dropout": 0.0, "dtype": None}
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def inject(
@@ -255,8 +255,8 @@ def _alpha(name: str, value: Any) -> float:
 
 def _dtype(value: Any) -> torch.dtype | None:
     if isinstance(value, str):
-        require_known("adapt.dtype:", [value], DTYPES)
-        return DTYPES[value]
+        require_known("adapt.dtype:", [value], _DTYPES)
+        return _DTYPES[value]
     if value is not None and not (isinstance(value, torch.dtype) and value.is_floating_point):
-        raise UserError(f"adapt.dtype: {shown_value(value)}; give a floating dtype, one of {', '.join(DTYPES)}.")
+        raise UserError(f"adapt.dtype: {shown_value(value)}; give a floating dtype, one of {', '.join(_DTYPES)}.")
     return value

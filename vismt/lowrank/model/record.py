@@ -177,7 +177,7 @@ def count_parameters(model: nn.Module) -> tuple[int, int]:
 
 # ---- copies of tensors
 IN_MEMORY = 2**26  # bytes
-SAMPLES = 1024  # values of a tensor that tell whether it was trained
+_SAMPLES = 1024  # values of a tensor that tell whether it was trained
 ALIGNED = 16
 
 
@@ -223,7 +223,7 @@ def unchanged_tensors(copies: Mapping[str, Tensor], tensors: Mapping[str, Tensor
 def sample(tensor: Tensor) -> Tensor:
     """Return a copy of at most 2048 values spread over a tensor, on the CPU."""
     # An odd stride does not stay in one column of a matrix of even width.
-    return tensor.detach().flatten()[:: max(1, tensor.numel() // SAMPLES) | 1].cpu().clone()
+    return tensor.detach().flatten()[:: max(1, tensor.numel() // _SAMPLES) | 1].cpu().clone()
 
 
 def was_trained(sampled: Tensor, tensor: Tensor) -> bool:

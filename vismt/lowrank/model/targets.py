@@ -45,8 +45,8 @@ READ_DIRECTLY = (
 READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gates for samples"
 READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
 
-PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
-PATHS = re.compile(r"(?:\w|\\[.-]|\|)+")  # an expression that names paths, as exports write it
+_PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
+_PATHS = re.compile(r"(?:\w|\\[.-]|\|)+")  # an expression that names paths, as exports write it
 LIMIT_S = 5.0  # time of the thread that all matches of one expression may take
 MOST_PARTS = 20  # log2 of the characters of an expression times its repeats: the library writes repeated parts out
 
@@ -295,7 +295,7 @@ class Expression:
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text, self._left = name, text, LIMIT_S
         # Paths are looked up: an exported adapter may name thousands.
-        self._paths = frozenset(text.replace("\\", "").split("|")) if PATHS.fullmatch(text) else None
+        self._paths = frozenset(text.replace("\\", "").split("|")) if _PATHS.fullmatch(text) else None
         self._compiled = _compiled(name, text) if self._paths is None else None
 
     def match(self, path: str) -> Any:
@@ -402,7 +402,7 @@ def match_patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> 
     found = {}
     for pattern in patterns:
         found[pattern] = ending.get(pattern, [])
-        if not found[pattern] and not PATH.fullmatch(pattern):
+        if not found[pattern] and not _PATH.fullmatch(pattern):
             expression = Expression(name, pattern)
             found[pattern] = [path for path in every if expression.match(path)]
         if not found[pattern]:

@@ -31,7 +31,7 @@ PYRAMID: Levels = ((4, 20.0), (8, 10.0), (None, 1.0))
 PLAIN: Levels = ((None, 1.0),)
 NORMS = ("linf", "l2")
 STARTS = ("uniform", "normal", "zero")
-SCALE = 1024.0  # of the objective: its gradient's size is not used, and half precision must not flush it to zero
+_SCALE = 1024.0  # of the objective: its gradient's size is not used, and half precision must not flush it to zero
 
 
 def pyramid_attack(
@@ -98,7 +98,7 @@ def pyramid_attack(
                 gain = F.kl_div(log_p, target, reduction="sum", log_target=True)
             else:
                 gain = F.nll_loss(log_p, labels, reduction="sum")
-            gradients = torch.autograd.grad(SCALE * gain, leaves)
+            gradients = torch.autograd.grad(_SCALE * gain, leaves)
         with torch.no_grad():
             deltas = [
                 _bounded(delta + step_size * unit * _direction(unit * gradient, norm), bound, norm)

@@ -46,7 +46,7 @@ from vismt.methods import Method, register_method
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
-FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
+_FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
 
 
 def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **options: Any) -> AdaptReport:
@@ -230,7 +230,7 @@ class AdversarialObjective(nn.Module):
     @torch.no_grad()
     def _watch(self, clean: Tensor) -> None:
         surest = clean.float().softmax(1).max()
-        self.flat.copy_(torch.where(surest - 1 / clean.shape[1] < FLAT, self.flat + 1, torch.zeros_like(self.flat)))
+        self.flat.copy_(torch.where(surest - 1 / clean.shape[1] < _FLAT, self.flat + 1, torch.zeros_like(self.flat)))
 
 
 def trades(

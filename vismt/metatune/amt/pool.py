@@ -33,7 +33,7 @@ from vismt.lowrank.model.named import unadapt
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.locks import locked
 
-INDEX, FORMAT = "pool.json", 1
+INDEX, _FORMAT = "pool.json", 1
 
 
 @dataclass(frozen=True)
@@ -173,12 +173,12 @@ def read_pool(folder: Path) -> list[Expert]:
     index = read_sealed(folder / INDEX, what)
     try:
         form = index["format"]
-        listed = index["experts"] if form == FORMAT else ()
+        listed = index["experts"] if form == _FORMAT else ()
         entries = [(str(entry["label"]), str(entry["folder"]), float(entry["scale"])) for entry in listed]
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{what}: {INDEX} is not what `vismt pool assemble` writes ({shown_value(error)}).") from error
-    if form != FORMAT:
-        raise UserError(f"{what}: format {form}, this version reads {FORMAT}; use a matching vismt.")
+    if form != _FORMAT:
+        raise UserError(f"{what}: format {form}, this version reads {_FORMAT}; use a matching vismt.")
     for _, name, _ in entries:
         if not re.fullmatch(r"expert-\d+", name):
             raise UserError(f"{what}: {INDEX} names '{name}', which is not a folder of a pool; assemble it again.")
@@ -207,7 +207,7 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
             (folder / INDEX).unlink()
         for path, payload in files.items():
             atomic_write(path, payload)
-        atomic_write(folder / INDEX, sealed({"format": FORMAT, "experts": entries}, indent=1))
+        atomic_write(folder / INDEX, sealed({"format": _FORMAT, "experts": entries}, indent=1))
     return folder
 
 

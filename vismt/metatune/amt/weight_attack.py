@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 
-FORMS = ("normalised", "plain")
-SCALE = 1024.0
+_FORMS = ("normalised", "plain")
+_SCALE = 1024.0
 
 
 def weight_perturbation(
@@ -45,7 +45,7 @@ def weight_perturbation(
     Raises:
         UserError: A negative gamma, an unknown form, or a loss that is not a scalar.
     """
-    require_known("weight attack: form", [form], FORMS)
+    require_known("weight attack: form", [form], _FORMS)
     if not 0 <= gamma < float("inf") or loss.ndim:
         raise UserError(
             f"weight attack: gamma {gamma}, loss of shape {tuple(loss.shape)}: need gamma >= 0 and a scalar loss."
@@ -54,7 +54,7 @@ def weight_perturbation(
     if not parameters:
         return {}
     # A power of two changes no digit; in half precision it keeps small gradients from underflowing.
-    gradients = torch.autograd.grad(loss * SCALE, parameters, retain_graph=retain_graph, allow_unused=True)
+    gradients = torch.autograd.grad(loss * _SCALE, parameters, retain_graph=retain_graph, allow_unused=True)
     return {
         name: torch.zeros_like(parameter) if gradient is None else _step(parameter, gradient, gamma, form)
         for name, parameter, gradient in zip(names, parameters, gradients)
@@ -66,7 +66,7 @@ def _step(parameter: Tensor, gradient: Tensor, gamma: float, form: str) -> Tenso
     dtype = torch.promote_types(parameter.dtype, torch.float32)
     slope = gradient.to(dtype)
     if form == "plain":
-        return (gamma / SCALE * slope).to(parameter.dtype)
+        return (gamma / _SCALE * slope).to(parameter.dtype)
     largest = slope.abs().max()
     # Divided by the largest entry first: the squares of tiny gradients would be zero.
     unit = slope / torch.where(largest > 0, largest, torch.ones_like(largest))

@@ -19,14 +19,14 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 
-TYPES = ("color", "translation")
+_TYPES = ("color", "translation")
 
 
 def diff_augment(
     images: Tensor,
     generator: torch.Generator,
     *,
-    types: Sequence[str] = TYPES,
+    types: Sequence[str] = _TYPES,
     probability: float = 0.9,
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
@@ -36,7 +36,7 @@ def diff_augment(
     Args:
         images: floating (b, c, h, w).
         generator: Of every draw, in fp32 on the generator's device, so that a seed gives the same draws on every device.
-        types: The changes besides the flip, of TYPES.
+        types: The changes besides the flip, of _TYPES.
         probability: With which the batch is changed.
         mean: Per channel; None for images that are normalised already.
         std: Per channel, with mean.
@@ -93,9 +93,9 @@ def _check(images: Tensor, types: Sequence[str], probability: float, mean: objec
     if images.ndim != 4 or not images.is_floating_point():
         raise UserError(f"augmentation: images are {images.dtype} {tuple(images.shape)}, needed floating (b, c, h, w).")
     if isinstance(types, str):
-        raise UserError(f"augmentation: types is the text '{types}': give a sequence of {', '.join(TYPES)}.")
+        raise UserError(f"augmentation: types is the text '{types}': give a sequence of {', '.join(_TYPES)}.")
     for name in types:
-        require_known("augmentation: type", [name], TYPES)
+        require_known("augmentation: type", [name], _TYPES)
     if not 0 <= probability <= 1:
         raise UserError(f"augmentation: probability {probability}: need 0 to 1.")
     if (mean is None) != (std is None):

@@ -11,7 +11,7 @@ VBLL (vismt/uncertainty/vbll.py): with w of linear.py and x = (sqrt(d) u, 1), so
 
     q = argmin  -1/n sum_i w_i bound(x_i, y_i) + (KL(q, prior) - log prior of the noise) / n,    m(x), R(x) = sqrt(v(x))
 
-by STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support
+by _STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support
 alone. The posterior matters most where the support is small: with one image a class the data fix one direction for each class,
 and all others keep the prior.
 
@@ -48,9 +48,9 @@ from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.uncertainty.laplace import Curvature, FullCurvature, KroneckerCurvature, Laplace
 from vismt.uncertainty.vbll import VBLLClassifier
 
-STEPS, RATE = 200, 0.05  # of Adam
+_STEPS, RATE = 200, 0.05  # of Adam
 FULL = 1024  # rows of H whose eigenvectors take 0.3 s on one core
-FLAT = 1e-9  # singular values of a support, as a share of the largest, below which a direction is rounding
+_FLAT = 1e-9  # singular values of a support, as a share of the largest, below which a direction is rounding
 
 Head = VBLLClassifier | Laplace
 
@@ -115,8 +115,8 @@ class VBLLProbe(BayesianProbe):
             rows = torch.zeros(int(y.max()) + 1, width)
             head = VBLLClassifier(width, len(rows), n, rows=rows, **self.options)
             optimiser = torch.optim.Adam(head.parameters(), RATE)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, STEPS)
-            for _ in range(STEPS):
+            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, _STEPS)
+            for _ in range(_STEPS):
                 optimiser.zero_grad()
                 ((head.kl() - head.noise_log_prior() - w @ head.bound(x, y)) / n).backward()
                 optimiser.step()
@@ -128,7 +128,7 @@ class VBLLProbe(BayesianProbe):
         return with_ones(u * u.shape[1] ** 0.5)
 
     def describe(self) -> str:
-        return f"vbll probit {STEPS} {RATE} {sorted(self.options.items())}"
+        return f"vbll probit {_STEPS} {RATE} {sorted(self.options.items())}"
 
 
 class LaplaceProbe(BayesianProbe):
@@ -143,7 +143,7 @@ class LaplaceProbe(BayesianProbe):
         W, b = self.fit(inputs, labels, weights)
         x, mode = self.expand(inputs), torch.cat([W, b[:, None]], 1)
         _, sizes, directions = torch.linalg.svd(x, full_matrices=False)
-        basis = directions[sizes > FLAT * sizes[0]].mT
+        basis = directions[sizes > _FLAT * sizes[0]].mT
         mean = F.pad(mode @ basis, (0, 1))  # nothing of the mode lies outside the span
         kind: type[Curvature] = LinearCurvature if mean.numel() <= FULL else KroneckerCurvature
         curvature = kind(*mean.shape, dtype=x.dtype)

@@ -27,7 +27,7 @@ from vismt.metatune.protocol.episodes import Episode, image_parts
 from vismt.metatune.protonet import PrototypeClassifier
 from vismt.storage.records import Records
 
-BLOCK = 8  # episodes that are run together
+_BLOCK = 8  # episodes that are run together
 
 
 class FewShotModel(Protocol):
@@ -129,7 +129,7 @@ class EpisodeRunner:
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
-        size = BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
+        size = _BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
 
     def missing(self, log: Records, episodes: int) -> list[range]:

@@ -45,7 +45,7 @@ from vismt.metatune.protocol.episode_runner import (
 from vismt.storage.records import SHARE, Field, Records, recorded_settings
 from vismt.uncertainty.probability_metrics import group_fields
 
-BATCH = 256  # query images in one forward pass
+_BATCH = 256  # query images in one forward pass
 FEATURES = ("auto", "off")
 
 
@@ -64,7 +64,7 @@ def run_protocol(
     examples: str = "",
     label: str | None = None,
     model: str = "",
-    batch: int = BATCH,
+    batch: int = _BATCH,
     worst: Mapping[str, Sequence[str]] | None = None,
     features: Literal["auto", "off"] = "auto",
     probabilities: bool = False,
@@ -212,7 +212,7 @@ def clean_logits(
     """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode, under a bar with `label`."""
     module, device = _placed(proto, None)
     stores = _stores({"": pixels}, read=True)
-    run = EpisodeRunner(proto, pixels, sampler, device, stores=stores, batch=BATCH)
+    run = EpisodeRunner(proto, pixels, sampler, device, stores=stores, batch=_BATCH)
     with evaluating(module), stores[""]:
         for block in console.track(run.blocks(episodes), "eval", label):
             yield from ((outcome.logits, outcome.episode.query_labels) for outcome in run(block).values())

@@ -28,7 +28,7 @@ from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, chec
 
 HEAD_GRADIENTS = ("plain", "weighted")
 COLUMNS = 1 << 22  # columns of the gradient matrix that are converted to float64 at a time
-RIDGE = 1e-12  # added to cosines: keeps weights finite where vectors cancel
+_RIDGE = 1e-12  # added to cosines: keeps weights finite where vectors cancel
 
 
 class GradientBalancer(Balancer, ABC):
@@ -203,7 +203,7 @@ def fair_weights(gram: Tensor, alpha: float) -> Tensor:
     # Lengths relative to their geometric mean m; M = m^2 M' has w = m^(-2 alpha / (1 + alpha)) w'.
     mean = norms.log().mean().exp()
     lengths, power = norms / mean, 1 / alpha
-    cosines = gram / torch.outer(norms, norms) + RIDGE * torch.eye(len(gram), dtype=gram.dtype)
+    cosines = gram / torch.outer(norms, norms) + _RIDGE * torch.eye(len(gram), dtype=gram.dtype)
     factors = lengths ** (power - 1)
 
     def value(u: Tensor) -> float:

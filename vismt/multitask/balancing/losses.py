@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range
 
-LEAST = 1e-8  # a loss of 0 has no logarithm
+_LEAST = 1e-8  # a loss of 0 has no logarithm
 
 
 @BALANCERS.register("ew")
@@ -165,7 +165,7 @@ class Famo(Balancer):
         for task, value in zip(self.tasks, distance.tolist()):
             if value < 0:
                 raise UserError(f"balancing: 'famo' takes logarithms of losses, that of '{task}' is {value:.3g}.")
-        return torch.where(present, (distance + LEAST).log(), 0.0)
+        return torch.where(present, (distance + _LEAST).log(), 0.0)
 
     def _move(self, logs: Tensor, present: Tensor) -> None:
         before = self.before.cpu().double()

@@ -29,7 +29,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range
 from vismt.multitask.balancing.gradients import GradientBalancer
 
-PREFIX = "torchjd"
+_PREFIX = "torchjd"
 
 
 class TorchJdMethod(Balancer):
@@ -68,7 +68,7 @@ class TorchJdMethod(Balancer):
                 yield
         except (ImportError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"balancing: '{PREFIX}:{self.theirs.__name__}': {reason}") from error
+            raise UserError(f"balancing: '{_PREFIX}:{self.theirs.__name__}': {reason}") from error
 
 
 class TorchJdAggregator(TorchJdMethod, GradientBalancer):
@@ -127,4 +127,4 @@ def _arguments(method: type[TorchJdMethod]) -> list[str]:
     return [name for name in inspect.signature(method.theirs).parameters if name not in own]
 
 
-BALANCERS.family(PREFIX, hosted)
+BALANCERS.family(_PREFIX, hosted)

@@ -33,9 +33,9 @@ from vismt.lowrank.contexts import one_thread
 from vismt.storage.paths import cache_root
 from vismt.storage.stored_tensors import read_stored, write_stored
 
-RESTARTS, ITERATIONS = 10, 300  # a start also ends when the objective does not improve
+RESTARTS, _ITERATIONS = 10, 300  # a start also ends when the objective does not improve
 # Costs span 2^41 steps, so sums along any path stay far below the distance of unreachable clusters.
-STEPS, UNREACHABLE = 2.0**40, 2**60
+_STEPS, UNREACHABLE = 2.0**40, 2**60
 
 
 def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0) -> Tensor:
@@ -286,10 +286,10 @@ def _lloyd(points: Tensor, centroids: Tensor) -> tuple[np.ndarray, float]:
     """Return labels and sum_k |sum of cluster k|^2, which increases as the distances within clusters decrease."""
     clusters = len(centroids)
     prices, labels, best = np.zeros(clusters, np.int64), np.zeros(len(points), np.int64), -1.0
-    for _ in range(ITERATIONS):
+    for _ in range(_ITERATIONS):
         score = points @ centroids.T
         largest = float(score.abs().max())
-        cost = torch.round(score * (-STEPS / largest if largest > 0 else 0.0)).to(torch.int64).numpy()
+        cost = torch.round(score * (-_STEPS / largest if largest > 0 else 0.0)).to(torch.int64).numpy()
         assigned = assign(cost, prices)
         sums = torch.nn.functional.one_hot(torch.from_numpy(assigned), clusters).T.to(points.dtype) @ points
         gain = float(sums.square().sum())

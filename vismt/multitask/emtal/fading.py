@@ -32,10 +32,10 @@ class FadeConfig:
     end: float = 0.5
 
     def __post_init__(self) -> None:
-        check_range(self.start, self.end)
+        _check_range(self.start, self.end)
 
 
-def check_range(start: float, end: float) -> None:
+def _check_range(start: float, end: float) -> None:
     """Raise UserError unless 0 <= start <= end <= 1."""
     if not 0 <= start <= end <= 1:
         raise UserError(
@@ -101,7 +101,7 @@ class RouterFade(FadeState):
             raise UserError(
                 f"fade: total_steps {shown_value(total_steps)}, needed the number of optimiser steps of the training."
             )
-        check_range(start, end)
+        _check_range(start, end)
         self.total_steps, self.start, self.end = total_steps, float(start), float(end)
         self.taken = 0
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))

@@ -35,11 +35,11 @@ from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.fading import RouterFade
 from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_labels, checked_fade, starter
 
-BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
+_BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
-PAIRS = ("shared", "expert")
+_PAIRS = ("shared", "expert")
 # The projections of a block's attention, fused or not, wherever the block keeps it.
-PROJECTION = re.compile(rf"{BLOCK.pattern}\.(?:.*\.)?attn[^.]*\.(?:qkv|q_proj|k_proj|v_proj|proj)")
+PROJECTION = re.compile(rf"{_BLOCK.pattern}\.(?:.*\.)?attn[^.]*\.(?:qkv|q_proj|k_proj|v_proj|proj)")
 
 
 def emtal(
@@ -74,7 +74,7 @@ def emtal(
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
     find_targets(model, linears)  # clusters are of plain weights
     require_known("emtal: permute", [permute], PERMUTATIONS)
-    require_known("emtal: pairs", [pairs], PAIRS)
+    require_known("emtal: pairs", [pairs], _PAIRS)
     if permute == "random" and cluster is not True:
         raise UserError("emtal: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
     labels = _labels(mlps, cluster, permute, n_experts, seed)
@@ -104,7 +104,7 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
     """Return the two-layer Mlp of every block by path; UserError with the reason where a block has none."""
     from timm.layers import Mlp
 
-    blocks = {path: module for path, module in model.named_modules() if BLOCK.fullmatch(path)}
+    blocks = {path: module for path, module in model.named_modules() if _BLOCK.fullmatch(path)}
     if not blocks:
         raise UserError(f"emtal: {type(model).__name__} has no blocks; it needs a timm ViT, whose FFNs it routes.")
     mlps: dict[str, nn.Module] = {}

@@ -39,7 +39,7 @@ from vismt.data.maps.edge_thinning import thin
 from vismt.multitask.metrics.inputs import Sums, binary, check_same_size, check_thresholds, probability, require_any
 from vismt.multitask.metrics.saliency import SCORES, curves
 
-FREE, ABSENT = -1, -2
+FREE, _ABSENT = -1, -2
 
 
 class BoundaryF(Sums):
@@ -170,12 +170,12 @@ def matching_sizes(truth: np.ndarray, maps: np.ndarray, radius: float) -> np.nda
     steps = offsets[:, 0] * (truth.shape[1] + 2 * reach) + offsets[:, 1]
     true = np.flatnonzero(np.pad(truth, border))
     padded = np.pad(maps, ((0, 0), *border)).reshape(len(maps), -1)
-    # For each place of one side its partner's place on the other, FREE for none, ABSENT where this side has no pixel.
-    candidate_of, true_of = np.full((2, padded.shape[1]), ABSENT, dtype=np.int32)
+    # For each place of one side its partner's place on the other, FREE for none, _ABSENT where this side has no pixel.
+    candidate_of, true_of = np.full((2, padded.shape[1]), _ABSENT, dtype=np.int32)
     candidate_of[true] = FREE
     sizes, before = [], true[:0]
     for present in padded:
-        true_of[before] = ABSENT
+        true_of[before] = _ABSENT
         before = np.flatnonzero(present)
         true_of[before] = FREE
         held = candidate_of[true]

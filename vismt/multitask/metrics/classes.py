@@ -22,7 +22,7 @@ from torchmetrics.functional.classification import multiclass_confusion_matrix
 from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import Sums, check_same_size, map_of, require_any, require_numbers
 
-ABSENT = ("zero", "skip", "nan")
+_ABSENT = ("zero", "skip", "nan")
 
 
 class MeanIoU(Sums):
@@ -45,7 +45,7 @@ class MeanIoU(Sums):
         if num_classes < 2:
             raise UserError(f"MeanIoU: num_classes = {num_classes}; it must be at least 2, with background as a class.")
         self.num_classes, self.ignore_index = num_classes, ignore_index
-        require_known("MeanIoU: absent", [absent], ABSENT)
+        require_known("MeanIoU: absent", [absent], _ABSENT)
         self.absent = absent
         self.add_sums(confusion=(num_classes, num_classes))
 

@@ -30,7 +30,7 @@ from vismt.multitask.metrics.inputs import (
 )
 from vismt.multitask.tasks.maps import LEAST
 
-CONVENTIONS = ("pooled", "libmtl")
+_CONVENTIONS = ("pooled", "libmtl")
 POWERS = 3
 
 
@@ -63,7 +63,7 @@ class DepthErrors(Sums):
         if valid_range is not None and not valid_range[0] < valid_range[1]:
             raise UserError(f"DepthErrors: valid_range {valid_range} is empty; give (min, max), both excluded.")
         self.valid_range, self.ignore = valid_range, ignore
-        require_known("DepthErrors: convention", [convention], CONVENTIONS)
+        require_known("DepthErrors: convention", [convention], _CONVENTIONS)
         self.convention = convention
         self.add_sums(torch.float64, sums=(5,))
         self.add_sums(within=(POWERS,), pixels=())

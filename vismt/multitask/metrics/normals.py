@@ -23,10 +23,10 @@ from torch import Tensor
 from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import Sums, apply_mask, check_same_size, require_any, require_numbers, to_fp64
 
-CONVENTIONS = ("pooled", "libmtl")
+_CONVENTIONS = ("pooled", "libmtl")
 LIMITS = (11.25, 22.5, 30.0)
-STEPS = 1000  # of the histogram, per degree
-MARK = 255
+_STEPS = 1000  # of the histogram, per degree
+_MARK = 255
 
 
 class NormalErrors(Sums):
@@ -45,10 +45,10 @@ class NormalErrors(Sums):
 
     def __init__(self, *, convention: str = "pooled", **options: Any) -> None:
         super().__init__(**options)
-        require_known("NormalErrors: convention", [convention], CONVENTIONS)
+        require_known("NormalErrors: convention", [convention], _CONVENTIONS)
         self.convention = convention
         self.add_sums(torch.float64, sums=(2,))
-        self.add_sums(within=(len(LIMITS),), histogram=(180 * STEPS + 1,), pixels=())
+        self.add_sums(within=(len(LIMITS),), histogram=(180 * _STEPS + 1,), pixels=())
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
         """Add a batch; images without a valid pixel do not count, nor do zero targets, whatever the mask.
@@ -66,14 +66,14 @@ class NormalErrors(Sums):
                 raise UserError(f"NormalErrors: the {what} must be (b, 3, h, w), is {tuple(values.shape)}.")
         check_same_size("NormalErrors", pred, target)
         target = target.to(pred.device)
-        known = (target != MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0
+        known = (target != _MARK).any(1) if self.convention == "pooled" else target.sum(1) != 0
         valid = apply_mask("NormalErrors", known & target.isfinite().all(1) & (target != 0).any(1), mask)
         p = _unit(require_numbers("NormalErrors", pred.movedim(1, -1)[valid]))
         g = _unit(target.movedim(1, -1)[valid])
         degrees = 2 * torch.atan2((p - g).norm(dim=-1), (p + g).norm(dim=-1)).rad2deg()
         self.sums += torch.stack([degrees.sum(), degrees.square().sum()]).to(self.sums.device)
         self.within += torch.stack([(degrees < limit).sum() for limit in LIMITS]).to(self.within.device)
-        steps = (degrees * STEPS).round().long().clamp_max(180 * STEPS)
+        steps = (degrees * _STEPS).round().long().clamp_max(180 * _STEPS)
         # On the CPU counting is deterministic and allowed under torch.use_deterministic_algorithms.
         self.histogram += steps.cpu().bincount(minlength=len(self.histogram)).to(self.histogram.device)
         self.pixels += degrees.numel()
@@ -94,7 +94,7 @@ class NormalErrors(Sums):
         middle = torch.tensor([(pixels - 1) // 2, pixels // 2])
         steps = torch.searchsorted(self.histogram.cpu().cumsum(0), middle, right=True)
         shares = {f"within_{limit:g}": int(count) / pixels for limit, count in zip(LIMITS, self.within)}
-        median = float(steps.double().mean()) / STEPS
+        median = float(steps.double().mean()) / _STEPS
         return {"mean": mean, "median": median, "rmse": square**0.5, **shares, "pixels": pixels}
 
 

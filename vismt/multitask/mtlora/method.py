@@ -49,8 +49,8 @@ from vismt.methods import Method, register_method
 from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
 from vismt.multitask.nets import default_blocks
 
-BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
-LINEARS = re.compile(rf"{BLOCK.pattern}\.(?:attn\.(?:qkv|[qkv]_proj|proj)|mlp\.fc(?:1|1_g|1_x|2))")
+_BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
+LINEARS = re.compile(rf"{_BLOCK.pattern}\.(?:attn\.(?:qkv|[qkv]_proj|proj)|mlp\.fc(?:1|1_g|1_x|2))")
 
 
 def mtlora(
@@ -75,7 +75,7 @@ def mtlora(
         raise UserError(
             f"mtlora: tasks {shown_value(tasks)}; give a list of different names, tasks=['semseg', 'depth']."
         )
-    every = [path for path, _ in model.named_modules() if BLOCK.fullmatch(path)]
+    every = [path for path, _ in model.named_modules() if _BLOCK.fullmatch(path)]
     chosen = _stage_ends(every) if task_blocks is None else need_names("mtlora: task_blocks", task_blocks)
     paths = list(dict.fromkeys(chosen))
     modules = dict(model.named_modules())
@@ -172,7 +172,7 @@ def skip_absent(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.opt
 
 
 LAYERS = (LowRankLayer, TaskLinear, TaskBlock)
-NEEDS = {"tasks": "'mtlora' gives each task features of its own"}
+_NEEDS = {"tasks": "'mtlora' gives each task features of its own"}
 register_method(
-    Method("mtlora", mtlora, LAYERS, optimizer=skip_absent, needs=lambda options: NEEDS, merges=False, exports=False)
+    Method("mtlora", mtlora, LAYERS, optimizer=skip_absent, needs=lambda options: _NEEDS, merges=False, exports=False)
 )

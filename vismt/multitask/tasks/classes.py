@@ -48,7 +48,7 @@ from vismt.multitask.tasks.base import (
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
-ABSENT = ("zero", "skip", "nan")
+_ABSENT = ("zero", "skip", "nan")
 CLASS_NUMBERS = {
     "miou": Number("mIoU", share=True),
     "pixel_accuracy": Number("pixel accuracy", share=True),
@@ -83,7 +83,7 @@ class Segmentation(LabelTask, ClassLoss):
     def __post_init__(self) -> None:
         super().__post_init__()
         need_whole(f"{self.name}: classes", self.classes, 2, IGNORE)
-        require_known(f"{self.name}: absent", [self.absent], ABSENT)
+        require_known(f"{self.name}: absent", [self.absent], _ABSENT)
         self.check_options(self.name, self.classes)
         check_factor(self.name, "dice", self.dice)
         names = self.class_names

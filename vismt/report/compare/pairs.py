@@ -37,7 +37,7 @@ from vismt.uncertainty.intervals import (
 from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
 
 T = TypeVar("T", str, float)
-UNNAMED = "all"  # name of a set that no input names
+_UNNAMED = "all"  # name of a set that no input names
 # Words of a metric's name that say that lower values are better.
 LOSSES = re.compile(
     r"loss|error|nll|brier|ece\b|ece-|perplexity|ppl|rmse|mae|mse|\bwer|\bcer|\bter\b|regret", re.IGNORECASE
@@ -214,7 +214,7 @@ def match(trainings: Sequence[Training], common: bool, say: Say) -> list[Trainin
             f"compare: '{where}' does not say the set of its rows, and other inputs have {len(named)}; name it by --set."
         )
     for one in trainings:
-        one.data = one.data or next(iter(named), UNNAMED)
+        one.data = one.data or next(iter(named), _UNNAMED)
     found = []
     for data in dict.fromkeys(one.data for one in trainings):
         found += _matched([one for one in trainings if one.data == data], data, common, say)

@@ -44,7 +44,7 @@ SETTINGS_NOTE = (
 
 MOST_FIGURES, MOST_PAIRS = 6, 15  # of pairs: figures, and pairs in one
 PAIRS_CAPTION = "Paired differences with 95 % intervals. Where an interval contains 0, no difference is shown."
-PAIRS_NOTE = (
+_PAIRS_NOTE = (
     "± is the 95 % interval. A difference that cannot be seen is one that this comparison finds in fewer than 80 % of cases. "
     "p is by sign flips of the examples or groups for one training of each model, and by the interval for several. Holm's method "
     "corrects p over the pairs of one set and metric."
@@ -232,7 +232,7 @@ def _pairs_section(folder: Path, pairs: Sequence[PairedDifference]) -> Section:
         title = f"{scale_text(metric, first.scale, first.better)}, {data}"
         path = arm_figures.pairs_figure(ends, first.scale, title, folder / "figures" / f"pairs-{number}.svg")
         pictures.append(Picture(path, f"Differences in {metric}, {data}", PAIRS_CAPTION))
-    return Section("Pairs", [(table, PAIRS_NOTE)] if rows else [], pictures)
+    return Section("Pairs", [(table, _PAIRS_NOTE)] if rows else [], pictures)
 
 
 def _settings(configs: Mapping[str, Path]) -> list[tuple[Table, str]]:

@@ -22,7 +22,7 @@ from vismt.storage.files import parse_json
 from vismt.storage.paths import regular_file
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
-SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
+_SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
 MOST_CHARACTERS = 1 << 26  # of a line
 CORRECT = "accuracy"
 # The names that a column may have if the user names none.
@@ -114,7 +114,7 @@ def read_path(path: Path, model: str, columns: Columns, say: Say) -> list[Traini
     Raises:
         UserError: a file that cannot be read, a column that is missing or not clear, and a value that is not a number.
     """
-    samples = [path] if SAMPLES.fullmatch(path.name) else [] if path.is_file() else _samples(path)
+    samples = [path] if _SAMPLES.fullmatch(path.name) else [] if path.is_file() else _samples(path)
     if samples:
         return _read_samples(samples, model, say)
     if path.is_file():
@@ -364,8 +364,8 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
 def _read_samples(paths: Sequence[Path], model: str, say: Say) -> list[Training]:
     """Return a training for each task of the harness, from the newest file of the task."""
     newest: dict[str, Path] = {}
-    for path in sorted(paths, key=lambda path: (SAMPLES.fullmatch(path.name) or {"time": ""})["time"] or ""):
-        match = SAMPLES.fullmatch(path.name)
+    for path in sorted(paths, key=lambda path: (_SAMPLES.fullmatch(path.name) or {"time": ""})["time"] or ""):
+        match = _SAMPLES.fullmatch(path.name)
         if match is not None:
             if match["task"] in newest:
                 say(f"{newest[match['task']]} is left out, as {path.name} is newer")

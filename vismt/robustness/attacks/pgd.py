@@ -29,7 +29,7 @@ from vismt.robustness.attacks.victim import Victim
 
 MOMENTUM = 0.75
 RISING = 0.75  # share of rising steps up to which a window counts as oscillating
-FIRST, SHRINK, LEAST = 0.22, 0.03, 0.06  # of the steps: the first window, its decrease, the shortest one
+_FIRST, SHRINK, _LEAST = 0.22, 0.03, 0.06  # of the steps: the first window, its decrease, the shortest one
 L1_FIRST, L1_DECREASE, L1_SPARSER, L1_RANGE = 0.04, 1.5, 0.95, 10.0
 
 
@@ -100,7 +100,7 @@ def _windows(steps: int, norm: str) -> tuple[int, int, int]:
     if norm == "l1":
         constant = max(1, int(L1_FIRST * steps))
         return constant, constant, 0
-    return max(1, int(FIRST * steps)), max(1, int(LEAST * steps)), max(1, int(SHRINK * steps))
+    return max(1, int(_FIRST * steps)), max(1, int(_LEAST * steps)), max(1, int(SHRINK * steps))
 
 
 def _start(victim: Victim, wave: Wave, epsilon: float, norm: str, loss: Loss) -> _State:
