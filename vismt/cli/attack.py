@@ -1,4 +1,4 @@
-"""`vismt attack`: attack a run folder, or any timm classifier with --model and --data."""
+"""`vismt attack`: attack a run folder, or any classifier of images with --model and --data."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODEL_OPTIONS = {
 
 def add_commands(commands: Commands) -> None:
     """Add the command of this file."""
-    parser = commands.add("attack", _attack, "attack a run folder, or any timm classifier with --model and --data")
+    parser = commands.add("attack", _attack, "attack a run folder, or any classifier of images with --model and --data")
     parser.add_argument("run", type=Path, nargs="?", help="a run folder")
     parser.add_argument("--model", help="a timm name, a checkpoint file or your own module:function instead of a run")
     parser.add_argument(

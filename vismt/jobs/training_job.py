@@ -391,7 +391,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the stock model of one arm with its adapter. Raises UserError for an arm without an adapter."""
         training = self.study.find(arm)
         if not training_files.has_adapter(training):
-            raise UserError(f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads.")
+            raise UserError(
+                f"run '{self.folder}': arm '{training.arm}' has no adapter: it trains only the heads. Name another arm with "
+                "--arm, or take another format."
+            )
         return self.stock(self.loaded(training))
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
