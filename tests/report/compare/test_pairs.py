@@ -86,6 +86,19 @@ def test_examples_of_a_group_count_as_one():
     assert [again.low, again.high, again.p] == pytest.approx([once.low, once.high, once.p])
 
 
+def test_groups_of_other_sizes_are_the_clusters_of_a_robust_regression():
+    """statsmodels: the intercept of b - a with errors that are robust to clusters, and the quantile of Student's t."""
+    models = pytest.importorskip("statsmodels.api")
+    rng = np.random.default_rng(0)
+    groups = rng.integers(0, 30, 400)
+    a, b = rng.normal(size=(2, 400)) + rng.normal(size=30)[groups] * [[1], [1.5]]
+    names = [str(group) for group in groups]
+    (pair,) = vismt.compare({"a": rows(a.tolist(), "loss", group=names), "b": rows(b.tolist(), "loss", group=names)})
+    fitted = models.OLS(b - a, np.ones(400)).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
+    assert pair.difference == pytest.approx(fitted.params[0]) and pair.groups == 30
+    assert [pair.low, pair.high] == pytest.approx([*fitted.conf_int()[0]])
+
+
 def test_seeds_widen_the_interval_and_are_paired():
     rng = np.random.default_rng(0)
     examples = rng.normal(size=50)
