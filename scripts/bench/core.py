@@ -103,7 +103,7 @@ def _variants(model: nn.Module, head: str) -> dict[str, nn.Module]:
     report = adapt(lora, "lora", rank=RANK, also_train=[head])
     adapt(half_lora, "lora", rank=RANK, also_train=[head])
     adapt(principal, "pissa", rank=RANK, also_train=[head])
-    paths = [site.path for site in report.sites]
+    paths = [site.path for site in report.specs]
     config = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths, modules_to_save=[head])
     return {
         LORA: lora,

@@ -180,7 +180,7 @@ def _variants(model: nn.Module, sizes: Decoder, depth: int) -> dict[str, Variant
     adapt(gated, "ilora", rank=RANK, n_experts=EXPERTS, gate=None)
     gates = torch.rand(BATCH, EXPERTS, generator=torch.Generator().manual_seed(0)).softmax(1)
     gates = gates.to(next(model.parameters()).device)
-    paths = [site.path for site in adapt(plain, "lora", rank=RANK).sites]
+    paths = [site.path for site in adapt(plain, "lora", rank=RANK).specs]
     theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=paths))
     budget, head = count_parameters(plain)[0] // depth, sizes.head_dim * sizes.hidden
     heads = max(1, round(0.2 * budget / head))  # of O in a block, a fifth of the budget; D has the channels

@@ -61,7 +61,7 @@ def test_more_steps_capture_more(monkeypatch) -> None:
     weight = torch.randn(160, 160, generator=generator(7))
     losses = []
     for steps in (1, 2, 5, 10, 20):
-        monkeypatch.setattr(solvers, "STEPS", steps)
+        monkeypatch.setattr(solvers, "_STEPS", steps)
         losses.append(lost(weight, top_randomized(weight, 8, generator())[0], 8))
     assert losses == sorted(losses, reverse=True) and losses[-1] < 1e-4 < losses[1]
 
