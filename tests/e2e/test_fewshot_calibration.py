@@ -103,7 +103,7 @@ def test_pools_and_trained_arms_with_classes_kept_apart(tmp_path: Path) -> None:
         **FEWSHOT,
         "adapt": {"method": "amt", "rank": 2},
         "pool": {"levels": [0.5, 4], "warmup": 1},
-        "select": {"class_share": 0.5, "episodes": 2, "shots": 1, "queries": 2, "beta": [4.0], "balance": []},
+        "select": {"class_share": 0.5, "episodes": 2, "shots": 1, "queries": 2},
         "evaluate": {**EVALUATE, "models": ["merged", "merged+laplace", "expert:4+finetune", "logits"]},
         "finetune": {"steps": 1},
     }
