@@ -265,16 +265,15 @@ def _library_of(code: types.FunctionType | type) -> str | None:
 def _source(code: types.FunctionType | type) -> str:
     """Return a digest of the source file of own code, or without a file, as in a notebook, its text.
 
-    Raises OSError where there is no source.
+    Raises OSError if the source is missing.
     """
     if isinstance(code, types.FunctionType):
         file, parts = code.__code__.co_filename, [code]
     else:
         file = vars(sys.modules.get(code.__module__, types)).get("__file__") or ""
         functions = [part for part in vars(code).values() if isinstance(part, types.FunctionType)]
-        parts = [
-            part for part in functions if not part.__code__.co_filename.startswith("<")
-        ]  # not those of a dataclass
+        # A dataclass writes functions that no file has.
+        parts = [part for part in functions if not part.__code__.co_filename.startswith("<")]
     if os.path.isfile(file):
         return _file_digest(file, os.stat(file).st_mtime_ns)
     return "\n".join(map(inspect.getsource, parts))

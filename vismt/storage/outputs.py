@@ -62,7 +62,7 @@ def check_outputs(
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return the device and the inode of a file, which are the same under each of its names. None if there is no file."""
+    """Return the device and the inode of a file, which are the same under each of its names. None for a missing file."""
     with suppress(OSError, ValueError):  # the latter for a null character
         about = path.stat()
         return about.st_dev, about.st_ino

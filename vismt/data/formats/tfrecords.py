@@ -59,7 +59,7 @@ def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
         raise _damaged(path, number, "the data does not fit its checksum")
     try:
         features = _library("tfrecord.example_pb2", path).Example.FromString(data).features.feature
-    except Exception as error:  # of protobuf, which is no dependency by itself
+    except Exception as error:  # protobuf has its own classes of errors
         raise _damaged(path, number, "not a tf.train.Example") from error
     return {name: [*(value.bytes_list.value or value.int64_list.value)] for name, value in sorted(features.items())}
 

@@ -7,12 +7,10 @@ written last, which marks the training as finished.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from typing import Any
 
 import safetensors.torch
 import torch
-from torch import Tensor
 
 from vismt.backbones import timm_models
 from vismt.backbones.pyramid import Pyramid
@@ -99,16 +97,15 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
         net.backbone.set_input_size(size, pretrained.pos_embed if kept else None)
         record = record_of(stock)
         if record is not None and "pos_embed" in record.also_train:
+            from timm.layers import resample_abs_pos_embed
+
             new: Any = net.backbone.grid
-            record.also_train["pos_embed"] = _resampled(record.also_train["pos_embed"], grid, new)
+            trained = record.also_train["pos_embed"]  # (1, prefix + rows * columns, d)
+            prefix = trained.shape[1] - grid[0] * grid[1]
+            record.also_train["pos_embed"] = resample_abs_pos_embed(
+                trained, list(new), list(grid), num_prefix_tokens=prefix
+            )
     return net.requires_grad_(False).eval()
-
-
-def _resampled(table: Tensor, grid: Sequence[int], new: Sequence[int]) -> Tensor:
-    """Return a position table (1, prefix + rows * columns, d) of a grid (rows, columns) for a new grid."""
-    from timm.layers import resample_abs_pos_embed
-
-    return resample_abs_pos_embed(table, list(new), list(grid), num_prefix_tokens=table.shape[1] - grid[0] * grid[1])
 
 
 def fingerprint(training: Training) -> str:

@@ -272,7 +272,8 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
     text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
     fingerprint = digest(text.encode())
-    path = _temperature_file(folder, models.seed, "all" if select.data else shown_name(data), arm)
+    stem = record_stem("temperature", "all" if select.data else shown_name(data), arm)
+    path = folder / "episodes" / f"seed-{models.seed}" / f"{stem}.json"
     examples = joint_content(models.data.open(name) for name in names)
     return fitted_once(path, Temperature, fingerprint, fit, examples=examples).temperature
 
@@ -280,8 +281,3 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:
     """Return the file of a model's records, one line for each episode."""
     return folder / "episodes" / f"seed-{seed}" / f"{record_stem(data, protocol, arm)}.jsonl"
-
-
-def _temperature_file(folder: Path, seed: int, validation: str, arm: str) -> Path:
-    """Return the file of a model's temperature, fitted on the validation episodes of that name."""
-    return folder / "episodes" / f"seed-{seed}" / f"{record_stem('temperature', validation, arm)}.json"

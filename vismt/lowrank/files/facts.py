@@ -311,7 +311,7 @@ class AdapterFacts:
         """Fill in the rank, the scale and the number of experts of a module."""
         factor, settings = module.tensors.get("A") or module.tensors.get("embedding_A"), self.settings
         if settings is not None:
-            named = settings.names(module.named) and not settings.everywhere  # a stack is no linear
+            named = settings.names(module.named) and not settings.everywhere  # names of linears do not name stacks
             module.stacked = not named and names_stack(settings.stack_owners, module.key)
             module.declared, scale = settings.scale(module.named)
             module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
