@@ -12,6 +12,7 @@ import runpy
 import subprocess
 import sys
 import types
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +22,7 @@ from helpers.installed import ROOT, clone_in, environment_in, pip, started
 from helpers.lm_parts import save_lm
 
 import vismt
+from vismt.cli import commands
 from vismt.config.sections import find_config, flat, list_configs, read_yaml
 
 HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
@@ -83,6 +85,18 @@ def test_the_core_works_without_extras(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1].split() in (["loaded"], ["loaded", "einops"])
     fix = r'error: vismt run: needs (\w+), which is not installed: pip install "vismt\[jobs\]"\.'
     assert re.fullmatch(fix, done.stderr.strip().splitlines()[-1])
+
+
+def test_a_missing_package_of_a_checkout_is_the_error_of_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = ModuleNotFoundError("No module named 'skimage'", name="skimage.morphology")
+    assert commands.explanation(missing) == 'needs skimage, which is not installed: pip install "vismt[quickstart]".'
+    assert commands.explanation(ModuleNotFoundError("No module named 'other'", name="other")) is None
+
+    def absent(name: str) -> list[str]:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(commands.metadata, "requires", absent)
+    assert commands.explanation(missing) is None
 
 
 def test_public_names_are_there_when_used() -> None:

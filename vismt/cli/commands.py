@@ -104,7 +104,11 @@ def explanation(error: Exception) -> str | None:
         name = str(error.filename)
         return f"'{name[:_SHOWN]}...' has {len(name):,} characters, too many for a path; give a shorter one."
     module = (getattr(error, "name", None) or "").partition(".")[0]
-    for line in metadata.requires("vismt") or ():
+    try:
+        requirements = metadata.requires("vismt") or []
+    except metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
+    for line in requirements:
         package, extra = re.match(r"[\w-]+", line), re.search(r"extra == .([\w-]+)", line)
         if package and extra and package[0].replace("-", "_") == _PACKAGES.get(module, module):
             return f'needs {module}, which is not installed: pip install "vismt[{extra[1]}]".'
