@@ -1,12 +1,15 @@
-"""Data files of the wheel, and the editable install. All other metadata is in pyproject.toml."""
+"""Data files of the wheel, the text of its index page, and the editable install. All other metadata is in pyproject.toml."""
 
 import contextlib
+import re
 from pathlib import Path
 
 from setuptools import setup
 from setuptools.command.editable_wheel import editable_wheel
 
 ROOT = Path(__file__).resolve().parent
+# The address of the repository on its code host, which CONTRIBUTING.md asks the owner for. It makes links of README.md absolute.
+REPOSITORY = ""
 SUFFIXES = {".yaml", ".json", ".jsonl", ".txt", ".py"}
 # The only module of an editable install. Neither way of setuptools gives that: the checkout on sys.path makes datasets/, tests/
 # and the rest importable too, so that datasets/ hides Hugging Face's package; an import hook comes after the folders of
@@ -47,4 +50,18 @@ def shared_files(*folders: str) -> list[tuple[str, list[str]]]:
     return sorted(files.items())
 
 
-setup(data_files=shared_files("datasets", "configs", "docs/results/rows"), cmdclass={"editable_wheel": EditableWheel})
+def index_page(text: str, repository: str = REPOSITORY) -> str:
+    """Return README.md for a page elsewhere: with absolute links, or without links and pictures if there is no address."""
+    picture, link = r"!\[([^\]]*)\]\((?!\w+:)([^)]+)\)", r"(?<!!)\[([^\]]*)\]\((?!\w+:|#)([^)]+)\)"
+    if not repository:
+        return re.sub(link, r"\1", re.sub(rf"^{picture}\n\n\*[^\n]*\*\n\n", "", text, flags=re.M))
+    text = re.sub(picture, rf"![\1]({repository}/raw/main/\2)", text)
+    return re.sub(link, rf"[\1]({repository}/blob/main/\2)", text)
+
+
+setup(
+    long_description=index_page((ROOT / "README.md").read_text(encoding="utf8")),
+    long_description_content_type="text/markdown",
+    data_files=shared_files("datasets", "configs", "docs/results/rows"),
+    cmdclass={"editable_wheel": EditableWheel},
+)

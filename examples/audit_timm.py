@@ -1,6 +1,10 @@
-"""How robust is a classifier of timm on a folder of images? Clean, under attacks and corruptions, with a check of the attack.
+"""Measure how robust a timm classifier is on a folder of images.
 
-python examples/audit_timm.py my_images resnet18.a1_in1k     (a folder of images for each class, in the order of the outputs)
+The script measures clean accuracy, accuracy under attacks and corruptions, and checks whether the attacks can be trusted.
+
+python examples/audit_timm.py my_images resnet18.a1_in1k
+
+`my_images` has a folder of images for each class, in the order of the outputs.
 """
 
 import sys
@@ -14,7 +18,7 @@ import vismt
 def main(
     images: str | Path, model: str | torch.nn.Module, out: str | Path = "runs/audit", count: int = 200
 ) -> vismt.StudyResults:
-    """Return the numbers; the report is in the folder."""
+    """Return the numbers. The report is in the folder."""
     results = vismt.audit(
         model,
         images,

@@ -1,4 +1,6 @@
-"""Segmentation and depth on own images: a folder with images/, label/ (PNG of class numbers) and depth_m/ (npy of metres).
+"""Segmentation and depth on your own images.
+
+The folder has images/, label/ (PNG files of class numbers) and depth_m/ (npy files of metres).
 
 python examples/dense_own_maps.py my_maps 21        (21 classes, 255 is void)
 """
@@ -20,7 +22,7 @@ def main(
     steps: int = 100,
     pretrained: bool = True,
 ) -> vismt.StudyResults:
-    """Return the numbers; `results.model()` is the stock ViT with merged weights."""
+    """Return the numbers. `results.model()` is the stock ViT with merged weights."""
     card = Path(out) / "card.yaml"
     card.parent.mkdir(parents=True, exist_ok=True)
     forms = {name: name for name in ("label", "depth_m") if (Path(maps) / name).is_dir()}

@@ -1,4 +1,4 @@
-"""Few-shot accuracy of a module of one's own, clean and attacked, beside a ViT of timm on the same episodes.
+"""Few-shot accuracy of your own module, clean and attacked, beside a timm ViT on the same episodes.
 
 python examples/fewshot_own_module.py
 """
@@ -34,7 +34,7 @@ class Patches(nn.Module):
 def main(
     out: str | Path = "runs/fewshot_own_module", name: str = "vit_small_patch14_imgfocus", episodes: int = 50
 ) -> vismt.StudyResults:
-    """Return the numbers; the report is in the folder."""
+    """Return the numbers. The report is in the folder."""
     models = {"mine": Patches()} | ({"vit": name} if name else {})
     results = vismt.evaluate_fewshot(
         models, "digits", ways=5, shots=[1, 5], episodes=episodes, queries=5, attacks=["pgd"], img_size=42, folder=out

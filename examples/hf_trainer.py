@@ -1,4 +1,6 @@
-"""A language model in transformers' Trainer, two of its layers at a time (LISA); checkpoints hold the trained tensors alone.
+"""Train a language model in transformers' Trainer with LISA: two of its layers at a time.
+
+Checkpoints hold only the trained tensors.
 
 python examples/hf_trainer.py
 """
@@ -14,7 +16,10 @@ TEXTS = ["the sky is blue", "the grass is green", "the film was good", "the plot
 
 
 def main(out: str | Path = "runs/hf_trainer", name: str = "HuggingFaceTB/SmolLM2-135M", steps: int = 40) -> Trainer:
-    """Train for `steps` steps; called again with the same folder and more steps, it goes on from the last checkpoint."""
+    """Train for `steps` steps.
+
+    A later call with the same folder and more steps continues from the last checkpoint.
+    """
     tokenizer = AutoTokenizer.from_pretrained(name)
     model = AutoModelForCausalLM.from_pretrained(name)
     print(vismt.adapt(model, "lisa", active=2, interval=5))

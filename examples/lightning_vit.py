@@ -1,4 +1,6 @@
-"""A ViT with EMTAL's mixture of low-rank experts in Lightning; its routers fade, so that it merges into a stock model.
+"""Train a ViT with EMTAL's mixture of low-rank experts in Lightning.
+
+Its routers fade, so that the result merges into a stock model.
 
 pip install lightning && python examples/lightning_vit.py
 """

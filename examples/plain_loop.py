@@ -1,6 +1,6 @@
-"""A ViT of timm adapted in a loop of one's own: adapt, train, save the adapter, merge, save a stock checkpoint.
+"""Adapt a timm ViT in your own loop: adapt, train, save the adapter, merge, save a stock checkpoint.
 
-python examples/plain_loop.py      (handwritten digits of scikit-learn; about a minute on two cores)
+python examples/plain_loop.py      (handwritten digits of scikit-learn, about a minute on two cores)
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""An adapter of vismt exported as a plain LoRA, and served by peft and transformers without vismt.
+"""Export an adapter as a plain LoRA, and serve it with peft and transformers, without vismt.
 
 python examples/serve_with_peft.py
 """

@@ -1,4 +1,4 @@
-"""A training script in timm's style: its optimiser, schedule and loss, and an EMA of the adapted model that is merged at the end.
+"""Train in timm's style, with timm's optimiser, schedule and loss, and merge an EMA of the adapted model.
 
 python examples/timm_ema.py
 """

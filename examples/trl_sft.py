@@ -1,4 +1,6 @@
-"""Supervised fine-tuning with TRL's SFTTrainer: PoLAR's factors are held near their manifold by the callback.
+"""Supervised fine-tuning with TRL's SFTTrainer.
+
+The callback holds PoLAR's factors near their manifold.
 
 pip install trl datasets && python examples/trl_sft.py
 """

@@ -2,20 +2,55 @@
 
 from __future__ import annotations
 
-from scripts.committed import interval_text, study
+from collections.abc import Sequence
+
+from scripts.committed import both_intervals, interval_text, study
 from vismt.base.errors import UserError
-from vismt.report.claims import CLAIMS, NOT_HERE, Claim, Evidence, Paper, read_claims
+from vismt.report.claims import (
+    CLAIMS,
+    FAILS,
+    HOLDS,
+    NO_EVIDENCE,
+    NOT_HERE,
+    WEAKER,
+    Claim,
+    ClaimEvidence,
+    Paper,
+    read_claims,
+)
 from vismt.report.study_rows import ROWS, StudyRow, studies
 from vismt.report.tables import scale_text, typographic
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text
 
+SHOWN, MIXED, REFUTED, NOT_TESTED = (
+    "Holds in every test",
+    "Undecided, or tests differ",
+    "Does not hold",
+    "Not testable here",
+)
+OUTCOMES = (SHOWN, MIXED, REFUTED, NOT_TESTED)
 HEADS = ("Claim", "Tested here by", "Effect", "Verdict")
 
 
 def sections() -> str:
-    """Return a part of the page for every paper."""
-    return "\n".join(_section(paper) for paper in read_claims())
+    """Return the table of what was found of every paper, and a part of the page for each."""
+    papers = read_claims()
+    lines = ["", _line(("Paper", *OUTCOMES)), "|" + "---|" * (1 + len(OUTCOMES))]
+    for paper in papers:
+        cells = {outcome: " ".join(c.claim for c in paper.claims if _outcome(c) == outcome) for outcome in OUTCOMES}
+        lines.append(_line((f"[{paper.title}]({paper.page})", *cells.values())))
+    return "\n".join([*lines, "", *map(_section, papers)])
+
+
+def _outcome(claim: Claim) -> str:
+    """Return the column of a claim in the table of what was found."""
+    verdicts = {evidence.verdict for evidence in claim.shown if not evidence.why} - {NO_EVIDENCE}
+    if not verdicts:
+        return NOT_TESTED
+    if verdicts <= {HOLDS, WEAKER}:
+        return SHOWN
+    return REFUTED if FAILS in verdicts and not verdicts & {HOLDS, WEAKER} else MIXED
 
 
 def _section(paper: Paper) -> str:
@@ -24,9 +59,9 @@ def _section(paper: Paper) -> str:
     kinds: dict[str, None] = {}
     for claim in paper.claims:
         for number, evidence in enumerate(claim.shown):
-            row = _row(claim, evidence)
-            kinds |= {interval_kind_text(row.interval): None} if row else {}
-            lines.append(_line((claim.claim if number == 0 else "", *_cells(evidence, row))))
+            rows = _rows(claim, evidence)
+            kinds |= {interval_kind_text(row.interval): None for row in rows}
+            lines.append(_line((claim.claim if number == 0 else "", *_cells(evidence, rows))))
     return "\n".join([*lines, *([f"\n*Intervals: {'; '.join(kinds)}.*"] if kinds else []), ""])
 
 
@@ -34,45 +69,52 @@ def _line(texts: tuple[str, ...]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def _row(claim: Claim, evidence: Evidence) -> StudyRow | None:
-    """Return the row of a claim, None where it has none; raise UserError where the stated verdict does not follow from it."""
+def _rows(claim: Claim, evidence: ClaimEvidence) -> list[StudyRow]:
+    """Return the row of a claim, for one about domains also with the interval over domains; [] where it has none.
+
+    Raises UserError where the stated verdict does not follow from them.
+    """
     if evidence.study not in studies():
-        return None
-    row = study(evidence.study).find(evidence.row, f"claims: study '{evidence.study}'")
+        return []
+    of, where = study(evidence.study), f"claims: study '{evidence.study}'"
+    row = evidence.find(of, where)
     follows = evidence.follows(row)
     if follows != evidence.verdict:
         raise UserError(
             f"claims: '{claim.claim}' has the verdict '{evidence.verdict}', but '{follows}' follows from "
             f"{interval_text(row)} of study '{evidence.study}'; state it in {ROWS}/{CLAIMS}."
         )
-    return row
+    found = of.find(evidence.row, where)
+    return [found, of.over_domains(found, where)] if evidence.domains else [found]
 
 
-def _cells(evidence: Evidence, row: StudyRow | None) -> tuple[str, str, str]:
+def _cells(evidence: ClaimEvidence, rows: Sequence[StudyRow]) -> tuple[str, str, str]:
     """Return what tests a claim, the effect, and the verdict."""
     if evidence.why:
         return "", "", f"{NOT_HERE}: {evidence.why}"
     if evidence.test:
         note = f"; {evidence.note}" if evidence.note else ""
         return f"`{evidence.test}`{note}", "exact", f"**{evidence.verdict}**"
-    metric = evidence.metric if row is None else scale_text(row.metric, row.scale)
+    metric = scale_text(rows[0].metric, rows[0].scale) if rows else evidence.metric
     condition = "" if evidence.condition == "clean" else f" under {evidence.condition}"
     arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
     parts = (f"{_link(evidence)}: {metric}{condition}, {evidence.data}, {arms}", evidence.note, needed(evidence))
     tested = "; ".join(filter(None, parts))
-    if row is None:
+    if not rows:
         return tested, "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
-    seeds = len(study(evidence.study).trainings(row)) or 1
-    return tested, f"{interval_text(row)}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
+    row, seeds = rows[0], len(study(evidence.study).trainings(rows[0])) or 1
+    effect = both_intervals(*rows) if evidence.domains else interval_text(row)
+    return tested, f"{effect}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
 
 
-def needed(evidence: Evidence) -> str:
+def needed(evidence: ClaimEvidence) -> str:
     """Return the line of a claim and the size in the paper."""
     sign, line = (">", evidence.above) if evidence.above is not None else ("<", evidence.below)
     text = f"{sign} {typographic(f'{line:g}')}"
+    text += " over domains" if evidence.domains else ""
     return text if evidence.claimed is None else f"{text}, paper {typographic(f'{evidence.claimed:+g}')}"
 
 
-def _link(evidence: Evidence) -> str:
+def _link(evidence: ClaimEvidence) -> str:
     page = f"{evidence.page or f'results/{evidence.study}'}.md"
     return f"[{evidence.study}]({page})" if (CHECKOUT / "docs" / page).exists() else evidence.study

@@ -28,6 +28,11 @@ def interval_text(row: StudyRow) -> str:
     return texts(row)[abs(row.high + row.low - 2 * row.value) > 0.1 * row.half]
 
 
+def both_intervals(row: StudyRow, domains: StudyRow) -> str:
+    """Return the number of an average with its interval and that over new domains, which is symmetric."""
+    return f"{interval_text(row)}; {texts(domains)[0].partition(' ')[2]} over domains"
+
+
 def texts(row: StudyRow) -> tuple[str, str]:
     """Return a number with its interval as "1.2 ± 0.3" and as "1.2 [0.9, 1.5]"."""
     sign, width = bool(row.minus), (row.high - row.low) / 2

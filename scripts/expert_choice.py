@@ -190,7 +190,7 @@ def _choice(
     for arm in experts:
         header, lines = _episodes(folder, seed, data, protocol, condition, arm)
         texts.append([line.get(right_field(condition)) or "" for line in lines])
-        queries = header.get("settings", {}).get("sampler", {}).get("queries", 0)
+        queries = header.get("protocol", {}).get("sampler", {}).get("queries", 0)
     complete = all(len(of_expert) == len(groups) and min(map(len, of_expert)) > 1 for of_expert in texts)
     if not complete or len(groups.unique()) < 3:
         return None

@@ -8,10 +8,12 @@ docs/results/rows/figures.yaml has what each of them shows; docs/NAME.svg ends w
     NAME:
       study: STUDY
       kind: bars                       # by set, with intervals; seeds: a dot for each training; depth: updates by block;
-                                       # certified: accuracy over l2 radii, proved and under attack
+                                       # certified: accuracy over l2 radii, proved and under attack; trade: two scores;
+                                       # dots: one score of each arm, the best first
       where: {metric: accuracy, condition: [clean, strong linf 4.5/255], arm: [frozen, clean]}
 
-A row is drawn where every field of `where` has the value, or one of the values, whose order is that of the picture.
+A row is drawn where every field of `where` has the value, or one of the values, whose order is that of the picture. A trade has
+the first set of rows across and the second one up; arms LORA-RATE of one name are joined.
 """
 
 from __future__ import annotations
@@ -32,15 +34,19 @@ from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import digest
 from vismt.config.yaml_text import read_yaml
 from vismt.report.arm_figures import seeds_figure
-from vismt.report.comparison import AVERAGE, compare
+from vismt.report.comparison import AVERAGE, compare_results
 from vismt.report.figures import certified_figure, domain_bars
+from vismt.report.plotting import MUTED, NARROW, axes_at, color_of, dress, new_figure, one_panel, save_figure
 from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
-from vismt.report.study_rows import ROWS, SELECTED, StudyRow
+from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows
+from vismt.report.tables import scale_text
 from vismt.report.weight_changes import depth_figure
 from vismt.storage.paths import CHECKOUT
+from vismt.uncertainty.intervals import SHARE
 
-KINDS = ("bars", "certified", "seeds", "depth")
+KINDS = ("bars", "certified", "seeds", "depth", "trade", "dots")
+RATE = re.compile(r"-\de-\d$")
 DIGEST = re.compile(r"<!-- rows: (\w+) -->\n$")
 
 
@@ -63,7 +69,11 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
     if spec["kind"] in ("bars", "certified"):
         figure = domain_bars if spec["kind"] == "bars" else certified_figure
         shown = sorted(rows, key=lambda row: row.data == AVERAGE)
-        figure(compare(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
+        figure(compare_results(shown, ValuesByExample(CHECKOUT / ROWS)), path)  # which has no values by example
+    elif spec["kind"] == "dots":
+        dots(rows, path)
+    elif spec["kind"] == "trade":
+        trade(study(spec["study"]), rows, path)
     elif spec["kind"] == "depth":
         depths: dict[str, dict[int, float]] = {}
         for row in rows:
@@ -88,6 +98,60 @@ def draw(spec: Mapping[str, Any], rows: list[StudyRow], path: Path) -> None:
         if not panels:
             raise UserError(f"picture '{path.stem}': '{spec['study']}' has no rows by seed; give it kind: bars.")
         seeds_figure(panels, arms, path)
+
+
+def dots(rows: list[StudyRow], path: Path) -> None:
+    """Draw a dot with its 95 % interval for each arm, the best arm first."""
+    sign, factor = -1 if rows[0].better == "higher" else 1, 100 if rows[0].scale == SHARE else 1
+    ordered = sorted(rows, key=lambda row: sign * row.value)
+    left, height = 0.9, 0.2 * len(rows)
+    figure = new_figure(NARROW, 0.75 + height)
+    axes = axes_at(figure, left, 0.35, NARROW - left - 0.2, height)
+    dress(axes, f"{scale_text(rows[0].metric, rows[0].scale, rows[0].better)}, n = {rows[0].n:,}", grid="x")
+    for place, row in enumerate(ordered):
+        reach = [[factor * (row.value - row.low)], [factor * (row.high - row.value)]]
+        axes.errorbar(
+            factor * row.value, -place, xerr=reach, color=color_of("", [""]), fmt="o", markersize=4, capsize=2
+        )
+    axes.set(ylim=(0.6 - len(rows), 0.6))
+    axes.set_yticks([-place for place in range(len(rows))], [row.arm for row in ordered], fontsize=9)
+    axes.locator_params(axis="x", nbins=5)
+    save_figure(figure, path)
+
+
+def trade(of: StudyRows, rows: list[StudyRow], path: Path) -> None:
+    """Draw a dot for each training at its two scores, and a line through the means of arms that differ in the rate alone."""
+    scores: dict[tuple[str, str], dict[str, StudyRow]] = {}
+    for row in rows:
+        if row.seed is None:
+            scores.setdefault((row.metric, row.data), {})[row.arm] = row
+    if len(scores) != 2:
+        raise UserError(f"picture '{path.stem}': a trade has two scores; `where` leaves {len(scores)}.")
+    across, up = scores.values()
+    families: dict[str, list[str]] = {}
+    for arm in across:
+        families.setdefault(RATE.sub("", arm), []).append(arm)
+    figure, axes = one_panel(list(families), [color_of(name, list(families)) for name in families], _score(up))
+    for name, arms in families.items():
+        color, factors = color_of(name, list(families)), [_factor(across), _factor(up)]
+        means = [[factor * of_arm[arm].value for arm in arms] for factor, of_arm in zip(factors, (across, up))]
+        axes.plot(*means, color=color, linewidth=1.2)
+        for arm in arms:
+            dots = [of.trainings(of_arm[arm]) or {0: of_arm[arm].value} for of_arm in (across, up)]
+            places = [[factor * value for value in by_seed.values()] for factor, by_seed in zip(factors, dots)]
+            axes.scatter(*places, color=color, s=16, zorder=3, edgecolor="white", linewidth=0.5)
+    axes.set_xlabel(_score(across), color=MUTED, fontsize=9)
+    save_figure(figure, path)
+
+
+def _factor(rows: Mapping[str, StudyRow]) -> int:
+    return 100 if next(iter(rows.values())).scale == SHARE else 1
+
+
+def _score(rows: Mapping[str, StudyRow]) -> str:
+    """Return metric and set, with an arrow to where the score is better."""
+    row = next(iter(rows.values()))
+    return f"{scale_text(row.metric, row.scale, row.better)}, {row.data.partition(':')[0]}"
 
 
 def fresh(name: str, spec: Mapping[str, Any]) -> tuple[Path, str, str, int]:

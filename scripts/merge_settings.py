@@ -30,7 +30,7 @@ from vismt.jobs import open_run
 from vismt.jobs.fewshot.arms import strategy_of
 from vismt.jobs.fewshot.config import MERGED
 from vismt.jobs.fewshot.job import FewShotJob
-from vismt.jobs.fewshot.merge_settings import POOL, SELECTION
+from vismt.jobs.fewshot.merge_settings import ALL, POOL, SELECT_SEED, SELECTION
 from vismt.jobs.fewshot.models import Models
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
@@ -156,24 +156,21 @@ def choose(folder: Path, grid: SearchGrid) -> None:
     run = open_run(folder)
     if not isinstance(run.job, FewShotJob) or run.job.config.pool is None:
         raise UserError(f"merge settings: run '{folder}' has no pool of experts.")
-    select, evaluated = run.job.config.selection, run.job.config.evaluate.data
     for seed in run.job.study.seeds:
         models = run.job.models(seed)
-        sets = {name: [name] for name in evaluated} if select.class_share else {"all": select.data}
-        found = {key: _choose(models, names, key, grid) for key, names in sets.items()}
-        atomic_write(models.pool_folder / SELECTION, sealed(found, indent=1))
+        atomic_write(models.pool_folder / SELECTION, sealed({ALL: _choose(models, grid)}, indent=1))
 
 
-def _choose(models: Models, names: Sequence[str], key: str, grid: SearchGrid) -> dict[str, Any]:
-    config, pool = models.config, models.pool()
+def _choose(models: Models, grid: SearchGrid) -> dict[str, Any]:
+    config, pool, names = models.config, models.pool(), models.config.selection.data
     tasks, judge = _validation(models, names)
-    base = replace(config.merging, strategy=strategy_of(config, MERGED))
+    base = MergeSettings(strategy_of(config, MERGED))
     merging, tuning, tried = search_settings(pool, tasks, base, config.finetune, grid, judge)
     for candidate in tried:
         if candidate.chosen or candidate.default:
             what = "chosen" if candidate.chosen else "default"
             value = f"{100 * candidate.value:.1f} ± {100 * candidate.ci95:.1f}"
-            console.stage("select", f"{key}  {candidate.stage}  {what} {candidate.settings}   {value}")
+            console.stage("select", f"{candidate.stage}  {what} {candidate.settings}   {value}")
     attack = config.selection.attack
     under = "" if attack is None else f", and accuracy under {attack.spec()}, with equal weight"
     return {
@@ -204,7 +201,7 @@ def _validation(models: Models, names: Sequence[str]) -> tuple[list[LabelledTask
             clean = float((classifier(query).argmax(1) == truth).double().mean())
         if attack is None:
             return clean
-        keys = [(mix_seed(select.seed, "attack", number), position) for position in range(len(query))]
+        keys = [(mix_seed(SELECT_SEED, "attack", number), position) for position in range(len(query))]
         changed = attack.perturb(classifier, query, truth, num_classes=int(truth.max()) + 1, keys=keys)
         with torch.no_grad():
             return 0.5 * clean + 0.5 * float((classifier(changed).argmax(1) == truth).double().mean())

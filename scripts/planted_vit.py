@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from vismt.base import console
 from vismt.data.images import open_images
-from vismt.data.pixels import square
+from vismt.data.pixels import crop_square
 from vismt.multitask.emtal.clusters import cluster_neurons, random_neurons
 
 TASKS = ("mnist-4000", "fashion_mnist-6000", "cifar10-6000")
@@ -105,7 +105,9 @@ def agreement(labels: Tensor, groups: Tensor) -> float:
 def loaded(split: str) -> list[tuple[Tensor, Tensor]]:
     """Return images and labels of each task."""
     sets = [open_images(name, split) for name in TASKS]
-    return [(torch.stack([square(images.read(i), SIZE) for i in range(len(images))]), images.labels) for images in sets]
+    return [
+        (torch.stack([crop_square(images.read(i), SIZE) for i in range(len(images))]), images.labels) for images in sets
+    ]
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,8 +16,9 @@ The table `claims` is that of docs/claims.md, from claims.yaml beside it (script
 
 A cell is the one row of its study that has all values of `where`, of its column and of its row, where minus is ""
 unless it is named. A row can have values for one column alone, under its name. Further keys: `show` (interval, value,
-seeds, count, or domains: the average with its interval over new domains) and `label`, a text before the number. ‡ marks a number
-whose interval covers new episodes of the same images alone, or has no kind, beside others that cover new images.
+seeds, count, domains: the average with its interval over new domains, or both: the number with both of these intervals) and
+`label`, a text before the number. ‡ marks a number whose interval covers new episodes of the same images alone, or has no
+kind, beside others that cover new images.
 """
 
 from __future__ import annotations
@@ -26,28 +27,26 @@ import argparse
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
 from scripts.claims import sections
-from scripts.committed import interval_text, renew, study
+from scripts.committed import both_intervals, interval_text, renew, study
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
-from vismt.report.comparison import AVERAGE
 from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.paths import CHECKOUT
-from vismt.uncertainty.intervals import FEWEST_DOMAINS, interval_kind_text, over_domains
+from vismt.uncertainty.intervals import interval_kind_text
 
 SPECS = CHECKOUT / ROWS / "tables.yaml"
 MARKED = re.compile(r"^((?:# )?)<!-- rows: ([\w-]+) -->\n(.*?)^\1<!-- end -->$", re.M | re.S)
 OPENED = re.compile(r"<!-- rows: ")
-SHOWN = ("interval", "value", "seeds", "count", "domains")
+SHOWN = ("interval", "value", "seeds", "count", "domains", "both")
 SEPARATOR = " | "
 
 
@@ -82,22 +81,7 @@ def found(selection: Mapping[str, Any], where: str) -> tuple[StudyRows, StudyRow
         )
     of = study(selection["study"])
     row = of.find(wanted, f"{where}: study '{selection['study']}'")
-    return of, over_sets(of, row, where) if selection.get("show") == "domains" else row
-
-
-def over_sets(of: StudyRows, row: StudyRow, where: str) -> StudyRow:
-    """Return the row of an average with the interval over its sets as a sample of domains."""
-    keys = [key for key in SELECTED if key != "data"]
-    alike = [
-        one for one in of.rows if one.data != AVERAGE and all(getattr(one, key) == getattr(row, key) for key in keys)
-    ]
-    sample = over_domains([one.value for one in alike])
-    if row.data != AVERAGE or sample is None:
-        raise UserError(
-            f"{where}: show domains needs data average and {FEWEST_DOMAINS} sets or more, not {len(alike)}."
-        )
-    low, high = sample.bounds
-    return replace(row, low=low, high=high, interval=sample.covers)
+    return of, of.over_domains(row, where) if selection.get("show") == "domains" else row
 
 
 def cell(selection: Mapping[str, Any] | str, where: str) -> str:
@@ -113,6 +97,8 @@ def cell(selection: Mapping[str, Any] | str, where: str) -> str:
         text = ", ".join(number_text(value, row.scale, sign, row.half) for value in seeds.values())
     elif show == "value":
         text = number_text(row.value, row.scale, sign, row.half)
+    elif show == "both":
+        text = both_intervals(row, of.over_domains(row, where))
     else:
         text = interval_text(row)
     return f"{selection['label']} {text}" if "label" in selection else text
@@ -130,6 +116,9 @@ def table(name: str, as_comment: bool) -> str:
         weak = False
         if isinstance(selection, dict):
             used.append(found(selection, where))
+            if selection.get("show") == "both":
+                of, row = used[-1]
+                used.append((of, of.over_domains(row, where)))
             weak = is_weak(used[-1][1]) and selection.get("show", SHOWN[0]) == SHOWN[0]
         cells.append((label, cell(selection, where), weak))
     mixed = len({is_weak(row) for _, row in used}) > 1

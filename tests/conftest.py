@@ -97,6 +97,29 @@ def program(wheel, tmp_path_factory):
     return interpreter.parent / "vismt"
 
 
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """Return the finished run of a job (`helpers.tiny_runs.CONFIGS`), made once for all processes; only `to` may be written.
+
+    The copy `to` of the run has its name. That no test changed a run is checked at the end.
+    """
+    from helpers.tiny_runs import contents, finished_run
+
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "finished"
+    found = {}
+
+    def find(job, to=None):
+        if job not in found:
+            run = finished_run(job, root / job)
+            found[job] = run, contents(run)
+        run = found[job][0]
+        return run if to is None else shutil.copytree(run, to / run.name)
+
+    yield find
+    assert all(contents(run) == content for run, content in found.values())
+
+
 @pytest.fixture
 def painted(monkeypatch, painting):
     """Paint the figures that the test saves."""
@@ -134,8 +157,8 @@ def drawn(monkeypatch):
     def keep(figure, path):
         saved.append(figure)
         figure.canvas.draw()
-        return plotting.save(figure, path)
+        return plotting.save_figure(figure, path)
 
     for module in (classification_figures, dense_figures, fewshot_figures, figures, routers, arm_figures):
-        monkeypatch.setattr(module, "save", keep)
+        monkeypatch.setattr(module, "save_figure", keep)
     return saved

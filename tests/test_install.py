@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import json
 import os
 import pydoc
 import re
@@ -23,7 +24,7 @@ from helpers.lm_parts import save_lm
 
 import vismt
 from vismt.cli import commands
-from vismt.config.sections import find_config, flat, list_configs, read_yaml
+from vismt.config.sections import find_config, flat, list_configs, read_config_file
 
 HEAVY = ("torch", "timm", "transformers", "numpy", "matplotlib")
 
@@ -138,7 +139,16 @@ def test_names_for_type_checkers_are_those_at_run_time() -> None:
 def test_module_and_version() -> None:
     printed = started(sys.executable, "-m", "vismt", "--version", folder=ROOT)
     assert printed.split() == ["vismt", vismt.__version__]
-    assert f'version = "{vismt.__version__}"' in (ROOT / "pyproject.toml").read_text(encoding="utf8")
+    assert f"version: {vismt.__version__}\n" in (ROOT / "CITATION.cff").read_text(encoding="utf8")
+    assert f"## {vismt.__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf8")
+
+
+def test_the_container_runs_the_two_commands_of_the_readme() -> None:
+    install, run = re.search(
+        r"^(pip install .*) && (vismt run .*)$", (ROOT / "README.md").read_text("utf8"), re.M
+    ).groups()
+    docker = (ROOT / "Dockerfile").read_text("utf8").replace(" --no-cache-dir", "")
+    assert f"&& {install}\n" in docker and f"CMD {json.dumps(run.split())}\n" in docker
 
 
 @pytest.mark.parametrize(
@@ -271,7 +281,7 @@ QUICK = {
 def test_configurations_name_no_code_that_a_wheel_lacks() -> None:
     assert {name for name in list_configs() if Path(name).name == "quickstart"} == set(QUICK)
     for name in list_configs():
-        texts = [str(value) for value in flat(read_yaml(find_config(name))).values()]
+        texts = [str(value) for value in flat(read_config_file(find_config(name))).values()]
         named = {match[1] for text in texts for match in re.finditer(r"\b(\w+)(?:\.\w+)*:[a-z]\w*\b", text)}
         assert not named & {path.name for path in ROOT.iterdir()} - {"vismt"}, name
 

@@ -8,10 +8,11 @@
     vismt.save_adapter(model, "adapter")
     vismt.merge(model)                        # stock classes and keys again
 
-`adapt`, `merge`, `unadapt`, `save_adapter`, `load_adapter`, `export_peft` and `import_peft` change a model of yours.
-`evaluate_fewshot`, `audit`, `meta_tune` and `train` run whole studies and return a `StudyResults`: printing it gives a table, and
-`.report()` writes a page. `predict` uses their models. `verify` returns a `Verdict` on an adapter folder or a checkpoint. What a
-user can fix is a `UserError`. Public names are imported when they are first used, so that `import vismt` loads no library.
+`adapt`, `merge`, `unadapt`, `save_adapter`, `load_adapter`, `export_peft` and `import_peft` work on a model of yours.
+`evaluate_fewshot`, `audit`, `meta_tune` and `train` run whole studies and return a `StudyResults`. Printing a `StudyResults`
+gives a table, and its method `.report()` writes a page. `predict` answers new images or texts with the trained models. `verify`
+returns a `Verdict` on an adapter folder or a checkpoint. `compare` compares predictions of any programs. A mistake that the
+user can fix raises a `UserError`. Public names are imported when they are first used, so that `import vismt` loads no library.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from vismt.base.registry import PLACES
 
 __version__ = "0.1.0"
 
-# The modules that hold the parts of an adapter, by the names that adapter files use.
+# The modules that define the adapter modules, by the names that adapter files use.
 PLACES["adapter_modules"] = {
     "expert_pairs": "vismt.multitask.emtal.expert_pairs",
     "hosted": "vismt.llm.peft_tuners.layer",
@@ -66,7 +67,7 @@ PLACES["adapter_modules"] = {
     "task_block": "vismt.multitask.mtlora.layers",
     "task_linear": "vismt.multitask.mtlora.layers",
 }
-# The modules that register the methods; installed packages add theirs by entry points of the group "vismt.methods".
+# The modules that register the methods. Installed packages add methods by entry points of the group "vismt.methods".
 PLACES["methods"] = {
     "amt": "vismt.metatune.amt.method",
     "corda": "vismt.llm.corda.method",
@@ -82,7 +83,7 @@ PLACES["methods"] = {
     "polar": "vismt.llm.polar.method",
     "s2ft": "vismt.llm.s2ft.method",
 }
-# Names of methods and adapter modules in adapter files of earlier versions.
+# Earlier names of methods and adapter modules that adapter files may still hold.
 PLACES["earlier names in files"] = {
     "moe_lora": "emtal",
     "vismt.multitask.moefied:MoEfiedMlp": "moefied_ffn",

@@ -1,4 +1,4 @@
-"""`python -m vismt`."""
+"""Run the command line: `python -m vismt`."""
 
 import sys
 

@@ -1,14 +1,21 @@
-"""Studies from Python, without a configuration file: `train`, `meta_tune`, `evaluate_fewshot` and `audit`; and `predict`.
+"""Functions that run studies from Python without a configuration file, and `predict`.
 
-Each builds the configuration of a job (vismt/jobs) and runs it in a folder, so that numbers, records and reports are those of
-`vismt run`. Data sets and models may be Python objects (vismt/base/objects.py).
+`train`, `meta_tune`, `evaluate_fewshot` and `audit` build the configuration of a job (vismt/jobs) and run the job in a folder.
+Their numbers, records and reports are the same as with `vismt run`. Data sets and models may be Python objects
+(vismt/base/objects.py).
 
-A data set is the name of a card ("cifar10:test"), a folder with a folder of images for each class, a .csv file with the
-columns path and label, a torch or torchvision data set of (image, label), or a Hugging Face data set with an image and a label
-column. Several are given as a list, or as a mapping from names in the results to objects.
+A data set is one of these:
 
-A model is a name of timm or of `vismt assets list`, or any nn.Module. A timm module gets images normalised by its
-pretrained_cfg; any other module gets images in [0, 1].
+- the name of a card ("cifar10:test")
+- a folder with one folder of images for each class
+- a .csv file with the columns path and label
+- a torch or torchvision data set of pairs (image, label)
+- a Hugging Face data set with a column of images and a column of labels
+
+Several data sets are a list, or a mapping from names in the results to data sets.
+
+A model is a name of timm, a name of `vismt assets list`, or any nn.Module. A timm module gets images that are normalised by its
+pretrained_cfg. Any other module gets images in [0, 1].
 """
 
 from __future__ import annotations
@@ -34,18 +41,30 @@ _EPSILON = "4.5/255"
 
 @named_arguments
 def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyResults:
-    """Run a study: train what the configuration trains, and evaluate it.
+    """Run a study: train the arms of a configuration and evaluate them.
 
     Args:
-        config: the content of a configuration file (`configs/` has examples), in which data sets and models may be objects.
-        folder: of the run; the same call continues an interrupted run there. None for a temporary one, of which `.report()` and
-            `vismt.predict` keep a copy in ./runs.
+        config: Content of a configuration file (`configs/` has examples). Data sets and models in it may be objects.
+        folder: Run folder. The same call with the same folder continues an interrupted run. None runs in a temporary folder, of
+            which `.report()` and `vismt.predict` keep a copy in ./runs.
 
     Returns:
-        The numbers, from which the report is written.
+        The numbers, from which `.report()` writes the report.
 
     Raises:
-        UserError: what `vismt run` refuses, and a folder that holds another run.
+        UserError: If `vismt run` would refuse the configuration, or the folder holds another run.
+
+    Example:
+        results = vismt.train(
+            {
+                "task": "classification",
+                "model": {"name": "vit_tiny_patch16_224", "pretrained": False, "img_size": 32},
+                "adapt": {"method": "lora", "rank": 4},
+                "tasks": [{"name": "digits", "train": ["digits"], "limit": 60, "test_share": 0.2}],
+                "train": {"steps": 4, "lr": 1e-3},
+            }
+        )
+        print(results)
     """
     from vismt.jobs import started_config, typed_config
     from vismt.report.results import RESULTS, read_results
@@ -79,34 +98,39 @@ def compare(
 ) -> list[PairedDifference]:
     """Compare models example by example, from predictions that any program wrote.
 
-        pairs = vismt.compare({"a": frame_a, "b": frame_b}, id="image", score="correct", group="patient")
-        pairs[0]    # b is better than a by 1.8 ± 0.9 points (n = 1,243 in 379 groups); a difference under ...
-
     Args:
-        inputs: Run folders, tables (CSV, JSONL, JSON, Parquet), folders of a table for each seed, output folders of
-            lm-evaluation-harness, frames of pandas, and lists of mappings. A mapping gives names to several.
-        id: Column with the name of the example. A column that is not named is found by its usual names.
-        score: Column with a number for each example: 1 and 0 for right and wrong, a loss, a Dice score.
-        label: Column with the right answer.
-        answer: Column with the answer of the model.
-        probability: Column with the probability of the answer, or with a `*` in the place of a class that of each class.
-        group: Column of examples that depend on each other, for example a patient.
-        seed: Column of the training.
-        set: Column of the data set.
-        baseline: Name of the input that all others are compared with. None for all pairs.
-        common: Compare the examples that all inputs have. Otherwise an example that one input lacks is an error.
+        inputs: Run folders, tables (CSV, JSONL, JSON, Parquet), folders with a table for each seed, output folders of
+            lm-evaluation-harness, pandas frames, or lists of mappings. A mapping gives names to several inputs.
+        id: Name of the column that identifies the example. If a column is not named, its usual names are tried.
+        score: Name of the column with a number for each example: 1 or 0 for right or wrong, a loss, a Dice score.
+        label: Name of the column with the right answer.
+        answer: Name of the column with the answer of the model.
+        probability: Name of the column with the probability of the answer. With a `*` in the place of a class it names one
+            column for each class.
+        group: Name of the column that groups examples that depend on each other, for example a patient.
+        seed: Name of the column with the training seed.
+        set: Name of the column with the data set.
+        baseline: Name of the input that all others are compared with. None compares all pairs.
+        common: Whether to compare only the examples that all inputs have. Otherwise an example that one input lacks is an
+            error.
 
     Returns:
-        The difference b - a of each pair, for each metric and set, in the unit of the metric.
+        The difference b - a of each pair of models, for each metric and data set, in the unit of the metric.
 
     Raises:
-        UserError: fewer than two models, a file that cannot be read, a missing column, a value that is not a number, and examples
-            that are not the same in all inputs.
+        UserError: If there are fewer than two models, a file cannot be read, a column is missing, a value is not a number, or
+            the inputs hold different examples.
+
+    Example:
+        first = [{"image": name, "correct": int(name in "abcdefghij")} for name in "abcdefghijklmnop"]
+        second = [{"image": name, "correct": int(name in "abc")} for name in "abcdefghijklmnop"]
+        (pair,) = vismt.compare({"first": first, "second": second}, id="image", score="correct")
+        print(pair)
     """
     from vismt.report.compare.pairs import paired_differences
-    from vismt.report.compare.report import gather, input_names
+    from vismt.report.compare.report import input_names, read_inputs
     from vismt.report.compare.score_tables import Columns
-    from vismt.report.comparison import compare as compare_rows
+    from vismt.report.comparison import compare_results as compare_rows
 
     named: dict[str, Any] = {}
     for number, given in enumerate(inputs, 1):
@@ -118,7 +142,7 @@ def compare(
     names = dict(zip(paths, input_names(list(paths.values())), strict=True))
     columns = Columns(id, score, label, answer, probability, group, seed, set)
     with console.quiet():
-        results, values = gather({names.get(name, name): given for name, given in named.items()}, columns, common)
+        results, values = read_inputs({names.get(name, name): given for name, given in named.items()}, columns, common)
     arms = list(dict.fromkeys(row.arm for row in results))
     require_known("compare: no model", [baseline] if baseline else [], arms)
     return paired_differences(compare_rows(results, values), baseline)
@@ -143,37 +167,43 @@ def evaluate_fewshot(
     seed: int = 1,
     folder: str | Path | None = None,
 ) -> StudyResults:
-    """Evaluate backbones on few-shot episodes, clean and under each condition.
+    """Evaluate models on few-shot episodes: on clean images, under attacks and under corruptions.
 
     Args:
-        model: a model, or a mapping from names in the results to models, which are compared on the same episodes.
+        model: Model, or a mapping from names in the results to models. All models are evaluated on the same episodes.
         data: Data sets. Each is a card ("cifar10:test"), a folder of class folders, a .csv of paths and labels, or a data set
-            of torch or Hugging Face. Several are a list, or a mapping from names in the results to data sets.
-        ways: classes in an episode.
-        shots: support images of each class; several are evaluated in turn.
-        episodes: of each set and number of shots, at least 2. They are drawn in five disjoint parts of the images where classes
-            are large enough (`evaluate.sampling` of configurations), so that intervals cover new images.
-        queries: query images of each class.
-        attacks: names ("strong", "pgd"), or mappings with the keys of an attack in a configuration. The query images are
-            attacked, the support stays clean.
-        corruptions: names, with all severities, or mappings {"name": ..., "severities": [...]}.
-        epsilon: linf radius, in pixel units of [0, 1], of attacks given by name.
-        head: what classifies on the features: cosine prototypes, or ridge, logistic, vbll, laplace or finetune; several are
-            compared on the same episodes.
-        sampling: "parts", "with_replacement", whose intervals cover new episodes of the same images alone, or
-            "without_replacement" (`evaluate.sampling` of configurations).
-        ood: data sets of other classes: how well the largest probability tells their images from the queries, as AUROC.
-        img_size: pixels; needed for a module that timm did not make.
-        seed: of the episodes.
-        folder: see `train`.
+            of torch or Hugging Face. Several data sets are a list, or a mapping from names in the results to data sets.
+        ways: Number of classes in an episode.
+        shots: Number of support images of each class. A list of numbers is evaluated one number after the other.
+        episodes: Number of episodes for each data set and number of shots, at least 2.
+        queries: Number of query images of each class.
+        attacks: Names of attacks ("strong", "pgd"), or mappings with the keys of an attack in a configuration. Attacks change
+            the query images. The support images stay clean.
+        corruptions: Names of corruptions, which stand for all severities, or mappings {"name": ..., "severities": [...]}.
+        epsilon: Radius in linf of attacks that are given by name, in pixel units of [0, 1].
+        head: Classifier on the features: "prototypes" (by cosine), "ridge", "logistic", "vbll", "laplace" or "finetune". A list
+            of heads is compared on the same episodes.
+        sampling: How episodes are drawn. "parts" draws them from five disjoint parts of the images, if the classes are large
+            enough, so that intervals cover new images. With "with_replacement" intervals cover new episodes of the same images.
+            "without_replacement" uses an image at most once.
+        ood: Data sets of other classes. The results say as AUROC how well the largest probability separates their images from
+            the queries.
+        img_size: Side of the images in pixels. A module that timm did not make needs it.
+        seed: Seed of the episodes.
+        folder: Run folder, as for `train`.
 
     Returns:
-        Accuracies, and what else was asked for, with 95 % intervals over new images or episodes. With `sampling="parts"` a row
-        "accuracy (interval over episodes)" has the usual interval beside ours. It is smaller because it leaves out that other
-        images of the classes give another accuracy.
+        Accuracies and the other measures with 95 % intervals over new images or episodes. With `sampling="parts"` there is also
+        a row "accuracy (interval over episodes)" with the interval that papers usually print. That interval is smaller, because
+        it ignores that other images of the same classes would give another accuracy.
 
     Raises:
-        UserError: unknown names, and sets with too few classes or images for the episodes.
+        UserError: If a name is unknown, or a data set has too few classes or images for the episodes.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=0)
+        results = vismt.evaluate_fewshot(model, "digits", ways=3, shots=1, queries=5, episodes=4, attacks=["pgd"])
+        print(results)
     """
     from vismt.jobs.fewshot.config import FROZEN, HEADS, PROTOTYPES
 
@@ -222,27 +252,33 @@ def audit(
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> StudyResults:
-    """Measure the accuracy of image classifiers, clean, under attacks and under corruptions.
+    """Measure the accuracy of image classifiers on clean images, under attacks and under corruptions.
 
     Args:
-        model: a classifier, or a mapping from names in the results to classifiers, whose outputs are the classes of the data in
+        model: Classifier, or a mapping from names in the results to classifiers. The outputs are the classes of the data in
             their order. A name may also be a checkpoint file.
         data: Data sets, as for `evaluate_fewshot`.
-        attacks: as for `evaluate_fewshot`.
-        corruptions: as for `evaluate_fewshot`.
-        epsilon: as for `evaluate_fewshot`.
-        images: number of images of each set, drawn by the seed; None for all.
-        batch: images at a time.
-        masking: also run the first attack at growing radii, which shows whether it can be trusted.
-        img_size: pixels; needed for a module that timm did not make.
-        seed: of the drawn images and the attacks.
-        folder: see `train`.
+        attacks: Attacks, as for `evaluate_fewshot`.
+        corruptions: Corruptions, as for `evaluate_fewshot`.
+        epsilon: Radius of attacks that are given by name, as for `evaluate_fewshot`.
+        images: Number of images of each data set, drawn with `seed`. None takes all images.
+        batch: Number of images in a batch.
+        masking: Whether to check for gradient masking: the first attack also runs at growing radii, which shows whether its
+            result can be trusted.
+        img_size: Side of the images in pixels. A module that timm did not make needs it.
+        seed: Seed of the drawn images and of the attacks.
+        folder: Run folder, as for `train`.
 
     Returns:
-        Accuracies with 95 % intervals over images. Under an attack an image counts that is right clean and attacked.
+        Accuracies with 95 % intervals over images. Under an attack, an image counts as right if both the clean and the attacked
+        answer are right.
 
     Raises:
-        UserError: unknown names, and data with other classes than the model.
+        UserError: If a name is unknown, or the data have other classes than the model.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        print(vismt.audit({"mine": model}, "digits", attacks=["pgd"], images=20))
     """
     objects: dict[str, Any] = {}
     arms = _models(model, objects, "classifier.name")
@@ -285,36 +321,45 @@ def meta_tune(
     seed: int = 0,
     folder: str | Path | None = None,
 ) -> StudyResults:
-    """Meta-tune an adapter on episodes of `data`, and evaluate it on episodes of `test` beside the model as it was.
+    """Meta-tune an adapter on episodes of `data`, and evaluate it on episodes of `test`.
+
+    The results also have the numbers of the model before the tuning.
 
     Args:
-        model: a model; a module is copied, not changed.
-        data: The data sets of the training episodes, as for `evaluate_fewshot`.
-        test: The data sets that are tested on.
-        method: of the adapter, see `vismt.list_methods`.
-        adapt: further keys of the section `adapt` of a configuration, {"targets": ..., "alpha": ..., "options": {...}}; they
-            come before `method` and `rank`.
-        levels: with input budgets in 1/255, AMT's pool instead (`method` is then amt): one robust expert for each, merged for
-            every test task.
-        rank: of the adapter.
-        steps: optimiser steps, one episode each; a tenth of them warms up.
-        lr: peak learning rate.
-        ways: classes in an episode.
-        shots: support images of each class.
-        queries: query images of each class.
-        episodes: number of test episodes of each set.
-        attacks: as for `evaluate_fewshot`.
-        epsilon: as for `evaluate_fewshot`.
-        img_size: pixels; needed for a module that timm did not make.
-        seed: of the training; the test episodes do not depend on it.
-        folder: see `train`.
+        model: Model. A module is copied and not changed.
+        data: Data sets of the training episodes, as for `evaluate_fewshot`.
+        test: Data sets of the test episodes.
+        method: Name of the method, one of `vismt.list_methods()`.
+        adapt: Further keys of the section `adapt` of a configuration, {"targets": ..., "alpha": ..., "options": {...}}. They
+            take precedence over `method` and `rank`.
+        levels: Attack budgets in units of 1/255. If levels are given, AMT's pool is trained (`method` is then "amt"): one
+            robust expert for each level, and the experts are merged for every test task.
+        rank: Rank of each pair of factors.
+        steps: Number of optimiser steps, one episode each. A tenth of the steps warms up.
+        lr: Peak learning rate.
+        ways: Number of classes in an episode.
+        shots: Number of support images of each class.
+        queries: Number of query images of each class.
+        episodes: Number of test episodes of each data set.
+        attacks: Attacks of the test, as for `evaluate_fewshot`.
+        epsilon: Radius of attacks that are given by name, as for `evaluate_fewshot`.
+        img_size: Side of the images in pixels. A module that timm did not make needs it.
+        seed: Seed of the training. The test episodes do not depend on it.
+        folder: Run folder, as for `train`.
 
     Returns:
-        Accuracies of "frozen", and of "adapted" or "merged". `model()` has the tuned model, or the only expert of a pool;
-        of several experts `model("2")` has that of level 2, and `model("average")` their mean.
+        Accuracies of "frozen" and of "adapted" or "merged". `.model()` returns the tuned model, or the only expert of a pool.
+        With several experts, `.model("2")` returns the expert of level 2 and `.model("average")` the mean of the experts.
 
     Raises:
-        UserError: what `train` refuses.
+        UserError: If `train` would refuse the arguments.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=0)
+        results = vismt.meta_tune(
+            model, "photo_crops:train", "digits", steps=2, ways=3, shots=1, queries=3, episodes=2
+        )
+        tuned = results.model()
     """
     objects: dict[str, Any] = {}
     (arm,) = _models(model, objects, "name").values()
@@ -348,22 +393,27 @@ def predict(
     support: str | Path | None = None,
     **options: Any,
 ) -> Predictions:
-    """Predict the classes or maps of images, or what a language model answers to rows of text, as `vismt predict` does.
+    """Predict classes or maps of images, or answers of a language model, as `vismt predict` does.
 
     Args:
-        source: a run folder, what a study from Python returned, a folder of `vismt merge` or `vismt export`, or a checkpoint
-            of a timm model with a config.json beside it.
-        inputs: image files, folders of them, or a .jsonl, .json or .csv file of rows of text.
-        to: the folder to write to; by default `predictions` in the run folder.
-        support: of a few-shot run or a backbone without classes, a folder with a folder of example images for each class.
-        options: the other fields of `vismt.jobs.predictions.Options`: arm, top, sheet, maps, own_size, flip, temperature,
+        source: Run folder, the results of a study from Python, a folder of `vismt merge` or `vismt export`, or a checkpoint of
+            a timm model with a config.json beside it.
+        inputs: Image files, folders of images, or a .jsonl, .json or .csv file with rows of text.
+        to: Folder for the written files. None writes to `predictions` in the run folder.
+        support: Folder with one folder of example images for each class. A few-shot run and a backbone without classes need it.
+        options: Further fields of `vismt.jobs.predictions.Options`: arm, top, sheet, maps, own_size, flip, temperature,
             new_tokens, seed.
 
     Returns:
-        `.rows`, the answers as dictionaries, and `.files`, the written files.
+        An object with the answers as dictionaries (`.rows`) and the paths of the written files (`.files`).
 
     Raises:
-        UserError: an unknown option, one of another kind of model, and files that cannot be read.
+        UserError: If an option is unknown or belongs to another kind of model, or a file cannot be read.
+
+    Example:
+        results = vismt.train(config)  # a study of image classification
+        answers = vismt.predict(results, "new_images")
+        print(answers.rows[0]["label"], answers.rows[0]["probability"])
     """
     from vismt.jobs import predict as jobs
     from vismt.jobs.predictions import Options
@@ -374,11 +424,11 @@ def predict(
     folder = source.kept_folder() if isinstance(source, StudyResults) else Path(source)
     paths = [Path(path) for path in ([inputs] if isinstance(inputs, str | Path) else inputs)]
     with registered(objects):
-        return jobs.predict(folder, paths, None if to is None else Path(to), settings)
+        return jobs.predict_inputs(folder, paths, None if to is None else Path(to), settings)
 
 
 def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str, str]]:
-    """Return the arms of a model or of a mapping to several: {name in results: {key: name in the configuration}}."""
+    """Return the arms of one model or of a mapping to several models: {name in results: {key: name in the configuration}}."""
     several = model if isinstance(model, Mapping) else {None: model}
     arms = {}
     for title, given in several.items():
@@ -395,7 +445,7 @@ def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str
 
 
 def _sets(data: Any, objects: dict[str, Any]) -> list[str]:
-    """Return the entries of a data set, a list of several or a mapping from names in results to objects."""
+    """Return the data sets of a configuration from one data set, a list, or a mapping from names in results to objects."""
     if isinstance(data, Mapping) and not hasattr(data, "column_names"):
         pairs = list(data.items())
     else:
@@ -404,7 +454,7 @@ def _sets(data: Any, objects: dict[str, Any]) -> list[str]:
 
 
 def _conditions(attacks: Sequence[Any], corruptions: Sequence[Any], epsilon: float | str) -> dict[str, list[Any]]:
-    """Return the keys `attacks` and `corruptions` of an evaluate section."""
+    """Return the keys `attacks` and `corruptions` of the section `evaluate`."""
     for name, given in (("attacks", attacks), ("corruptions", corruptions)):
         if isinstance(given, str):
             raise UserError(f"{name}: '{given}' is a text; give a list, ['{given}'].")
@@ -421,7 +471,7 @@ def _plain(entry: Any) -> Any:
 
 
 def _with_objects(config: dict[str, Any], objects: Mapping[str, Any], folder: str | Path | None) -> StudyResults:
-    """Run a study whose objects have their names already."""
+    """Run a study whose objects already have names."""
     with registered(objects):
         results = train(config, folder)
     return StudyResults(results.folder, results.rows, objects, results._temporary)

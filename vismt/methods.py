@@ -1,8 +1,8 @@
-"""Adaptation methods: one declaration a method, in the method's own file, and `adapt`, which finds it by name.
+"""The registry of adaptation methods, and `adapt`, which finds a method by its name.
 
-A `Method` declares everything that the rest of the package needs to know about a method: the function that adapts a model,
-the layer classes it places, the optimiser and the schedule that training needs, what a job has to provide, and whether the
-trained model merges and exports. No other file tests the name of a method.
+Each method declares itself once, as a `Method` in its own file. The declaration holds everything that the rest of the package
+needs to know: the function that adapts a model, the layer classes it places, the optimiser and schedule that training needs,
+what a job has to provide, and whether the trained model merges and exports. No other file tests the name of a method.
 """
 
 from __future__ import annotations
@@ -23,35 +23,38 @@ from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.model.inject import COMMON, check_options
 from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import AdaptReport, record_of
-from vismt.lowrank.model.targets import find_targets, pattern_values
+from vismt.lowrank.model.targets import Targets, find_targets, pattern_values
 
-_GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # what every method takes
+_GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # arguments that every method takes
 RANK = 8
-DEFAULTS: dict[str, Any] = {"targets": None, "rank": RANK, "alpha": None}  # of `adapt`
+DEFAULTS: dict[str, Any] = {"targets": None, "rank": RANK, "alpha": None}  # defaults of `adapt`
 
 
 class Schedule(Protocol):
-    """What a method changes as training goes on. It may have `metrics() -> {name: scalar}`, which the loop logs."""
+    """What a method changes while training goes on.
+
+    A schedule may have a method `metrics() -> {name: scalar}`. The training loop logs these values.
+    """
 
     def on_step(self, step: int) -> None:
-        """Get ready for the next step; `step` is the number of finished ones."""
+        """Prepare the next step. `step` is the number of finished steps."""
 
 
 class MakeSchedule(Protocol):
-    """Return the schedule of an adapted model, or None where there is nothing to schedule.
+    """Return the schedule of an adapted model. Return None if there is nothing to schedule.
 
-    steps: optimiser steps of the whole training. settings: the section `Method.section` of the run's configuration.
+    steps: Number of optimiser steps of the whole training. settings: Section `Method.section` of the run's configuration.
     """
 
-    def __call__(self, model: nn.Module, optimizer: Optimizer, *, steps: int, settings: Any) -> Schedule | None: ...
+    def __call__(self, model: nn.Module, optimizer: Optimizer, *, steps: int, settings: object) -> Schedule | None: ...
 
 
 @dataclass
 class Calibration:
-    """Data that a job offers to a method before it adapts the model.
+    """Data that a job offers to a method before the method adapts the model.
 
-    batches() returns batches of model inputs on the CPU. folder: Folder for what was computed. results: computed values by key,
-    shared by all arms of a run.
+    batches: Function that returns batches of model inputs on the CPU. folder: Folder for computed files. results: Computed
+    values by key, shared by all arms of a run.
     """
 
     batches: Callable[..., list[dict[str, Tensor]]]
@@ -60,36 +63,41 @@ class Calibration:
 
 
 class Calibrate(Protocol):
-    """Return options of the method that are computed from data. targets, options: as `adapt` gets them."""
+    """Return options of the method that are computed from data.
+
+    targets, options: Arguments that `adapt` gets.
+    """
 
     def __call__(
-        self, model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
+        self, model: nn.Module, calibration: Calibration, *, targets: Targets, options: Mapping[str, object]
     ) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)
 class Method:
-    """The declaration of a method.
+    """Declaration of a method.
 
     Args:
-        name: what `vismt.adapt` takes.
-        adapt: `adapt(model, *, targets, rank, alpha, seed, **options) -> AdaptReport`; its first docstring line is shown
-            by `vismt list`.
-        layers: classes of the adapter layers and wrappers that it places; () for a method that trains the weights.
-        optimizer: `optimizer(optimizer, model) -> optimizer` returns the optimiser that an adapted model is trained with.
-            It may have `metrics() -> {name: scalar}`, which the loop logs.
-        schedule: returns the schedule of an adapted model, see `MakeSchedule`.
-        section: name of the section of a run's configuration with the schedule's settings.
-        freezes: whether the schedule freezes parameters in turn.
-        head_only: whether it trains the model's own classifier and nothing below. Jobs have heads of their own, so a
-            configuration with such a method is one with adapt: null.
-        calibrate: computes options from data, see `Calibrate`.
-        needs: what a job has to provide under given options, with the reason: "calibration" (data for `calibrate`), "users" (a
-            vector for each sample, its width the option `user_width`), or "tasks" (heads that read features of their own,
-            streams.py).
-        merges: whether the trained model can be merged into stock weights.
-        exports: whether the update can be exported as a plain LoRA.
-        unread: those of targets, rank and alpha that it does not read, each with what it does instead and what to set.
+        name: Name that `vismt.adapt` takes.
+        adapt: Function `adapt(model, *, targets, rank, alpha, seed, **options) -> AdaptReport`. `vismt list` shows the first
+            line of its docstring.
+        layers: Classes of the adapter layers and wrappers that the method places. Empty for a method that trains the weights
+            themselves.
+        optimizer: Function `optimizer(optimizer, model) -> optimizer` that returns the optimiser for training an adapted model.
+            The returned optimiser may have a method `metrics() -> {name: scalar}`. The training loop logs these values.
+        schedule: Function that returns the schedule of an adapted model, see `MakeSchedule`.
+        section: Name of the configuration section with the settings of the schedule.
+        freezes: Whether the schedule freezes parameters in turn.
+        head_only: Whether the method trains only the model's own classifier. Jobs have heads of their own, so a configuration
+            with such a method is treated as adapt: null.
+        calibrate: Function that computes options from data, see `Calibrate`.
+        needs: Function from options to what a job has to provide, with the reason. The keys are "calibration" (data for
+            `calibrate`), "users" (a vector for each sample, its width is the option `user_width`) and "tasks" (heads that read
+            features of their own, streams.py).
+        merges: Whether the trained model can be merged into stock weights.
+        exports: Whether the update can be exported as a plain LoRA.
+        unread: Arguments among targets, rank and alpha that the method does not read. Each maps to a text that says what the
+            method does instead and what to set.
     """
 
     name: str
@@ -106,21 +114,21 @@ class Method:
     exports: bool = True
     unread: Mapping[str, str] = field(default_factory=dict)
 
-    def check_read(self, where: str = "", **arguments: Any) -> None:
-        """Raise UserError for one of targets, rank and alpha that is given, with another value than its default, and not read."""
+    def check_read(self, where: str = "", **arguments: object) -> None:
+        """Raise UserError if targets, rank or alpha is given, differs from its default, and is not read by the method."""
         for name, value in arguments.items():
             if name in self.unread and value != DEFAULTS[name]:
                 raise UserError(
                     f"{where}adapt.{name}: {shown_value(value)} with '{self.name}', which {self.unread[name]}, leave {name} out."
                 )
 
-    def unread_of(self, settings: Any) -> dict[str, Any]:
-        """Return the defaults of those of targets, rank and alpha that it does not read and `settings` changes."""
+    def unread_of(self, settings: object) -> dict[str, Any]:
+        """Return the defaults of the arguments that the method does not read and that `settings` changes."""
         return {name: DEFAULTS[name] for name in self.unread if getattr(settings, name) != DEFAULTS[name]}
 
     @property
     def options(self) -> list[str]:
-        """Names of the options beyond targets, rank, alpha and seed; `**options` of `adapt` stands for the common ones."""
+        """Names of the options beyond targets, rank, alpha and seed. A `**options` in `adapt` stands for the common options."""
         parameters = [p for p in inspect.signature(self.adapt).parameters.values() if p.name not in _GIVEN]
         names = [p.name for p in parameters if p.kind is not inspect.Parameter.VAR_KEYWORD]
         if len(names) < len(parameters):
@@ -137,40 +145,51 @@ def register_method(method: Method) -> Method:
 
 
 def list_methods() -> list[str]:
-    """Return the names that `vismt.adapt` takes."""
+    """Return the names of all methods that `vismt.adapt` takes.
+
+    Example:
+        print(vismt.list_methods())
+    """
     return list(METHODS)
 
 
 def adapt(
     model: nn.Module,
     method: str,
-    targets: Any = None,
+    targets: Targets = None,
     rank: int = RANK,
     alpha: float | None = None,
     seed: int = 0,
     name: str = "default",
-    **options: Any,
+    **options: object,
 ) -> AdaptReport:
-    """Adapt `model` in place with a published method and freeze the rest.
+    """Adapt `model` in place with a published method, and freeze the rest of the model.
 
-    A model may carry several adapters, each with a name; the new one becomes the active one (`activate`).
+    A model may carry several adapters, each with a name. The new adapter becomes the active one (see `activate`).
 
     Args:
-        model: any module with linears or convolutions; changed in place.
-        method: one of `list_methods()`. "full" trains every weight, "head" the classifier alone.
-        targets: 'all-linear' (None), 'all-conv', 'all-linear+conv', a full-path regex, or a list of paths and suffixes.
-        rank: of each pair of factors.
-        alpha: numerator of the scale alpha / rank; None means alpha = rank.
-        seed: the start values depend on it and on each module's path alone.
-        name: of the adapter on this model.
-        options: of the method; `vismt list methods` shows each with its default and meaning.
+        model: Any module with linears or convolutions. It is changed in place.
+        method: Name of a method, one of `list_methods()`. "full" trains every weight, "head" only the classifier.
+        targets: Modules to adapt: "all-linear" (None), "all-conv", "all-linear+conv", a regular expression of full paths, or a
+            list of paths and suffixes.
+        rank: Rank of each pair of factors.
+        alpha: Numerator of the scale alpha / rank. None means alpha = rank.
+        seed: Seed of the start values. The start of a module depends on the seed and on the module's path alone.
+        name: Name of the adapter on this model.
+        options: Options of the method. `vismt list methods` shows each option with its default and meaning.
 
     Returns:
-        What was adapted; printing it gives a table.
+        A report on what was adapted. Printing it gives a table.
 
     Raises:
-        UserError: for an unknown method or option, a pattern without a match, a rank that does not fit, an argument that the
-            method does not read (rank with 's2ft'), and a name that the model carries already; the model is then unchanged.
+        UserError: If the method or an option is unknown, a pattern matches nothing, a rank does not fit, the method does not
+            read an argument (rank with "s2ft"), or the model already carries an adapter of this name. The model is then
+            unchanged.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        report = vismt.adapt(model, "pissa", targets=["qkv", "fc1"], rank=8, also_train=["head"])
+        print(report)
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"adapt: the model is a {type(model).__name__}; it must be a torch.nn.Module.")
@@ -183,7 +202,7 @@ def adapt(
 
 
 def known_method(name: Any, options: Collection[str]) -> Method:
-    """Return a method by name. Raises UserError for an unknown one, and for options that it does not have."""
+    """Return a method by name. Raise UserError if the method is unknown or lacks one of the options."""
     method = METHODS[name]
     unknown = [option for option in options if option not in method.options]
     if unknown:
@@ -197,11 +216,11 @@ def known_method(name: Any, options: Collection[str]) -> Method:
 
 
 def check_adaptation(
-    model: nn.Module, name: str, targets: Any, rank: int, alpha: float | None, options: Mapping[str, Any]
+    model: nn.Module, name: str, targets: Targets, rank: int, alpha: float | None, options: Mapping[str, object]
 ) -> None:
-    """Raise UserError for a method, option, target or rank that `adapt` refuses; the model's values are not read.
+    """Raise UserError if `adapt` would refuse the method, an option, a target or the rank.
 
-    What a method checks beyond that is left to `adapt`.
+    The values of the model are not read. `adapt` makes the further checks of a method.
     """
     method = known_method(name, options)
     method.check_read(targets=targets, rank=rank, alpha=alpha)
@@ -219,23 +238,26 @@ def check_adaptation(
 
 
 def adapted_models(module: nn.Module) -> list[tuple[nn.Module, Method]]:
-    """Return every adapted model in `module` with its method; a method that is not registered is left out."""
+    """Return every adapted model in `module` with its method. Models of unregistered methods are left out."""
     records = [(model, record_of(model)) for model in module.modules()]
     return [(model, METHODS[record.method]) for model, record in records if record and record.method in METHODS]
 
 
 def method_optimizer(optimizer: Optimizer, model: nn.Module) -> Optimizer:
-    """Return `optimizer` inside what the methods need that adapted `model` or a part of it; itself where none does."""
+    """Return `optimizer` wrapped in what the methods of the adapted models in `model` need.
+
+    If no method needs anything, `optimizer` itself is returned.
+    """
     for adapted, method in adapted_models(model):
         if method.optimizer is not None and any(parameter.requires_grad for parameter in adapted.parameters()):
             optimizer = method.optimizer(optimizer, adapted)
     return optimizer
 
 
-def schedules(module: nn.Module, optimizer: Optimizer, steps: int, sections: Any = None) -> list[Schedule]:
+def schedules(module: nn.Module, optimizer: Optimizer, steps: int, sections: object = None) -> list[Schedule]:
     """Return the schedules of the adapted models in `module`.
 
-    steps: of the whole training. sections: an object whose attributes are the sections of the run's configuration.
+    steps: Number of steps of the whole training. sections: Object whose attributes are the sections of the run's configuration.
     """
     result = []
     for model, method in adapted_models(module):
@@ -254,7 +276,7 @@ def freezes(module: nn.Module) -> bool:
 
 
 def check_sections(config: Any, method: str | None) -> None:
-    """Raise UserError for a section of a configuration that the schedule of the method does not read, but others do."""
+    """Raise UserError if the configuration has a schedule section that belongs to another method."""
     read = None if method is None else METHODS[method].section
     from vismt.config.sections import SCHEDULED  # `adapt` needs no configuration
 
@@ -269,6 +291,6 @@ def check_sections(config: Any, method: str | None) -> None:
         )
 
 
-def needs(method: str, options: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return what a job has to provide for a method, with reasons; nothing for an unknown one."""
+def needs(method: str, options: Mapping[str, object]) -> Mapping[str, str]:
+    """Return what a job has to provide for a method, with reasons. Return nothing for an unknown method."""
     return METHODS[method].needs(options) if method in METHODS else {}

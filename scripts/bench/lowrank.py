@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scripts.bench import updates
 from scripts.bench.core import RANK, imported_peft, llama
 from scripts.bench.timing import Comparison, Ratios, Timing, interleave
-from vismt.backbones.assets import describe
+from vismt.backbones.assets import describe_assets
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.llm.corda.covariance import collect_covariance
@@ -62,7 +62,7 @@ class EnergyResult:
 def run(rounds: int = 9, device: str = "cpu") -> list[Ratios | EnergyResult]:
     """Time PiSSA's starts, CorDA's preparation, sums and landing; measure energies on real and flat weights."""
     where = torch.device(device)
-    cached = {row.name for row in describe() if row.cached}
+    cached = {row.name for row in describe_assets() if row.cached}
     model, name = _vit(VIT in cached)
     model = model.to(where)
     weights = [module.weight.detach() for module in find_targets(model, None)[0].values()]

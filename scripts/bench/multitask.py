@@ -24,7 +24,7 @@ from scripts.bench.timing import PEAK, Ratios, interleave
 from vismt.backbones.timm_models import create
 from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
-from vismt.multitask.heads import make_head
+from vismt.multitask.heads import make_map_head
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import Task, make_task
@@ -67,7 +67,7 @@ def compare(title: str, net: DenseNet, tasks: Sequence[Task], batch: Batch, roun
 def make_net(model: str, size: int, tasks: Sequence[Task]) -> DenseNet:
     """Return a random ViT with a linear head for each task."""
     backbone = create(model, size)
-    heads = {task.name: make_head("linear", [backbone.width], task.channels) for task in tasks}
+    heads = {task.name: make_map_head("linear", [backbone.width], task.channels) for task in tasks}
     return DenseNet(backbone, heads, [backbone.depth - 1])
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from vismt.backbones import assets, convert, weight_sources
-from vismt.backbones.assets import describe, get_asset, list_assets, load_asset_card
+from vismt.backbones.assets import describe_assets, get_asset, list_assets, load_asset_card
 from vismt.base.errors import UserError
 from vismt.jobs.lm.config import LmModelConfig
 from vismt.storage import wheels
@@ -400,14 +400,14 @@ def test_shipped_cards() -> None:
 
 
 def test_describe_says_what_is_cached(tmp_path, pip, capsys) -> None:
-    rows = {row.name: row for row in describe()}
+    rows = {row.name: row for row in describe_assets()}
     assert set(rows) == set(list_assets()) and not any(row.cached for row in rows.values())
     assert rows["vit_small_patch14_imgfocus"].licence == "MIT" and rows["vit_small_patch14_imgfocus"].megabytes == 90
     folder = tmp_path / "cache" / "assets" / "vit_small_patch14_imgfocus"
     folder.mkdir(parents=True)
     for name in ("model.safetensors", "record.json"):
         (folder / name).write_text("{}")
-    assert {row.name for row in describe() if row.cached} == {"vit_small_patch14_imgfocus"}
+    assert {row.name for row in describe_assets() if row.cached} == {"vit_small_patch14_imgfocus"}
     assert capsys.readouterr().out == ""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.sections import config_hash, fraction, override, read_yaml
+from vismt.config.sections import config_hash, fraction, override, read_config_file
 from vismt.config.typed import build
 from vismt.jobs import load_config, make_job
 from vismt.jobs.dense.config import DenseConfig
@@ -64,17 +64,17 @@ def test_overrides_reach_any_depth_and_are_typed(tmp_path: Path) -> None:
         ("seed=[", "not YAML"),
     ):
         with pytest.raises(UserError, match=match):
-            override(read_yaml(path), [wrong])
+            override(read_config_file(path), [wrong])
 
 
 def test_overrides_reach_items_of_a_list_by_name(tmp_path: Path) -> None:
     path = write(tmp_path, "tasks: [{name: a, options: &shared {x: 1}}, {name: b, options: *shared}]")
-    raw = read_yaml(path)
+    raw = read_config_file(path)
     assert override(raw, ["tasks.b.options.x=2", "tasks.a.limit=5"])["tasks"] == [
         {"name": "a", "options": {"x": 1}, "limit": 5},
         {"name": "b", "options": {"x": 2}},
     ]
-    assert raw == read_yaml(path)
+    assert raw == read_config_file(path)
     with pytest.raises(UserError, match=r"'tasks\.bb': name one of a, b, and its option. Near: 'b'"):
         override(raw, ["tasks.bb.limit=2"])
 
@@ -101,7 +101,7 @@ def test_no_is_a_word(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {precision: no}\nsource: {augment: false}")
     config = load_config(path, [])
     assert config.train.precision == "no" and config.source.augment is False
-    assert load_config(path, ["train.precision=no", "source.flip=True"]).source.flip is True
+    assert load_config(path, ["train.precision=no", "source.augment=True"]).source.augment is True
 
 
 def test_fractions() -> None:

@@ -12,7 +12,10 @@ from helpers.toy_job.job import ToyJob
 
 import vismt.jobs
 from vismt.cli import main
+from vismt.engine.study import read_choice
 from vismt.report.results import read_results
+from vismt.storage.files import file_digest
+from vismt.storage.lines import read_lines
 
 CONFIG = {
     "task": "toy",
@@ -62,6 +65,40 @@ def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monke
     assert times[1] - times[0] > 0.15
 
 
+def test_the_validation_curve_of_a_run_is_that_of_its_checkpoints(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The curve survives an interruption, ends at the score that chose the rate, and changes no weight."""
+
+    def stop(job: ToyJob, objective: object, number: int) -> None:
+        if number == 16:
+            raise KeyboardInterrupt
+
+    def run(name: str, validate: bool) -> tuple[Path, int]:
+        train = {"steps": 30, "checkpoint_every": 10, "validate": validate}
+        path = written(tmp_path / f"{name}.yaml", CONFIG | {"train": train})
+        code = main(["run", str(path), "--out", str(tmp_path / name), "--quiet"])
+        return next((tmp_path / name).iterdir()), code
+
+    def curve(training: Path) -> list[dict]:
+        return read_lines(training / "validation.jsonl", {"step": int, "validation": float}, whole=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ToyJob, "step", stop)
+        assert run("stopped", validate=True)[1] == 130
+    (stopped, _), (whole, _), (plain, _) = run("stopped", True), run("whole", True), run("plain", False)
+    for arm in ("relu", "gelu"):
+        choice = read_choice(whole, arm)
+        name = f"lr-{choice.lr:g}-seed-0"
+        paths = [folder / "arms" / arm / name for folder in (stopped, whole, plain)]
+        rows = curve(paths[1])
+        assert curve(paths[0]) == rows and [row["step"] for row in rows] == [10, 20, 30]
+        assert rows[-1]["validation"] == choice.validation[f"{choice.lr:g}"] > rows[0]["validation"]
+        assert len({file_digest(path / "head.safetensors") for path in paths}) == 1
+        assert not curve(paths[2])
+    assert not [*whole.glob("arms/*/*/steps")] and len([*whole.glob("arms/*/*/validation.jsonl")]) == 2
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -86,6 +123,6 @@ def test_a_toy_job_has_a_template_of_its_own(tmp_path: Path, monkeypatch, capsys
     assert main(["init", "toy", "--to", str(tmp_path)]) == 0
     assert "vismt run toy.yaml" in capsys.readouterr().out
     assert vismt.jobs.load_config(tmp_path / "toy.yaml").batch == 16
-    assert "toy takes --texts, not --images" in refused(capsys, "init", "toy", "--images", tmp_path)
+    assert "toy takes no data, not --images" in refused(capsys, "init", "toy", "--images", tmp_path)
     monkeypatch.setitem(vismt.jobs.JOBS, "bare", "helpers")
     assert "the job 'bare' has no template; write a configuration" in refused(capsys, "init", "bare", "--to", tmp_path)

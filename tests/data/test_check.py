@@ -15,7 +15,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import list_cards, load_card
 from vismt.data.check import check, listing, prepare, record
-from vismt.data.copies import digest
+from vismt.data.copies import digest_files
 from vismt.data.fetching import fetch
 from vismt.data.formats.folder import FolderSource
 from vismt.data.images import open_images
@@ -43,7 +43,7 @@ def test_digest_by_hand(tmp_path):
     (tmp_path / "b").write_bytes(b"B")
     lines = "".join(f"{n}\t{hashlib.sha256(c).hexdigest()}\n" for n, c in (("x/a", b"A"), ("x/b", b"B")))
     expected = hashlib.sha256(lines.encode()).hexdigest()
-    group = digest([("x/b", tmp_path / "b"), ("x/a", tmp_path / "a")])
+    group = digest_files([("x/b", tmp_path / "b"), ("x/a", tmp_path / "a")])
     assert (group.count, group.sha256) == (2, expected)
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 
 from vismt.base.errors import UserError
-from vismt.config.sections import read_yaml
+from vismt.config.sections import read_config_file
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
 from vismt.storage.paths import shipped
@@ -79,7 +79,7 @@ def _images(names):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_files_name_what_the_paper_trains_on(name):
     path = shipped("configs") / "multitask" / f"{name}.yaml"
-    config = read_yaml(path)
+    config = read_config_file(path)
     tasks, train = config["tasks"], config["train"]
     for task in tasks:
         assert (not task.get("test")) == bool(task.get("test_share"))

@@ -12,27 +12,27 @@ from PIL import Image
 from vismt.base.errors import UserError
 from vismt.data import pixels as module
 from vismt.data.images import open_images
-from vismt.data.pixels import Pixels, square
+from vismt.data.pixels import Pixels, crop_square
 
 
 def test_square_keeps_the_centre():
     # 4 high, 12 wide, columns numbered 10, 20, ... 120: at size 4 nothing is resized, columns 5 to 8 remain.
     wide = (torch.arange(1, 13, dtype=torch.uint8) * 10).expand(3, 4, 12)
-    assert square(wide, 4)[0, 0].tolist() == [50, 60, 70, 80]
-    assert square(wide.transpose(1, 2), 4)[0, :, 0].tolist() == [50, 60, 70, 80]
+    assert crop_square(wide, 4)[0, 0].tolist() == [50, 60, 70, 80]
+    assert crop_square(wide.transpose(1, 2), 4)[0, :, 0].tolist() == [50, 60, 70, 80]
 
 
 def test_square_averages_when_it_shrinks():
     # Columns 0 255 255 0 repeated, 16 -> 4: plain bilinear reads only columns 1 and 2 of each four (255); averaged over
     # the area it is about half.
     stripes = torch.tensor([0, 255, 255, 0] * 4, dtype=torch.uint8).expand(3, 16, 16)
-    middle = square(stripes, 4)[0, 1:3, 1:3]
+    middle = crop_square(stripes, 4)[0, 1:3, 1:3]
     assert (middle.float() - 127.5).abs().max() < 40
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 50), (3, 200), (97, 31)])
 def test_square_of_any_shape(size):
-    assert square(torch.zeros(3, *size, dtype=torch.uint8), 16).shape == (3, 16, 16)
+    assert crop_square(torch.zeros(3, *size, dtype=torch.uint8), 16).shape == (3, 16, 16)
 
 
 def test_index(pets):

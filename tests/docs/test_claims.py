@@ -11,7 +11,7 @@ from helpers.pages import ROOT
 from scripts import claims, committed, tables
 from vismt.base.errors import UserError
 from vismt.report import claims as rules
-from vismt.report.claims import Evidence, of_study, read_claims
+from vismt.report.claims import ClaimEvidence, of_study, read_claims
 from vismt.report.study_rows import read_study, studies
 
 PAPERS = read_claims()
@@ -41,17 +41,19 @@ def test_a_study_that_was_not_run_has_a_configuration_with_its_arms() -> None:
 
 
 @pytest.mark.parametrize("evidence", [e for e in EVIDENCE if e.test], ids=lambda e: e.test.partition("::")[2])
-def test_a_test_that_shows_a_claim_exists(evidence: Evidence) -> None:
+def test_a_test_that_shows_a_claim_exists(evidence: ClaimEvidence) -> None:
     path, _, name = evidence.test.partition("::")
     assert f"\ndef {name}(" in (ROOT / path).read_text(encoding="utf8")
 
 
 def test_a_verdict_that_no_longer_follows_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     text = (ROOT / "docs/results/rows/claims.yaml").read_text(encoding="utf8")
-    stated = 'arm: "expert:robust", minus: clean, above: 0, verdict: holds}'
-    (tmp_path / "claims.yaml").write_text(text.replace(stated, stated.replace("holds", "undecided"), 1))
+    stated = 'arm: "expert:3", minus: clean, domains: true, above: 0, verdict: undecided'
+    (tmp_path / "claims.yaml").write_text(text.replace(stated, stated.replace("undecided", "does not hold"), 1))
     monkeypatch.setattr(rules, "shipped", lambda _: tmp_path)
-    with pytest.raises(UserError, match=r"'undecided', but 'holds' follows from .* of study 'quickstart'"):
+    with pytest.raises(
+        UserError, match=r"'does not hold', but 'undecided' follows from −5.1 ± 6.4 of study 'amt_small'"
+    ):
         claims.sections()
 
 
@@ -63,7 +65,7 @@ def test_a_comparison_that_cannot_tell_is_not_evidence_whatever_its_interval() -
         row = committed.study("quantized").find(evidence.row, "here")
         assert evidence.follows(row) == "not evidence" and "4-bit grid" in evidence.note + quantized[0].note
     with pytest.raises(UserError, match="say in `note` why it is not evidence"):
-        Evidence(study="quantized", arm="qpissa", below=0, verdict="not evidence")
+        ClaimEvidence(study="quantized", arm="qpissa", below=0, verdict="not evidence")
 
 
 def test_differences_of_claims_are_kept_with_a_study(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,7 @@ def test_the_readme_saves_exports_and_merges(tiny_models, tmp_path, capsys) -> N
     assert type(model.blocks[0].attn.qkv) is torch.nn.Linear
 
 
+@pytest.mark.slow
 def test_the_own_method_is_what_its_page_says(tiny_models, capsys) -> None:
     model = run("docs/extending.md")["model"]
     assert "orthogonal" in capsys.readouterr().out and model.blocks[0].attn.qkv.blocks == (32, 32, 32)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import inspect
 import os
-import pkgutil
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -16,13 +16,15 @@ import pytest
 from helpers import pages
 from helpers.pages import PAGES, README, ROOT
 
+import scripts.drawings
+import scripts.pages
 from vismt.config.sections import config_hash
 from vismt.jobs import load_config
 from vismt.lowrank.model.inject import COMMON
 from vismt.methods import METHODS
 
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
-OURS = re.compile(r"""(?:`|--8<-- ")((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)[`"]""")
+OURS = re.compile(r"""(?:`|<!-- file: )((?:configs|docs|examples|scripts|tests|vismt)/[\w./-]+\.\w+)[`"]""")
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 HEADER_LINES = 18
 EXTERNAL = re.compile(r"""<(?:script|img|iframe)[^>]*\ssrc=["']?https?:|<link[^>]*\shref=["']?https?:""")
@@ -146,19 +148,32 @@ def test_the_first_level_of_the_navigation_is_short() -> None:
     assert 1 < len(re.findall(r"^  - ", nav, re.M)) <= 8
 
 
-DOCUMENTED = sorted({name for page in PAGES for name in re.findall(r"^::: ([\w.]+)", pages.read(page), re.M)})
+def test_generated_parts_are_up_to_date() -> None:
+    """`python -m scripts.pages` writes them."""
+    assert [path.name for path, _ in scripts.pages.stale()] == []
 
 
-@pytest.mark.parametrize("name", DOCUMENTED)
-def test_a_documented_object_is_found(name: str) -> None:
-    if name.startswith("vismt.integrations.lightning"):
-        pytest.importorskip("lightning")
-    assert pkgutil.resolve_name(name) is not None
+def test_drawings_are_up_to_date() -> None:
+    """`python -m scripts.drawings` draws them, and a place that they name exists."""
+    assert scripts.drawings.main(["--check"]) == 0
+    places = [place for steps in scripts.drawings.WALKS.values() for _, where in steps for place in where.split(", ")]
+    assert [place for place in places if place != "yours" and not (ROOT / "vismt" / place).exists()] == []
+
+
+def test_the_page_of_the_index_has_links_that_work_elsewhere() -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("setuptools.setup", lambda **_: None)
+        index_page = runpy.run_path(str(ROOT / "setup.py"))["index_page"]
+    readme = pages.read(README)
+    assert not re.search(r"\]\((?!https?:|#)", index_page(readme, "")) and "![" not in index_page(readme, "")
+    linked = index_page(readme, "https://host/owner/vismt")
+    assert "](https://host/owner/vismt/blob/main/docs/install.md)" in linked
+    assert "](https://host/owner/vismt/raw/main/docs/gallery/own_images.png)" in linked
+    assert not re.search(r"\]\((?!https?:|#)", linked) and "](https://arxiv.org" in linked
 
 
 @pytest.mark.slow
 def test_the_site_builds_without_a_network(tmp_path) -> None:
-    pytest.importorskip("mkdocstrings")
     pytest.importorskip("material")
     nowhere = "http://127.0.0.1:9"
     environment = {**os.environ, **dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), nowhere)}

@@ -121,7 +121,7 @@ def test_a_dense_run_has_its_own_scores_under_every_condition(dense: Path) -> No
 def test_evaluating_again_attacks_nothing(dense: Path) -> None:
     before, times = (
         (dense / "results.jsonl").read_text(),
-        {p: p.stat().st_mtime_ns for p in dense.rglob("records/test*")},
+        {p: p.stat().st_mtime_ns for p in dense.rglob("records/test*.jsonl")},
     )
     assert len(times) == 3 * 5 - 1 + 1  # and the constant predictions, clean alone
     assert main(["evaluate", str(dense), "--quiet"]) == 0
@@ -304,8 +304,8 @@ def test_errors_of_a_dense_run(tmp_path: Path, capsys, changes: dict, words: str
     [
         ({"arms": {"a": {"classifier.name": "test_vit"}}}, "data: []; name at least one card"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.size": 32}}}, "of their own size"),
-        ({"evaluate": {"images": 5}}, "evaluate.masking and evaluate.certify are for cards"),
-        ({"evaluate": {"attacks": [PGD], "masking": True}}, "evaluate.masking and evaluate.certify are for cards"),
+        ({"evaluate": {"images": 5}}, "leave out what is for cards: evaluate.images"),
+        ({"evaluate": {"attacks": [PGD], "masking": True}}, "leave out what is for cards: evaluate.masking"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.quantise": "int4"}}}, "quantise: 'int4'"),
         (
             {"arms": {"a": {"classifier.run": "DENSE", "classifier.img_size": 32}}},

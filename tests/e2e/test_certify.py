@@ -72,7 +72,7 @@ def test_fewshot(tmp_path: Path) -> None:
         ({"evaluate": {"certify": {"sigma": 0.25, "samples": 3}}}, "samples 3 cannot certify anything"),
         (
             {"data": [], "evaluate": {"certify": CERTIFY}, "classifier": {"run": "runs/a"}},
-            "evaluate.certify are for cards",
+            "what is for cards: evaluate.certify",
         ),
     ],
 )

@@ -63,8 +63,11 @@ def test_every_option_of_every_method_has_a_default_and_a_meaning(capsys) -> Non
                 assert text and not text.endswith(","), (name, option)
                 assert re.search(rf" {option} \({re.escape(default)}\): {re.escape(text)}$", printed, re.M)
     texts = option_texts(METHODS["emtal"])
-    assert texts["temperature"] == ("5.0", "of the router's softmax.")
-    assert option_texts(METHODS["lisa"])["active"] == ("2", "gamma, 0 to L.")  # of a class that the docstring names
+    assert texts["temperature"] == ("5.0", "Temperature of the router's softmax.")
+    assert option_texts(METHODS["lisa"])["active"] == (
+        "2",
+        "Number gamma of layers that train, 0 to L.",
+    )  # of a class that the docstring names
 
 
 def test_json_is_all_that_is_printed(tmp_path: Path, capsys, monkeypatch) -> None:

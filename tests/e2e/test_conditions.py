@@ -93,9 +93,10 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
         # transfer from the model itself is white-box: the same images
         assert value["frozen", data, white] == value["frozen", data, frozen]
         assert value["adapted", data, white] == value["adapted", data, adapted]
-    header = read_lines(folder / "episodes" / "seed-0" / "digits-3-way-1-shot-adapted.jsonl")[0]["settings"]
-    by_source = {spec["source"]: spec["source_fingerprint"] for spec in header["attacks"] if "source" in spec}
-    assert len(set(by_source.values())) == 2 and by_source["adapted"] == header["fingerprint"]
+    header = read_lines(folder / "episodes" / "seed-0" / "digits-3-way-1-shot-adapted.jsonl")[0]
+    attacks = header["settings"]["attacks"]
+    by_source = {spec["source"]: spec["source_fingerprint"] for spec in attacks if "source" in spec}
+    assert len(set(by_source.values())) == 2 and by_source["adapted"] == header["weights"]
     # console: one line per model; folder: one line per model and set; report: one table
     assert [line.split()[1] for line in out.splitlines() if line.startswith("masking ")] == ["frozen", "adapted"]
     lines = read_lines(folder / "masking.jsonl")

@@ -6,6 +6,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,14 +20,13 @@ from helpers.tiny_runs import interrupted, refused, run_config, run_on_two, writ
 from PIL import Image
 from timm.layers import resample_abs_pos_embed
 
-from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
 from vismt.jobs.dense import config as dense_config
 from vismt.jobs.dense import models
-from vismt.jobs.dense.config import check
 from vismt.jobs.dense.job import DenseJob
+from vismt.jobs.dense.pooled_score import PooledScore, Scored
 from vismt.jobs.dense.predict import VALUES, most_pixels
 from vismt.methods import schedules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
@@ -34,7 +34,7 @@ from vismt.multitask.heads import resize_logits
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
-from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import estimate
 
 TASKS = ["depth", "normals", {"name": "edge", "thresholds": 3, "max_dist": 0.03}]
@@ -142,7 +142,7 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
     for place, arm in enumerate(arms):
         training = job.study.find(f"{arm}:0")
         net = job.loaded(training)
-        scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]
+        scored = job.pooled(training, "test")
         for number, sample in enumerate(samples):
             with torch.no_grad():
                 logits = {name: resize_logits(value, (32, 48))[0] for name, value in net(sample["image"][None]).items()}
@@ -157,8 +157,7 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
                 assert difference.max() <= 2  # merged and batched, so the last digits of a logit differ
                 if task.name == "depth":
                     other_colors += np.abs(drawn - task.picture(logits[task.name]).numpy()).max() > 2
-                alone = scored[task.name]["alone"][rows.ids[numbers[number]]]
-                expected = math.nan if alone is None else alone
+                expected = scored[task.name].alone(rows.ids[numbers[number]])
                 assert panel["scores"][place, at, number] == pytest.approx(expected, nan_ok=True)
     assert other_colors  # depth in the colours of its own range would have been another picture
     routers = read_panel(study / "routers" / "emtal.npz", "routers")
@@ -223,14 +222,19 @@ def test_the_report_of_a_folder_that_was_trained_before_panels(study: Path, tmp_
 
 
 @pytest.mark.slow
-def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(study: Path, tmp_path: Path, capsys) -> None:
+def test_a_baseline_of_zero_at_one_seed_leaves_a_report_without_delta_m(
+    study: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
     folder = tmp_path / study.name
     shutil.copytree(study, folder, ignore=shutil.ignore_patterns("report.*"))
-    path = next((folder / "arms" / "others").glob("*seed-1/records/test.jsonl"))
-    (record,) = read_lines(path)
-    record["tasks"]["edge"]["value"] = 0.0
-    record["tasks"]["edge"]["images"] = dict.fromkeys(record["tasks"]["edge"]["images"], 0.0)
-    write_lines(path, [record])
+    path, result = next((folder / "arms" / "others").glob("*seed-1/records/test.jsonl")), PooledScore.result
+
+    def zero(pool: PooledScore) -> Scored:
+        scored = result(pool)
+        forged = pool.task.name == "edge" and pool.path == path
+        return replace(scored, value=0.0, images=dict.fromkeys(scored.images, 0.0)) if forged else scored
+
+    monkeypatch.setattr(PooledScore, "result", zero)
     assert main(["evaluate", str(folder)]) == 0
     assert "no delta_m: delta_m: the baseline of 'edge' is 0.0" in capsys.readouterr().out
     assert {row.task for row in read_results(folder / "results.jsonl")} == {"depth", "normals", "edge"}
@@ -492,10 +496,9 @@ def test_a_head_reads_features_of_its_task_from_training_to_report(tmp_path: Pat
 
 def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkeypatch) -> None:
     from vismt.engine import loop
-    from vismt.jobs.dense import evaluation as dense_evaluation
 
     monkeypatch.setattr(loop, "train", None)
-    monkeypatch.setattr(dense_evaluation, "PooledScore", None)
+    monkeypatch.setattr(PooledScore, "columns", None)
     monkeypatch.setattr(DenseJob, "loaded", None)  # no net, as merge.json is there
     before = (study / "results.jsonl").read_text()
     assert main(["run", str(study.parent.parent / "rooms.yaml"), "--out", str(study.parent), "--quiet"]) == 0
@@ -583,92 +586,6 @@ def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> No
     sum(value.sum() for value in net(torch.rand(1, 3, 32, 48)).values()).backward()
     lacking = [name for name, parameter in net.named_parameters() if parameter.requires_grad and parameter.grad is None]
     assert not lacking and net.stock.blocks[0].mlp.fc1.weight.grad is not None
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"tasks": []}, "tasks: []; name at least one"),
-        ({"tasks": ["depth", "depth"]}, "each once"),
-        ({"tasks": ["dept"]}, "no dense task 'dept'"),
-        ({"tasks": [{"name": "edge", "max_dst": 1}]}, "no option 'max_dst'"),
-        ({"only": ["semseg"]}, "only: no task 'semseg'"),
-        ({"train": None}, "train: is null"),
-        ({"model": {"name": "test_vit", "img_size": 32}}, "give size: [h, w]"),
-        ({"size": [32]}, "size: [32]"),
-        ({"head": {"name": "cnov"}}, "head.name: 'cnov' is not known"),
-        ({"head": {"name": "linear", "options": {"hidden": 8}}}, "no option 'hidden'"),
-        ({"batch": 0}, "batch is 0"),
-        ({"canvas": [32, 40]}, "canvas: [32, 40]; give [height, width], neither below that of size [32, 48]"),
-        ({"canvas": [64]}, "canvas: [64]"),
-        ({"evaluate": {"mode": "slid"}}, "evaluate.mode: 'slid'"),
-        ({"evaluate": {"overlap": 1.0}}, "overlap is 1.0"),
-        ({"evaluate": {"scales": [0.0, 1.0]}}, "scales: [0.0, 1.0]; name factors"),
-        ({"augment": {"scales": [2.0, 0.5]}}, "augment.scales: [2.0, 0.5]"),
-        ({"augment": {"hue": 0.9}}, "augment.hue is 0.9"),
-        ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
-        ({"retain": {}}, "needs the task semseg"),
-        ({"balancing": {"method": "pcgrat"}}, "balancing.method: 'pcgrat' is not known. Near: 'pcgrad'"),
-        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
-        ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
-        ({"data": {"train": [], "test": ["motorcycle"]}}, "data.train: names no set"),
-        ({"data": {"train": ["motorcycle"]}}, "nothing to test on"),
-        ({"data": {"train": ["motorcycle"], "test": ["motorcycle:test"]}}, "shares examples with data: train "),
-        ({"data": {**SMALL["data"], "test_share": 0.1}}, "both test and test_share"),
-        (
-            {"data": {**SMALL["data"], "validation": ["motorcycle:test"]}},
-            "data: test 'motorcycle:test' shares examples with data: validation 'motorcycle:test'; name another set or split",
-        ),
-        ({"data": {**SMALL["data"], "limit": 0}}, "data.limit is 0"),
-        ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
-        ({"arms": {"a": {"tasks.edge.max_dist": 0.1}}}, "arms.a: tasks.edge.max_dist must be the same for all arms"),
-        ({"arms": {"a": {"tasks.edge.positive_wieght": 0.9}}}, "leave it out. Near: 'tasks.edge.positive_weight'"),
-        (
-            {"arms": {"a": {"only.dept.x": 1}}, "only": ["depth"]},
-            "arms.a: 'only.dept': name one of depth, and its option. Near: 'depth'",
-        ),
-        ({"arms": {"a": {"tasks.edge.positive_weight": 2}}}, "edge: positive_weight 2"),
-        ({"arms": {"a": {"size": [16, 16]}}}, "must be the same for all arms"),
-        ({"arms": {"a": {"canvas": [64, 64]}}}, "must be the same for all arms"),
-        ({"arms": {"a": {"only": ["x"]}}}, "only: no task 'x'"),
-        ({"baseline": "emtl"}, "no arm 'emtl'"),
-        ({"baseline": "depth"}, "arm 'depth' does not train 'normals'"),
-        ({"baseline": {"depth": "depth"}}, "'edge' is in only one of tasks and baseline"),
-    ],
-)
-def test_every_error_of_these_sections(tmp_path: Path, changes: dict, words: str) -> None:
-    with pytest.raises(UserError) as caught:
-        check(load_config(write(tmp_path, **changes), []))
-    assert words in str(caught.value) and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"evaluate": {"adjust_logits": True}}, "evaluate.adjust_logits: no task has classes"),
-        (
-            {"tasks": ["depth", "saliency"]},
-            "saliency: no train set has maps of it; motorcycle has depth, edge, normals",
-        ),
-        ({"data": {"train": ["digits"], "test": ["motorcycle"]}}, "'digits' has class, which none of the tasks"),
-        ({"evaluate": {"split": "validation"}}, "nothing to validate on"),
-        ({"tune": {"rates": [0.1, 0.2]}}, "nothing to validate on"),
-        ({"batch": 49}, "batch: 49, with 48 training images"),
-        ({"data": {"train": ["motorcycle:train"], "test_share": 0.01}}, "one test image"),
-        ({"size": [30, 48]}, "does not fit the 16-pixel patches"),
-        ({"canvas": [40, 48], "evaluate": {"mode": "whole"}}, "img_size 40 does not fit the 16-pixel patches"),
-        ({"blocks": [0, 1]}, "blocks: [0, 1]; name blocks from 0 to 5"),
-        (
-            {"adapt": {"method": "mtlora", "options": {"tasks": ["depth"]}}, "fade": None},
-            "adapt: 'mtlora' gives each task features of its own: the run names them, leave out options.tasks",
-        ),
-        ({"head": {"name": "dpt"}, "blocks": [2, 5]}, "dpt: 2 taps"),
-    ],
-)
-def test_errors_of_data_and_model_are_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    assert words in refused(
-        capsys, "run", write(tmp_path, **{**SINGLE, **changes}), "--out", tmp_path / "runs", "--quiet"
-    )
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.dense.data import DenseData
+from vismt.jobs.dense.figures import read_numbers
 from vismt.jobs.dense.job import DenseJob
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines
@@ -136,11 +137,10 @@ def test_rows_are_over_the_images_that_have_the_task(study: Path) -> None:
     for arm in ("both", "classify"):
         by_seed = []
         for training in job.study.trainings(arm):
-            scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]["classify"]
-            assert scored["numbers"]["images"] == 4
-            assert scored["value"] == scored["numbers"]["accuracy"]
-            assert value[arm, "classify", training.seed] == pytest.approx(scored["value"])
-            by_seed.append(scored["value"])
+            numbers = read_numbers(training.folder / "records" / "test.numbers.json")["numbers"]["classify"]
+            assert numbers["images"] == 4
+            assert value[arm, "classify", training.seed] == pytest.approx(numbers["accuracy"])
+            by_seed.append(numbers["accuracy"])
         assert len(by_seed) == 2 and value[arm, "classify", None] == pytest.approx(sum(by_seed) / 2)
     gains = [value["both", task, None] / value[task, task, None] - 1 for task in ("semseg", "classify")]
     assert value["both", "delta_m", None] == pytest.approx(100 * sum(gains) / 2)
@@ -155,13 +155,13 @@ def test_records_have_the_answers_by_image(study: Path) -> None:
         row = rows[arm, "classify"]
         records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
         assert len(records) == 4 and all(record[EXAMPLE].startswith("tones:test/") for record in records)
-        scored = [job.scored(training, "test")["classify"] for training in job.study.trainings(arm)]
+        pools = [job.pooled(training, "test")["classify"] for training in job.study.trainings(arm)]
         for record in records:
-            alone = [training.alone[record[EXAMPLE]] for training in scored]
+            alone = [pool.alone(record[EXAMPLE]) for pool in pools]
             assert set(alone) <= {0.0, 1.0} and record["clean"] == pytest.approx(sum(alone) / 2)
         right = [record["clean"] for record in records]
         assert row.value == pytest.approx(sum(right) / 4)
-        seeds = [training.value for training in scored]
+        seeds = [pool.result().value for pool in pools]
         found = estimate(right).with_seeds(seeds)
         assert (row.low, row.high) == pytest.approx(interval_of(found, "share", 4), abs=1e-6)
     row = rows["both", "delta_m"]
@@ -262,7 +262,7 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
     job = DenseJob(config, tmp_path, "hash")
     job.train()
     training = job.study.training("adapted", 3e-3, 0)
-    scored = job.scored(training, "validation")
+    scored = {name: pool.result() for name, pool in job.pooled(training, "validation").items()}
     assert job.validate(training) == pytest.approx(
         (max(scored["semseg"].value, 1e-6) * max(scored["classify"].value, 1e-6)) ** 0.5
     )
@@ -270,7 +270,7 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
 
 
 def test_training_labels_are_counted_where_a_loss_needs_them(room: Path, tmp_path: Path) -> None:
-    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, {**CLASSIFY, "logit_adjustment": 1.0}]
+    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, {**CLASSIFY, "class_weights": "inverse"}]
     job = make_job(load_config(write(tmp_path, **on_room(room, tasks=tasks)), []), tmp_path / "run")
     labels = [np.asarray(Image.open(path)) for path in sorted((room / "data/scenes/train/label").iterdir())]
     wanted = [int(sum((label == c).sum() for label in labels)) for c in range(3)]
@@ -289,7 +289,7 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
     arms = {
         "plain": {},
         "sqrt": {"tasks.semseg.class_weights": "sqrt", "tasks.semseg.loss_weight": 2.0},
-        "tau": {"tasks.semseg.logit_adjustment": 1.0, "tasks.classify.label_smoothing": 0.1},
+        "inverse": {"tasks.semseg.class_weights": "inverse", "tasks.classify.label_smoothing": 0.1},
     }
     path = write(tmp_path, **on_room(room, arms=arms, adapt=None, fade=None))
     folder = run_config(path)
@@ -297,13 +297,13 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
     tasks = {
         arm: job.objective(config, job.fresh(config), []).tasks["semseg"] for arm, config in job.study.arms.items()
     }
-    assert [task.class_weights for task in tasks.values()] == [None, "sqrt", None]
-    assert tasks["plain"].class_counts is None and tasks["sqrt"].class_counts == tasks["tau"].class_counts
+    assert [task.class_weights for task in tasks.values()] == [None, "sqrt", "inverse"]
+    assert tasks["plain"].class_counts is None and tasks["sqrt"].class_counts == tasks["inverse"].class_counts
     first = {
         arm: read_lines(job.study.trainings(arm)[0].folder / "metrics.jsonl")[0] for arm in arms
     }  # of equal nets on equal images
     assert len({lines["semseg"] for lines in first.values()}) == 3
-    assert first["plain"]["classify"] == first["sqrt"]["classify"] != first["tau"]["classify"]
+    assert first["plain"]["classify"] == first["sqrt"]["classify"] != first["inverse"]["classify"]
     assert first["sqrt"]["loss"] == pytest.approx(2 * first["sqrt"]["semseg"] + first["sqrt"]["classify"])
     rows = [row for row in read_results(folder / "results.jsonl") if row.task == "semseg" and not row.further]
     assert len({(row.metric, row.n) for row in rows}) == 1

@@ -15,6 +15,7 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.jobs import open_run
+from vismt.jobs.dense.figures import read_numbers
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
@@ -80,10 +81,9 @@ def refuse(constant: str) -> None:
 
 
 def only_training(folder: Path) -> dict:
-    """Return the scores by task of the only training of a run; NaN and the like are not JSON."""
-    (path,) = folder.glob("arms/*/*/records/test.jsonl")
-    (line,) = path.read_text().splitlines()
-    return json.loads(line, parse_constant=refuse)["tasks"]
+    """Return what the metrics compute by task of the only training of a run; NaN and the like are not JSON."""
+    (path,) = folder.glob("arms/*/*/records/test.numbers.json")
+    return json.loads(path.read_text(), parse_constant=refuse)["numbers"]
 
 
 def rows_by_task(folder: Path) -> dict[tuple[str, str], Result]:
@@ -102,11 +102,11 @@ def test_a_class_that_is_nowhere(rooms: Path, tmp_path: Path) -> None:
         assert ("semseg" in rows) == (absent != "nan")
         if absent != "nan":
             scored[absent] = only_training(folder)["semseg"]
-            assert rows["semseg"].metric == "mIoU" and rows["semseg"].value == pytest.approx(scored[absent]["value"])
+            assert rows["semseg"].metric == "mIoU" and rows["semseg"].value == pytest.approx(scored[absent]["miou"])
     zero, skip = scored["zero"], scored["skip"]
-    classes = skip["numbers"]["iou"][:3]
-    assert min(classes) > 0 and skip["numbers"]["iou"] == zero["numbers"]["iou"] == [*classes, None]
-    assert zero["value"] == pytest.approx(sum(classes) / 4) and skip["value"] == pytest.approx(sum(classes) / 3)
+    classes = skip["iou"][:3]
+    assert min(classes) > 0 and skip["iou"] == zero["iou"] == [*classes, None]
+    assert zero["miou"] == pytest.approx(sum(classes) / 4) and skip["miou"] == pytest.approx(sum(classes) / 3)
     text = (folder / "report.md").read_text()
     assert "Undefined scores" in text and "a class that is nowhere takes the whole mean along" in text
 
@@ -171,17 +171,16 @@ def test_depth_is_compared_tuned_and_reported_by_its_measure(rooms: Path, tmp_pa
     job = open_run(folder).job
     for arm in ("base", "longer"):
         (training,) = job.study.trainings(arm)
-        scored = read_lines(training.folder / "records" / "test.jsonl")[0]["tasks"]["depth"]
-        assert scored["numbers"]["abs_rel"] != pytest.approx(scored["numbers"]["rmse"], rel=0.01)
-        assert scored["value"] == scored["numbers"]["abs_rel"]
-        assert rows[arm, "depth"].value == pytest.approx(scored["value"])
+        numbers = read_numbers(training.folder / "records" / "test.numbers.json")["numbers"]["depth"]
+        assert numbers["abs_rel"] != pytest.approx(numbers["rmse"], rel=0.01)
+        assert rows[arm, "depth"].value == pytest.approx(numbers["abs_rel"])
     longer, base = (rows[arm, "depth"].value for arm in ("longer", "base"))
     assert rows["longer", "delta_m"].value == pytest.approx(100 * (base - longer) / base)
     chosen = json.loads((folder / "arms" / "base" / "chosen.json").read_text())
     for rate, score in chosen["validation"].items():
         training = job.study.training("base", float(rate), 0)
-        scored = read_lines(training.folder / "records" / "validation.jsonl")[0]["tasks"]["depth"]
-        assert score == pytest.approx(1 / scored["numbers"]["abs_rel"])
+        numbers = read_numbers(training.folder / "records" / "validation.numbers.json")["numbers"]["depth"]
+        assert score == pytest.approx(1 / numbers["abs_rel"])
     assert chosen["lr"] == 3e-2
 
 

@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from helpers import pyramids  # noqa: F401  registers short_vit
 from helpers.kills import stop_before
 from torchvision.transforms.v2.functional import to_pil_image
 
@@ -47,7 +48,7 @@ def run(tmp_path_factory) -> Run:
         yaml.safe_dump(
             {
                 "task": "multitask",
-                "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+                "model": {"name": "short_vit", "img_size": 32, "pretrained": False},
                 "adapt": {"method": "lora", "rank": 2},
                 "arms": ARMS,
                 "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "limit": 40}],
@@ -66,16 +67,18 @@ def test_timm_prepares_images_as_the_run_does(run: Run, tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     names = json.loads((tmp_path / "timm" / "config.json").read_text())["label_names"]
+    answers = []
     for seed, size in enumerate(((32, 32), (80, 80), (20, 20), (96, 64), (61, 97), (90, 63), (640, 50))):
         coarse = torch.rand(1, 3, 7, 9, generator=torch.Generator().manual_seed(seed))
         image = to_pil_image(torch.nn.functional.interpolate(coarse, size, mode="bicubic")[0].clamp(0, 1))
         image.save(tmp_path / f"{seed}.png")
-        (row,) = vismt.predict(run.folder, [tmp_path / f"{seed}.png"], arm="rslora").rows
         with torch.no_grad():
-            answer = model(transform(image)[None])[0].softmax(0)
-        assert row["label"] == names[int(answer.argmax())], size
+            answers.append(model(transform(image)[None])[0].softmax(0))
+    rows = vismt.predict(run.folder, sorted(tmp_path.glob("*.png")), arm="rslora").rows
+    for row, answer in zip(rows, answers, strict=True):
+        assert row["label"] == names[int(answer.argmax())], row
         # Pillow and torch round up to a tenth of the values otherwise, by 1 of 255.
-        assert row["probability"] == pytest.approx(float(answer.max()), abs=1e-3), size
+        assert row["probability"] == pytest.approx(float(answer.max()), abs=1e-3), row
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -97,7 +100,7 @@ def test_exports_answer_as_the_run(run: Run, arm: str, tmp_path: Path) -> None:
             model = timm.create_model(f"local-dir:{tmp_path / form}", pretrained=True).eval()
         else:
             assert json.loads((tmp_path / form / "adapter_config.json").read_text())["modules_to_save"] == ["head"]
-            other = timm.create_model("test_vit", img_size=32, num_classes=model.num_classes)
+            other = timm.create_model("short_vit", img_size=32, num_classes=model.num_classes)
             base = {key: value for key, value in stock.state_dict().items() if not key.startswith("head.")}
             other.load_state_dict(base, strict=False)  # the head is the adapter's
             model = peft.PeftModel.from_pretrained(other, str(tmp_path / form)).eval()
@@ -123,7 +126,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("form", ["merged", "timm", "peft"])
+@pytest.mark.parametrize("form", ["merged", *(pytest.param(form, marks=pytest.mark.slow) for form in ("timm", "peft"))])
 def test_a_killed_export_or_merge_is_done_again_by_the_same_command(run: Run, form: str) -> None:
     def command() -> Path:
         return run.merge("rslora") if form == "merged" else run.export(form, None, "rslora")

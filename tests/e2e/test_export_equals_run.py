@@ -17,7 +17,7 @@ import pytest
 import torch
 from helpers import pyramids
 from helpers.own_images import COLOURS, write_folder
-from helpers.tiny_runs import refused, write_config, written
+from helpers.tiny_runs import refused, written
 from PIL import Image
 
 import vismt
@@ -38,7 +38,7 @@ def run(pictures: Path, tmp_path_factory) -> Path:
     """Two arms on own images, of which the second is better on validation images by its rate."""
     config: dict[str, Any] = {
         "task": "multitask",
-        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        "model": {"name": "short_vit", "img_size": 32, "pretrained": False},
         "adapt": {"method": "lora", "rank": 2},
         "tasks": [{"name": "mine", "train": [str(pictures)], "validation_share": 0.3, "test_share": 0.2}],
         "batch": 8,
@@ -117,12 +117,9 @@ def test_every_format_answers_as_the_run_by_the_lines_of_its_readme(run: Path, t
 
 
 @pytest.mark.parametrize("job", ["fewshot", *(pytest.param(job, marks=pytest.mark.slow) for job in ("dense", "lm"))])
-def test_the_lines_of_other_jobs_run(job: str, tmp_path: Path, capsys) -> None:
+def test_the_lines_of_other_jobs_run(job: str, finished, tmp_path: Path) -> None:
     pytest.importorskip("peft")
-    words = {"dense": ["model.name=short_vit"], "fewshot": ["model.name=short_vit", "model.block=0"], "lm": []}[job]
-    path = write_config(job, tmp_path)
-    assert main(["train", str(path), *words, "--out", str(tmp_path / "runs"), "--quiet"]) == 0
-    (run,) = (tmp_path / "runs").iterdir()
+    run = finished(job)
     Image.new("RGB", (60, 45), (200, 30, 30)).save(tmp_path / "photo.png")
     for form in (["transformers"] if job == "lm" else ["timm"]) + ["torch", "peft"]:
         assert main(["export", str(run), "--format", form, "--to", str(tmp_path / form), "--quiet"]) == 0
@@ -162,7 +159,7 @@ def test_a_run_without_validation_names_its_arms(pictures: Path, tmp_path: Path,
     task = {"name": "mine", "train": [str(pictures)], "test_share": 0.2}
     config = {
         "task": "multitask",
-        "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
+        "model": {"name": "short_vit", "img_size": 32, "pretrained": False},
         "adapt": {"method": "lora", "rank": 2},
         "batch": 8,
         "tasks": [task, {**task, "name": "other", "train": ["digits"], "limit": 20}],

@@ -71,9 +71,7 @@ def test_the_temperature_is_the_best_of_the_validation_episodes(folder: Path) ->
     job = open_run(folder).job
     models = job.models(0)
     sampler = models.settings.sampler("photo_crops:test")
-    pairs = list(
-        clean_logits(models.task("frozen+laplace", "digits"), job.data.open("photo_crops:test"), sampler, 3, "test")
-    )
+    pairs = list(clean_logits(models.task("frozen+laplace"), job.data.open("photo_crops:test"), sampler, 3, "test"))
     logits, labels = (torch.cat(parts) for parts in zip(*pairs))
     nll = {
         factor: float(F.cross_entropy(logits.double() / (kept["temperature"] * factor), labels))
@@ -98,12 +96,12 @@ def test_an_interrupted_evaluation_is_continued_with_the_same_temperature(tmp_pa
 
 
 @pytest.mark.slow
-def test_pools_and_trained_arms_with_classes_kept_apart(tmp_path: Path) -> None:
+def test_pools_have_temperatures(tmp_path: Path) -> None:
     pool = {
         **FEWSHOT,
         "adapt": {"method": "amt", "rank": 2},
         "pool": {"levels": [0.5, 4], "warmup": 1},
-        "select": {"class_share": 0.5, "episodes": 2, "shots": 1, "queries": 2},
+        "select": {"data": ["photo_crops:test"], "episodes": 2, "shots": 1, "queries": 2},
         "evaluate": {**EVALUATE, "models": ["merged", "merged+laplace", "expert:4+finetune", "logits"]},
         "finetune": {"steps": 1},
     }
@@ -111,7 +109,7 @@ def test_pools_and_trained_arms_with_classes_kept_apart(tmp_path: Path) -> None:
     rows = read_results(folder / "results.jsonl")
     arms = {row.arm for row in rows if (row.condition, row.metric) == (TEMPERED, "Brier")}
     assert arms == {*pool["evaluate"]["models"]}
-    assert {name.split("-")[1] for name in temperatures(folder)} == {"digits"} and len(temperatures(folder)) == 4
+    assert {name.split("-")[1] for name in temperatures(folder)} == {"all"} and len(temperatures(folder)) == 4
 
 
 def test_an_attack_follows_the_laplace_head(tmp_path: Path) -> None:

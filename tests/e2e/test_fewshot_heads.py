@@ -114,7 +114,7 @@ def test_heads_of_frozen_and_adapted_models_over_two_seeds(tmp_path: Path) -> No
     assert protocols == {("digits", "4-way 2-shot", 0.25), ("photo_crops-test", "2-way 2-shot", 0.5)}
     # The heads differ: three fingerprints on one backbone.
     built = open_run(folder).job.models(0)
-    prints = [built.fingerprint(name, "digits").split("-") for name in models[:3]]
+    prints = [built.fingerprint(name).split("-") for name in models[:3]]
     assert len({backbone for backbone, _ in prints}) == 1 and len({head for _, head in prints}) == 3
     report = (folder / "report.md").read_text()
     assert "4-way 2-shot" in report and "2-way 2-shot" in report and "frozen+ridge" in report.replace("\\", "")
@@ -229,7 +229,7 @@ def test_episodes_do_not_depend_on_the_image_size() -> None:
     config = configuration(adapt=None, train=None, arms={"wide": ARMS["wide"]}, evaluate={"models": ["frozen"]})
     data = FewShotData(config)
     other = data.variant(untrained_arms(config)["wide"])
-    first, second = (sets.samplers("digits", None)[0] for sets in (data, other))
+    first, second = (sets.samplers("digits")[0] for sets in (data, other))
     assert (data.open("digits").size, other.open("digits").size) == (32, 64)
     assert first.describe() == second.describe() and torch.equal(first[2].query, second[2].query)
     assert other.open("digits") is data._pixels["digits", 64]

@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from helpers import pyramids
-from helpers.tiny_runs import refused, write_config
+from helpers.tiny_runs import refused
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
@@ -19,20 +19,11 @@ from vismt.jobs import graphs, open_run
 from vismt.jobs.dense.config import trained_tasks
 from vismt.jobs.graphs import NAMES, PREPROCESSING, Named, image_graph, write_graph
 
-# What a graph costs grows with the blocks of its model.
-SHORT = ["model.name=short_vit"]
-JOBS = {"dense": SHORT, "fewshot": [*SHORT, "model.block=0"], "lm": [], "multitask": SHORT}
-
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """A trained run of each job."""
-    found = {}
-    for job, words in JOBS.items():
-        path = write_config(job, tmp_path_factory.mktemp(job))
-        assert main(["train", str(path), *words, "--out", str(path.parent / "runs"), "--quiet"]) == 0
-        (found[job],) = (path.parent / "runs").iterdir()
-    return found
+def runs(finished, tmp_path_factory) -> dict[str, Path]:
+    """A run of each job."""
+    return {job: finished(job, tmp_path_factory.mktemp(job)) for job in ("dense", "fewshot", "lm", "multitask")}
 
 
 @pytest.fixture(scope="module")
@@ -77,8 +68,8 @@ def test_graphs_of_image_jobs_take_pixels_and_batches_of_any_size(
     assert about["largest_difference"] < 1e-5
     (features,) = answers(folder, images)
     job = open_run(runs["fewshot"]).job
-    assert torch.allclose(features, job.models(0).task("adapted", None).backbone(images), atol=1e-5)
-    assert not torch.allclose(features, job.models(0).task("frozen", None).backbone(images), atol=1e-3)
+    assert torch.allclose(features, job.models(0).task("adapted").backbone(images), atol=1e-5)
+    assert not torch.allclose(features, job.models(0).task("frozen").backbone(images), atol=1e-3)
 
     job = open_run(runs["dense"]).job
     net, images = job.final(job.study.find("adapted")), torch.rand(1, 3, 32, 48)
@@ -88,6 +79,7 @@ def test_graphs_of_image_jobs_take_pixels_and_batches_of_any_size(
         assert torch.allclose(maps, task.resized(net(images)[task.name], (32, 48)), atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_graph_of_a_language_model_is_transformers(runs: dict[str, Path], capsys) -> None:
     transformers = pytest.importorskip("transformers")

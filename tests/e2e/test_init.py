@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from helpers import pyramids  # noqa: F401  registers short_vit
 from helpers.lm_parts import save_lm, tokenizer
 from helpers.own_images import write_folder
 from helpers.tiny_runs import refused
@@ -22,7 +24,7 @@ from vismt.jobs import load_config, make_job
 from vismt.report.results import read_results
 from vismt.robustness.attacks import attacks
 
-TINY = ["model.name=test_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
+TINY = ["model.name=short_vit", "model.pretrained=false", "model.img_size=32", "model.position=timm", "train.steps=2"]
 JOBS = ("classification", "fewshot", "multitask", "robustness")
 
 
@@ -131,7 +133,14 @@ CANNOT = {
     ("lm", "head"): "has no head",
 }
 METHODS = [*vismt.list_methods(), "peft:dora"]
-CHANGED = [(job, method) for job in ("classification", "fewshot", "dense", "lm") for method in METHODS]
+TRAINING = ("classification", "fewshot", "dense", "lm")
+# The default suite trains each method in one job, and has every refusal.
+QUICK = {*zip(itertools.cycle(TRAINING), METHODS), ("dense", "full"), ("lm", "s2ft"), *CANNOT}
+CHANGED = [
+    (job, method) if (job, method) in QUICK else pytest.param(job, method, marks=pytest.mark.slow)
+    for job in TRAINING
+    for method in METHODS
+]
 
 
 @pytest.mark.parametrize(("job", "method"), CHANGED)

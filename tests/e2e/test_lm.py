@@ -21,7 +21,9 @@ from helpers.toy_training import logged
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.engine import runtime
+from vismt.engine.study import read_choice
 from vismt.jobs import open_run
+from vismt.jobs.lm import data as lm_data
 from vismt.jobs.lm.evaluation import MEANS, Evaluation
 from vismt.jobs.units import _evaluations
 from vismt.llm.corda import covariance
@@ -76,6 +78,7 @@ def study(home, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("study")
     config = settings(
         home,
+        train={"steps": 4, "lr": 1e-2, "checkpoint_every": 2, "validate": True},
         seeds=[0, 1],
         tune={"rates": [1e-3, 3e-2]},
         evaluate={"batch": 4, "temperature": True, "laplace": True},
@@ -100,6 +103,16 @@ def test_what_a_training_changed_is_on_record_and_the_answers_are_those_of_the_t
         if row.seed is None and row.data == "stories" and row.metric.startswith("NLL")
     }
     assert len({nll["frozen"], nll["lora"], nll["polar-vbll"]}) == 3
+
+
+def test_the_validation_curve_ends_at_the_score_that_chose_the_rate(study: Path) -> None:
+    """All nets share the LM, so a score of a step must not be that of the last net."""
+    for arm in ("lora", "head", "polar-vbll"):
+        choice = read_choice(study, arm)
+        path = study / "arms" / arm / f"lr-{choice.lr:g}-seed-0" / "validation.jsonl"
+        rows = read_lines(path, {"step": int, "validation": float}, whole=True)
+        assert [row["step"] for row in rows] == [2, 4] and rows[0]["validation"] != rows[1]["validation"]
+        assert rows[1]["validation"] == choice.validation[f"{choice.lr:g}"]
 
 
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> None:
@@ -315,10 +328,11 @@ def test_an_interrupted_training_goes_on_bit_for_bit(home, tmp_path: Path, monke
     assert steps[0] == steps[1] and len(steps[0]) == 4
 
 
-def test_caching_the_lower_blocks_trains_the_same(home, tmp_path: Path) -> None:
+def test_caching_the_lower_blocks_trains_the_same(home, tmp_path: Path, monkeypatch) -> None:
     factors = []
     for megabytes in (0, 100):
-        config = settings(home, model={"name": home["lm"], "first_block": 1, "cache_mb": megabytes})
+        monkeypatch.setattr(lm_data, "CACHE_MB", megabytes)
+        config = settings(home, model={"name": home["lm"], "first_block": 1})
         assert main(["train", str(write(tmp_path, config)), "--out", str(tmp_path / str(megabytes)), "--quiet"]) == 0
         run = open_run(next((tmp_path / str(megabytes)).iterdir()))
         layers = adapter_layers(run.job.loaded(run.job.study.find(None)).lm).values()
@@ -497,12 +511,14 @@ def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Pa
     assert "the mean probability of 2 trainings of lora; 2 passes for an answer" in report
     dropout = next(path for path in (run / "arms" / "dropped").rglob("*films-test-dropout.jsonl"))
     before = dropout.read_bytes()
+    rows_before = sorted(read_lines(dropout)[1:], key=lambda line: line["id"])
     assert main(["evaluate", str(run), "--quiet"]) == 0 and dropout.read_bytes() == before
     dropout.unlink()
     chunks = Evaluation._chunks
     monkeypatch.setattr(Evaluation, "_chunks", lambda self, items: chunks(self, items)[::-1])
     assert main(["evaluate", str(run), "--quiet"]) == 0
-    assert dropout.read_bytes() == before, "a batch has the same masks whatever came before it, in any process"
+    again = sorted(read_lines(dropout)[1:], key=lambda line: line["id"])
+    assert again == rows_before, "a batch has the same masks whatever came before it, in any process"
     adapter = next(dropout.parents[1].glob("adapter/*.safetensors"))
     content = bytearray(adapter.read_bytes())
     content[-1] ^= 1

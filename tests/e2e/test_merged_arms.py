@@ -163,6 +163,8 @@ def test_arms_whose_routers_fade_can_be_merged(tmp_path: Path) -> None:
 
 def test_arms_of_several_rules_are_checked_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
-    monkeypatch.setattr(classification_job, "check_arms", lambda job, data, config: checked.extend(config.merge.arms))
+    monkeypatch.setattr(
+        classification_job, "check_merging_arms", lambda job, data, config: checked.extend(config.merge.arms)
+    )
     make_job(load_config(written(tmp_path / "tasks.yaml", SMALL)), tmp_path / "run").check_training()
     assert checked == OF

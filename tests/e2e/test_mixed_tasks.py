@@ -18,7 +18,7 @@ from vismt.backbones.vit import Backbone
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.predictions import TABLE
-from vismt.multitask.heads import make_head, make_pooled_head
+from vismt.multitask.heads import make_map_head, make_pooled_head
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import make_task
@@ -72,7 +72,7 @@ def test_every_task_has_a_score_over_its_own_images(study: Path) -> None:
     (training,) = job.study.trainings("all")
     for task in ("tones", "reds"):
         assert read_sealed(training.folder / "records" / f"risk-{task}.json", "risk")["n"] == 24
-        answers = job.scored(training, "test")[task].answers
+        answers = job.pooled(training, "test")[task].answers
         assert len(answers) == 12 and all(name.startswith(f"{task}:test") for name in answers)
 
 
@@ -107,7 +107,7 @@ def test_the_loss_of_a_union_is_over_the_classes_of_all_tasks() -> None:
     tasks = unite([first, semseg, second])
     backbone = Backbone(tiny_vit())
     heads = {
-        "semseg": make_head("linear", [backbone.width], 4),
+        "semseg": make_map_head("linear", [backbone.width], 4),
         "b": make_pooled_head([backbone.width], 3, seed=2),
         "a": make_pooled_head([backbone.width], 2, seed=1),
     }

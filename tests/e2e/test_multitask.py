@@ -370,8 +370,8 @@ def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
     assert by_arm["head"][0] != by_arm["full"][0]
     job = open_run(folder).job
     images = job.data.outside("photo_crops:test")
-    kept = [json.loads(path.read_text())["fingerprint"] for path in folder.rglob("neighbours-*.json")]
-    assert len(kept) == 4 and all(text.endswith(images.content) for text in kept) and images.content
+    kept = [read_lines(path)[0]["examples"] for path in folder.rglob("neighbours-*.jsonl")]
+    assert kept == [images.content] * 4 and images.content
     with torch.no_grad():
         features = F.normalize(
             job.final(job.study.trainings("head")[0]).features(images[torch.arange(len(images))]), dim=1
@@ -443,75 +443,6 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
     study = make_job(load_config(path, []), tmp_path / "other").study
     with pytest.raises(UserError, match=r"tune\.fixed: 'hed' is found in no trained parameter"):
         make_optimizer({"head.weight": torch.ones(2, 2)}, study.config_of(study.training("lora", 1e-3, 0)).training)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"tasks": []}, "tasks: []; name at least one"),
-        ({"tasks": [TASKS[0], TASKS[0]]}, "each once"),
-        ({"tasks": [{"name": "a/b", "train": ["digits"], "test_share": 0.1}]}, "'a/b' cannot be a name"),
-        ({"tasks": [{"name": "a", "train": [], "test_share": 0.1}]}, "train names no set"),
-        ({"tasks": [{"name": "a", "train": ["digits"]}]}, "nothing to test on"),
-        (
-            {"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops"], "test_share": 0.1}]},
-            "give one of them",
-        ),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["digits"]}]}, "shares examples with tasks: a: train "),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test": ["photo_crops:test"]}]}, "training does not"),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1, "limit": 5}]}, "no training image of class"),
-        ({"tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}]}, "nothing to validate on"),
-        (
-            {
-                "tasks": [{"name": "a", "train": ["digits"], "test_share": 0.1}],
-                "tune": None,
-                "evaluate": {"adjust_logits": True},
-            },
-            "nothing to validate on",
-        ),
-        ({"evaluate": {"adjust_logits": True, "split": "validation"}}, "set evaluate.split to test"),
-        ({"train": None}, "train: is null"),
-        ({"model": {**SMALL["model"], "block": 2}}, "block and pool must be null"),
-        ({"head": "unoin"}, "'unoin'"),
-        ({"head": "separate"}, "needs head: union"),
-        ({"retain": {"mode": "fifo"}}, "mode 'fifo'"),
-        ({"retain": {"temperature": 0}}, "temperature 0"),
-        ({"balancing": {"method": "pcgrat"}}, "balancing.method: 'pcgrat' is not known. Near: 'pcgrad'"),
-        ({"balancing": {"method": "torchjd:UpGrad"}}, "torchjd"),
-        ({"adapt": {"method": "lora"}}, "fade: 'lora' has no schedule with this section; set adapt.method to emtal"),
-        ({"fade": {"end": 1.5}}, "need 0 <= start <= end <= 1"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0; it must be at least 0 and below 1"),
-        ({"class_weights": "invers"}, "multitask: class_weights 'invers'; null for none. Near: 'inverse'"),
-        ({"focal": 0.5}, "multitask: focal 0.5; it must be 0, or 1 or more"),
-        ({"retain": {"select": "correct"}}, "unknown key 'retain.select'. Known: 'ema_decay'"),
-        ({"batch": 0}, "batch is 0; it must be at least 1"),
-        ({"batch": 77}, "batch: 77, with 76 training images"),
-        ({"augment": {"crop": 0}}, "augment.crop is 0.0; it must be above 0"),
-        ({"evaluate": {"split": "train"}}, "evaluate.split: 'train'"),
-        ({"evaluate": {"neighbours": ["digits"]}}, "evaluate.neighbours 'digits' shares examples with tasks: digits"),
-        (
-            {"evaluate": {"attacks": [{"name": "pgd", "source": "frozen"}]}},
-            "attacks from another model are for few-shot runs",
-        ),
-        ({"arms": {"a b": {}}}, "'a b' cannot be a name; use up to 100 letters, digits"),
-        ({"arms": {"a": {"tasks": []}}}, "must be the same for all arms"),
-        ({"arms": {"a": {"train.lrr": 1}}}, "unknown key"),
-        ({"arms": {"a": {"head": "x"}}}, "head: 'x'"),
-        ({"arms": {"a": {}, "b": {"adapt.method": "lorra", "fade": None}}}, "arms.b: "),
-        ({"arms": {"a": {}, "b": {"adapt.options.n_experts": 7}}}, "arms.b: "),
-        ({"seeds": [1, 1]}, "seeds: [1, 1]"),
-        ({"tune": {"rates": []}}, "tune.rates: []"),
-        ({"tune": {"rates": [1e-3, 1.0000001e-3]}}, "name positive rates, each once"),
-        ({"tune": {"rates": [0.0]}}, "tune.rates[0] is 0.0; it must be above 0"),
-        (
-            {"train": {"steps": 4, "warmup": 3, "cooldown": 2}, "tune": None},
-            "do not fit into 4 steps; lower them too (train.warmup=0 train.cooldown=0)",
-        ),
-    ],
-)
-def test_every_error_of_these_sections_is_one_line(tmp_path: Path, capsys, changes: dict, words: str) -> None:
-    assert words in refused(capsys, "run", write(tmp_path, **changes), "--out", tmp_path / "runs")
-    assert not list((tmp_path / "runs").rglob("checkpoint-*"))  # nothing was trained before
 
 
 @pytest.mark.slow

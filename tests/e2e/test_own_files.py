@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tiny_runs import SHORT, refused, write_config
+from helpers.tiny_runs import contents, refused
 from PIL import Image
 
 from vismt.cli import main
@@ -17,15 +17,9 @@ from vismt.storage.outputs import NOTE
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> dict[str, Path]:
-    """A trained run of the dense and of the multi-task job."""
-    found = {}
-    for job in ("dense", "multitask"):
-        path = write_config(job, tmp_path_factory.mktemp(job))
-        words = [f"model.name={SHORT['name']}", "--out", str(path.parent / "runs"), "--quiet"]
-        assert main(["train", str(path), *words]) == 0
-        (found[job],) = (path.parent / "runs").iterdir()
-    return found
+def runs(finished) -> dict[str, Path]:
+    """A run of the dense and of the multi-task job."""
+    return {job: finished(job) for job in ("dense", "multitask")}
 
 
 @pytest.fixture
@@ -36,10 +30,6 @@ def photos(tmp_path: Path) -> Path:
     for name, value in (("a.png", 50), ("a-depth.png", 90)):
         Image.fromarray(np.full((40, 50, 3), value, np.uint8)).save(folder / name)
     return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_a_prediction_never_replaces_the_photo_that_it_is_made_of(

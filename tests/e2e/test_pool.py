@@ -93,7 +93,7 @@ def test_one_expert_or_the_average_can_be_merged_and_exported(pool_run: Path, tm
         states[expert] = safetensors.torch.load_file(tmp_path / expert / "model.safetensors")
     job = open_run(pool_run).job
     for model in ("clean", "expert:4"):  # clean meta-tuning has a scale of its own
-        evaluated = job.models(0).task(model, None)
+        evaluated = job.models(0).task(model)
         scale = evaluated.scale if model == "clean" else evaluated.pool.scale
         assert job.about(model)["features"]["scale"] == float(scale)
     assert job.about("clean") != job.about("average")
@@ -127,8 +127,8 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     assert "mine/expert-0' exists and would be overwritten" in error
 
 
-def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:
-    select = {"class_share": 0.5, "episodes": 3, "shots": 1, "queries": 2}
+def test_settings_are_chosen_on_sets_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:
+    select = {"data": ["photo_crops:test"], "episodes": 3, "shots": 1, "queries": 2}
     evaluated = section("evaluate", models=["merged", "merged:default", "merged+finetune"])
     pool = {"folder": str(pool_run / "pool" / "seed-0")}
     path = write(tmp_path, "select", pool=pool, train=None, select=select, evaluate=evaluated)
@@ -136,90 +136,21 @@ def test_settings_are_chosen_on_classes_that_are_not_tested(pool_run: Path, tmp_
     (run,) = (tmp_path / "runs").iterdir()
     choose(run, SearchGrid(trim=[{"blocks.0.mlp.fc1": 0.5}], lr=[1e-4]))
     file = run / "pool" / "seed-0" / "selection.json"
-    chosen = json.loads(file.read_text())["digits"]
+    chosen = json.loads(file.read_text())["all"]
     stages = [candidate["stage"] for candidate in chosen["tried"]]
     assert stages.count("merging") == 12 and stages.count("trim") == 2 and stages.count("finetune") == 2
     assert all(sum(candidate[mark] for candidate in chosen["tried"]) == 3 for mark in ("chosen", "default"))
     others = {"beta": 12.0, "balance": 0.9, "trim": {"blocks.0.mlp.fc1": 0.5}}  # whatever was chosen
     saved = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
-    file.write_text(sealed({"digits": {**saved["digits"], "merging": others, "lr": 1e-4}}))
-    merging, tuning = open_run(run).job.models(0).settings.chosen("digits")
+    file.write_text(sealed({"all": {**saved["all"], "merging": others, "lr": 1e-4}}))
+    merging, tuning = open_run(run).job.models(0).settings.chosen()
     assert (merging.beta, merging.balance, dict(merging.trim), tuning.lr) == (12.0, 0.9, others["trim"], 1e-4)
     assert main(["evaluate", str(run), "--quiet"]) == 0
     rows = {row["arm"]: row["value"] for row in read_lines(run / "results.jsonl") if row["seed"] is None}
     assert set(rows) == set(evaluated["models"])
-    file.write_text(sealed({"digits": {**saved["digits"], ":pool": "others"}}))
+    file.write_text(sealed({"all": {**saved["all"], ":pool": "others"}}))
     with pytest.raises(UserError, match="was chosen for other experts; delete it"):
-        open_run(run).job.models(0).settings.chosen("digits")
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"select": {"data": ["digits"]}}, "evaluate.data 'digits' shares examples with select.data"),
-        (
-            {
-                "pool": {"experts": [{"level": 4}, {"source": ["photo_crops:test", "digits"], "level": 8}]},
-                "evaluate": section("evaluate", models=["merged"]),
-            },
-            "evaluate.data 'digits' shares examples with source.data of 'photo_crops-test+digits-linf8' 'digits'",
-        ),
-        ({"select": {}}, "give one of them"),
-        (
-            {"select": {"data": ["mnist"]}, "pool": None, "evaluate": section("evaluate", models=["adapted"])},
-            "add pool or tune",
-        ),
-        (
-            {"select": {"class_share": 0.9}, "train": None, "evaluate": section("evaluate", models=["merged"])},
-            "leave fewer than 3",
-        ),
-        ({"pool": section("pool", rates={"8": 0.1})}, "no expert '8'"),
-        ({"pool": section("pool", kl="both")}, "pool.kl"),
-        ({"pool": section("pool", init="unifrom")}, "pool.init: 'unifrom'"),
-        ({"pool": section("pool", steps=0)}, "pool.steps is 0; it must be at least 1"),
-        ({"pool": section("pool", levels=[300])}, "in 1/255"),
-        ({"pool": section("pool", experts=[{"level": 8}])}, "give one of them"),
-        ({"pool": {"experts": [{"level": 8, "norm": "linff"}]}}, "pool.experts[0].norm: 'linff'"),
-        ({"pool": {"experts": [{"levels": 8}]}}, "unknown key 'pool.experts[0].levels'"),
-        ({"pool": section("pool", select="ridges")}, "pool.select: 'ridges'"),
-        ({"evaluate": section("evaluate", models=["expert:7"])}, "expert:0.5"),
-        ({"evaluate": section("evaluate", models=["logits+finetune"])}, "no weights to tune"),
-        ({"evaluate": section("evaluate", models=["merged:default"])}, "without a select section"),
-        ({"evaluate": section("evaluate", models=["clean"]), "pool": {"levels": [1]}}, "pool.clean"),
-        ({"evaluate": section("evaluate", models=["merged"]), "pool": {"folder": "nowhere"}, "train": None}, "nowhere"),
-        ({"merging": {"balance": 2}}, "balance"),
-        (
-            {"source": section("source", labels="set"), "pool": section("pool", weight_attack="paper")},
-            "source.labels of '0.5': set with pool.weight_attack paper",
-        ),
-        (
-            {
-                "source": section("source", labels="set"),
-                "pool": {"experts": [{"source": ["photo_crops:train", "mnist"], "level": 8}]},
-                "evaluate": section("evaluate", models=["merged"]),
-            },
-            "set with the sets photo_crops:train, mnist",
-        ),
-        (
-            {
-                "source": section("source", labels="set"),
-                "pool": None,
-                "meta": {"algorithm": "maml"},
-                "evaluate": section("evaluate", models=["adapted"]),
-            },
-            "source.labels: set with a meta section",
-        ),
-        ({"merging": {"trim": {"attn.qvk": 0.5}}}, "merging.trim: no module matches 'attn.qvk'"),
-        ({"meta": {"algorithm": "maml"}}, "no pool section"),
-        ({"meta": {"algorithm": "mamml"}, "pool": None, "evaluate": section("evaluate", models=["adapted"])}, "maml"),
-    ],
-)
-def test_every_error_of_these_sections_is_one_line(
-    pool_run: Path, tmp_path: Path, capsys, changes: dict, words: str
-) -> None:
-    if "class_share" in changes.get("select", {}):
-        changes = {**changes, "pool": {"folder": str(pool_run / "pool" / "seed-0")}}
-    assert words in refused(capsys, "run", write(tmp_path, **changes), "--out", tmp_path / "runs", "--quiet")
+        open_run(run).job.models(0).settings.chosen()
 
 
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:
@@ -263,8 +194,8 @@ def test_an_inner_loop_can_be_one_arm_of_several(tmp_path: Path) -> None:
     assert [row["arm"] for row in scores_of(run)] == ["inner", "outer"]
     job = open_run(run).job
     # The inner loop has its factors, which a merge would have taken away; the other arm is merged.
-    assert any("lora_A" in name for name in job.models(0).task("inner", "digits").adapted)
-    assert not any("lora_A" in name for name, _ in job.models(0).task("outer", "digits").named_parameters())
+    assert any("lora_A" in name for name in job.models(0).task("inner").adapted)
+    assert not any("lora_A" in name for name, _ in job.models(0).task("outer").named_parameters())
     assert "scale" in job.about("outer")["features"] and "scale" not in job.about("inner")["features"]
 
 

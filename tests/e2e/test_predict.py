@@ -10,14 +10,14 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from helpers.tiny_runs import CONFIGS, run_config, written
+from helpers import pyramids
 from PIL import Image
 
 import vismt
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.jobs import open_run, predictions
-from vismt.jobs.predictions import SHEET, TABLE, contact_sheet
+from vismt.jobs.predictions import SHEET, TABLE, draw_answers
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +36,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def fewshot(tmp_path_factory) -> Path:
-    return run_config(written(tmp_path_factory.mktemp("fewshot") / "fewshot.yaml", CONFIGS["fewshot"]))
+def fewshot(finished, tmp_path_factory) -> Path:
+    return finished("fewshot", tmp_path_factory.mktemp("fewshot"))
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -48,14 +48,16 @@ def table(path: Path) -> list[dict[str, str]]:
 def expected(run: Path, folder: Path) -> dict[str, torch.Tensor]:
     """Return the probabilities of each image by cosine prototypes, with timm's model and nothing of the package's classifier."""
     job = open_run(run).job
-    vit, scale = job.merged("adapted"), job.models(0).task("adapted", None).scale
+    vit, scale = job.merged("adapted"), job.models(0).task("adapted").scale
     assert abs(float(scale) - 10) > 1e-3  # trained, so that a default would be noticed
+
+    mean, std = (torch.tensor(pyramids.ABOUT[name]).view(3, 1, 1) for name in ("mean", "std"))
 
     def feature(path: Path) -> torch.Tensor:
         pixels = torch.from_numpy(np.array(Image.open(path).convert("RGB"))).permute(2, 0, 1)[None]
         pixels = F.interpolate(pixels.float(), 32, mode="bilinear", antialias=True).round() / 255
         (tokens,) = vit.forward_intermediates(
-            (pixels - 0.5) / 0.5, indices=[2], norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True,
+            (pixels - mean) / std, indices=[0], norm=True, stop_early=True, output_fmt="NLC", intermediates_only=True,
             return_prefix_tokens=True,
         )  # fmt: skip
         return vit.forward_head(torch.cat([tokens[1], tokens[0]], 1), pre_logits=True)[0]
@@ -142,6 +144,6 @@ def test_a_contact_sheet_has_a_bounded_number_of_images(tmp_path: Path, monkeypa
     texts: list[str] = []
     monkeypatch.setattr(predictions, "write", lambda figure, x, y, text, **style: texts.append(text))
     rows = [[{"image": f"{i}.png", "label": "cat", "probability": 0.876}] for i in range(100)]
-    contact_sheet([np.zeros((3, 8, 8), np.uint8)] * 2, rows, tmp_path / SHEET)
+    draw_answers([np.zeros((3, 8, 8), np.uint8)] * 2, rows, tmp_path / SHEET)
     assert texts.count("88 % cat") == 2
     assert texts[-1].startswith("The first 2 of 100 images") and "98 more are in predictions.csv" in texts[-1]

@@ -51,12 +51,17 @@ def test_risk_of_a_class_beside_maps_is_what_its_records_and_thresholds_say(mixe
     assert thresholds["n"] == 24  # the validation images with a class, not the scenes
     clean, changed = {}, {}
     for path in (training.folder / "records").glob("test*.jsonl"):
-        line = read_lines(path)[0]
-        answers = line["tasks"]["classify"]["answers"]
-        if "condition" not in line:
+        header, *rows = read_lines(path)
+        condition = header["settings"]["condition"]
+        answers = {
+            row["id"]: {key.removeprefix("classify "): value for key, value in row.items()}
+            for row in rows
+            if "classify label" in row
+        }
+        if condition is None:
             clean = answers
         else:
-            changed[PGD if "epsilon" in line["condition"] else "contrast 5"] = answers
+            changed[PGD if "epsilon" in condition else "contrast 5"] = answers
     assert set(changed) == {PGD, "contrast 5"}
     found = rows_by_task(mixed, "both")
     for name, answers in {"clean": clean, **changed}.items():
@@ -114,7 +119,7 @@ def test_the_probabilities_are_those_of_the_net(mixed: Path, tmp_path: Path) -> 
         parameter.data *= 1.5
     fitted = job.evaluation.thresholds(lambda: other, training, tmp_path)["classify"]
     assert fitted.quantile != quantile and (tmp_path / "risk-classify.json").exists()
-    answers = job.scored(training, "test")["classify"].answers
+    answers = job.pooled(training, "test")["classify"].answers
     for name, row in answers.items():
         values, label = log_p[name]
         assert row["label"] == label and row["clean"] == int(values.argmax())
@@ -136,7 +141,7 @@ def test_delta_m_compares_the_tasks_scores_alone(mixed: Path) -> None:
 def test_a_set_of_other_classes_is_told_by_the_largest_probability(mixed: Path) -> None:
     (training,) = open_run(mixed).job.study.trainings("both")
     inside = [
-        row["clean confidence"] for row in open_run(mixed).job.scored(training, "test")["classify"].answers.values()
+        row["clean confidence"] for row in open_run(mixed).job.pooled(training, "test")["classify"].answers.values()
     ]
     path = next((training.folder / "records").glob("ood-*.jsonl"))
     outside = [row["confidence"] for row in read_lines(path) if "id" in row]
@@ -150,7 +155,7 @@ def test_predict_writes_classes_and_sets_beside_the_pictures(mixed: Path, room: 
     images = room / "data/tones/test/dark"
     assert main(["predict", str(mixed), str(images), "--arm", "both", "--to", str(tmp_path), "--quiet"]) == 0
     job = open_run(mixed).job
-    answers = job.scored(job.study.find("both"), "test")["classify"].answers
+    answers = job.pooled(job.study.find("both"), "test")["classify"].answers
     with (tmp_path / TABLE).open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 6 and len(list(tmp_path.glob("*.png"))) == 6
@@ -172,7 +177,7 @@ def test_a_tuned_run_keeps_half_of_the_classified_images_for_thresholds(room: Pa
     job = open_run(run_config(written(tmp_path / "tuned.yaml", config))).job
     (training,) = job.study.trainings("adapted")
     assert read_sealed(training.folder / "records" / "risk-classify.json", "risk")["n"] == 12
-    answers = job.scored(training, "validation")["classify"].answers
+    answers = job.pooled(training, "validation")["classify"].answers
     right = {name: row["clean"] == row["label"] for name, row in answers.items()}
     # The first half of each class, in its order, chooses.
     chosen = [list(right)[12 * label + place] for label in (0, 1) for place in range(6)]

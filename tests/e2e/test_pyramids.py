@@ -29,6 +29,13 @@ from vismt.report.results import read_results
 from vismt.report.routers import ROUTERS
 
 MODELS = {"tiny_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
+
+
+def models_of(quick: str) -> list[Any]:
+    """Return the models, all but one of them marked slow: each job has another one in the default suite."""
+    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
+
+
 MOST = 1e-4  # difference of outputs, as a share of the largest
 
 
@@ -49,7 +56,7 @@ def check_export(run: Run, folder: Path) -> None:
         assert (model(x) - wanted).abs().max() <= MOST * wanted.abs().max()
 
 
-@pytest.fixture(scope="module", params=MODELS)
+@pytest.fixture(scope="module", params=models_of("tiny_swin"))
 def multitask(request, tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("multitask")
     tasks = CONFIGS["multitask"]["tasks"][:1]
@@ -78,7 +85,7 @@ def test_risk_and_certified_radii(tmp_path: Path) -> None:
     assert {"abstentions", *COLUMNS} <= {row.metric for row in rows}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models_of("test_convnext"))
 def test_few_shot(name: str, tmp_path: Path) -> None:
     run = open_run(run_config(written(tmp_path / "run.yaml", config("fewshot", name))))
     rows = scores_of(run.folder)
@@ -86,7 +93,7 @@ def test_few_shot(name: str, tmp_path: Path) -> None:
     check_export(run, tmp_path / "timm")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models_of("test_resnet"))
 def test_dense(name: str, tmp_path: Path) -> None:
     model = {"name": name, "pretrained": False}
     head = {"name": "segformer", "options": {"hidden": 8}}

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
-from helpers.tiny_runs import TRAIN, VIT, run_config, written
+from helpers.tiny_runs import SHORT, TRAIN, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -27,7 +27,7 @@ CONDITIONS = {
 }
 DIGITS = {
     "task": "multitask",
-    "model": VIT,
+    "model": SHORT,
     "adapt": {"method": "lora", "rank": 2},
     "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.05, "limit": 40}],
     "batch": 8,

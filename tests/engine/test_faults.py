@@ -18,7 +18,7 @@ from vismt.engine import checkpoint, loop, runtime
 from vismt.storage.files import PARTIAL, remove_partial, write_tensors
 from vismt.storage.lines import LineFile, read_lines, write_lines
 from vismt.storage.locks import locked
-from vismt.storage.records import SHARE, Records
+from vismt.storage.records import SHARE, Header, Records
 
 
 class Toy(nn.Module):
@@ -45,11 +45,15 @@ def work(folder: Path) -> None:
         config = TrainConfig(steps=5, lr=0.05, checkpoint_every=2)
         loop.train(toy, batch, config, folder / "training", "hash", runtime.accelerator(), seed=1)
         write_tensors(folder / "model.safetensors", toy.state_dict())
-        with Records(folder / "records.jsonl", {"data": "toy"}, {"error": SHARE}, key="episode") as records:
-            for number in range(3):
-                error = toy.eval()(batch(100 + number))["loss"].item()
-                records.add({"episode": number, "error": error / (1 + error)})
-        write_lines(folder / "results.jsonl", [{"mean": sum(records[number]["error"] for number in range(3))}])
+        records = Records(folder / "records.jsonl", Header(examples="toy"), {"error": SHARE}, key="episode")
+
+        def evaluate(number: int) -> list[dict[str, Any]]:
+            torch.manual_seed(number)  # rows on record are not computed again
+            error = toy.eval()(batch(100 + number))["loss"].item()
+            return [{"episode": number, "error": error / (1 + error)}]
+
+        rows = records.complete([[number] for number in range(3)], evaluate, "toy")
+        write_lines(folder / "results.jsonl", [{"mean": sum(row["error"] for row in rows)}])
 
 
 def outcome(folder: Path) -> dict[str, Any]:

@@ -87,7 +87,6 @@ RUNS: dict[str, dict[str, Any]] = {
             "models": ["frozen", "clean", "merged", "average", "logits", "min_ce", "expert:4", "merged+finetune"],
         },
         "finetune": {"steps": 2},
-        "merging": {"beta": 12.0, "balance": 0.3},
     },
     "fewshot_maml": {
         "model": {**VIT, "block": 2},

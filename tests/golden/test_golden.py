@@ -14,6 +14,7 @@ import torch
 from golden.inputs import golden_model, logits_of, write_world
 from golden.merged import ARMS, merged_logits
 from helpers.blank import empty_figures
+from helpers.golden_reports import check_report
 from torch import Tensor
 
 import vismt
@@ -87,7 +88,9 @@ def test_an_adapter_gives_its_logits_loaded_and_merged(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callable[[str], Path], name: str) -> None:
+def test_evaluating_a_run_without_its_records_gives_its_numbers_and_report(
+    copied: Callable[[str], Path], name: str
+) -> None:
     """Delete the records and logs and compute all numbers from the trained weights; other processors may round differently."""
     run = copied(name)
     for path in [
@@ -108,6 +111,7 @@ def test_evaluating_a_run_without_its_records_gives_every_number(copied: Callabl
         tolerance = 1 / row.n if row.metric == "ECE-15" else 1e-4
         assert (new.value, new.n) == (pytest.approx(row.value, rel=1e-4, abs=tolerance), row.n), row
         assert (new.interval, new.low <= new.value <= new.high) == (row.interval, True), row
+    check_report(run, name)
 
 
 def rows(run: Path) -> dict[tuple[object, ...], Result]:

@@ -10,11 +10,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
-PAGES = [README, *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+COPIES = {ROOT / "docs" / f"{name}.md" for name in ("changelog", "contributing", "security")}  # of pages at the root
+PAGES = [
+    README,
+    *(ROOT / name for name in ("CONTRIBUTING.md", "SECURITY.md")),
+    *sorted({*(ROOT / "docs").rglob("*.md")} - COPIES),
+]
 FENCE = re.compile(r"^(?:<!-- no test: (?P<reason>[^\n]+) -->\n)?```(?P<language>\w*)\n(?P<code>.*?)^```$", re.S | re.M)
-
-
-INCLUDED = {"--8<-": "an included file"}
 
 
 @dataclass(frozen=True)
@@ -35,18 +37,12 @@ def name(page: Path) -> str:
 
 
 def blocks(page: Path, language: str | None = None, heading: str = "") -> list[Block]:
-    """Return the tested blocks of a language, or all blocks, of a page or of what follows a heading to the next of its level.
-
-    Included files have tests of their own.
-    """
+    """Return the tested blocks of a language, or all blocks, of a page or of what follows a heading to the next of its level."""
     text = read(page)
     if heading:
         (start,) = re.finditer(rf"^(#+) {re.escape(heading)}$", text, re.M)
         text = re.split(rf"^#{{1,{len(start[1])}}} ", text[start.end() :], maxsplit=1, flags=re.M)[0]
-    found = [
-        Block(match["language"], match["code"], match["reason"] or INCLUDED.get(match["code"][:5]))
-        for match in FENCE.finditer(text)
-    ]
+    found = [Block(match["language"], match["code"], match["reason"]) for match in FENCE.finditer(text)]
     return [block for block in found if language is None or (block.language == language and block.reason is None)]
 
 

@@ -15,15 +15,16 @@ import torch
 import yaml
 
 from helpers import pyramids  # noqa: F401  registers short_vit
-from helpers.lm_parts import save_lm, save_texts
+from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.toy_training import logged
 from vismt.cli import main
 from vismt.engine import checkpoint
 from vismt.storage.files import PARTIAL
-from vismt.storage.locks import HOLDER, LOCK
+from vismt.storage.locks import HOLDER, LOCK, locked
 
 VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
 SHORT = {**VIT, "name": "short_vit"}  # for runs within this process alone, in which it is registered
+BLOCK = ["model.name=short_vit", "model.block=0"]
 TRAIN = {"steps": 3, "lr": 1.0e-2, "checkpoint_every": 2}
 FEWSHOT: dict[str, Any] = {
     "model": {**VIT, "block": 2},
@@ -144,6 +145,21 @@ def write_config(job: str, folder: Path) -> Path:
     return written(folder / f"{job}.yaml", config)
 
 
+def finished_run(job: str, folder: Path) -> Path:
+    """Return the run of a job's configuration in a folder that several processes share; the first one makes it."""
+    words = {"lm": [], "fewshot": BLOCK, "pool": BLOCK}.get(job, BLOCK[:1])
+    with locked(folder, wait_s=-1):
+        if not (folder / "finished").exists():
+            run_config(write_config(job, folder), *words)
+            (folder / "finished").touch()
+    return next((folder / "runs").iterdir())
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Return the content of every file in a folder, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def files(folder: Path) -> list[Path]:
     """Return the files of a run but for locks."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, HOLDER))
@@ -160,3 +176,57 @@ def outcome(folder: Path) -> dict[str, Any]:
         elif name != "run.json" and not name.startswith(("report.", "figures/")):
             found[name] = path.read_bytes()
     return found
+
+
+def evaluated_configs(folder: Path) -> dict[str, dict[str, Any]]:
+    """Write what they need to a folder; return for every job a configuration with several batches in each set."""
+    save_classifier(folder)
+    films = save_texts(folder)["films"]
+    lora = {"method": "lora", "rank": 2}
+    attack = {"name": "pgd", "epsilon": 8 / 255, "steps": 2}  # with a random start, a function of the batch's number
+    conditions = {"attacks": [attack], "corruptions": [{"name": "fog", "severities": [2]}]}
+    return {
+        "fewshot": {
+            **FEWSHOT,
+            "task": "fewshot",
+            "evaluate": {**FEWSHOT["evaluate"], **conditions, "episodes": 20, "probabilities": True},
+        },
+        "multitask": {
+            "task": "multitask",
+            "model": VIT,
+            "adapt": lora,
+            "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.03, "limit": 40}],
+            "batch": 16,
+            "arms": {"lora": {}, "head": {"adapt": None}},
+            "train": {"steps": 2},
+            "evaluate": {"batch": 20, **conditions},
+        },
+        "dense": {
+            "task": "dense",
+            "model": {"name": "test_vit", "pretrained": False},
+            "adapt": lora,
+            "data": {"train": ["motorcycle:train"], "test": ["motorcycle:test"]},
+            "tasks": ["depth", {"name": "edge", "thresholds": 3, "max_dist": 0.03}],
+            "size": [32, 48],
+            "head": {"name": "linear"},
+            "augment": {"strength": 0},
+            "batch": 3,
+            "train": {"steps": 2},
+            "evaluate": {"batch": 2, **conditions},
+        },
+        "lm": {
+            "task": "lm",
+            "model": {"name": str(save_lm(folder / "tiny")), "first_block": 1},
+            "adapt": {**lora, "targets": ["q_proj"], "options": {"dropout": 0.2}},
+            "tasks": [sentiment_task(films, validation=[f"{films}:dev"])],
+            "train": {"steps": 2},
+            "batch": 4,
+            "evaluate": {"batch": 3, "temperature": True, "laplace": True, "passes": 2},
+        },
+        "robustness": {
+            "task": "robustness",
+            "arms": {"vit": {"classifier.name": str(folder / "model.safetensors")}},
+            "data": ["digits"],
+            "evaluate": {"images": 11, "batch": 4, **conditions, "masking": True},
+        },
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -62,10 +63,8 @@ def evaluated(tmp_path, monkeypatch):
         config = DenseConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
-        path = folder / "records" / "validation.jsonl"
-        scored = evaluation.task_scores(lambda: None, training, "validation", path)
-        result, *_ = evaluation.as_scores(scored, "validation")
-        assert evaluation.recorded_scores(path, training, "validation") == scored
+        result, *_ = evaluation.scores(lambda: None, training, "validation", [], folder)
+        assert evaluation.scores(pytest.fail, training, "validation", [], folder)[0] == result
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)
@@ -120,10 +119,9 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
         for canvas in ((24, 16), (24, 40)):
             config = DenseConfig(tasks=["depth"], size=list(canvas))
             evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
-            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation")
-            paths = [tmp_path / f"{canvas} {name}.jsonl" for name in ("clean", spec.name)]
-            clean, corrupted = evaluation.task_scores(*args, paths[0]), evaluation.task_scores(*args, paths[1], spec)
-            assert corrupted["depth"].value > clean["depth"].value + 0.05
+            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation", tmp_path / f"{canvas}")
+            clean, corrupted = (evaluation.pooled(*args, of)["depth"].result() for of in (None, spec))
+            assert corrupted.value > clean.value + 0.05
             values.append(corrupted)
         assert values[0] == values[1]
 
@@ -140,9 +138,7 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
         Evaluation(Study(config, tmp_path), Samples(samples, config)),
         Training(ALONE, 1e-3, 0, tmp_path),
     )
-    plain = evaluation.as_scores(
-        evaluation.task_scores(lambda: None, training, "test", tmp_path / "test.jsonl"), "test"
-    )
+    plain = evaluation.scores(lambda: None, training, "test", [], tmp_path)
     assert plain[0].measure.score == pytest.approx(3 / 8)
     score, *_ = evaluation.adjusted_scores(lambda: None, training, "test", tmp_path)
     assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
@@ -150,7 +146,7 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
     assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
     never = evaluation.adjusted_scores(pytest.fail, training, "test", tmp_path)  # it is on record
-    assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1
+    assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1 + 3
 
 
 def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) -> None:
@@ -171,46 +167,50 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     defined = evaluation.quality(scores)
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
     skipping = DenseConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
-    changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))
-    assert changed.recorded_scores(folder / "records" / "test.jsonl", training, "test") is None  # of another setting
-    section = sections(tmp_path)[0]
-    ((table, _),) = section.tables
+    ((table, _),) = sections(tmp_path)[0].tables
     assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]
+    changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))  # of the same record
+    again = changed.scores(pytest.fail, training, "test", [], folder / "records")
+    assert {score.task for score in again} == {"semseg", "depth"}
     other = Score("depth", "made", "", scores[0].measure, scores[0].condition)
     semseg = Score("semseg", "made", "", scores[0].measure, scores[0].condition)
     assert mean_scores([[other, semseg], [other]]) == mean_scores([[other], [other]])  # no mean over some of the seeds
 
 
-def test_a_record_of_other_images_is_not_taken(evaluated, tmp_path) -> None:
+def test_a_record_of_fewer_images_has_their_scores(evaluated, tmp_path) -> None:
     samples = [{"image": torch.full((3, 8, 8), value), "depth": torch.ones(8, 8)} for value in (1.0, 2.0, 4.0)]
     evaluation = Evaluation(
         Study(config := DenseConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
     )
-    path, training = tmp_path / "test.jsonl", Training(ALONE, 1e-3, 0, tmp_path)
-    scored = evaluation.task_scores(lambda: None, training, "test", path)
+    training = Training(ALONE, 1e-3, 0, tmp_path)
+    score, *_ = evaluation.scores(lambda: None, training, "test", [], tmp_path)
     evaluation.data = Samples(samples[:2], config)
-    fewer = evaluation.task_scores(lambda: None, training, "test", path)
-    assert len(scored["depth"].images) == 3 and len(fewer["depth"].images) == 2
-    (digest,) = {score.examples for score in evaluation.as_scores(fewer, "test")}
+    fewer, *_ = evaluation.scores(pytest.fail, training, "test", [], tmp_path)
+    assert (len(score.measure.values), len(fewer.measure.values)) == (3, 2) and fewer.examples not in (
+        "",
+        score.examples,
+    )
     evaluation.data = Samples(samples[1:], config)  # others of the same names
-    others = evaluation.task_scores(lambda: None, training, "test", tmp_path / "others.jsonl")
-    assert evaluation.as_scores(others, "test")[0].examples not in (digest, "")
+    others = evaluation.scores(lambda: None, training, "test", [], tmp_path / "others")
+    assert others[0].examples not in (fewer.examples, "")
     assert evaluation.data.decoded == [0, 1]  # once, also for the digest
 
 
-def test_records_and_thresholds_of_changed_files_are_not_taken(evaluated, tmp_path) -> None:
+def test_records_and_thresholds_of_changed_files_are_named(evaluated, tmp_path, capsys) -> None:
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(80, 3, 8, 8, generator=generator)
     tasks = [{"name": "classify", "classes": 2}]
     config = DenseConfig(tasks=tasks, size=[8, 8], evaluate=DenseEvaluateConfig(risk=True, batch=80))
     training = Training(ALONE, 1e-3, 0, tmp_path)
 
-    def scores(images: torch.Tensor, files: str, net=lambda: None) -> list[Score]:
+    def scores(images: torch.Tensor, files: str, folder: Path = tmp_path) -> list[Score]:
         samples = [{"image": image, "class": torch.tensor(i % 2)} for i, image in enumerate(images)]
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config, files))
-        return evaluation.scores(net, training, "test", [], tmp_path, risk=True)
+        return evaluation.scores(lambda: None, training, "test", [], folder, risk=True)
 
     first = scores(images, "first")
-    assert scores(images, "first", pytest.fail) == first
-    second = scores(3 * images, "second")  # surer, and as often right
-    assert second != first and scores(images, "first") == first
+    assert scores(images, "first") == first and "other" not in capsys.readouterr().out
+    assert scores(3 * images, "second") == first  # which are on record
+    out = capsys.readouterr().out
+    assert "is of other examples than are there now" in out and "is of other validation images" in out
+    assert scores(3 * images, "second", tmp_path / "second") != first  # surer, and as often right

@@ -114,7 +114,7 @@ def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
     tasks = {"parts": make_task("parts")}
     names = dense_predict.class_names(config, tasks)
     torso = torch.eye(7)[2].reshape(7, 1, 1).expand(7, *CANVAS)
-    dense_predict.picture(torch.zeros(3, *CANVAS), {"parts": torso}, tasks, names, tmp_path / "a.png")
+    dense_predict.draw_predictions(torch.zeros(3, *CANVAS), {"parts": torso}, tasks, names, tmp_path / "a.png")
     assert "torso" in answers.calls["texts"] and not any(text.startswith("class ") for text in answers.calls["texts"])
     assert dense_predict.class_names(config, {"parts": make_task({"name": "parts", "classes": 5})}) == {}
 
@@ -128,7 +128,7 @@ def test_classes_of_pixels_and_of_the_image_are_named(answers, tmp_path: Path) -
     labels[:10] = 2
     outputs = {"semseg": torch.eye(3)[labels].movedim(-1, 0), "classify": torch.tensor([0.0, 3.0])}
     names = {"classify": ["indoor", "outdoor"]}
-    dense_predict.picture(torch.zeros(3, *CANVAS), outputs, tasks, names, tmp_path / "a.png")
+    dense_predict.draw_predictions(torch.zeros(3, *CANVAS), outputs, tasks, names, tmp_path / "a.png")
     texts = answers.calls["texts"]
     # softmax of 3 and 0: 1 / (1 + exp(-3)) = 95 %; the commoner class comes first, one that is nowhere not at all
     assert "outdoor 95 %" in texts and "class 1" not in texts

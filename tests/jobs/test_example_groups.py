@@ -19,6 +19,7 @@ from vismt.data.batching import InOrder
 from vismt.data.images import open_images
 from vismt.data.maps.dense_set import DenseSet
 from vismt.data.pixels import Pixels
+from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
@@ -112,7 +113,7 @@ def test_detection_has_the_groups_of_both_sets() -> None:
     assert not detection_score(inside, outside, "other", ("t", "d", "p")).measure.groups
 
 
-def test_a_score_of_maps_is_by_blocks_of_frames() -> None:
+def test_a_score_of_maps_is_by_blocks_of_frames(tmp_path: Path) -> None:
     ids = [f"{number:03d}.png" for number in range(12)]
     blocks = {name: f"block {number // 4}" for number, name in enumerate(ids)}
     images = DenseSet("video", "all", [], ["depth"], ids, dict, groups=blocks, group_unit="blocks of frames")
@@ -121,8 +122,9 @@ def test_a_score_of_maps_is_by_blocks_of_frames() -> None:
     evaluation.data = type("Data", (), {"part": lambda self, split: rows, "size": (8, 8)})()
     evaluation.config, evaluation.tasks = DenseConfig(size=[8, 8]), {"depth": Depth()}
     values = {f"video:{name}": 1.0 + number // 4 + number / 100 for number, name in enumerate(ids)}
-    scored = Scored(math.fsum(values.values()) / 12, {}, values, {}, {})
-    (score,) = evaluation.as_scores({"depth": scored}, "test")
+    scored = Scored(math.fsum(values.values()) / 12, {}, values)
+    pool = type("Pool", (), {"result": lambda self: scored, "answers": {}, "path": tmp_path / "test.jsonl"})()
+    (score,) = evaluation.as_scores({"depth": pool}, Training("arm", None, 0, Path()), "test")
     assert (score.measure.units, score.measure.grouped_by) == (3, "blocks of frames")
     found = score.measure.estimate()
     assert found.sources == ((pytest.approx(cluster_variance(score.measure)), 2.0),)

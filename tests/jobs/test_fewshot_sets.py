@@ -86,7 +86,7 @@ def test_the_sampling_of_the_configuration_draws_the_episodes(tmp_path: Path) ->
     found = {}
     for sampling in ("parts", "with_replacement", "without_replacement"):
         config = load_config(write(tmp_path, {"evaluate.sampling": sampling, "evaluate.episodes": 10}))
-        (sampler, *_) = make_job(config, tmp_path / "run").data.samplers("digits", None)
+        (sampler, *_) = make_job(config, tmp_path / "run").data.samplers("digits")
         found[sampling] = type(sampler), sampler.parts
     assert found == {
         "parts": (EpisodeSampler, 5),

@@ -59,8 +59,8 @@ def run(tmp_path: Path):
 
 @pytest.fixture
 def figures(monkeypatch, painted) -> list:
-    drawn, save = [], lm_figures.save
-    monkeypatch.setattr(lm_figures, "save", lambda figure, path: drawn.append(figure) or save(figure, path))
+    drawn, save = [], lm_figures.save_figure
+    monkeypatch.setattr(lm_figures, "save_figure", lambda figure, path: drawn.append(figure) or save(figure, path))
     return drawn
 
 

@@ -23,7 +23,6 @@ from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig,
 from vismt.jobs.fewshot.config_checks import check
 from vismt.jobs.fewshot.data import draw_corruption
 from vismt.jobs.fewshot.pool_experts import ExpertSpec
-from vismt.metatune.amt.selection_rules import MergeSettings
 
 FIVE = [
     ExpertSpec(source="cifar100", level=8),
@@ -149,18 +148,6 @@ def test_a_pool_has_levels_or_experts_and_a_known_rule() -> None:
         PoolConfig(levels=[8], experts=FIVE)
     with pytest.raises(UserError, match=r"pool.select: 'core_tie' is not known. Near: 'core_ties'"):
         build(FewShotConfig, {"pool": {"select": "core_tie"}}, "a.yaml")
-    with pytest.raises(
-        UserError, match=r"merging.strategy: the names in evaluate.models .*pool.select the rule of merged"
-    ):
-        check(replace(configured(*FIVE), merging=MergeSettings("tsv")))
-    with pytest.raises(UserError, match=r"merging.shares: no expert 'l3'"):
-        check(replace(configured(*FIVE), merging=MergeSettings(shares={"l3": 1.0})))
-    for section, values, words in (
-        ("select", {"class_share": 1.0}, "select.class_share is 1.0"),
-        ("pool", {"rates": {"8": -1.0}}, r"pool.rates.8 is -1.0"),
-    ):
-        with pytest.raises(UserError, match=words):
-            build(FewShotConfig, {section: values}, "a.yaml")
     for model, close in (
         ("merged:papre", "merged:paper"),
         ("merged:tvs", "merged:tsv"),
@@ -216,7 +203,6 @@ def test_an_arm_with_a_pool_section_is_trained_as_its_expert_and_evaluated_like_
         {**LEVEL_2, "levels": [1, 2]},
         {**LEVEL_2, "clean": True},
         {"folder": "pools/a"},
-        {**LEVEL_2, "rates": {"2": 1.0}},
     ],
 )
 def test_an_arm_of_several_experts_is_refused(pool: dict) -> None:

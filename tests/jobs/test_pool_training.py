@@ -23,14 +23,11 @@ from vismt.metatune.amt.method import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, assemble, read_pool
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet
 from vismt.storage.files import sealed
-from vismt.storage.lines import read_lines
 
 
-def config(
-    levels: list, *, seed: int = 0, rates: dict | None = None, clean: bool = True, **train: object
-) -> FewShotConfig:
+def config(levels: list, *, seed: int = 0, clean: bool = True, **train: object) -> FewShotConfig:
     settings = TrainConfig(**{"steps": 5, "optimizer": "sgd", "lr": 0.02, "checkpoint_every": 2, **train})
-    pool = PoolConfig(levels=levels, clean=clean, gamma=0.02, rates=rates or {})
+    pool = PoolConfig(levels=levels, clean=clean, gamma=0.02)
     return FewShotConfig(
         adapt=AdaptConfig(method="amt", rank=2),
         train=settings,
@@ -149,16 +146,6 @@ def test_levels_share_their_episodes_and_copies_have_their_own(tmp_path: Path, m
     # The first episode of "2-8" is one of 2 or of 8, so one step of it is theirs.
     tensors = {expert.label: tuple(files(training(tmp_path, expert.label, seed=3)).values()) for expert in experts}
     assert tensors.pop("2-8") in (tensors["2"], tensors["8"]) and len(set(tensors.values())) == 4
-
-
-def test_every_expert_has_its_rate(tmp_path: Path) -> None:
-    settings = config([1, 2], rates={"2": 0.5, "clean": 0.25}, steps=1)
-    pooled(tmp_path, settings)
-    expected = {"clean": 0.25, "1": 0.02, "2": 0.5}
-    rates = {
-        label: read_lines(training(tmp_path, label, lr) / "metrics.jsonl")[0]["lr"] for label, lr in expected.items()
-    }
-    assert rates == expected and settings.train.lr == 0.02
 
 
 def test_a_collapse_stops_the_pool(tmp_path: Path) -> None:

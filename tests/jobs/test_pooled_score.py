@@ -20,15 +20,16 @@ def depth(errors: list[list[float]]) -> PooledScore:
     pool = PooledScore(DEPTH)
     for number, row in enumerate(errors):
         truth = torch.full((1, 1, len(row)), 2.0)
-        pool.add(f"image {number}", pool.state(truth[:, None] + torch.tensor(row), truth))
+        pool.add({"id": f"image {number}", **pool.columns(truth[:, None] + torch.tensor(row), truth)})
     return pool
 
 
 def test_the_score_is_pooled_and_psi_average_to_it() -> None:
-    scored = depth([[1.0, 1.0], [0.0, 0.0], [0.5, 0.5]]).result()
+    pool = depth([[1.0, 1.0], [0.0, 0.0], [0.5, 0.5]])
+    scored = pool.result()
     # sqrt((2 + 0 + .5) / 6) = .6455; the mean of the images' own 1, 0, .5 is another number
     assert scored.value == pytest.approx(math.sqrt(2.5 / 6))
-    assert scored.alone == pytest.approx({"image 0": 1.0, "image 1": 0.0, "image 2": 0.5})
+    assert [pool.alone(name) for name in scored.images] == pytest.approx([1.0, 0.0, 0.5])
     # without 0: sqrt(.5 / 4), without 1: sqrt(2.5 / 4), without 2: sqrt(2 / 4)
     without = [math.sqrt(0.125), math.sqrt(0.625), math.sqrt(0.5)]
     mean = sum(without) / 3
@@ -69,7 +70,7 @@ def test_leaving_an_image_out_is_scoring_the_others(name: str) -> None:
     for number, (prediction, target) in enumerate(samples):
         for left_out, pool in enumerate(pools):
             if number != left_out:
-                pool.add(str(number), pool.state(prediction, target))
+                pool.add({"id": str(number), **pool.columns(prediction, target)})
     whole, without = pools[4].result(), [pool.result().value for pool in pools[:4]]
     mean = sum(without) / 4
     assert list(whole.images.values()) == pytest.approx(
@@ -79,19 +80,20 @@ def test_leaving_an_image_out_is_scoring_the_others(name: str) -> None:
 
 def test_images_without_a_value_are_left_out_and_too_few_are_an_error() -> None:
     pool = depth([[1.0], [0.5]])
-    pool.add("blank", pool.state(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1)))
+    pool.add({"id": "blank", **pool.columns(torch.ones(1, 1, 1, 1), torch.zeros(1, 1, 1))})
     assert list(pool.result().images) == ["image 0", "image 1"]
     with pytest.raises(UserError, match=r"1 image\(s\) with a value for depth"):
         depth([[1.0]]).result()
     edge = PooledScore(make_task("edge"))
     truth = torch.zeros(1, 6, 6, dtype=torch.int64)
-    edge.add("none", edge.state(torch.zeros(1, 1, 6, 6), truth))
-    edge.add("some", edge.state(torch.zeros(1, 1, 6, 6), truth.index_fill(2, torch.tensor([3]), 1)))
+    line = truth.index_fill(2, torch.tensor([3]), 1)
+    edge.add({"id": "none", **edge.columns(torch.zeros(1, 1, 6, 6), truth)})
+    edge.add({"id": "some", **edge.columns(torch.zeros(1, 1, 6, 6), line)})
     with pytest.raises(UserError, match="edge rests on image 'some' alone"):
         edge.result()
     nan = PooledScore(make_task({"name": "semseg", "classes": 3, "absent": "nan"}))
     for number in range(2):
         prediction = torch.eye(3)[torch.zeros(1, 4, 4, dtype=torch.int64)].movedim(-1, 1)
-        nan.add(str(number), nan.state(prediction, torch.zeros(1, 4, 4).long()))
+        nan.add({"id": str(number), **nan.columns(prediction, torch.zeros(1, 4, 4).long())})
     with pytest.raises(UserError, match="the score of semseg is nan"):
         nan.result()

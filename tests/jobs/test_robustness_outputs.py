@@ -98,7 +98,7 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
     assert "other images" not in capsys.readouterr().out
     if other == "pixels":
         assert scores("first") == first  # whose answers are on record
-        assert "is of other images than are there now; move it away" in capsys.readouterr().out
+        assert "is of other examples than are there now; move it away" in capsys.readouterr().out
 
 
 def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):
@@ -106,11 +106,11 @@ def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, cap
     images.content = "first"
 
     def found():
-        return confidences(nn.Flatten(), InOrder(images, 2), tmp_path / "ood.jsonl", {"data": "x"}, "x")
+        return confidences(nn.Flatten(), InOrder(images, 2), tmp_path / "ood.jsonl", "", {"data": "x"}, "x")
 
     first = found()
     images.content, images.pixels = "second", 1 - images.pixels
-    assert found() == first and "is of other images than are there now" in capsys.readouterr().out
+    assert found() == first and "is of other examples than are there now" in capsys.readouterr().out
 
 
 def test_thresholds_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):

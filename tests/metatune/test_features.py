@@ -87,11 +87,10 @@ MODELS: dict[str, Callable[[ExpertPool], nn.Module]] = {
         name: lambda pool, name=name: PoolNet(pool, MergeSettings(name))
         for name in ("paper", "tsv", "logits", "min_ce")
     },
-    "augmented": lambda pool: PoolNet(pool, MergeSettings("paper", augment=True)),
 }
 
 
-@pytest.mark.parametrize("name,shots", [*((name, 2) for name in MODELS), ("ridge", 1), ("augmented", 1), ("tuned", 1)])
+@pytest.mark.parametrize("name,shots", [*((name, 2) for name in MODELS), ("ridge", 1), ("tuned", 1)])
 def test_records_are_those_of_every_episode(name, shots, pool, cache, tmp_path):
     paths = {mode: tmp_path / f"{mode}.jsonl" for mode in ("off", "auto", "again")}
     logits = {}

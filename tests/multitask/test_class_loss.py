@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from vismt.base.errors import UserError
-from vismt.multitask.class_loss import ClassLoss, adjusted, dice_loss, log_prior
+from vismt.multitask.class_loss import ClassLoss, adjusted, dice_loss
 from vismt.multitask.nets import Union
 from vismt.multitask.objectives import UnionObjective
 from vismt.multitask.tasks import IGNORE, make_task
@@ -58,32 +58,10 @@ def test_weighted_entropies_by_hand() -> None:
     assert task.loss(logits, target).item() == pytest.approx(9.75 * LN2 / 3)
 
 
-def test_logit_adjustment_by_hand() -> None:
-    # exp(z + tau log pi) with tau 1 ~ 1/2 * 64, 1/4 * 16, 1/4 * 4 = 32, 4, 1 of 37; with tau 1/2 ~ 4, 1, 1/2 of 5.5.
-    one = ClassLoss(logit_adjustment=1.0, class_counts=COUNTS).entropies(LOGITS, LABELS)
-    assert one.exp().tolist() == pytest.approx([37 / 32, 37 / 4, 37])
-    half = ClassLoss(logit_adjustment=0.5, class_counts=COUNTS).entropies(LOGITS, LABELS)
-    assert half.exp().tolist() == pytest.approx([5.5 / 4, 5.5, 11])
-    # After training without it: 1/2 / 64, 1/4 / 16, 1/4 / 4, so the rarest class wins; the wrong sign gives the commonest.
+def test_adjusted_logits_by_hand() -> None:
+    # exp(z - tau log pi) ~ 1/2 / 64, 1/4 / 16, 1/4 / 4, so the rarest class wins; the wrong sign gives the commonest.
     shown = adjusted(LOGITS[:, :, None, None], COUNTS, 1.0)
     assert (shown - shown[:, :1]).exp()[0, :, 0, 0].tolist() == pytest.approx([1, 2, 8])
-    assert log_prior(COUNTS).exp().sum().item() == pytest.approx(1)
-
-
-def test_focal_by_hand() -> None:
-    # (1 - p)^2 times the entropies: 1/4 ln 2, 9/16 * 2 ln 2.
-    losses = ClassLoss(focal=2.0).entropies(LOGITS, LABELS)
-    assert losses.tolist() == pytest.approx([LN2 / 4, 9 / 8 * LN2, 9 / 8 * LN2])
-    certain = torch.tensor([[200.0, 0.0]], requires_grad=True)
-    ClassLoss(focal=1.0).entropies(certain, torch.tensor([0])).sum().backward()
-    assert certain.grad.isfinite().all()
-
-
-def test_focal_weights_and_adjustment_combine() -> None:
-    every = ClassLoss(class_weights="inverse", logit_adjustment=1.0, focal=2.0, class_counts=COUNTS)
-    # p = 32/37, 4/37, 1/37; inverse weights ~ 1, 4, 16 over (64 + 64 + 64) / 84, i.e. 84/192 of them.
-    wanted = [84 / 192 * w * (1 - p) ** 2 * -math.log(p) for w, p in ((1, 32 / 37), (4, 4 / 37), (16, 1 / 37))]
-    assert every.entropies(LOGITS, LABELS).tolist() == pytest.approx(wanted, rel=1e-5)
 
 
 def test_dice_by_hand() -> None:
@@ -100,7 +78,7 @@ def test_dice_by_hand() -> None:
 
 @pytest.mark.parametrize("name", ["semseg", "parts", "classify"])
 def test_the_options_are_those_of_all_tasks_with_classes(name: str) -> None:
-    options = {"class_weights": "inverse", "logit_adjustment": 1.0, "focal": 2.0, "class_counts": COUNTS}
+    options = {"class_weights": "inverse", "class_counts": COUNTS}
     task = make_task({"name": name, "classes": 3, **options})
     shape = (3,) if name == "classify" else (1, 1, 3)
     logits = LOGITS if name == "classify" else LOGITS.T.reshape(1, 3, 1, 3)
@@ -113,7 +91,7 @@ def test_the_union_has_counts_over_all_tasks_and_separate_heads_their_own(head: 
     union, counts = Union(("birds", "cars"), (2, 3)), [30, 10, 60, 60, 20]
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 3, 4])
-    options = {"class_weights": "sqrt", "logit_adjustment": 1.0}
+    options = {"class_weights": "sqrt"}
     objective = UnionObjective(
         torch.nn.Identity(), union, head=head, class_loss=ClassLoss(**options, class_counts=counts), label_smoothing=0.1
     )
@@ -134,9 +112,7 @@ def test_the_union_has_counts_over_all_tasks_and_separate_heads_their_own(head: 
         ({"class_weights": "sqrt", "class_counts": [4, 0, 1]}, "class 1 has 0 training labels"),
         ({"class_counts": [4, 1]}, "class_counts [4, 1]; give the number of training labels of each of 3 classes"),
         ({"class_counts": 7}, "class_counts 7; give the number"),
-        ({"logit_adjustment": -1.0}, "logit_adjustment -1.0; it must be a number, 0 or more"),
-        ({"logit_adjustment": "one"}, "logit_adjustment 'one'; it must be a number, 0 or more"),
-        ({"focal": 0.5}, "focal 0.5; it must be 0, or 1 or more"),
+        ({"dice": "one"}, "dice 'one'; it must be a number, 0 or more"),
         ({"dice": float("nan")}, "dice nan; it must be a number, 0 or more"),
         ({"class_weigths": "sqrt"}, "no option 'class_weigths'. Near: 'class_weights'"),
     ],
@@ -148,7 +124,7 @@ def test_bad_options_are_one_line(options: dict, words: str) -> None:
 
 
 def test_a_loss_without_its_counts_is_an_error() -> None:
-    task = make_task({"name": "semseg", "classes": 3, "logit_adjustment": 1.0})
+    task = make_task({"name": "semseg", "classes": 3, "class_weights": "sqrt"})
     assert task.needs_counts
     with pytest.raises(UserError, match="need class_counts"):
         task.loss(LOGITS.T.reshape(1, 3, 1, 3), torch.tensor([[[0, 0, 1]]]))

@@ -15,7 +15,7 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
 from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.balancing.base import BALANCERS, make_balancer
-from vismt.multitask.heads import HEADS, PooledHead, make_head, make_pooled_head
+from vismt.multitask.heads import HEADS, PooledHead, make_map_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import DenseObjective
@@ -85,11 +85,11 @@ def test_accuracy_is_pooled_over_images_not_over_classes_or_batches() -> None:
 def test_the_jackknife_of_accuracy_is_right_and_wrong_of_each_labelled_image() -> None:
     pool = PooledScore(classify())
     for name, label in (("a", 0), ("b", 1), ("c", 0), ("d", -1), ("e", 2)):
-        pool.add(name, pool.state(LOGITS[:1], torch.tensor([label])))
+        pool.add({"id": name, **pool.columns(LOGITS[:1], torch.tensor([label]))})
     result = pool.result()
-    assert result.value == 0.5 and result.numbers["images"] == 4
+    assert result.value == 0.5
     right = {"a": 1, "b": 0, "c": 1, "e": 0}
-    assert result.images == pytest.approx(right) and result.alone == right
+    assert result.images == pytest.approx(right) and {name: pool.alone(name) for name in right} == right
 
 
 def test_its_logits_have_no_size_and_no_picture() -> None:
@@ -161,7 +161,7 @@ def test_bad_calls_of_the_metric() -> None:
 def net(tasks=TASKS) -> DenseNet:
     """Return a net for images of 16 x 24, with a grid of 4 x 6."""
     backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5,) * 3, std=(0.5,) * 3)
-    make = {"semseg": lambda: make_head("linear", [32, 32], 4), "classify": lambda: make_pooled_head([32, 32], 3)}
+    make = {"semseg": lambda: make_map_head("linear", [32, 32], 4), "classify": lambda: make_pooled_head([32, 32], 3)}
     return DenseNet(backbone, {task.name: make[task.name]() for task in tasks}, [0, 1])
 
 
@@ -202,7 +202,7 @@ def test_the_pooled_head_by_itself() -> None:
     )
     assert PooledHead not in HEADS.values()  # not a head for maps
     with pytest.raises(UserError, match="no head 'pooled'"):
-        make_head("pooled", [5], 7)
+        make_map_head("pooled", [5], 7)
     with pytest.raises(UserError, match="head: channels 0"):
         make_pooled_head([5], 0)
 

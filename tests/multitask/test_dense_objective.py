@@ -12,7 +12,7 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import collate
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import DenseRetaining
-from vismt.multitask.heads import make_head, resize_logits
+from vismt.multitask.heads import make_map_head, resize_logits
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
 from vismt.multitask.objectives import DenseObjective
 from vismt.multitask.tasks import make_task
@@ -24,7 +24,7 @@ TASKS = [make_task({"name": "semseg", "classes": 4, "loss_weight": 2.0}), make_t
 def net(tasks=TASKS, seed: int = 0) -> DenseNet:
     """Return a net for images of 16 x 24, with a grid of 4 x 6."""
     backbone = Backbone(tiny_vit(seed, num_classes=0, img_size=(16, 24)), **MEAN)
-    return DenseNet(backbone, {task.name: make_head("linear", [32, 32], task.channels) for task in tasks}, [0, 1])
+    return DenseNet(backbone, {task.name: make_map_head("linear", [32, 32], task.channels) for task in tasks}, [0, 1])
 
 
 def batch(count: int = 3, **without: tuple[int, ...]) -> dict:
@@ -200,6 +200,6 @@ def test_errors() -> None:
     with pytest.raises(UserError, match="no head"):
         DenseNet(model.backbone, {}, [0, 1])
     with pytest.raises(UserError, match=r"takes taps of widths \[32\], the net has \[32, 32\]"):
-        DenseNet(model.backbone, {"depth": make_head("linear", [32], 1)}, [0, 1])
+        DenseNet(model.backbone, {"depth": make_map_head("linear", [32], 1)}, [0, 1])
     with pytest.raises(UserError, match="must be the same"):
         DenseObjective(model, TASKS[:2])

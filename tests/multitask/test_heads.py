@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
-from vismt.multitask.heads import HEADS, make_head, resize_logits
+from vismt.multitask.heads import HEADS, make_map_head, resize_logits
 
 WIDTHS, CHANNELS = [12, 12, 12, 12], 5
 SCALE = {"linear": 1, "conv": 4, "dpt": 4, "segformer": 4}
@@ -25,7 +25,7 @@ def taps(rows: int, columns: int, count: int = 2, seed: int = 0) -> list[Tensor]
 
 
 def head(name: str, **options: object) -> nn.Module:
-    return make_head(name, WIDTHS, CHANNELS, **{**OPTIONS[name], **options})
+    return make_map_head(name, WIDTHS, CHANNELS, **{**OPTIONS[name], **options})
 
 
 @every_head
@@ -44,7 +44,7 @@ def test_stages_are_read_on_their_own_grids(name: str) -> None:
     """Widths and grids of a hierarchical model, where halving 3 x 5 has rounded up; every weight counts."""
     widths, grids = [4, 8, 12, 16], [(12, 20), (6, 10), (3, 5), (2, 3)]
     maps = [torch.randn(2, width, *grid) for width, grid in zip(widths, grids)]
-    model = make_head(name, widths, CHANNELS, **OPTIONS[name])
+    model = make_map_head(name, widths, CHANNELS, **OPTIONS[name])
     logits = model(maps)
     assert logits.shape[-2:] == {"linear": (2, 3), "conv": (8, 12)}.get(name, (12, 20))
     logits.square().mean().backward()
@@ -53,13 +53,13 @@ def test_stages_are_read_on_their_own_grids(name: str) -> None:
         large = [resize_logits(project(tap), (12, 20)) for project, tap in zip(model.project, maps)]
         wanted = model.predict(F.gelu(model.norm(model.fuse(torch.cat(large, 1)))))
         assert torch.allclose(logits, wanted, atol=1e-6)
-        assert make_head(name, widths, CHANNELS, hidden=8, scale=2)(maps).shape[-2:] == (24, 40)
+        assert make_map_head(name, widths, CHANNELS, hidden=8, scale=2)(maps).shape[-2:] == (24, 40)
 
 
 @pytest.mark.parametrize("d,h,k", [(12, 8, 5), (10, 6, 1)])
 def test_parameters_by_formula(d: int, h: int, k: int) -> None:
     def count(name: str, **options: object) -> int:
-        return sum(parameter.numel() for parameter in make_head(name, [d] * 4, k, **options).parameters())
+        return sum(parameter.numel() for parameter in make_map_head(name, [d] * 4, k, **options).parameters())
 
     assert count("linear") == d * k + k
     norm, last = 2 * h, h * k + k
@@ -135,7 +135,7 @@ def test_a_vit_learns_a_map(name: str) -> None:
         maps = backbone.maps(pixels, [0, 1, 2, 3])
     target = torch.zeros(2, 8, 12, dtype=torch.int64)
     target[0, :, 6:] = target[1, 4:] = 1
-    model = make_head(name, [32] * 4, 2, **OPTIONS[name])
+    model = make_map_head(name, [32] * 4, 2, **OPTIONS[name])
     optimizer = torch.optim.Adam(model.parameters(), 2e-2)
     for _ in range(40):
         loss = F.cross_entropy(resize_logits(model(maps), target.shape[-2:]), target)
@@ -163,7 +163,7 @@ def test_a_vit_learns_a_map(name: str) -> None:
 )
 def test_bad_settings(name: str, widths: list[int], options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_head(name, widths, CHANNELS, **options)
+        make_map_head(name, widths, CHANNELS, **options)
 
 
 def test_bad_taps() -> None:
@@ -176,4 +176,4 @@ def test_bad_taps() -> None:
         with pytest.raises(UserError, match=message):
             model(maps)
     with pytest.raises(UserError, match="head: channels 0"):
-        make_head("linear", WIDTHS, 0)
+        make_map_head("linear", WIDTHS, 0)

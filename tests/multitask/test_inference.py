@@ -15,7 +15,7 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import blank
 from vismt.data.maps.dense_transforms import FILL
-from vismt.multitask.heads import make_head, make_pooled_head, resize_logits
+from vismt.multitask.heads import make_map_head, make_pooled_head, resize_logits
 from vismt.multitask.inference import predict, starts
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import make_task
@@ -30,7 +30,7 @@ TASKS = {
 def net() -> DenseNet:
     """Return a net for images of 16 x 24."""
     backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
-    heads = {name: make_head("linear", [32], task.channels, seed=len(name)) for name, task in TASKS.items()}
+    heads = {name: make_map_head("linear", [32], task.channels, seed=len(name)) for name, task in TASKS.items()}
     return DenseNet(backbone, heads, [1]).requires_grad_(False).eval()
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from helpers.results import result
 
 from vismt.base.errors import UserError
-from vismt.report.claims import Evidence, contradict
-from vismt.report.study_rows import StudyRow
+from vismt.report.claims import ClaimEvidence, contradict
+from vismt.report.study_rows import About, StudyRow, StudyRows
+
+ABOUT = About("", "", "", {}, [], "", "", {}, "", "", 0.0)
 
 
 def verdict(low: float, high: float, scale: str = "number", **rule: float) -> str:
     row = StudyRow(**vars(result(scale=scale, value=(low + high) / 2, low=low, high=high)))
-    return Evidence(study="s", arm="a", **rule).follows(row)  # type: ignore[arg-type]  # values of a rule
+    return ClaimEvidence(study="s", arm="a", **rule).follows(row)  # type: ignore[arg-type]  # values of a rule
 
 
 @pytest.mark.parametrize(
@@ -66,4 +70,29 @@ def test_undecided_contradicts_nothing() -> None:
 )
 def test_evidence_that_decides_nothing_is_refused(values: dict[str, Any], words: str) -> None:
     with pytest.raises(UserError, match=words):
-        Evidence(**values)
+        ClaimEvidence(**values)
+
+
+def test_a_claim_about_domains_is_judged_by_the_wider_interval() -> None:
+    """Five sets with gains of -1 to 3: the mean 1 is far from 0 over new examples, and not over new domains."""
+
+    def row(data: str, arm: str, value: float, half: float, minus: str = "") -> StudyRow:
+        found = result(scale="number", value=value, low=value - half, high=value + half)
+        return replace(StudyRow(**vars(found)), data=data, arm=arm, minus=minus, interval="examples")
+
+    sets = [row(str(gain), "a", 10.0 + gain, 0.1) for gain in range(-1, 4)]
+    sets += [row(str(gain), "b", 10.0, 0.1) for gain in range(-1, 4)]
+
+    def follows(half: float, domains: bool) -> tuple[str, float]:
+        average = row("average", "a", 1.0, half, minus="b")
+        evidence = ClaimEvidence(study="s", arm="a", minus="b", metric=average.metric, above=0.0, domains=domains)
+        found = evidence.find(StudyRows(ABOUT, [average, *sets]), "claims")
+        return evidence.follows(found), found.half
+
+    narrow, wide = follows(0.5, True), follows(3.0, True)
+    assert follows(0.5, False) == ("holds", 0.5)
+    assert narrow == (
+        "undecided",
+        pytest.approx(2.776 * math.sqrt(2.5 / 5), rel=1e-3),
+    )  # t(4) and the spread of the gains
+    assert wide == ("undecided", 3.0)

@@ -9,7 +9,7 @@ from helpers.results import HASH, PGD, add, corruption, half, measure, rows_of, 
 from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
-from vismt.report.comparison import compare
+from vismt.report.comparison import compare_results
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.tables import difference_tables, result_tables
 from vismt.storage.lines import read_lines
@@ -32,7 +32,7 @@ def folder(tmp_path):
 
 
 def comparisons(folder):
-    results = compare(read_results(folder / "results.jsonl", HASH), ValuesByExample(folder))
+    results = compare_results(read_results(folder / "results.jsonl", HASH), ValuesByExample(folder))
     return {(c.data, c.condition): c for c in results}
 
 
@@ -83,7 +83,9 @@ def test_a_measure_with_bounds_is_not_paired(folder):
         score = Score("few-shot", "digits", "5-way 1-shot", ece, CLEAN)
         add(folder, score, arm)
     compared = next(
-        c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder)) if c.row.metric == "ECE-15"
+        c
+        for c in compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+        if c.row.metric == "ECE-15"
     )
     assert not compared.paired and not compared.differences and compared.cells["frozen"].mark == "tie"
     assert half(compared.cells["frozen"]) == pytest.approx(0.4) and half(compared.cells["adapted"]) == pytest.approx(
@@ -244,7 +246,7 @@ def test_without_records_an_average_has_the_errors_of_its_rows(folder):
 
 def test_other_protocols_metrics_and_units_are_other_blocks(folder):
     add_arm(folder, "digits", "frozen", FROZEN, FROZEN, protocol="5-way 5-shot")
-    blocks = [c.block for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))]
+    blocks = [c.block for c in compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder))]
     assert list(dict.fromkeys(blocks)) == [
         ("few-shot", "5-way 1-shot", "accuracy", "episodes"),
         ("few-shot", "5-way 5-shot", "accuracy", "episodes"),
@@ -294,7 +296,9 @@ def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
         for name, drop in shift.items():
             values = [0.4 - drop + gain, 0.6 - drop + gain, 0.8 - drop + 2 * gain]
             add(tmp_path, Score("few-shot", "x", "p", measure(values), corruption(name, 3), "episodes"), arm)
-    found = {c.condition: c for c in compare(read_results(tmp_path / "results.jsonl"), ValuesByExample(tmp_path))}
+    found = {
+        c.condition: c for c in compare_results(read_results(tmp_path / "results.jsonl"), ValuesByExample(tmp_path))
+    }
     mean = found["mean of 4 corruptions"]
     assert mean.cells["plain"].value == pytest.approx(0.45) and mean.row.kind == "corruptions"
     # the corruptions shift all examples alike, so that the mean is as uncertain as one of them
@@ -302,14 +306,14 @@ def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
     assert mean.differences["robust"].mean == pytest.approx(0.4 / 3)
     assert mean.differences["robust"].half == pytest.approx(found["fog 3"].differences["robust"].half)
     rows = [row for row in read_results(tmp_path / "results.jsonl") if row.condition != "snow 3"]
-    assert not any("mean" in c.condition for c in compare(rows, ValuesByExample(tmp_path)))
+    assert not any("mean" in c.condition for c in compare_results(rows, ValuesByExample(tmp_path)))
 
 
 def test_differences_are_to_the_baseline_of_the_task(folder):
     add_arm(folder, "digits", "third", [0.3, 0.5, 0.7, 0.9], FROZEN)
 
     def base(**options):
-        c = next(c for c in compare(read_results(folder / "results.jsonl"), ValuesByExample(folder), **options))
+        c = next(c for c in compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder), **options))
         return c.base, list(c.differences)
 
     assert base() == ("adapted", ["third"])  # the first that is no reference
@@ -320,7 +324,7 @@ def test_differences_are_to_the_baseline_of_the_task(folder):
     # a condition that the baseline lacks has no differences, and no other baseline
     for arm in ("third", "frozen"):
         add(folder, Score("few-shot", "digits", "5-way 1-shot", measure([0.5] * 4), PGD_2, "episodes"), arm)
-    found = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+    found = compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder))
     assert {c.base for c in found} == {"adapted"} and not next(c for c in found if c.condition == "PGD-2").differences
 
 
@@ -333,7 +337,7 @@ def test_a_value_outside_its_interval_has_its_reason_and_no_star(tmp_path):
             "c", "digits", "test", measure([value] * 100, "ECE-15", better="lower", error=error, paired=False), CLEAN
         )
         rows.append(add(tmp_path, score, arm))
-    (c,) = compare(rows, ValuesByExample(tmp_path))
+    (c,) = compare_results(rows, ValuesByExample(tmp_path))
     assert c.cells["a"].value > c.cells["a"].high and {cell.mark for cell in c.cells.values()} == {""}
     ((table, note),) = result_tables([c])
     assert (
@@ -343,7 +347,7 @@ def test_a_value_outside_its_interval_has_its_reason_and_no_star(tmp_path):
     assert "Bias-corrected: " in note
     # inside its interval it has its star, and no word
     rows = [replace(row, low=0.0) for row in rows]
-    (c,) = compare([replace(row, high=0.2) for row in rows], ValuesByExample(tmp_path))
+    (c,) = compare_results([replace(row, high=0.2) for row in rows], ValuesByExample(tmp_path))
     assert [cell.mark for cell in c.cells.values()] == ["best", "tie"]
     assert "orrected" not in str(result_tables([c]))
 

@@ -15,7 +15,7 @@ COUNTS = np.array([[8, 1, 1], [0, 10, 0], [5, 0, 5]])
 
 
 def test_classes_have_their_accuracy_and_a_matrix(tmp_path: Path, drawn: list, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confusion, "save", lambda figure, path: drawn.append(figure) or path)
+    monkeypatch.setattr(confusion, "save_figure", lambda figure, path: drawn.append(figure) or path)
     names = ["cat", "dog", "a/cow"]
     write_confusion(tmp_path, "my images", names, names, {"head": COUNTS, "lora": COUNTS[::-1, ::-1]})
     section = class_section(tmp_path, "lora")

@@ -10,14 +10,14 @@ from helpers.results import PGD, cell, comparison, result
 from helpers.run_folder import make_folder
 
 from vismt.report import figures, plotting
-from vismt.report.comparison import compare
+from vismt.report.comparison import compare_results
 from vismt.report.renderers import render_csv, render_latex
 from vismt.report.results import ValuesByExample, read_results
 from vismt.report.tables import paper_tables
 
 
 def latex(folder):
-    comparisons = compare(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+    comparisons = compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder))
     return render_latex(paper_tables(comparisons))
 
 

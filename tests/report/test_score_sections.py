@@ -7,7 +7,7 @@ from helpers.readable import assert_readable, visible_texts
 from helpers.results import PGD, add, corruption, measure, result, rows_of, write_lines
 
 from vismt.engine.study import chosen_trainings
-from vismt.report.comparison import compare
+from vismt.report.comparison import compare_results
 from vismt.report.results import Score, ValuesByExample, read_results
 from vismt.report.score_sections import arm_scores, score_sections
 from vismt.report.trainings import training_sections
@@ -49,7 +49,7 @@ def folder(tmp_path):
 
 def sections(folder, arms=ARMS, baselines=BASELINES, logged=LOGGED, seed=0):
     results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
-    scores = score_sections(folder, results, compare(results, values, baselines), values, arms)
+    scores = score_sections(folder, results, compare_results(results, values, baselines), values, arms)
     return {section.title: section for section in [*scores, *training_sections(folder, arms, seed, logged)]}
 
 

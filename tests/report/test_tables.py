@@ -16,12 +16,12 @@ from vismt.report.tables import (
     cell_text,
     difference_tables,
     difference_text,
-    fitted,
     interval_text,
     measure_tables,
     number_text,
     result_tables,
     scale_text,
+    split_wide_table,
     without_further,
 )
 from vismt.uncertainty.intervals import CLEAN, Condition
@@ -204,14 +204,14 @@ def test_an_arm_may_be_named_average():
 def test_a_wide_table_is_cut_between_columns_and_keeps_its_first():
     rows = [["a text of several words", *(f"{i}.0 ± 2.5" for i in range(12))], ["b", "1.0 ± 2.5", *["–"] * 11]]
     table = Table("wide", ["Arm", *(f"column {i}" for i in range(12))], rows, {(0, 1), (0, 12)}, texts=1)
-    first, second = fitted(table, 120)
+    first, second = split_wide_table(table, 120)
     assert first.heads[0] == second.heads[0] == "Arm" and first.heads[1:] + second.heads[1:] == table.heads[1:]
     assert first.rows[0][1:] + second.rows[0][1:] == rows[0][1:]
     assert [len(part.rows) for part in (first, second)] == [2, 1]  # no row without a number
     assert first.best == {(0, 1)} and second.best == {(0, len(second.heads) - 1)}
-    assert fitted(table, 1000) == [table]
+    assert split_wide_table(table, 1000) == [table]
     # one column that is wider than the page is not lost
-    assert [part.heads for part in fitted(Table("t", ["A", "b"], [["x", "y" * 50]], set(), texts=1), 30)] == [
+    assert [part.heads for part in split_wide_table(Table("t", ["A", "b"], [["x", "y" * 50]], set(), texts=1), 30)] == [
         ["A", "b"]
     ]
 

@@ -12,7 +12,7 @@ from helpers.run_folder import make_folder
 from vismt.base.errors import UserError
 from vismt.engine.study import ARMS, CHOSEN
 from vismt.engine.training_files import CHANGES, DONE, MERGE
-from vismt.report.comparison import compare
+from vismt.report.comparison import compare_results
 from vismt.report.results import ValuesByExample, read_results
 from vismt.report.run_list import list_runs
 from vismt.report.trainings import Cost, cost_section, progress_section, read_costs, training_sections
@@ -104,7 +104,7 @@ def test_costs_follow_from_the_files_of_the_trainings(folder: Path) -> None:
 
 def test_scores_stand_beside_the_costs(folder: Path, drawn: list[Any]) -> None:
     results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
-    comparisons = compare(results, values)
+    comparisons = compare_results(results, values)
     costs = {"adapted": Cost(0.01, "highest", 1_234_567, 7300.0, 2048.0), "frozen": Cost(0.1, "", 12, 60.0)}
     section = cost_section(folder, comparisons, costs)
     ((table, _),) = section.tables

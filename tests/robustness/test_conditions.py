@@ -83,10 +83,10 @@ def config(evaluate, **sections):
         ({"attacks": [{"source": "clean"}]}, {"pool": {}}, "needs pool.clean"),
         ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
         ({"masking_episodes": 1}, {}, "evaluate.masking_episodes is 1"),
-        ({}, {"pool": {}, "select": {"class_share": 0.5, "attack": {"source": "frozen"}}}, "select.attack"),
+        ({}, {"pool": {}, "select": {"data": ["dtd10"], "attack": {"source": "frozen"}}}, "select.attack"),
         (
             {"ways": 3},
-            {"pool": {}, "select": {"class_share": 0.5, "attack": {"name": "apgd_t"}}},
+            {"pool": {}, "select": {"data": ["dtd10"], "attack": {"name": "apgd_t"}}},
             "needs 4 classes, here are 3",
         ),
         (

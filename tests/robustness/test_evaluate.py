@@ -154,7 +154,7 @@ def test_resume_by_example(tmp_path):
 def test_foreign_records_are_refused(tmp_path):
     path = tmp_path / "records.jsonl"
     evaluate_classifier(Linear(), batches(), [PGD], num_classes=3, records=path, fingerprint="a")
-    with pytest.raises(UserError, match="different: fingerprint"):
+    with pytest.raises(UserError, match="different: weights"):
         evaluate_classifier(Linear(), batches(), [PGD], num_classes=3, records=path, fingerprint="b")
     moved = [(images, (labels + 1) % 3, ids) for images, labels, ids in batches()]
     with pytest.raises(UserError, match=r"'image/0.png' is on record with label 1, now it has 2"):

@@ -12,7 +12,7 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.config import ClassifierConfig
-from vismt.jobs.robustness.models import load
+from vismt.jobs.robustness.models import make_classifier
 from vismt.robustness.classifier import load_robustbench
 
 
@@ -74,10 +74,10 @@ def test_a_model_is_loaded_by_name_data_set_and_threat(package, tmp_path):
 
 
 def test_a_robustness_run_takes_it_as_a_classifier(package):
-    classifier = load(ClassifierConfig("robustbench:Wong2020Fast"))
+    classifier = make_classifier(ClassifierConfig("robustbench:Wong2020Fast"))
     assert (classifier.num_classes, classifier.size, classifier.labels) == (10, 32, None)
     assert classifier.net(torch.rand(2, 3, 32, 32)).shape == (2, 10)
-    assert load(ClassifierConfig("robustbench:Wong2020Fast", size=28)).size == 28
+    assert make_classifier(ClassifierConfig("robustbench:Wong2020Fast", size=28)).size == 28
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from scipy.stats import norm
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.robustness.evaluate import certified_accuracies, evaluate_examples
+from vismt.evaluation.certify import Certify
+from vismt.robustness.evaluate import evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, FIRST, Smoothing
 
 SHAPE = (3, 4, 4)
@@ -111,14 +112,17 @@ def test_the_bound_covers(repeats, samples):
 
 def test_records_and_accuracies():
     smoothing = Smoothing(sigma=0.25, samples=200)
+    feature = Certify(smoothing)
     images = torch.cat([at(margin, 1) for margin in (0.6, 0.3, 0.02, 0.6)]) + 0.0
     labels = torch.tensor([1, 1, 1, 0])
-    rows = evaluate_examples(Halfspace(), [(images, labels)], [], num_classes=2, smoothing=smoothing)
+    rows = evaluate_examples(Halfspace(), [(images, labels)], [], num_classes=2, features=[feature])
     assert [row["clean"] for row in rows] == [1, 1, 1, 1]
     assert [row["smoothed 0.25"] for row in rows][:2] == [1, 1]
     radii = [row["smoothed 0.25 radius"] for row in rows]
     assert radii[0] > 0.25 and radii[1] < 0.3 and smoothing.largest < 0.75
-    found = {condition.level: list(values.values()) for condition, values in certified_accuracies(rows, smoothing)}
+    *certified, (_, abstentions) = feature.measures(rows)
+    found = {condition.level: list(measure.values.values()) for condition, measure in certified}
+    assert abstentions.metric == "abstentions" and list(abstentions.values.values())[:2] == [0, 0]
     assert list(found) == [0.0, 0.25]  # the others are out of reach of 200 draws
     assert found[0.0][0] == 1 and found[0.0][3] == 0 and found[0.25][0] == 1 and sum(found[0.25][2:]) == 0
     assert all(a >= b for a, b in zip(found[0.0], found[0.25]))
@@ -130,7 +134,7 @@ def test_the_size_of_batches_changes_no_certificate():
     def rows(size: int) -> list[dict]:
         parts = [slice(start, start + size) for start in range(0, 4, size)]
         batches = [(images[part], labels[part], names[part]) for part in parts]
-        return evaluate_examples(Halfspace(), batches, [], num_classes=2, smoothing=Smoothing(samples=100))
+        return evaluate_examples(Halfspace(), batches, [], num_classes=2, features=[Certify(Smoothing(samples=100))])
 
     assert rows(4) == rows(2) and len({row["smoothed 0.25 radius"] for row in rows(4)}) > 1
 

@@ -37,7 +37,7 @@ def records(
         {"episode": i, "clean": text.count("1") / len(text), **({"clean right": text} if texts else {})}
         for i, text in enumerate(answers)
     ]
-    header = {"protocol": "00", "settings": {"sampler": {"queries": queries}}}
+    header = {"protocol": {"sampler": {"queries": queries}}}
     write_lines(folder / "episodes" / f"seed-{seed}" / name, [header, *lines])
 
 

@@ -91,11 +91,29 @@ def test_seeds_are_those_of_the_trainings(checkout: Path, monkeypatch) -> None:
     )
 
 
+def test_a_trade_has_a_dot_for_each_training_and_joins_the_rates_of_an_arm(checkout: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures, "save_figure", lambda figure, _: drawn.append(figure.axes[0]))
+    study = read_study(checkout / ROWS / "study.jsonl")
+    names = {"frozen": "lora-1e-3", "adapted": "lora-3e-3"}
+    found = [row for row in study.rows if row.arm in names and not row.minus]
+    rows = [StudyRow(**{**vars(row), "arm": names[row.arm], "by_seed": (row.value, row.value + 0.01)}) for row in found]
+    write_study(checkout / ROWS / "trades.jsonl", type(study)(study.about, rows))
+    where = {"metric": "accuracy", "condition": "clean", "data": ["digits", "crops"], "arm": [*names.values()]}
+    committed.study.cache_clear()
+    spec = {"study": "trades", "kind": "trade", "where": where}
+    figures.draw(spec, figures.chosen(spec, "picture"), checkout / "a.svg")
+    (axes,) = drawn
+    assert [line.get_xdata() for line in axes.lines if len(line.get_xdata()) == 2] == [pytest.approx([50, 60])]
+    assert sorted(x for dots in axes.collections for x, _ in dots.get_offsets()) == pytest.approx([50, 51, 60, 61])
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"kind": "bar"}, "picture 'a': has study, kind, where; give study, where and kind: bars or certified"),
         ({"kind": "seeds"}, "picture 'a': 'study' has no rows by seed; give it kind: bars"),
+        ({"kind": "trade"}, "picture 'a': a trade has two scores; `where` leaves 3"),
         ({"note": "a"}, "picture 'a': has study, kind, where, note; give study"),
         ({"where": {"arn": "a"}}, "picture 'a': rows have no field 'arn'. Near: 'arm'"),
         ({"study": "studi"}, "tables: no rows of a study 'studi' in docs/results/rows. Near: 'study'"),

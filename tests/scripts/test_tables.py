@@ -178,7 +178,10 @@ def test_add_refuses_rows_whose_intervals_lack_their_kind_or_the_seeds(
         ),
         (lambda spec: spec["where"].update(arn="a"), "arn is not what a cell can have"),
         (lambda spec: spec["columns"]["n"].update(show="all"), "show or study is not what a cell can have"),
-        (lambda spec: spec["columns"]["n"].update(show="domains"), "needs data average and 5 sets or more, not 2"),
+        (
+            lambda spec: spec["columns"]["n"].update(show="domains"),
+            "domains need data average and 5 sets or more, not 2",
+        ),
         (lambda spec: spec["where"].pop("data"), "study 'study': 3 rows have"),
         (lambda spec: spec["heads"].pop(), "has other parts than `heads`"),
         (

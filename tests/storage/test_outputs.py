@@ -9,7 +9,7 @@ import pytest
 
 from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
-from vismt.storage.outputs import LONGEST, NOTE, check_files, check_folder, check_outputs, note, noted
+from vismt.storage.outputs import LONGEST, NOTE, check_folder, check_folder_outputs, check_outputs, note_outputs, noted
 
 
 def test_an_output_that_is_an_input_is_refused_under_each_of_its_names(tmp_path: Path) -> None:
@@ -36,21 +36,24 @@ def test_an_output_that_could_not_be_written_is_refused_before_the_work(tmp_path
     atomic_write(longest, "")
     with pytest.raises(UserError, match=r"needs a shorter name; rename 'a.png'"):
         check_outputs("predict", [(longest.with_suffix(".longer"), "a.png")])
-    for check in (lambda folder: check_files("predict", folder, []), lambda folder: check_folder("compare", folder)):
+    for check in (
+        lambda folder: check_folder_outputs("predict", folder, []),
+        lambda folder: check_folder("compare", folder),
+    ):
         with pytest.raises(UserError, match="is a file; name a folder"):
             check(longest)
 
 
 def test_a_command_replaces_what_it_noted_and_nothing_else(tmp_path: Path) -> None:
     for names in (["a.png"], ["b.png"], ["a.png"]):
-        check_files("predict", tmp_path, [(name, "") for name in names])
-        note("predict", tmp_path, names)
+        check_folder_outputs("predict", tmp_path, [(name, "") for name in names])
+        note_outputs("predict", tmp_path, names)
         for name in names:
             (tmp_path / name).write_bytes(b"")
     (tmp_path / "dangling.png").symlink_to(tmp_path / "nowhere")
     for command, name in (("predict", "dangling.png"), ("other", "a.png")):
         with pytest.raises(UserError, match=f"{command}: '{tmp_path / name}' exists and would be overwritten"):
-            check_files(command, tmp_path, [(name, "")])
+            check_folder_outputs(command, tmp_path, [(name, "")])
     assert noted(tmp_path) == {"predict": ["a.png", "b.png"]}
 
 
@@ -58,7 +61,7 @@ def test_a_folder_as_a_whole_is_empty_or_noted(tmp_path: Path) -> None:
     folder = tmp_path / "report"
     check_folder("compare", folder)
     assert not folder.exists()
-    note("compare", folder)
+    note_outputs("compare", folder)
     (folder / "report.md").write_text("old")
     check_folder("compare", folder)
     with pytest.raises(UserError, match=r"report.md' exists"):

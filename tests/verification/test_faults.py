@@ -1,4 +1,4 @@
-"""Fourteen seeded faults are found with their reason, and clean folders are ok; docs/guides/verify.md has the table of a run."""
+"""Fourteen seeded faults are found with their reason, and clean folders are ok; docs/verify_tests.md has the table of a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from helpers.verified_folders import ADAPTERS, FAULTS, TARGETS, TUNERS, Folders,
 
 import vismt
 
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "verify.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "verify_tests.md"
 EVIDENCE = ("alone", "base", "merged")
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.update import Update
-from vismt.verification.fit import fit
+from vismt.verification.fit import fit_merge
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -44,14 +44,14 @@ def merged(W: Tensor, update: Update, factor: float, dtype: torch.dtype) -> Tens
 )
 def test_a_factor_is_named(dtype: torch.dtype, factor: float, rule: str) -> None:
     W, update = drawn(0.01, dtype)
-    found = fit(W, merged(W, update, factor, dtype), update, 4)
+    found = fit_merge(W, merged(W, update, factor, dtype), update, 4)
     assert found.kind == "factor" and found.factor == factor and rule in found.rule
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 def test_a_factor_that_no_rule_makes_is_measured(dtype: torch.dtype) -> None:
     W, update = drawn(0.05, dtype)
-    found = fit(W, merged(W, update, 1.3, dtype), update, 4)
+    found = fit_merge(W, merged(W, update, 1.3, dtype), update, 4)
     assert found.kind == "factor" and found.factor == pytest.approx(1.3, abs=0.03) and not found.rule
 
 
@@ -59,7 +59,7 @@ def test_a_factor_that_no_rule_makes_is_measured(dtype: torch.dtype) -> None:
 def test_a_right_merge_in_the_dead_zone_of_rounding_is_right(dtype: torch.dtype) -> None:
     """c is far from 1 there: a test of c against 1 calls this merge wrong."""
     W, update = drawn(1e-3 if dtype == torch.bfloat16 else 1e-4, dtype)
-    found = fit(W, merged(W, update, 1.0, dtype), update, 4)
+    found = fit_merge(W, merged(W, update, 1.0, dtype), update, 4)
     assert found.kind == "right" and found.scale < 0.7
     assert found.lost / found.norm > 0.5
 
@@ -68,31 +68,31 @@ def test_both_ways_to_round_are_right() -> None:
     W, update = drawn(3e-3, torch.bfloat16)
     twice = (W.float() + update.blocks[0].delta().bfloat16().float()).bfloat16()
     assert not torch.equal(twice, merged(W, update, 1.0, torch.bfloat16))
-    assert fit(W, twice, update, 4).kind == "right"
+    assert fit_merge(W, twice, update, 4).kind == "right"
     wide = W.float() + 1e-4 * torch.randn(W.shape, generator=torch.Generator().manual_seed(1))  # rounded first
-    assert fit(wide, (wide.bfloat16().float() + update.blocks[0].delta()).bfloat16(), update, 4).kind == "right"
+    assert fit_merge(wide, (wide.bfloat16().float() + update.blocks[0].delta()).bfloat16(), update, 4).kind == "right"
 
 
 def test_an_update_that_moves_no_element_is_unresolved() -> None:
     W, update = drawn(1e-7, torch.bfloat16)
-    assert fit(W, merged(W, update, 1.0, torch.bfloat16), update, 4).kind == "unresolved"
-    assert fit(W, W + 1, update, 4).kind != "unresolved"
+    assert fit_merge(W, merged(W, update, 1.0, torch.bfloat16), update, 4).kind == "unresolved"
+    assert fit_merge(W, W + 1, update, 4).kind != "unresolved"
 
 
 def test_other_changes_are_no_factor() -> None:
     W, update = drawn(0.05, torch.float32)
     _, other = drawn(0.05, torch.float32, seed=5)
-    assert fit(W, merged(W, other, 1.0, torch.float32), update, 4).kind == "other"
+    assert fit_merge(W, merged(W, other, 1.0, torch.float32), update, 4).kind == "other"
     both = merged(merged(W, update, 1.0, torch.float32), other, 1.0, torch.float32)
-    found = fit(W, both, update, 4)
+    found = fit_merge(W, both, update, 4)
     assert found.kind == "other" and found.cosine == pytest.approx(0.5**0.5, abs=0.05)
-    assert fit(W, W, Update((LowRank(torch.zeros(96, 4), torch.ones(4, 80)),)), 4).kind == "none"
+    assert fit_merge(W, W, Update((LowRank(torch.zeros(96, 4), torch.ones(4, 80)),)), 4).kind == "none"
 
 
 def test_rslora_has_its_own_mistakes() -> None:
     W, update = drawn(0.05, torch.float32, rank=16)
-    assert "rsLoRA" in fit(W, merged(W, update, 0.25, torch.float32), update, 16, rslora=True).rule
-    assert "rsLoRA" in fit(W, merged(W, update, 4.0, torch.float32), update, 16).rule
+    assert "rsLoRA" in fit_merge(W, merged(W, update, 0.25, torch.float32), update, 16, rslora=True).rule
+    assert "rsLoRA" in fit_merge(W, merged(W, update, 4.0, torch.float32), update, 16).rule
 
 
 def test_dora_scales_rows() -> None:
@@ -100,16 +100,16 @@ def test_dora_scales_rows() -> None:
     update = Update(plain.blocks, 1.1 * W.norm(dim=1))
     total = W + plain.blocks[0].delta()
     M = total * (update.magnitude / total.norm(dim=1))[:, None]  # type: ignore[operator]
-    assert fit(W, M, update, 4).kind == "right"
-    assert fit(W, total, update, 4).kind == "other"  # the magnitudes were left out
-    assert fit(W, W, update, 4).factor == 0.0
+    assert fit_merge(W, M, update, 4).kind == "right"
+    assert fit_merge(W, total, update, 4).kind == "other"  # the magnitudes were left out
+    assert fit_merge(W, W, update, 4).factor == 0.0
 
     def again(weight: Tensor, factor: float = 1.0) -> Tensor:
         total = weight + factor * plain.blocks[0].delta()
         return total * (update.magnitude / total.norm(dim=1))[:, None]  # type: ignore[operator]
 
-    assert fit(W, again(M), update, 4).rule == "it was merged twice"
-    assert fit(W, again(W, 2.0), update, 4).rule.startswith("twice the scale")
+    assert fit_merge(W, again(M), update, 4).rule == "it was merged twice"
+    assert fit_merge(W, again(W, 2.0), update, 4).rule.startswith("twice the scale")
 
 
 def test_no_false_alarm_over_sizes_and_dtypes() -> None:
@@ -119,9 +119,11 @@ def test_no_false_alarm_over_sizes_and_dtypes() -> None:
         dtype = (torch.bfloat16, torch.float16, torch.float32)[number % 3]
         ratio = 10 ** float(-5 + 4.5 * torch.rand(1, generator=generator))
         W, update = drawn(ratio, dtype, rank=1 + number % 16, seed=number, rows=64, columns=72)
-        assert fit(W, merged(W, update, 1.0, dtype), update, 1 + number % 16).kind in ("right", "unresolved"), number
+        assert fit_merge(W, merged(W, update, 1.0, dtype), update, 1 + number % 16).kind in ("right", "unresolved"), (
+            number
+        )
         for factor in (0.0, 2.0):
-            found = fit(W, merged(W, update, factor, dtype), update, 1 + number % 16)
+            found = fit_merge(W, merged(W, update, factor, dtype), update, 1 + number % 16)
             assert found.kind in ("factor", "other", "unresolved") or found.resolution > 0.1, (number, factor)
 
 
@@ -151,7 +153,7 @@ def test_the_counts_of_the_guide_are_those_of_a_run() -> None:
             M = ((W.float() + D).to(dtype).float() + D).to(dtype)
         else:
             M = (W.float() + factor * D).to(dtype)
-        found = fit(W, M, update, rank)
+        found = fit_merge(W, M, update, rank)
         near = found.kind == "factor" and abs((found.factor or 0.0) - factor) < 0.03 * max(1.0, abs(factor))
         group = "right" if abs(factor - 1) < 1e-3 else "other" if factor in (0.8, 1.3) else "listed"
         counts[group, "named" if group != "right" and near else found.kind] += 1

@@ -32,7 +32,8 @@ from vismt.cli import main
 from vismt.lowrank.files.facts import CONFIG, PREFIX, TENSORS
 from vismt.verification.checkpoints import Located, locate, translated
 from vismt.verification.facts import Facts, read_facts
-from vismt.verification.libraries import Case, Reading, readings
+from vismt.verification.libraries import Reading, readings
+from vismt.verification.rules import FolderCase
 
 Change = Callable[[Path], object]
 TARGETS = {
@@ -245,7 +246,7 @@ def located(facts: Facts, kind: str, root: Path) -> Located:
 
 def reading(reader: str, folder: Path, kind: str, root: Path) -> Reading:
     facts = read_facts(folder)
-    (found,) = readings(Case(facts, located(facts, kind, root)), [reader])
+    (found,) = readings(FolderCase(facts, located(facts, kind, root)), [reader])
     return found
 
 
@@ -328,7 +329,7 @@ def test_scales_of_servers(root: Path) -> None:
 def test_answer_in_one_line(root: Path) -> None:
     _, folder = written("half of the layers", root)
     facts = read_facts(folder)
-    lines = [one.line for one in readings(Case(facts, located(facts, "llama", root)))]
+    lines = [one.line for one in readings(FolderCase(facts, located(facts, "llama", root)))]
     assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers", "vLLM", "llama.cpp")]
     _, folder = written("no prefix", root)
     assert reading("peft", folder, "llama", root).line == "peft: 0 of 6, serves the base"
@@ -351,7 +352,7 @@ def test_table_by_group(root: Path) -> None:
 def test_unknown_reader(root: Path) -> None:
     _, folder = written("plain", root)
     with pytest.raises(UserError, match=r"no reader 'vlm'.*vllm"):
-        readings(Case(read_facts(folder)), ["vlm"])
+        readings(FolderCase(read_facts(folder)), ["vlm"])
 
 
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -370,7 +371,7 @@ def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_without_a_base_nothing_is_compared_with_it(root: Path) -> None:
     _, folder = written("shifted layers", root)
-    assert {one.state for one in readings(Case(read_facts(folder)))} == {"applied"}
+    assert {one.state for one in readings(FolderCase(read_facts(folder)))} == {"applied"}
 
 
 @pytest.mark.parametrize("reader", ["peft", "transformers"])
@@ -408,7 +409,7 @@ def test_fused_experts(reader: str, rslora: bool, tmp_path: Path) -> None:
             model.load_adapter(str(tmp_path))
     ids = torch.arange(3, 10)[None]
     same = torch.allclose(model(ids).logits, meant(ids).logits, rtol=1e-4, atol=1e-5)
-    (found,) = readings(Case(read_facts(tmp_path)), [reader])
+    (found,) = readings(FolderCase(read_facts(tmp_path)), [reader])
     assert found.state == ("applied" if same else "differs") == ("differs" if rslora else "applied")
 
 
@@ -455,25 +456,26 @@ def test_checkpoints(name: str, reader: str, tmp_path: Path) -> None:
         state = "applied" if torch.allclose(outputs(model), outputs(meant), atol=1e-5) else "differs"
     except RuntimeError:
         state = "refused"
-    (found,) = readings(Case(read_facts(folder)), [reader])
+    (found,) = readings(FolderCase(read_facts(folder)), [reader])
     assert found.state == state
 
 
 def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
     """A timm checkpoint is for timm, another for the others; peft reads neither, timm no adapter."""
     states = {
-        one.reader: one.state for one in readings(Case(read_facts(base_folder("vit", root))), ["peft", "vllm", "timm"])
+        one.reader: one.state
+        for one in readings(FolderCase(read_facts(base_folder("vit", root))), ["peft", "vllm", "timm"])
     }
     assert states == {"peft": "refused", "vllm": "refused", "timm": "applied"}
     states = {
         one.reader: one.state
-        for one in readings(Case(read_facts(base_folder("llama", root))), ["peft", "vllm", "timm"])
+        for one in readings(FolderCase(read_facts(base_folder("llama", root))), ["peft", "vllm", "timm"])
     }
     assert states == {"peft": "refused", "vllm": "applied", "timm": "refused"}
     _, folder = written("timm", root)
-    assert [one.line for one in readings(Case(read_facts(folder)))] == ["peft: applied, 4 of 4", "timm: refused"]
+    assert [one.line for one in readings(FolderCase(read_facts(folder)))] == ["peft: applied, 4 of 4", "timm: refused"]
     (tmp_path / "notes.txt").write_text("no weights")
-    assert {one.state for one in readings(Case(read_facts(tmp_path)))} == {"refused"}
+    assert {one.state for one in readings(FolderCase(read_facts(tmp_path)))} == {"refused"}
 
 
 @pytest.mark.parametrize(
@@ -483,7 +485,7 @@ def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
 def test_what_to_do_with_an_adapter_of_vismt_is_not_refused(name: str, of_peft: str, of_timm: str) -> None:
     """LISA has no low-rank update to export, MTLoRA's tasks have one each and no merged weight."""
     folder = Path(__file__).resolve().parents[1] / "golden" / "adapters" / name
-    fixes = {one.reader: one.remarks[0].fix for one in readings(Case(read_facts(folder)), ["peft", "timm"])}
+    fixes = {one.reader: one.remarks[0].fix for one in readings(FolderCase(read_facts(folder)), ["peft", "timm"])}
     assert fixes["peft"].startswith(of_peft) and fixes["timm"].startswith(of_timm)
 
 
@@ -496,5 +498,5 @@ def test_adapter_beside_a_merged_model(tmp_path: Path, root: Path) -> None:
     merged.save_pretrained(tmp_path / "both")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "both").eval()
     assert not torch.allclose(outputs(model), outputs(meant), atol=1e-2)
-    (found,) = readings(Case(read_facts(tmp_path / "both")), ["transformers"])
+    (found,) = readings(FolderCase(read_facts(tmp_path / "both")), ["transformers"])
     assert "twice" in found.remarks[0].text and SHAPE["num_hidden_layers"] == 2

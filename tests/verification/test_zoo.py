@@ -33,7 +33,7 @@ EXPLAINED = {
     "mixtral: experts not merged": "unmerged",
     "token rows not merged": "head-not-merged",
 }
-GUIDE = Path(__file__).resolve().parents[2] / "docs" / "guides" / "verify.md"
+GUIDE = Path(__file__).resolve().parents[2] / "docs" / "verify_tests.md"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from vismt.backbones.pyramid import Pyramid, size_of
+from vismt.backbones.pyramid import Pyramid, image_size
 from vismt.backbones.timm_models import as_backbone, check_stages, forward_runs
 from vismt.backbones.vit import PixelBackbone
 from vismt.base.errors import UserError
@@ -16,11 +16,13 @@ UNKNOWN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of a model th
 
 
 class ModuleBackbone(PixelBackbone):
-    """Features (b, d) of images (b, 3, h, w) in [0, 1], floating point, by any module: its output, flattened.
+    """Features (b, d) of images (b, 3, h, w), floating point in [0, 1], by any module.
+
+    The features are the module's output, flattened.
 
     Args:
-        model: the module, which gets the images as they are.
-        img_size: pixels of the square images.
+        model: Module that gets the images as they are.
+        img_size: Height and width of the square images in pixels.
     """
 
     def __init__(self, model: nn.Module, img_size: int) -> None:
@@ -33,10 +35,16 @@ class ModuleBackbone(PixelBackbone):
 def backbone_of(
     model: nn.Module, img_size: int | None, *, block: int | None = None, pool: str | None = None
 ) -> PixelBackbone:
-    """Return a copy of a model as a backbone: a model of timm as `Backbone` or `Pyramid`, any other as `ModuleBackbone`.
+    """Return a copy of a model as a backbone: a model of timm as `Backbone` or `Pyramid`, any other model as `ModuleBackbone`.
 
-    img_size: pixels, None for the size of a timm model. Raises UserError for a size that the model does not have, and for
-    block and pool of a model that is not a ViT of timm.
+    Args:
+        model: Model to copy.
+        img_size: Height and width in pixels. None for the size of a timm model.
+        block: Block of a ViT of timm, as in `create`.
+        pool: Pooling of a ViT of timm, as in `create`.
+
+    Raises:
+        UserError: The model does not take images of the size, or block or pool is given for a model that is not a ViT of timm.
     """
     model = copy.deepcopy(model)
     if hasattr(model, "forward_head"):
@@ -50,7 +58,7 @@ def backbone_of(
     if block is not None or pool is not None:
         raise UserError(f"model: block and pool are for ViTs of timm; {type(model).__name__} gives its own features.")
     # Precomputed features pass through it.
-    size = 1 if isinstance(model, nn.Identity) else img_size or size_of(model)[-1]
+    size = 1 if isinstance(model, nn.Identity) else img_size or image_size(model)[-1]
     return ModuleBackbone(model, size)
 
 

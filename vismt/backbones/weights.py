@@ -1,4 +1,4 @@
-"""Strict loading of weights into a timm model: every key and shape must fit, except those of a classifier head."""
+"""Strict loading of weights into a timm model: every key and shape must fit, except the keys of a classifier head."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import struct
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from vismt.backbones.position import resample
 from vismt.backbones.vit import classifier_paths, lacks_of_vit
@@ -26,10 +27,11 @@ PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.")
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
     """Return the tensors by name of a .safetensors file or a torch checkpoint (weights_only), on the CPU.
 
-    A dict under 'state_dict', 'model' or 'teacher' is unwrapped, and prefixes of every key ('module.', 'vit.', ...) are removed.
+    A dict under 'state_dict', 'model' or 'teacher' is unwrapped. A prefix that all keys have ('module.', 'vit.', ...) is
+    removed.
 
     Raises:
-        UserError: a missing or damaged file, or one of another format.
+        UserError: The file is missing, damaged or of another format.
     """
     path = Path(path).expanduser()
     if not path.is_file():
@@ -59,7 +61,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def load_weights(
-    vit: nn.Module,
+    vit: Any,
     state: Mapping[str, Tensor],
     position: str,
     origin: str,
@@ -70,13 +72,16 @@ def load_weights(
     """Copy `state` into `vit`, with its position table resampled to the model's grid.
 
     Args:
-        position: "timm", "dino" or "onnx", see vismt.backbones.position.
-        origin: how messages name the weights.
-        own_head: raise for a head in `state` of another size; else such a head is replaced by a fresh one, with a message.
-        new_head: keep the head of `vit`, whatever `state` has.
+        vit: Model of timm that gets the values.
+        state: Tensors by name.
+        position: Method of resampling: "timm", "dino" or "onnx" (vismt.backbones.position).
+        origin: Name of the weights in messages.
+        own_head: Whether to raise an error if the head in `state` has another size. Otherwise a new head replaces it, with a
+            message.
+        new_head: Whether to keep the head of `vit`, whatever `state` has.
 
     Raises:
-        UserError: a missing, unexpected or wrongly shaped key; it names the first.
+        UserError: A key is missing or unexpected, or its tensor has another shape. The message names the first such key.
     """
     name = str(getattr(vit, "pretrained_cfg", {}).get("architecture") or type(vit).__name__)
     state = dict(state)
@@ -89,7 +94,7 @@ def load_weights(
         if isinstance(table, Tensor) and table.ndim == 3:
             grid = tuple(vit.patch_embed.grid_size)
             state["pos_embed"] = resample(table, grid, position, model_table.shape[1] - grid[0] * grid[1])
-    # Converts the layouts that a family was released in, and resamples the table where position is "timm".
+    # Converts the layouts that a family was released in, and resamples the table if position is "timm".
     convert = getattr(sys.modules[type(vit).__module__], "checkpoint_filter_fn", None)
     if convert is not None:
         try:
@@ -113,9 +118,15 @@ def load_weights(
 
 
 def with_counts(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: str) -> dict[str, Tensor]:
-    """Return a state dict with the batch counts of the batch norms that it lacks, 0 as in torch, which prints a line.
+    """Return a state dict with the batch counts that its batch norms lack.
 
-    Checkpoints of old versions of torch and of converters have the statistics without `num_batches_tracked`. own: of the model.
+    Checkpoints of old versions of torch and of converters have the statistics without `num_batches_tracked`. The count
+    becomes 0, as in torch, and a line is printed.
+
+    Args:
+        state: Tensors by name.
+        own: Tensors by name of the model.
+        origin: Name of the weights in messages.
     """
     ending = "num_batches_tracked"
     norms = [key.removesuffix(ending) for key in own if key.endswith(ending) and key not in state]
@@ -130,7 +141,7 @@ def with_counts(state: Mapping[str, Tensor], own: Mapping[str, Tensor], origin: 
 def _check(
     own: Mapping[str, Tensor], state: Mapping[str, Tensor], fresh: set[str], heads: list[str], origin: str, model: str
 ) -> None:
-    """Raise UserError unless `state` has the keys and shapes of the model's `own`, except for those in `fresh`."""
+    """Raise UserError unless `state` has the keys and shapes of the model's `own` tensors, except for the keys in `fresh`."""
     missing = [key for key in own if key not in state and key not in fresh]
     unexpected = [key for key in state if key not in own and key not in fresh]
     wrong = [key for key in own if key in state and key not in fresh and state[key].shape != own[key].shape]

@@ -1,4 +1,4 @@
-"""Loops over pixels as machine code: numba compiles them at their first call and keeps the result for the next process."""
+"""Loops over pixels as machine code. numba compiles them at their first call and keeps the result for the next process."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Any
 
 
 class Compiled:
-    """A function of arrays and numbers that is compiled when it is first called; a decorator.
+    """Decorator for a function of arrays and numbers that is compiled when it is first called.
 
-    Importing it loads nothing. The code is kept beside the source file or in numba's cache folder; where neither can be
-    written, every process compiles its own.
+    Importing it loads nothing. The code is kept beside the source file or in numba's cache folder. If neither can be written,
+    every process compiles its own code.
     """
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., object]) -> None:
         self.function = function
 
     @cached_property
@@ -23,8 +23,8 @@ class Compiled:
 
         try:
             return numba.njit(cache=True)(self.function)
-        except RuntimeError:  # no folder for compiled code
+        except RuntimeError:  # numba finds no folder that it can write to
             return numba.njit(self.function)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: object) -> Any:
         return self.code(*arguments)

@@ -1,4 +1,4 @@
-"""Terminal output: one aligned line per stage and progress bars, which become plain lines outside a terminal."""
+"""Terminal output: one aligned line for each stage, and progress bars, which become plain lines outside a terminal."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ T = TypeVar("T")
 
 _console = Console(highlight=False, soft_wrap=True, emoji=False)
 _quiet = False
-LINE_SECONDS = 20.0  # between the lines of a bar outside a terminal
+LINE_SECONDS = 20.0  # seconds between the lines of a bar outside a terminal
 
 
 def set_quiet(quiet: bool) -> None:
-    """Turn stage lines and bars off or on; errors are printed either way. Ranks other than the first are quiet."""
+    """Turn stage lines and bars off or on. Errors are printed either way. Processes other than the first are quiet."""
     global _quiet
     _quiet = quiet
 
@@ -61,7 +61,10 @@ def block(text: str) -> None:
 
 
 def printable(text: str, encoding: str = "utf8") -> str:
-    """Return text with question marks for what an encoding lacks; UTF-8 lacks bytes that names of files can hold."""
+    """Return text with question marks for what an encoding lacks.
+
+    UTF-8 lacks some bytes that names of files can hold.
+    """
     return text.encode(encoding, "replace").decode(encoding)
 
 
@@ -71,7 +74,10 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
 
 
 def aligned(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Return aligned columns under a header; None is shown as '-', booleans as yes and no, integers with separators."""
+    """Return aligned columns under a header.
+
+    None is shown as "-", booleans as yes and no, and integers with separators.
+    """
     cells = [tuple(columns), *(tuple(_cell(value) for value in row) for row in rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in cells)
@@ -88,7 +94,7 @@ def _cell(value: object) -> str:
 
 
 def ask(question: str) -> bool:
-    """Return whether the user answers yes. Raises UserError without a terminal."""
+    """Return whether the user answers yes. Raise UserError without a terminal."""
     try:
         return input(printable(f"{question} [y/N] ", _console.encoding)).strip().lower() in ("y", "yes")
     except EOFError as error:
@@ -102,19 +108,19 @@ def error(text: str) -> None:
 
 
 class _Note(ProgressColumn):
-    """The note of a bar, which alone is cut where the terminal is narrow."""
+    """The note of a bar. Only the note is cut in a narrow terminal."""
 
     def render(self, task: Task) -> Text:
         return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Bar:
-    """Progress bar. Without a terminal, one line every LINE_SECONDS, and a last one with the values of `note`."""
+    """Progress bar. Without a terminal, one line every LINE_SECONDS, and a last line with the values of `note`."""
 
     def __init__(self, label: str, total: int, done: int, progress: Progress | None) -> None:
         self._label = label
         self._total = total
-        self._begun = self._done = self._shown = done  # shown: of the last line
+        self._begun = self._done = self._shown = done  # shown: amount in the last line
         self._progress = progress
         self._task = None if progress is None else progress.add_task(label, total=total, completed=done, note="")
         self._note = ""
@@ -148,7 +154,7 @@ class Bar:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as "1 h 05 min", "1 min 05 s" or "5 s"; "" for None, a negative number and one that is not finite."""
+    """Return seconds as "1 h 05 min", "1 min 05 s" or "5 s". None, a negative number and a number that is not finite give ""."""
     if seconds is None or not 0 <= seconds < math.inf:
         return ""
     minutes, rest = divmod(round(seconds), 60)
@@ -160,9 +166,9 @@ def duration(seconds: float | None) -> str:
 
 @contextmanager
 def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
-    """Show a progress bar for stage `name` while the body runs; outside a terminal print a line from time to time.
+    """Show a progress bar for stage `name` while the body runs. Outside a terminal, print a line from time to time.
 
-    The body advances the bar from `done`, the steps finished earlier, to `total`.
+    The body advances the bar from `done`, the number of earlier steps, to `total`.
     """
     if _quiet or not _console.is_terminal:
         plain = Bar(f"{name:<7} {text}", total, done, None)
@@ -182,7 +188,7 @@ def bar(name: str, text: str, total: int, done: int = 0) -> Iterator[Bar]:
 
 
 def track(items: Iterable[T], name: str, text: str, total: int | None = None) -> Iterator[T]:
-    """Iterate over `items` under a bar; `total` is required when `items` has no length."""
+    """Iterate over `items` under a bar. `total` is required if `items` has no length."""
     if total is None:
         total = len(items) if isinstance(items, Sized) else 0
     with bar(name, text, total) as progress_bar:

@@ -1,4 +1,4 @@
-"""The exception for user errors, and the hint of near names that error texts share."""
+"""The exception for user errors, and the hint of similar names for error texts."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, ParamSpec, TypeVar
 P = ParamSpec("P")
 R = TypeVar("R")
 
-SHOWN = 200  # characters of a value in an error
+SHOWN = 200  # number of characters of a value in an error
 QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")
 
 
 class UserError(ValueError):
     """An error that the user can fix. The message names the thing, what was seen and the fix.
 
-    The command line prints it as one line and exits with code 2. Quoted names in the message are cut as values are.
+    The command line prints it as one line and exits with code 2. Quoted names in the message are cut like values.
     """
 
     elsewhere = False  # whether another process had the error and prints it (ranks.py)
@@ -29,7 +29,7 @@ class UserError(ValueError):
 
 
 class Diverged(UserError):
-    """A training without a result: a loss or gradient that is not finite, or the same answer for every example."""
+    """A training without a result: a loss or gradient is not finite, or the answer is the same for every example."""
 
 
 class WeightsUnavailable(UserError):
@@ -49,7 +49,7 @@ def _cut(text: str) -> str:
 
 
 def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise UserError for the first name that is not known: `prefix` ("adapt: no method"), the name and the near ones."""
+    """Raise UserError for the first unknown name. The text has `prefix` ("adapt: no method"), the name and similar names."""
     choices = list(known)
     for name in names:
         if name not in choices:
@@ -58,7 +58,7 @@ def require_known(prefix: str, names: Iterable[str], known: Iterable[str]) -> No
 
 
 def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
-    """Return a function for which an argument that it does not have is a UserError with the near names."""
+    """Return a function that raises a UserError with similar names for an argument that it does not have."""
     known = list(inspect.signature(function).parameters)
 
     @functools.wraps(function)
@@ -72,18 +72,18 @@ def named_arguments(function: Callable[P, R]) -> Callable[P, R]:
     return checked
 
 
-def need_whole(what: str, value: Any, least: int = 1, most: int | None = None) -> int:
-    """Return `value`; UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
+def need_whole(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """Return `value`. Raise UserError, which begins with `what`, unless it is a whole number from `least` to `most`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least or (most is not None and value > most):
         limits = f", at least {least}" if most is None else f" from {least} to {most:,}"
         raise UserError(f"{what} {shown_value(value)}; it must be a whole number{limits}.")
     return value
 
 
-def need_names(what: str, value: Any, also: type = str) -> list[Any]:
-    """Return a name, or a list of names, as a list; UserError, which begins with `what`, for anything else.
+def need_names(what: str, value: object, also: type = str) -> list[Any]:
+    """Return a name, or a list of names, as a list. Raise UserError, which begins with `what`, for anything else.
 
-    also: a class whose objects are taken beside names.
+    also: Class whose objects are accepted beside names.
     """
     items = [value] if isinstance(value, (str, also)) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, (str, also)) for item in items):
@@ -93,9 +93,9 @@ def need_names(what: str, value: Any, also: type = str) -> list[Any]:
 
 
 def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
-    """Return a hint for an unknown name, to append to an error text: " Near: 'a', 'b'." for up to `limit` choices like it.
+    """Return a hint for an unknown name, to append to an error text: " Near: 'a', 'b'." with up to `limit` similar choices.
 
-    When none is close, " Known: ..." with all of them where they are at most 12, else an empty string.
+    If no choice is close, the hint is " Known: ..." with all choices if there are at most 12, and empty otherwise.
     """
     allowed = [str(choice) for choice in choices]
     close = difflib.get_close_matches(name[:SHOWN], allowed, n=limit, cutoff=0.5)
@@ -108,6 +108,6 @@ def near(name: str, choices: Iterable[str], limit: int = 3) -> str:
 
 
 def _initials(name: str) -> str:
-    """Return "lr" of "learning_rate", "" of one word."""
+    """Return "lr" for "learning_rate", and "" for one word."""
     words = name.rpartition(".")[2].split("_")
     return "".join(word[:1] for word in words) if len(words) > 1 else ""

@@ -1,8 +1,8 @@
 """Public names of a package, each imported from its module when it is first used.
 
-A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read; "as" the same name
-makes them public. `exports` sets `__all__` and returns the `__getattr__` and `__dir__` that do these imports on demand, so that
-importing a package loads nothing else.
+A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read. "as" with the same
+name makes them public. `exports` sets `__all__` and returns the `__getattr__` and `__dir__` that do these imports on demand, so
+that importing a package loads nothing else.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`.
 
-    classes: whether `__all__` has the classes, of which `help` of the package shows every special method.
+    classes: Whether `__all__` includes classes. `help` of the package shows every special method of a class in `__all__`.
     """
     module = sys.modules[package]
     tree = ast.parse(Path(str(module.__file__)).read_text(encoding="utf8"))

@@ -1,13 +1,13 @@
-"""What a number belongs to: the identity of models, data and code, as a 128-bit digest (XXH3) of all that they consist of.
+"""The identity of models, data and code, as a 128-bit digest (XXH3) of everything that they consist of.
 
-A model consists of the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its hooks,
-and the code of its classes. The code of a library's class or function is the version of the library, and own functions in the
-place of its methods. The code of an own class or function is its source file, with the defaults and the closure of a function.
-Our own package is versioned by its source files.
+A model consists of the values of all its tensors, the settings of its modules (every attribute that is not a tensor), its
+hooks, and the code of its classes. A library's class or function is identified by the version of the library, and by own
+functions that replace its methods. An own class or function is identified by its source file, with the defaults and the closure
+of a function. Our own package is versioned by its source files.
 
-What has no readable content (an open file, a generator, code without a source) has no identity: `unknown` names it, and a caller
-computes again. Not seen: modules that own code imports; functions of a module that are replaced as the program runs; what C code
-keeps; files that code reads as it runs.
+A thing without readable content (an open file, a generator, code without a source) has no identity. `unknown` names it, and a
+caller computes again. Some changes are not seen: modules that own code imports, functions of a module that are replaced while
+the program runs, state inside C code, and files that code reads while it runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 _PLAIN = (type(None), bool, int, float, complex, str, bytes)
 _CONTAINERS = (dict, list, tuple, set, frozenset)
-NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # no number depends on them
+NO_CONTENT = (logging.Logger, type(threading.Lock()), type(threading.RLock()))  # objects on which no number depends
 OF_MODULE = frozenset(vars(nn.Module()))
 # `training` is the caller's choice. Adapted models write merged files, by a function of the model.
 NO_NUMBER = OF_MODULE | {"save_pretrained"}
@@ -48,22 +48,23 @@ _LIBRARIES = tuple(
 
 
 class Identity:
-    """The identity of values together; `str` gives its 32 hexadecimal digits.
+    """The identity of values together. `str` gives its 32 hexadecimal digits.
 
     Args:
-        values: models, functions, tensors, images, arrays, plain values, other identities, and containers and objects of these.
-        skip: modules that do not compute.
+        values: Models, functions, tensors, images, arrays, plain values, other identities, and containers and objects of these.
+        skip: Modules that do not compute.
 
     Attributes:
-        unknown: what has no readable content, None where all is known. The digest then identifies nothing.
-        foreign: code that is not of a library, or a function that replaces a module's method, None where there is none.
+        unknown: Description of what has no readable content, None if everything is known. With it the digest identifies
+            nothing.
+        foreign: Code that belongs to no library, or a function that replaces a module's method. None if there is none.
     """
 
-    def __init__(self, *values: Any, skip: Collection[nn.Module] = ()) -> None:
+    def __init__(self, *values: object, skip: Collection[nn.Module] = ()) -> None:
         self.unknown: str | None = None
         self.foreign: str | None = None
         self._hash = xxhash.xxh3_128()
-        self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept: their ids stay theirs
+        self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept, so that their ids stay unique
         self._skip = {id(module) for module in skip}
         try:
             for value in values:
@@ -78,13 +79,13 @@ class Identity:
         line = "\0".join(map(str, texts)).encode(errors="surrogatepass")
         self._hash.update(b"%d:%b" % (len(line), line))
 
-    def _each(self, what: str, *values: Any) -> None:
+    def _each(self, what: str, *values: object) -> None:
         self._put(what, len(values))
         for value in values:
             self._add(value)
 
     def _add(self, value: Any) -> None:
-        """Add a value; one that was added before, as its number."""
+        """Add a value. A value that was added before is added as its number."""
         if type(value) in _PLAIN:
             self._put(type(value).__name__, repr(value))
         elif id(value) in self._seen:
@@ -118,7 +119,7 @@ class Identity:
         for name, value in settings.items():
             if callable(value) and callable(getattr(type(module), name, None)):
                 self.foreign = self.foreign or f"{type(module).__name__}.{name}"
-        # Without the numbers by which torch finds them.
+        # The numbers by which torch finds them are left out.
         hooks = {name: list(state[name].values()) for name in _HOOKS if state[name]}
         self._each("module", type(module), settings, hooks)
         for kind in ("_parameters", "_buffers", "_modules"):
@@ -136,8 +137,8 @@ class Identity:
                 return
         self._hash.update(value.tobytes())
 
-    def _object(self, value: Any) -> None:
-        """Add a container, an array or another object: its type, its items and its attributes."""
+    def _object(self, value: object) -> None:
+        """Add a container, an array or another object by its type, its items and its attributes."""
         self._put("object", type(value).__qualname__)
         if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
             self._array(value)
@@ -159,7 +160,7 @@ class Identity:
         elif not state or isinstance(value, io.IOBase):
             try:
                 self._hash.update(pickle.dumps(value, protocol=4))
-            except Exception:  # whatever a type raises that cannot be written
+            except Exception:  # a type that cannot be written may raise any error
                 self.unknown = self.unknown or type(value).__qualname__
         for name, attribute in state.items():
             self._put(name)
@@ -168,16 +169,17 @@ class Identity:
     # ---- code ---------------------------------------------------------------------------------------------------------
 
     def _code(self, code: types.FunctionType | type) -> None:
-        """Add a class or function: its name, and the version of its library or its source file.
+        """Add a class or function by its name, and by the version of its library or its source file.
 
-        Of a library's class, methods that own code has replaced count, too.
+        For a library's class, methods that own code has replaced count too.
         """
         self._put("code", code.__module__, code.__qualname__)
         library = _library_of(code)
         if library is not None:
             self._package(library)
             for member in vars(code).values() if isinstance(code, type) else ():
-                if isinstance(member, types.FunctionType) and _library_of(member) is None:  # it replaces a method
+                # the function replaces a method
+                if isinstance(member, types.FunctionType) and _library_of(member) is None:
                     self._add(member)
             return
         self.foreign = self.foreign or code.__qualname__
@@ -202,7 +204,7 @@ class Identity:
         self._put("package", name, version(name.partition(".")[0]))
 
 
-# Looked through in order.
+# The order of the search.
 ADDERS: tuple[tuple[Any, Any], ...] = (
     (Tensor, Identity._tensor),
     (nn.Module, Identity._module),
@@ -232,9 +234,10 @@ def weights_digest(module: nn.Module) -> str:
 
 @functools.cache
 def version(package: str) -> str:
-    """Return what tells the code of a library from that of another version; "" for Python's own and one without a version.
+    """Return a text that tells the version of a library's code.
 
-    That of vismt, or of a part of it ("vismt.data"), is a digest of its source files.
+    It is "" for Python's own code and for a library without a version. For vismt, or a part of it ("vismt.data"), it is a
+    digest of the source files.
     """
     if package.partition(".")[0] == PACKAGE.name:
         content = xxhash.xxh3_128()
@@ -251,7 +254,7 @@ def version(package: str) -> str:
 
 
 def _library_of(code: types.FunctionType | type) -> str | None:
-    """Return the package of a library that a function or class is of; None for own code."""
+    """Return the package of the library that a function or class belongs to. Return None for own code."""
     scope = vars(sys.modules.get(code.__module__, types)) if isinstance(code, type) else code.__globals__
     file = scope.get("__file__")
     if isinstance(code, types.FunctionType) and not code.__code__.co_filename.startswith("<"):
@@ -263,16 +266,16 @@ def _library_of(code: types.FunctionType | type) -> str | None:
 
 
 def _source(code: types.FunctionType | type) -> str:
-    """Return a digest of the source file of own code, or without a file, as in a notebook, its text.
+    """Return a digest of the source file of own code, or, without a file (as in a notebook), of its text.
 
-    Raises OSError if the source is missing.
+    Raise OSError if the source is missing.
     """
     if isinstance(code, types.FunctionType):
         file, parts = code.__code__.co_filename, [code]
     else:
         file = vars(sys.modules.get(code.__module__, types)).get("__file__") or ""
         functions = [part for part in vars(code).values() if isinstance(part, types.FunctionType)]
-        # A dataclass writes functions that no file has.
+        # A dataclass writes functions that are in no file.
         parts = [part for part in functions if not part.__code__.co_filename.startswith("<")]
     if os.path.isfile(file):
         return _file_digest(file, os.stat(file).st_mtime_ns)
@@ -281,5 +284,5 @@ def _source(code: types.FunctionType | type) -> str:
 
 @functools.cache
 def _file_digest(file: str, changed: int) -> str:
-    """Return a digest of a file that was changed at a time, in ns."""
+    """Return a digest of a file that was changed at a time in nanoseconds."""
     return xxhash.xxh3_128_hexdigest(Path(file).read_bytes())

@@ -6,8 +6,8 @@
            Boehme, arXiv 1904.13000)    projection  Euclidean onto ball and box at once
 
 The l1 projection solves min ||z - d|| subject to ||z||_1 <= epsilon, 0 <= x + z <= 1: z_i = sign(d_i) clip(|d_i| - t, 0, r_i)
-with r_i the room in the direction of d_i and the least t >= 0 that meets the budget (Croce and Hein, arXiv 2103.01208). Ball
-and box are treated one after the other in linf, where that is exact, and in l2, where it stays inside both.
+with r_i the room in the direction of d_i and the least t >= 0 that meets the budget (Croce and Hein, arXiv 2103.01208). In linf
+and l2, ball and box are treated one after the other. In linf this is exact, and in l2 the result stays inside both.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from vismt.base.seeds import mix_seed
 
-PIXELS = "pixel units of [0, 1] (8/255, not 8)"  # of a radius, in errors
+PIXELS = "pixel units of [0, 1] (8/255, not 8)"  # unit of a radius, in errors
 NORMS = ("linf", "l2", "l1")
 TINY = 1e-12
 _TOLERANCE = 1e-6
-BISECTIONS = 60  # of the threshold of the l1 projection: the interval shrinks below double precision
+BISECTIONS = 60  # steps for the threshold of the l1 projection (the interval shrinks below double precision)
 SLIDE_SHARE = 0.01
 
 
@@ -41,24 +41,24 @@ def size(change: Tensor, norm: str) -> Tensor:
 
 
 def size_of_all(images: Tensor, norm: str) -> float:
-    """Return the norm of a change by 1 of every number of an image; images (b, c, h, w)."""
+    """Return the norm of a change by 1 of every number of an image, for images (b, c, h, w)."""
     return images[0].numel() ** {"linf": 0.0, "l2": 0.5, "l1": 1.0}[norm]
 
 
 def rounding(images: Tensor, epsilon: float, norm: str) -> float:
-    """Return by how much a change of norm epsilon may seem longer, as float32 rounds every number of the image."""
+    """Return by how much a change of norm epsilon may seem longer, because float32 rounds every number of the image."""
     return _TOLERANCE * max(1.0, epsilon) + torch.finfo(torch.float32).eps / 2 * size_of_all(images, norm)
 
 
 def project(clean: Tensor, moved: Tensor, epsilon: float, norm: str) -> Tensor:
-    """Return images in the ball around `clean` and in [0, 1], near `moved`; all (b, c, h, w)."""
+    """Return images in the ball around `clean` and in [0, 1], near `moved`. All are (b, c, h, w)."""
     change = moved - clean
     inside = _project_l1(clean, change, epsilon) if norm == "l1" else clip(change, epsilon, norm)
     return (clean + inside).clamp(0, 1)
 
 
 def clip(change: Tensor, epsilon: float, norm: str) -> Tensor:
-    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, whatever the pixels."""
+    """Return the nearest changes (b, c, h, w) in the ball of linf or l2, for any pixels."""
     if norm == "linf":
         return change.clamp(-epsilon, epsilon)
     return change * column((epsilon / size(change, norm).clamp_min(TINY)).clamp(max=1))
@@ -95,7 +95,10 @@ def steepest(gradient: Tensor, images: Tensor, step: Tensor | float, norm: str) 
 
 
 def draw(images: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
-    """Draw an array for each image from its own seed, on the CPU; kind: "uniform" in [-1, 1], "normal" or "signs"."""
+    """Draw an array for each image from its own seed, on the CPU.
+
+    kind: "uniform" in [-1, 1], "normal" or "signs".
+    """
     drawn = []
     for image, seed in zip(images, seeds, strict=True):
         generator = torch.Generator().manual_seed(seed)
@@ -108,10 +111,10 @@ def draw(images: Tensor, seeds: Sequence[int], kind: str) -> Tensor:
 
 
 def random_start(images: Tensor, epsilon: float, norm: str, seeds: Sequence[int], *, edge: bool) -> Tensor:
-    """Return a start for each image in its ball and in [0, 1], a function of the image's seed.
+    """Return a start for each image in its ball and in [0, 1], as a function of the image's seed.
 
-    edge: scaled to the ball's surface (APGD); else uniform in linf, and of a uniform radius in a random direction in l2 and
-    l1.
+    edge: Whether to scale it to the ball's surface (APGD). Otherwise it is uniform in linf, and has a uniform radius in a
+    random direction in l2 and l1.
     """
     direction = draw(images, seeds, "uniform" if norm == "linf" else "normal")
     if edge or norm != "linf":
@@ -125,11 +128,12 @@ def random_start(images: Tensor, epsilon: float, norm: str, seeds: Sequence[int]
 def within_budget(clean: Tensor, adversarial: Tensor, epsilon: float, norm: str, what: object) -> Tensor:
     """Return `adversarial`, clamped to [0, 1] within the tolerance.
 
-    Raises RuntimeError when an image leaves its budget or [0, 1] or is not finite: a fault of the attack `what`, not the user's.
+    Raise RuntimeError if an image leaves its budget or [0, 1], or is not finite. That is a fault of the attack `what` and not
+    of the user.
     """
     worst, low, high = float(size(adversarial - clean, norm).max()), float(adversarial.min()), float(adversarial.max())
     allowed = epsilon + rounding(clean, epsilon, norm)
-    # Written so that a NaN fails it.
+    # Written so that a NaN fails.
     if not (worst <= allowed and low >= -_TOLERANCE and high <= 1 + _TOLERANCE):
         raise RuntimeError(
             f"attack {what}: left its budget: {norm} {worst:.8g} > {epsilon:.8g}, or pixels {low}..{high}"

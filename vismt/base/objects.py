@@ -1,9 +1,9 @@
-"""Data sets and models given as Python objects: a configuration holds a name for each, such as "<CIFAR10 1a2b3c4d>".
+"""Data sets and models given as Python objects. A configuration holds a name for each, such as "<CIFAR10 1a2b3c4d>".
 
-`named` replaces the objects in a configuration by names, and inside `registered` the functions that open a name find its object.
-The digits are of the object's identity (vismt/base/identity.py): of a model all weights, settings and code, of a data set all
-examples. A run folder is therefore not continued with another object. A run whose configuration has such names is reported
-anywhere, and trained and evaluated where the objects are given.
+`named` replaces the objects in a configuration by names. Inside `registered`, the functions that open a name find its object.
+The digits come from the object's identity (vismt/base/identity.py). For a model they cover all weights, settings and code, for
+a data set all examples. A run folder is therefore not continued with another object. A run whose configuration has such names
+can be reported anywhere. It is trained and evaluated only if the objects are given.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _registered: ContextVar[Mapping[str, Any] | None] = ContextVar("registered", def
 
 
 def named(value: Any, objects: dict[str, Any]) -> Any:
-    """Return a configuration with a name in the place of each object that YAML could not hold, which goes into `objects`."""
+    """Return a configuration with a name for each object that YAML could not hold. The object goes into `objects`."""
     if isinstance(value, _PLAIN):
         return value
     if type(value) is dict:
@@ -46,16 +46,19 @@ def named(value: Any, objects: dict[str, Any]) -> Any:
     return name_of(value, objects)
 
 
-def name_of(given: Any, objects: dict[str, Any], title: str | None = None) -> str:
-    """Put an object into `objects` under a name, and return the name; title: in reports, by default the type's name."""
+def name_of(given: object, objects: dict[str, object], title: str | None = None) -> str:
+    """Put an object into `objects` under a name, and return the name.
+
+    title: Title in reports. The default is the name of the type.
+    """
     title = re.sub(r"[^\w.+-]+", "-", title or type(given).__name__)
     name = f"<{title} {_digits(given, title, len(objects))}>"
     objects[name] = given
     return name
 
 
-def _digits(given: Any, title: str, number: int) -> str:
-    """Return eight digits of the identity of an object, or `number` of one that changes no number of a run."""
+def _digits(given: object, title: str, number: int) -> str:
+    """Return eight digits of the identity of an object. For an object that changes no number of a run, return `number`."""
     if not getattr(given, "changes_numbers", True):
         return f"{number:08x}"
     identity = _identity(given, title)
@@ -66,7 +69,7 @@ def _digits(given: Any, title: str, number: int) -> str:
 
 
 @contextmanager
-def registered(objects: Mapping[str, Any]) -> Iterator[None]:
+def registered(objects: Mapping[str, object]) -> Iterator[None]:
     """Let `object_named` find these objects."""
     token = _registered.set({**(_registered.get() or {}), **objects})
     try:
@@ -76,9 +79,9 @@ def registered(objects: Mapping[str, Any]) -> Iterator[None]:
 
 
 def object_named(name: str) -> Any:
-    """Return the object of a name, None for a name that is not one of an object.
+    """Return the object of a name. Return None for a name that does not belong to an object.
 
-    Raises UserError for the name of an object that was not given.
+    Raise UserError for the name of an object that was not given.
     """
     if not is_object(name):
         return None
@@ -92,12 +95,12 @@ def object_named(name: str) -> Any:
 
 
 def is_object(name: str) -> bool:
-    """Return whether a name is one of an object."""
+    """Return whether a name belongs to an object."""
     return _NAME.fullmatch(name) is not None
 
 
 def title_of(name: str) -> str:
-    """Return the title in the name of an object, and any other name as it is."""
+    """Return the title in the name of an object. Return any other name unchanged."""
     match = _NAME.fullmatch(name)
     return match[1] if match else name
 
@@ -117,7 +120,7 @@ def _identity(given: Any, title: str) -> Identity:
         examples = [Identity(read(place)) for place in places]
     about = []
     inner: Any = given
-    while inner is not None:  # down to the data set that subsets are of
+    while inner is not None:  # down to the data set that the subsets belong to
         about += [getattr(inner, name, None) for name in READ if not table]
         inner = getattr(inner, "dataset", None)
     return Identity(about, *examples)
@@ -125,7 +128,7 @@ def _identity(given: Any, title: str) -> Identity:
 
 @contextmanager
 def _fixed_draws() -> Iterator[None]:
-    """Let augmentations draw the same inside the block, and give the generators their states back."""
+    """Make augmentations draw the same inside the block. Afterwards, give the generators their states back."""
     states = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

@@ -1,8 +1,8 @@
-"""The processes of a launch share an evaluation: each runs some of its blocks or batches, and every one gets the results of all.
+"""Share an evaluation among the processes of a launch: each runs some blocks or batches, and every process gets all results.
 
-Sharing is on inside `shared()` only, which all processes have to enter together: work that one process does alone (a report)
-may call the same functions. Files are read and written by the first process; what it read, all get. A UserError of one process
-is raised in all of them, so that none waits for it.
+Sharing is on only inside `shared()`, which all processes have to enter together, so that work of a single process (a report)
+may call the same functions. The first process reads and writes files, and all processes get what it read. A UserError of one
+process is raised in all of them, so that none waits for it.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _sharing = False
 
 @contextmanager
 def shared() -> Iterator[None]:
-    """Share evaluations among the processes inside the block; with one process nothing changes."""
+    """Share evaluations among the processes inside the block. With one process nothing changes."""
     with _set_sharing(dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         yield
 
@@ -40,12 +40,12 @@ def _set_sharing(sharing: bool) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Return the number of this process among those that share, 0 where it works alone."""
+    """Return the number of this process among the processes that share. A process that works alone has 0."""
     return dist.get_rank() if _sharing else 0
 
 
 def count() -> int:
-    """Return the number of processes that share, 1 where this one works alone."""
+    """Return the number of processes that share. For a process that works alone it is 1."""
     return dist.get_world_size() if _sharing else 1
 
 
@@ -59,12 +59,12 @@ def gather(item: T) -> list[T]:
 
 
 def my_share(items: Sequence[T]) -> Sequence[T]:
-    """Return every n-th item, those that this process runs."""
+    """Return every n-th item, which are the items that this process runs."""
     return items[rank() :: count()]
 
 
 def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
-    """Yield `run` of every item in order, in all processes; each process runs every n-th item.
+    """Yield `run` of every item in order, in all processes. Each process runs every n-th item.
 
     Results have to be on the CPU. All processes need equal items.
     """
@@ -82,7 +82,7 @@ def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
 
 
 def on_first(function: Callable[[], T]) -> T:
-    """Return what a function returns in the first process, which alone calls it; nothing inside it is shared."""
+    """Return what a function returns in the first process. Only this process calls it, and nothing inside it is shared."""
     outcome: Outcome[T] = None, None
     if rank() == 0:
         with _set_sharing(False):
@@ -102,7 +102,7 @@ def _outcome(function: Callable[[], T]) -> Outcome[T]:
 
 
 def _results(outcome: Outcome[T]) -> list[T]:
-    """Return the results of all processes by rank; raise the first UserError of any process in all of them."""
+    """Return the results of all processes by rank. Raise the first UserError of any process in all of them."""
     outcomes = gather(outcome)
     for number, (_, error) in enumerate(outcomes):
         if error is not None:

@@ -1,6 +1,6 @@
-"""Objects by name: a table that modules fill when they are imported, each when its name is first looked up.
+"""Tables of objects by name. Modules fill a table when they are imported, which happens when a name is first looked up.
 
-Installed packages add names by entry points (`with_entry_points`), and a user's own module adds them when it is imported
+Installed packages add names by entry points (`with_entry_points`). A user's own module adds them when it is imported
 (`import_own`).
 """
 
@@ -19,24 +19,24 @@ from typing import Any, TypeVar
 from vismt.base.errors import UserError, near, shown_value
 
 T = TypeVar("T")
-# What registries of the core find in packages above it, by kind: vismt/__init__.py writes them down, since it runs first.
+# What registries of the core find in packages above the core, by kind. vismt/__init__.py fills this table, since it runs first.
 PLACES: dict[str, dict[str, str]] = {}
 
 
 def with_entry_points(group: str, places: Mapping[str, str]) -> dict[str, str]:
-    """Return `places` with the modules that installed packages name as entry points of `group`; vismt's own names stay."""
+    """Return `places` with the modules that installed packages name as entry points of `group`. vismt's own names stay."""
     return {**{point.name: point.value for point in entry_points(group=group)}, **places}
 
 
 def import_own(module: str, what: str) -> ModuleType:
-    """Import a module that may be a user's or of another package; the working folder is on the path meanwhile.
+    """Import a module of a user or of another package. The working folder is on the path meanwhile.
 
-    Raises UserError, which begins with `what`, where such a module cannot be imported.
+    Raise UserError, which begins with `what`, if the module cannot be imported.
     """
     if module.startswith("vismt."):
         return importlib.import_module(module)
     with working_folder_on_path():
-        importlib.invalidate_caches()  # the file may be younger than the folder's listing
+        importlib.invalidate_caches()  # the file may be newer than the listing of the folder
         try:
             return importlib.import_module(module)
         except (Exception, SystemExit) as error:
@@ -48,7 +48,7 @@ def import_own(module: str, what: str) -> ModuleType:
 
 @contextmanager
 def working_folder_on_path() -> Iterator[None]:
-    """Let imports in the block find the modules of the working folder, which `vismt` itself leaves out."""
+    """Let imports in the block find the modules of the working folder. The command `vismt` itself leaves it out."""
     folder = str(Path.cwd())
     sys.path.insert(0, folder)
     try:
@@ -58,7 +58,7 @@ def working_folder_on_path() -> Iterator[None]:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the type and the first line of an error of foreign code."""
+    """Return the type and the first line of an error from foreign code."""
     message = (str(error).strip() or "no message").splitlines()[0]
     return f"{type(error).__name__}: {message}"
 
@@ -67,12 +67,12 @@ class Registry(Mapping[str, T]):
     """A mapping from names to objects that files register. Iterates in alphabetical order.
 
     Args:
-        unknown: start of the error for an unknown name, for example "adapt: no method".
-        places: the module that registers each name; it is imported when the name is looked up, not earlier. A place
-            "prefix:" is that of a family.
+        unknown: Start of the error for an unknown name, for example "adapt: no method".
+        places: Modules that register each name. A module is imported only when its name is looked up. A place "prefix:" belongs
+            to a family.
 
     Raises:
-        UserError: on `registry[name]` for an unknown name; it lists the near names.
+        UserError: If `registry[name]` gets an unknown name. The message lists similar names.
 
     Example:
         >>> SHAPES = Registry("shape: no shape", {"circle": "project.shapes.round"})
@@ -91,16 +91,16 @@ class Registry(Mapping[str, T]):
         return partial(self.add, name)
 
     def add(self, name: str, item: T) -> T:
-        """Register `item` as `name`, in place of an earlier one, and return it."""
+        """Register `item` as `name`, replacing an earlier item, and return it."""
         self._items[name] = item
         return item
 
     def family(self, prefix: str, make: Callable[[str], T]) -> None:
-        """Register objects named "prefix:rest", made by `make(rest)` when one is asked for; iterating leaves them out."""
+        """Register objects named "prefix:rest". `make(rest)` makes an object when it is asked for. Iterating leaves them out."""
         self._families[prefix] = make
 
     def hint(self, name: str) -> str:
-        """Return a hint for an unknown name: the family that has it, else the near names."""
+        """Return a hint for an unknown name: the family that has it, or similar names."""
         for prefix, make in self.families.items():
             try:
                 make(name)
@@ -111,7 +111,7 @@ class Registry(Mapping[str, T]):
 
     @property
     def families(self) -> dict[str, Callable[[str], T]]:
-        """What makes the objects of each family, by prefix."""
+        """Functions that make the objects of each family, by prefix."""
         for name in self._places:
             if name.endswith(":") and name[:-1] not in self._families:
                 importlib.import_module(self._places[name])
@@ -141,6 +141,6 @@ class Registry(Mapping[str, T]):
     def __len__(self) -> int:
         return len(list(iter(self)))
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default: object = None) -> Any:
         known = name in self
         return self[name] if known else default

@@ -1,4 +1,4 @@
-"""Seeds and digests of texts, the same on every machine."""
+"""Seeds and digests of texts, equal on every machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 
 
 def mix_seed(seed: int, *items: int | str) -> int:
-    """Return a 63-bit seed from `seed` and further items, the same on every machine (BLAKE2b of their text)."""
+    """Return a 63-bit seed from `seed` and further items, equal on every machine (BLAKE2b of their text)."""
     return int(digest(":".join(str(item) for item in (seed, *items)).encode()), 16) >> 1
 
 

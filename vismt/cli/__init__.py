@@ -20,22 +20,24 @@ GROUPS = (runs, folders, check, verify, init, attack, models, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command: the words after `vismt`, by default those of `sys.argv`. Return the exit code.
+    """Run one command and return the exit code.
 
-    0: done. 1: a check failed. 2: a user error. 130: interrupted. Of verify 3: suspicious, 4: broken.
+    arguments: Words after `vismt`. The default is `sys.argv`. The exit codes are 0 (done), 1 (a check failed), 2 (a user error)
+    and 130 (interrupted). verify also has 3 (suspicious) and 4 (broken).
     """
-    gc.set_threshold(50_000, 20, 20)  # collections during the imports of torch and timm take a sixth of their time
+    gc.set_threshold(50_000, 20, 20)  # collections take a sixth of the time of importing torch and timm
     options = parse(arguments)
     if options.command is None:
         return 2  # `parse` has printed the commands
     console.set_quiet(options.quiet or getattr(options, "answers", False) or int(os.environ.get("RANK", "0")) > 0)
     disabled = logging.root.manager.disable
     if not options.verbose:
-        # The warnings and bars of dependencies are for developers; a user cannot act on them.
+        # The warnings and bars of dependencies are for developers. A user can do nothing about them.
         warnings.filterwarnings("ignore")
         logging.disable(logging.WARNING)
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-        os.environ.setdefault("TQDM_DISABLE", "1")  # of bars that their caller does not set, as those of GGUF files
+        # for bars that their caller does not control, such as the bars of GGUF files
+        os.environ.setdefault("TQDM_DISABLE", "1")
     try:
         bad = next((word for word in arguments or sys.argv[1:] if word != console.printable(word)), None)
         if bad is not None:  # reports and run.json hold the command and the names of files
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    """Return the options of a command line, with the function that runs it as `runner`."""
+    """Return the options of a command line. `runner` is the function that runs the command."""
     parser = argparse.ArgumentParser(
         prog="vismt",
         usage="vismt [-h] [--version] command ...",
@@ -80,7 +82,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options, rest = parser.parse_known_args(arguments)
     if options.command is None and not rest:
         parser.print_help()
-    # argparse takes no positional after an option: `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
+    # argparse takes no positional after an option. `run CONFIG --out runs train.steps=2` leaves the override in `rest`.
     takes_overrides = hasattr(options, "overrides")
     overrides = [word for word in rest if takes_overrides and "=" in word and not word.startswith("-")]
     unrecognised = [word for word in rest if word not in overrides]

@@ -1,4 +1,4 @@
-"""`python -m vismt.cli`, the same as `python -m vismt`."""
+"""Run the command line: `python -m vismt.cli` is the same as `python -m vismt`."""
 
 import sys
 

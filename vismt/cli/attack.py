@@ -1,4 +1,4 @@
-"""`vismt attack`: attack a run folder, or any classifier of images with --model and --data."""
+"""`vismt attack`: attack a run folder, or any image classifier with --model and --data."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def _attack(options: argparse.Namespace) -> None:
 
 
 def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> None:
-    """Run the robustness job on one classifier: `task: robustness` in a configuration compares several."""
+    """Run the robustness job on one classifier. `task: robustness` in a configuration compares several."""
     from vismt.jobs import run_folder, started_config, typed_config
     from vismt.robustness.classifier import FUNCTION
 

@@ -1,4 +1,4 @@
-"""`vismt check`: does a run reproduce the committed numbers of its configuration?"""
+"""`vismt check`: check whether a run reproduces the committed numbers of its configuration."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from vismt.config.sections import RunConfig
     from vismt.report.study_rows import StudyRows
 
-_SHOWN = 5  # keys in which the nearest study differs, in an error
+_SHOWN = 5  # number of keys in an error in which the nearest study differs
 SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set otherwise, wherever they stand
 
 
@@ -65,13 +65,13 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _claims_fail(name: str, run: StudyRows) -> bool:
-    """Print the verdicts on the claims that a study tests, as committed and by the run; return whether any two contradict."""
+    """Print the verdicts on the claims that a study tests, as committed and by the run. Return whether any two contradict."""
     from vismt.report.claims import contradict, of_study, read_claims
 
     lines = []
     for claim, evidence in of_study(read_claims(), name):
         arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
-        follows = evidence.follows(run.find(evidence.row, f"claims: '{claim}'"))
+        follows = evidence.follows(evidence.find(run, f"claims: '{claim}'"))
         lines.append((claim, arms, evidence.verdict, follows))
     if not lines:
         return False
@@ -82,7 +82,7 @@ def _claims_fail(name: str, run: StudyRows) -> bool:
 
 
 def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str, StudyRows]:
-    """Return name and numbers of the study of a run's configuration; raise UserError where there is none."""
+    """Return name and numbers of the study of a run's configuration. Raise UserError if there is none."""
     from vismt.report.study_rows import read_study, studies
 
     known = studies()
@@ -103,7 +103,7 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
 
 
 def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
-    """Return the keys, with both values, in which a run's configuration differs from that of a study, but for seeds."""
+    """Return the keys, with both values, in which a run's configuration differs from a study. Seeds do not count."""
     from dataclasses import asdict
 
     from vismt.config.sections import RunConfig, differences, flat
@@ -112,21 +112,25 @@ def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     settings = study.about.settings
     task = settings.get("task", RunConfig.task)
     if task != config.task:
-        return [f"task is {config.task}, there {task}"] * len(vars(config))  # farther than any other key
+        return [f"task is {config.task}, there {task}"] * len(vars(config))  # this is farther than any other key
     other = typed_config(_known_keys(settings, type(config)), f"rows '{path}'")
     values = [flat(asdict(one)) for one in (config, other)]
     hashed = flat(differences(config, other)) | flat(differences(other, config))
-    # `differences` takes a field with a default of its own for hashes for changed where both have the default.
+    # `differences` counts a field with a default of its own for hashes as changed if both have the default.
     keys = [key for key in hashed if values[0].get(key) != values[1].get(key)]
-    keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]  # a mapping, empty in one
+    # a mapping that is empty in one of the two
+    keys = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
     texts = {key: [shown_value(of[key]) if key in of else "not set" for of in values] for key in keys}
     return [
         f"{key} is {here}, there {there}" for key, (here, there) in texts.items() if key.split(".")[-1] not in SEEDS
     ]
 
 
-def _known_keys(settings: Any, hint: Any) -> Any:
-    """Return settings of committed rows without keys that their sections do not have any more; hint: type of the section."""
+def _known_keys(settings: object, hint: object) -> Any:
+    """Return settings of committed rows without keys that their sections no longer have.
+
+    hint: Type of the section.
+    """
     section = next((part for part in (hint, *get_args(hint)) if is_dataclass(part)), None)
     if isinstance(settings, list):
         return [_known_keys(item, section) for item in settings]

@@ -1,4 +1,4 @@
-"""The subcommands of a parser: each has the common options and the function that runs it."""
+"""The subcommands of a parser. Each has the common options and the function that runs it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EXAMPLES = {
     "verify": "vismt verify runs/quickstart-HASH/export-peft --base base --json verdict.json",
     "train": "vismt train configs/quickstart.yaml --out runs",
 }
-# The order of `vismt --help`: what a group is for, and its commands.
+# The order of `vismt --help`: the purpose of each group, and its commands.
 GROUPS = {
     "begin here": ("init", "run", "list"),
     "runs": ("train", "evaluate", "attack", "report", "compare", "check", "clean"),
@@ -43,13 +43,14 @@ EPILOG = """\
 Begin with `vismt init fewshot --images my_images`, or with `vismt run quickstart`. `vismt COMMAND --help` has the options
 and an example. Completion in the shell: pip install "vismt[complete]", then eval "$(register-python-argcomplete vismt)".
 """
-_PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}  # of modules of another name
-_SHOWN = 100  # characters of a path that is too long
+# packages of modules that have another name
+_PACKAGES = {"PIL": "pillow", "skimage": "scikit_image", "sklearn": "scikit_learn"}
+_SHOWN = 100  # number of characters of a path that is too long
 Runner = Callable[[argparse.Namespace], int | None]
 
 
 class Commands:
-    """Subcommands of `parser`; each is in EXAMPLES."""
+    """Subcommands of `parser`. Each is in EXAMPLES."""
 
     def __init__(self, parser: argparse.ArgumentParser) -> None:
         self._subparsers = parser.add_subparsers(dest="command", prog=parser.prog, help=argparse.SUPPRESS)
@@ -60,9 +61,9 @@ class Commands:
         self._common.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
     def add(self, name: str, runner: Runner, text: str, *, answers: bool = False) -> argparse.ArgumentParser:
-        """Add the command `name` with its help text and return its parser; `runner` returns the exit code, None for 0.
+        """Add the command `name` with its help text and return its parser. `runner` returns the exit code, None for 0.
 
-        answers: whether it has --json, with which the runner calls `answer`.
+        answers: Whether the command has --json. With --json the runner calls `answer`.
         """
         parser = self._subparsers.add_parser(
             name, description=text, epilog=f"Example: {EXAMPLES[name]}", parents=[self._common]
@@ -85,7 +86,7 @@ class Commands:
 
 
 def answer(options: argparse.Namespace, content: object) -> None:
-    """Print what a command found as JSON, if --json is given, on the first process of a launch."""
+    """If --json is given, print what a command found as JSON. The first process of a launch does so."""
     if options.answers and int(os.environ.get("RANK", "0")) == 0:
         sys.stdout.write(json.dumps(content, indent=1, ensure_ascii=False, default=_plain) + "\n")
 
@@ -97,7 +98,7 @@ def _plain(value: object) -> object:
 
 
 def explanation(error: Exception) -> str | None:
-    """Return what to install for a missing module, or that a path is too long; None for any other error."""
+    """Return what to install for a missing module, or that a path is too long. Return None for any other error."""
     if isinstance(error, OSError):
         if error.errno != errno.ENAMETOOLONG:
             return None
@@ -106,7 +107,7 @@ def explanation(error: Exception) -> str | None:
     module = (getattr(error, "name", None) or "").partition(".")[0]
     try:
         requirements = metadata.requires("vismt") or []
-    except metadata.PackageNotFoundError:  # a checkout that is not installed
+    except metadata.PackageNotFoundError:  # the checkout is not installed
         return None
     for line in requirements:
         package, extra = re.match(r"[\w-]+", line), re.search(r"extra == .([\w-]+)", line)

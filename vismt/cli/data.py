@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import inspect
 import json
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.base.registry import PLACES, with_entry_points
 from vismt.cli.commands import Commands, answer
 from vismt.config.typed import Names
+from vismt.storage.cache import make_room
+from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.paths import cache_root
 
 if TYPE_CHECKING:
     from vismt.data.check import CheckReport
     from vismt.methods import Method
 
-_GIVEN = ("model", "optimizer", "targets", "rank", "alpha", "seed")  # of every method; their texts are not of options
-_LAST = " Further options| Raises| Returns| The other arguments| The adapted model"  # what follows the last option of a text
-_ROWS, _COLUMNS = 40, 16  # groups and images of a group that are shown
-LISTS = ("methods", "jobs", "configs", "data", "assets", "runs")
+# parameters of every method, whose texts are not texts of options
+_GIVEN = ("model", "optimizer", "targets", "rank", "alpha", "seed")
+# beginnings of what follows the last option in a text
+_LAST = " Further options| Raises| Returns| The other arguments| The adapted model"
+_LISTINGS = 100_000  # bytes of kept lists of methods
+_ROWS, _COLUMNS = 40, 16  # numbers of groups, and of images of a group, that are shown
+LISTS = ("methods", "features", "jobs", "configs", "data", "assets", "runs")
 
 
 def add_commands(commands: Commands) -> None:
@@ -60,10 +69,11 @@ def add_commands(commands: Commands) -> None:
     listing = commands.add(
         "list",
         _list,
-        "list methods (with their options), jobs, configurations, data cards, assets, or the runs of a folder",
+        "list methods (with their options), features of evaluation (with the jobs that have them), jobs, configurations, data "
+        "cards, assets, or the runs of a folder",
         answers=True,
     )
-    listing.add_argument("what", nargs="?", choices=LISTS, help="one of them (all but runs)")
+    listing.add_argument("what", nargs="?", choices=LISTS, help="one of them (all but features and runs)")
     listing.add_argument("--runs", type=Path, default=Path("runs"), help="for runs: parent of the run folders (runs)")
 
 
@@ -120,7 +130,7 @@ def _data(options: argparse.Namespace) -> int:
 
 
 def _answer_reports(options: argparse.Namespace, reports: Sequence[CheckReport]) -> int:
-    """Give the answer of a check; return the exit code."""
+    """Give the answer of a check. Return the exit code."""
     answer(options, {"sets": [{"name": report.name, "ok": report.ok, "text": str(report)} for report in reports]})
     return 0 if all(report.ok for report in reports) else 1
 
@@ -128,7 +138,7 @@ def _answer_reports(options: argparse.Namespace, reports: Sequence[CheckReport])
 def _list_duplicates(name: str) -> None:
     """List the groups of near-duplicates of a set, the largest first, and write a contact sheet of the same rows."""
     from vismt.data.cards import load_card
-    from vismt.data.near_duplicates import contact_sheet, find_duplicates
+    from vismt.data.near_duplicates import draw_groups, find_duplicates
     from vismt.storage.files import atomic_write
     from vismt.storage.outputs import check_outputs
 
@@ -148,7 +158,7 @@ def _list_duplicates(name: str) -> None:
         more = f" and {len(group) - _COLUMNS} more" if len(group) > _COLUMNS else ""
         console.block(f"{number:>4}  {', '.join(images.ids[i] for images, i in group[:_COLUMNS])}{more}")
     shown = [group[:_COLUMNS] for group in found.groups[:_ROWS]]
-    atomic_write(sheet, contact_sheet(shown))
+    atomic_write(sheet, draw_groups(shown))
     console.stage("check", f"{sheet}: a row for each of these {len(shown)} groups, the largest first")
     numbers = {images.ids[i]: number for number, group in enumerate(found.groups, 1) for images, i in group}
     atomic_write(named, json.dumps(numbers, indent=0) + "\n")
@@ -161,7 +171,7 @@ def _assets(options: argparse.Namespace) -> None:
     from vismt.backbones import assets
 
     if options.action == "list":
-        rows = assets.describe()
+        rows = assets.describe_assets()
         console.table(("asset", "kind", "MB", "licence", "cached", "about"), rows)
         answer(options, {"assets": [row._asdict() for row in rows]})
         return
@@ -189,49 +199,106 @@ def _list(options: argparse.Namespace) -> None:
     if options.what == "methods":
         answer(options, {"methods": _list_methods()})
         return
+    if options.what == "features":
+        answer(options, {"features": _list_features()})
+        return
     found = {what: list(names) for what, names in _LISTED.items() if options.what in (None, what)}
     for what, names in found.items():
         console.stage(what, ", ".join(names))
     answer(options, found)
 
 
+def _list_features() -> dict[str, dict[str, str]]:
+    """Print which job has which feature of evaluation, and return why a job does not have one, "" where it has."""
+    from vismt.evaluation.sections import FEATURES, refusals
+    from vismt.jobs import JOBS, job_config
+
+    by_job = {job: refusals(type(getattr(job_config(job)(), "evaluate", None))) for job in JOBS}
+    listed = {key: {job: found[key] for job, found in by_job.items()} for key in FEATURES}
+    cells = [[key, *("no" if reason else "yes" for reason in of_jobs.values())] for key, of_jobs in listed.items()]
+    console.table(("feature", *JOBS), cells)
+    for key, of_jobs in listed.items():
+        for job, reason in of_jobs.items():
+            if reason:
+                console.stage("no", f"{key} in {job}: {reason}")
+    return listed
+
+
 def _list_methods() -> list[dict[str, Any]]:
-    """Print every method with its options, and return what was printed."""
+    """Print every method with its options. Return what was printed."""
+    table = _methods_table()
+    listed, families = table["methods"], table["families"]
+    width = max(len(row["name"]) for row in listed + families) + 5
+    texts: dict[str, str] = {}
+    for row in listed:
+        lines = {
+            option["name"]: f"{option['name']} ({option['default']}): {option['about']}" for option in row["options"]
+        }
+        shared = row.pop("shared")
+        texts |= {name: lines[name] for name in shared}
+        console.stage("method", f"{row['name']:<{width}}{row['about']}")
+        for name, line in lines.items():
+            if name not in shared:
+                console.stage("", f"{'':<{width}}{line}")
+        if shared:
+            console.stage("", f"{'':<{width}}and {', '.join(shared)}")
+        abilities = {"merges into stock weights": row["merges"], "exports as a plain LoRA": row["exports"]}
+        able = [text for text, has in abilities.items() if has]
+        console.stage("", f"{'':<{width}}{'; '.join(able) or 'neither merges nor exports'}")
+    for row in families:
+        console.stage("method", f"{row['name'] + ':...':<{width}}{row['about']}")
+    console.stage("options", "that several methods have")
+    for line in texts.values():
+        console.stage("", f"{'':<{width}}{line}")
+    return list(listed)
+
+
+def _methods_table() -> dict[str, Any]:
+    """Return all methods with their options, from the cache folder unless a file of vismt has changed.
+
+    The declarations import torch, which takes most of the time of the command.
+    """
+    package = Path(__file__).resolve().parents[1]
+    files = [(path.relative_to(package).as_posix(), path.stat()) for path in sorted(package.rglob("*.py"))]
+    state = json.dumps([(name, about.st_size, about.st_mtime_ns) for name, about in files])
+    path = cache_root() / "listings" / f"{hashlib.blake2b(state.encode(), digest_size=10).hexdigest()}.json"
+    own = {*with_entry_points("vismt.methods", PLACES["methods"])} == {*PLACES["methods"]}
+    with suppress(UserError):
+        if own and path.exists():
+            return read_sealed(path, "list methods")
+    table = _described_methods()
+    with suppress(UserError):  # a folder that cannot be written
+        if own:
+            atomic_write(path, sealed(table))
+            make_room(path, 0, _LISTINGS)
+    return table
+
+
+def _described_methods() -> dict[str, Any]:
     from vismt.lowrank.model.inject import COMMON
     from vismt.methods import METHODS
 
-    listed, width = [], max(map(len, (*METHODS, *METHODS.families))) + 5
-    texts = dict[str, Any]()
+    listed = []
     for name, method in METHODS.items():
-        about, options = (method.adapt.__doc__ or "").strip().splitlines()[0], option_texts(method)
-        inherits = "inject" in (method.adapt.__doc__ or "")
-        shared = [name for name, (default, _) in options.items() if inherits and default == str(COMMON.get(name, ...))]
-        texts |= {name: options[name] for name in shared}
-        console.stage("method", f"{name:<{width}}{about}")
-        for option, (default, text) in options.items():
-            if option not in shared:
-                console.stage("", f"{'':<{width}}{option} ({default}): {text}")
-        if shared:
-            console.stage("", f"{'':<{width}}and {', '.join(shared)}")
-        abilities = {"merges into stock weights": method.merges, "exports as a plain LoRA": method.exports}
-        able = [text for text, has in abilities.items() if has]
-        console.stage("", f"{'':<{width}}{'; '.join(able) or 'neither merges nor exports'}")
-        rows = [{"name": option, "default": default, "about": text} for option, (default, text) in options.items()]
-        listed.append(
-            {"name": name, "about": about, "options": rows, "merges": method.merges, "exports": method.exports}
-        )
-    for prefix, make in METHODS.families.items():
-        console.stage("method", f"{prefix + ':...':<{width}}{(make.__doc__ or '').strip().splitlines()[0]}")
-    console.stage("options", "that several methods have")
-    for option, (default, text) in texts.items():
-        console.stage("", f"{'':<{width}}{option} ({default}): {text}")
-    return listed
+        text, options = (method.adapt.__doc__ or "").strip(), option_texts(method)
+        rows = [{"name": option, "default": default, "about": about} for option, (default, about) in options.items()]
+        shared = [
+            row["name"] for row in rows if "inject" in text and row["default"] == str(COMMON.get(row["name"], ...))
+        ]
+        row = {"name": name, "about": text.splitlines()[0], "options": rows, "shared": shared}
+        listed.append({**row, "merges": method.merges, "exports": method.exports})
+    families = [
+        {"name": prefix, "about": (make.__doc__ or "").strip().splitlines()[0]}
+        for prefix, make in METHODS.families.items()
+    ]
+    return {"methods": listed, "families": families}
 
 
 def option_texts(method: Method) -> dict[str, tuple[str, str]]:
     """Return default and meaning of each option of a method.
 
-    Meanings stand in the docstring of the method's function, and in those that it names in backquotes, as "option: meaning.".
+    Meanings stand as "option: meaning." in the docstring of the method's function, and in the docstrings that it names in
+    backquotes.
     """
     from vismt.lowrank.model.inject import COMMON
 
@@ -250,13 +317,11 @@ def option_texts(method: Method) -> dict[str, tuple[str, str]]:
 
 
 def _methods() -> Iterable[str]:
-    from vismt.base.registry import PLACES, with_entry_points
-
     names = with_entry_points("vismt.methods", PLACES["methods"])  # without an import of torch
     return sorted(f"{name}..." if name.endswith(":") else name for name in names)
 
 
-# What `vismt list` prints in one line -> its names, imported when they are asked for.
+# What `vismt list` prints in one line -> its names, imported on demand.
 _LISTED: dict[str, Names] = {
     "methods": Names("vismt.cli.data:_methods"),
     "jobs": Names("vismt.jobs:JOBS"),

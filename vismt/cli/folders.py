@@ -57,13 +57,19 @@ def add_commands(commands: Commands) -> None:
 
 
 def add_format(parser: argparse.ArgumentParser, more: str = "") -> None:
-    """Add --format to a command that writes a report; `formats_of` reads it. more: help on further formats."""
+    """Add --format to a command that writes a report. `formats_of` reads it.
+
+    more: Help on further formats.
+    """
     known = "html, md, csv, latex (tables of a paper), pdf and png (every figure also as such a file; svg is always written)"
     parser.add_argument("--format", default="html,md", help=f"comma-separated: {known}{more} (html,md)")
 
 
 def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
-    """Return the formats of --format; more: further names that the command knows. Raises UserError for an unknown one."""
+    """Return the formats of --format. Raise UserError for an unknown format.
+
+    more: Further names that the command knows.
+    """
     from vismt.base.errors import require_known
     from vismt.report.plotting import FIGURES
     from vismt.report.writer import DEFAULT_FORMATS, FORMATS
@@ -77,7 +83,7 @@ def _compare(options: argparse.Namespace) -> None:
     from vismt.report.compare.score_tables import Columns, is_table
 
     for path in options.inputs:
-        if not is_table(path):  # before the import: a wrong folder is answered at once
+        if not is_table(path):  # before the import, so that a wrong folder is answered at once
             from vismt.jobs import resolved_path
 
             resolved_path(path)
@@ -114,7 +120,7 @@ def _clean(options: argparse.Namespace) -> None:
         if not options.yes:
             if not console.ask(f"delete {item.folder}: {item.why} ({item.size / 1e6:,.1f} MB)?"):
                 continue
-            # A run may have started in the folder in the meantime.
+            # A run may have started in the folder meanwhile.
             if item.folder not in (again.folder for again in found()):
                 continue
         item.delete()

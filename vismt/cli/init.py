@@ -1,4 +1,4 @@
-"""`vismt init`: a commented configuration, with a card for own images, that runs as written."""
+"""`vismt init`: write a commented configuration that runs as it is, and a card for own images."""
 
 from __future__ import annotations
 
@@ -42,10 +42,12 @@ def _init(options: argparse.Namespace) -> None:
         ("texts", options.texts, Path.is_file, "file"),
     ):
         if path is not None and name != init.takes:
-            raise UserError(f"init: {options.job} takes --{init.takes}, not --{name}.")
+            raise UserError(
+                f"init: {options.job} takes {f'--{init.takes}' if init.takes else 'no data'}, not --{name}."
+            )
         if path is not None and not exists(path):
             raise UserError(f"init: --{name} {path}: no such {what}.")
-    folder, given = options.to.resolve(), getattr(options, init.takes)
+    folder, given = options.to.resolve(), getattr(options, init.takes or "images")
     files = init.files(options.job, folder, given and given.resolve())
     check_outputs("init", [(options.to / name, "") for name in files])
     for name, content in files.items():

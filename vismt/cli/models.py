@@ -14,7 +14,7 @@ from vismt.cli.commands import Commands, answer
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
-ADAPTERS = ("adapter.json", "adapter_config.json")  # of the folders of vismt and peft
+ADAPTERS = ("adapter.json", "adapter_config.json")  # files in folders of vismt and peft
 
 
 def add_commands(commands: Commands) -> None:
@@ -141,12 +141,12 @@ def _predict(options: argparse.Namespace) -> None:
     from vismt.jobs import resolved_path
 
     if not options.run.is_file() and not (options.run / "model.safetensors").is_file():
-        resolved_path(options.run)  # before the imports: a wrong folder is answered at once
-    from vismt.jobs.predict import predict
+        resolved_path(options.run)  # before the imports, so that a wrong folder is answered at once
+    from vismt.jobs.predict import predict_inputs
     from vismt.jobs.predictions import Options
 
     settings = Options(**{item.name: getattr(options, item.name) for item in fields(Options)})
-    found = predict(options.run, options.inputs, options.to, settings)
+    found = predict_inputs(options.run, options.inputs, options.to, settings)
     for path in found.files:
         console.stage("predict", str(path))
     answer(options, asdict(found))
@@ -155,12 +155,12 @@ def _predict(options: argparse.Namespace) -> None:
 def _pool(options: argparse.Namespace) -> None:
     from vismt.jobs.fewshot.models import find_experts
     from vismt.metatune.amt.pool import INDEX, assemble, check_experts
-    from vismt.storage.outputs import check_folder, note
+    from vismt.storage.outputs import check_folder, note_outputs
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
     check_experts(experts)
     if not (options.to / INDEX).exists():
         check_folder("pool", options.to)
-        note("pool", options.to)
+        note_outputs("pool", options.to)
     folder = assemble(experts, options.to)
     console.stage("pool", f"{folder}   {', '.join(expert.label for expert in experts)}")

@@ -13,7 +13,7 @@ from vismt.base.errors import UserError
 from vismt.cli.commands import Commands, answer
 from vismt.cli.folders import add_format, formats_of
 
-_ROBUSTBENCH = "robustbench"  # a format of reports that only robustness runs have
+_ROBUSTBENCH = "robustbench"  # format of reports that only robustness runs have
 
 if TYPE_CHECKING:
     from vismt.jobs.run import Run
@@ -80,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
 
 
 def _found(run: Run) -> dict[str, Any]:
-    """Return a run folder with its report and results, null and none before they are written."""
+    """Return a run folder with its report and results. They are null and none before they are written."""
     from vismt.report.results import RESULTS, read_results
 
     page, results = run.folder / "report.html", run.folder / RESULTS
@@ -106,7 +106,7 @@ def _run_units(run: Run, part: tuple[int, int] | None, workers: str | None) -> N
 
 
 def _part(text: str | None) -> tuple[int, int] | None:
-    """Return (i, n) of "i/n"."""
+    """Return (i, n) from "i/n"."""
     if text is None:
         return None
     words = text.split("/")
@@ -147,7 +147,7 @@ def _report(options: argparse.Namespace) -> None:
     if _ROBUSTBENCH in formats:
         files += _robustbench(run)
         formats.remove(_ROBUSTBENCH)
-    if formats and is_locked(options.run):  # a process works in it: the report shows how far it is
+    if formats and is_locked(options.run):  # a process is working in it, so the report shows how far it is
         files += run.report(formats)
     elif formats:
         with run.owned():

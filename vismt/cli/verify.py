@@ -52,7 +52,7 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _check_output(options: argparse.Namespace) -> None:
-    """Raise UserError if the verdict would replace a file that is verified; an earlier verdict may be replaced."""
+    """Raise UserError if the verdict would replace a file that is verified. An earlier verdict may be replaced."""
     from vismt.storage.files import read_json
     from vismt.storage.outputs import check_outputs
 

@@ -1,7 +1,7 @@
 """Run configurations: a YAML file and dotted overrides become one typed dataclass.
 
-An unknown key and a value of another type are UserErrors with the dotted key. The sections that all jobs share are declared
-here; a job adds its sections by subclassing RunConfig (vismt/jobs/__init__.py lists the jobs). vismt/config/typed.py does the
+An unknown key, or a value of another type, is a UserError with the dotted key. This file declares the sections that all jobs
+share. A job adds its sections by subclassing RunConfig (vismt/jobs/__init__.py lists the jobs). vismt/config/typed.py does the
 typing.
 """
 
@@ -27,25 +27,25 @@ from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
 UNHASHED = {"hashed": False}
-# Key of the metadata of a field: the value that leaves hashes as they are, in place of the default.
+# Key of the metadata of a field. Its value leaves hashes as they are, instead of the default.
 HASH_DEFAULT = "hash default"
 # Metadata of a section that the schedule of a method reads (vismt.methods.Method.section).
 SCHEDULED = {"scheduled": True}
-# Key of the metadata of a field of options: names of options, in a mapping of the list, that change how results are read alone.
+# Key of the metadata of a field of options. It names options, in a mapping of the list, that only change how results are read.
 UNHASHED_OPTIONS = "unhashed options"
 HASH_DIGITS = 10
-RESOLVED = "config.resolved.yaml"  # of a run folder: its whole configuration
-# What happens with an image that cannot be decoded.
+RESOLVED = "config.resolved.yaml"  # file of a run folder with its whole configuration
+# How to handle an image that cannot be decoded.
 OnBadSample = Literal["error", "skip"]
-# Every random generator takes these.
+# Seed of any random generator.
 Seed = Annotated[int, within(0, 2**63 - 1)]
-# Strength of colour changes; beyond it images are black and white.
+# Strength of colour changes. A larger strength makes images black and white.
 Jitter = Annotated[float, within(0, 10)]
-# An interval needs two, and each is kept in a record.
+# Number of examples. An interval needs two, and each is kept in a record.
 Episodes = Annotated[int, within(2, 1_000_000)]
-# How many there are: one or more.
+# Number of things, one or more.
 Count = Annotated[int, within(1)]
-# Of the weights of a model.
+# Strength of weight decay.
 Dtype = Literal["float32", "bfloat16", "float16"]
 T = TypeVar("T")
 
@@ -55,7 +55,7 @@ class ModelSection:
     """The key that the model sections of all jobs share.
 
     Args:
-        name: model; each job's section says what is known.
+        name: Name of the model. The section of each job says which names are known.
     """
 
     name: str = ""
@@ -66,13 +66,13 @@ class ModelConfig(ModelSection):
     """The backbone.
 
     Args:
-        name: an asset (`vismt assets list`) or a timm model.
-        img_size: side of the images in pixels; null for the model's own.
-        pretrained: true for the published weights, false for random ones, or a checkpoint file.
-        block: number of the block whose output is used, later ones are left out; null for the last.
-        position: how a pretrained position table is resampled to another image size (vismt.backbones.position).
-        pool: token (class token) or avg (mean of the patches); null as the model does.
-        dtype: type of the weights and of the computations in blocks; heads and what a method trains stay float32.
+        name: Name of an asset (`vismt assets list`) or of a timm model.
+        img_size: Side of the images in pixels. null for the model's own size.
+        pretrained: true for the published weights, false for random weights, or a checkpoint file.
+        block: Number of the block whose output is used. Later blocks are left out. null for the last block.
+        position: How a pretrained position table is resampled to another image size (vismt.backbones.position).
+        pool: "token" (class token) or "avg" (mean of the patches). null for the model's own pooling.
+        dtype: Type of the weights and of the computations in blocks. Heads, and what a method trains, stay float32.
     """
 
     name: str = "vit_small_patch14_imgfocus"
@@ -89,16 +89,16 @@ class AdaptConfig:
     """The arguments of vismt.adapt.
 
     Args:
-        module: a Python module that registers `method`, for one of your own; null for a method that is installed.
-        method: the adaptation method (`vismt list methods`).
-        targets: the adapted modules: a regular expression, names, "all-linear", "all-conv" or "all-linear+conv"; null for the
+        module: Python module that registers `method`, for a method of your own. null for a method that is installed.
+        method: Name of the adaptation method (`vismt list methods`).
+        targets: Modules to adapt: a regular expression, names, "all-linear", "all-conv" or "all-linear+conv". null for the
             method's own choice.
-        rank: rank of the update.
-        alpha: numerator of the scale alpha / rank of the update; null for the method's own.
-        options: further arguments of the method, which `vismt list methods` shows.
+        rank: Rank of the update.
+        alpha: Numerator of the scale alpha / rank of the update. null for the method's own value.
+        options: Further arguments of the method, which `vismt list methods` shows.
     """
 
-    # peft's words, in Python and in configurations.
+    # Words of peft, in Python and in configurations.
     ELSEWHERE: ClassVar[dict[str, str]] = {
         "r": "It is rank here.",
         "target_modules": "It is targets here.",
@@ -128,28 +128,30 @@ class TrainConfig:
     """Optimisation.
 
     Args:
-        steps: optimiser steps; 0 leaves a net as its method starts it.
-        optimizer: adamw, or sgd with momentum.
-        lr: the peak learning rate, reached after `warmup` steps, followed by a cosine down to min_lr.
-        min_lr: the last learning rate.
-        warmup: steps over which the rate grows linearly.
-        cooldown: number of last steps at min_lr.
-        rates: {regular expression: factor of lr}; a parameter takes the factor of the first expression that matches
+        steps: Number of optimiser steps. 0 leaves a net as its method starts it.
+        optimizer: "adamw", or "sgd" with momentum.
+        lr: Peak learning rate. It is reached after `warmup` steps, and a cosine down to min_lr follows.
+        min_lr: Last learning rate.
+        warmup: Number of steps over which the rate grows linearly.
+        cooldown: Number of last steps at min_lr.
+        rates: Factors of lr, {regular expression: factor}. A parameter takes the factor of the first expression that matches
             anywhere in its name.
-        weight_decay: of matrices; vectors and scalars have none.
-        momentum: of sgd.
-        accumulate: batches in one optimiser step.
-        clip: largest norm of the gradient; null for none. Under a balancer of gradients, of that of the balanced
-            parameters alone.
-        precision: mixed precision of the forward pass: no, bf16 or fp16.
-        recompute: cheap computes outputs of norms and activations again in the backward pass, for less memory
+        weight_decay: Weight decay of matrices. Vectors and scalars have none.
+        momentum: Momentum of sgd.
+        accumulate: Number of batches in one optimiser step.
+        clip: Largest norm of the gradient, null for no limit. Under a balancer of gradients it limits only the gradient of the
+            balanced parameters.
+        precision: Mixed precision of the forward pass: "no", "bf16" or "fp16".
+        recompute: "cheap" computes outputs of norms and activations again in the backward pass, which needs less memory
             (vismt.recompute).
-        checkpointing: whether every block is computed again in the backward pass, for less memory.
-        compile: whether blocks run under torch.compile, with static shapes.
-        workers: processes that load data; 0 for the training's own.
-        log_every: steps between two lines of metrics.jsonl.
-        checkpoint_every: steps between two checkpoints, from which a run resumes.
-        trackers: what gets the content of metrics.jsonl as well.
+        checkpointing: Whether every block is computed again in the backward pass, which needs less memory.
+        compile: Whether blocks run under torch.compile, with static shapes.
+        workers: Number of processes that load data. 0 loads them in the training's own process.
+        log_every: Number of steps between two lines of metrics.jsonl.
+        checkpoint_every: Number of steps between two checkpoints, from which a run resumes.
+        validate: Whether the report has the curve of the validation score over the checkpoints, for the first seed of every arm.
+            The weights of these steps are kept until the arm is trained.
+        trackers: Trackers that also get the content of metrics.jsonl.
     """
 
     steps: Annotated[int, within(0)] = 100
@@ -170,6 +172,7 @@ class TrainConfig:
     workers: Annotated[int, within(0)] = 0
     log_every: Count = 1
     checkpoint_every: Count = 50
+    validate: bool = field(default=False, metadata=UNHASHED)
     trackers: Annotated[list[str], Names("vismt.engine.trackers:TRACKERS", only=True)] = field(
         default_factory=list, metadata=UNHASHED
     )
@@ -189,15 +192,15 @@ class TrainConfig:
 
 @dataclass
 class RunConfig:
-    """The sections that every job has; a job declares the type of its model section.
+    """The sections that every job has. A job declares the type of its model section.
 
     Args:
-        task: the job.
-        title: title of the report; not part of the run's hash.
-        seed: seed of start values, and of the training where `seeds` is empty.
-        model: the model.
-        adapt: the adaptation method; null trains no adapter.
-        train: the optimisation; null trains nothing.
+        task: Name of the job.
+        title: Title of the report. It is not part of the run's hash.
+        seed: Seed of start values, and of the training if `seeds` is empty.
+        model: Model.
+        adapt: Adaptation method. null trains no adapter.
+        train: Optimisation. null trains nothing.
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = {
@@ -215,7 +218,7 @@ class RunConfig:
 
 
 def list_configs() -> list[str]:
-    """Return the names of the configurations that travel with the package, "dense/camvid"."""
+    """Return the names of the configurations that come with the package, for example "dense/camvid"."""
     folder = shipped("configs")
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
@@ -223,7 +226,7 @@ def list_configs() -> list[str]:
 def find_config(text: str) -> Path:
     """Return the file of a path, or of a name of `list_configs`, with or without "configs/" and ".yaml".
 
-    What is neither is returned as a path, and `read_yaml` names what is near.
+    Any other text is returned as a path, and `read_config_file` then names similar files.
     """
     name = text.removeprefix("configs/").removesuffix(".yaml")
     if Path(text).exists() or name not in list_configs():
@@ -231,10 +234,10 @@ def find_config(text: str) -> Path:
     return shipped("configs") / f"{name}.yaml"
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> dict[str, Any]:
     """Return the mapping in the YAML file `path`.
 
-    Raises UserError for a file that cannot be read; for a missing file the message names similar files and configurations.
+    Raise UserError for a file that cannot be read. For a missing file, the message names similar files and configurations.
     """
     if not path.exists():
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
@@ -243,8 +246,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return yaml_text.read_yaml(path, f"config: '{path}'")
 
 
-def from_working_folder(value: Any, folder: Path) -> Any:
-    """Return a configuration in which texts that begin with "./" or "../" and exist in `folder` are seen from the working one."""
+def from_working_folder(value: object, folder: Path) -> Any:
+    """Return a configuration with paths that hold from the working folder.
+
+    They are the texts that begin with "./" or "../" and exist in `folder`.
+    """
     if isinstance(value, dict):
         return {key: from_working_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):
@@ -254,10 +260,10 @@ def from_working_folder(value: Any, folder: Path) -> Any:
     return value
 
 
-def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Return a copy of `raw` with dotted `key=value` assignments applied; values are read as YAML.
+def override(raw: dict[str, object], assignments: Sequence[str]) -> dict[str, Any]:
+    """Return a copy of `raw` with dotted `key=value` assignments applied. Values are read as YAML.
 
-    A key goes into a list by the name of an item: tasks.digits.limit=40.
+    A key leads into a list by the name of an item: tasks.digits.limit=40.
     """
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
@@ -273,10 +279,10 @@ def override(raw: dict[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
+def with_values(config: T, changes: Mapping[str, object], source: str) -> T:
     """Return a copy of a configuration with values replaced along dotted paths, typed and checked as a whole.
 
-    Raises UserError for an unknown key, a path through a value, and a value of another type; `source` names the place.
+    Raise UserError for an unknown key, a path through a value, and a value of another type. `source` names the place.
     """
     raw: dict[str, Any] = dataclasses.asdict(config)  # type: ignore[call-overload]  # a dataclass
     for key, value in changes.items():
@@ -284,7 +290,7 @@ def with_values(config: T, changes: Mapping[str, Any], source: str) -> T:
     return build(type(config), raw, source)
 
 
-def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: str) -> Any:
+def _replaced(node: object, path: Sequence[str], value: object, source: str, prefix: str) -> Any:
     """Return a copy of a mapping, or of a list of items with names, with the value at `path` replaced."""
     name, *rest = path
     if isinstance(node, list):
@@ -294,7 +300,7 @@ def _replaced(node: Any, path: Sequence[str], value: Any, source: str, prefix: s
     return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
 
 
-def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: str, prefix: str) -> list[Any]:
+def _replaced_item(items: list[object], path: Sequence[str], value: object, source: str, prefix: str) -> list[Any]:
     """Return a copy of a list of names, or mappings with a name, with an option of the item `path[0]` replaced."""
     names = [item.get("name") if isinstance(item, dict) else item for item in items]
     name, *rest = path
@@ -308,8 +314,8 @@ def _replaced_item(items: list[Any], path: Sequence[str], value: Any, source: st
     return [*items[:place], _replaced(item, rest, value, source, f"{prefix}{name}."), *items[place + 1 :]]
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return {dotted key: value} of nested mappings; an empty one is a value."""
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+    """Return {dotted key: value} of nested mappings. An empty mapping counts as a value."""
     found: dict[str, Any] = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
@@ -317,16 +323,16 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_hash(config: RunConfig) -> str:
-    """Return HASH_DIGITS hex digits of the task and of what differs from the defaults and can change a number.
+    """Return HASH_DIGITS hex digits of the task and of everything that differs from the defaults and can change a number.
 
-    A key that is added with a default leaves all hashes as they are.
+    A new key with a default leaves all hashes as they are.
     """
     plain = {"task": config.task, **differences(config)}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
 def differences(section: Any, base: Any = None) -> dict[str, Any]:
-    """Return the hashed values of a section that differ from those of `base`, or from the defaults, as plain values."""
+    """Return the hashed values of a section that differ from the values of `base`, or from the defaults, as plain values."""
     found = {}
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
@@ -343,13 +349,16 @@ def differences(section: Any, base: Any = None) -> dict[str, Any]:
     return found
 
 
-def default_of(item: dataclasses.Field[Any]) -> Any:
-    """Return the default of a field, MISSING for a required one."""
+def default_of(item: dataclasses.Field[object]) -> Any:
+    """Return the default of a field. A required field has MISSING."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
-def _hashed(value: Any, left_out: Sequence[str]) -> Any:
-    """Return a value, or the items of a list, as plain values; left_out: keys that mappings in the list lose."""
+def _hashed(value: object, left_out: Sequence[str]) -> Any:
+    """Return a value, or the items of a list, as plain values.
+
+    left_out: Keys that mappings in the list lose.
+    """
     if isinstance(value, list | tuple):
         return [_hashed(item, left_out) for item in value]
     if dataclasses.is_dataclass(value):
@@ -360,7 +369,7 @@ def _hashed(value: Any, left_out: Sequence[str]) -> Any:
 
 
 def fraction(value: float | str, name: str) -> float:
-    """Return a number that may be written as a fraction, '4.5/255'; `name` is the key in errors."""
+    """Return a number that may be written as a fraction, "4.5/255". `name` is the key in errors."""
     if not isinstance(value, str):
         return float(value)
     try:

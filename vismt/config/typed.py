@@ -1,9 +1,9 @@
 """Strict reading of YAML and JSON into dataclasses: run configurations, data and asset cards, the files of adapters.
 
-`read_yaml` (yaml_text.py) and `read_json` (storage/files.py) read the mapping of a file, `build` turns a mapping into a dataclass
-with typed, possibly nested fields. Every mistake is a UserError that names the file, the dotted key
-(`evaluate.attacks[0].epsilon`), the expected type, the value and, for an unknown key, the near ones. Numbers are finite, whole
-numbers fit 64 bits, text can be written as UTF-8.
+`read_yaml` (yaml_text.py) and `read_json` (storage/files.py) read the mapping of a file. `build` turns a mapping into a
+dataclass with typed, possibly nested fields. Every mistake is a UserError that names the file, the dotted key
+(`evaluate.attacks[0].epsilon`), the expected type, the value and, for an unknown key, similar keys. Numbers are finite, whole
+numbers fit 64 bits, and text can be written as UTF-8.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ T = TypeVar("T")
 EXPONENT = re.compile(r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+")  # YAML 1.1 reads 1e-3 as text
 UNWRITABLE = re.compile("[\0\ud800-\udfff]")
 PLAIN_NAME = re.compile(r"(?!\.+$)[\w.+-]{1,100}")
-LONGEST_NAME = 255  # bytes, on the usual file systems
+LONGEST_NAME = 255  # bytes, the limit of the usual file systems
 SCALARS = (bool, int, float, str)
 NUMBERS = (int, float)
 MAPPINGS = (dict, Mapping)
@@ -36,18 +36,18 @@ _CONTAINERS = (*MAPPINGS, list, tuple)
 
 
 class JsonFile(str):
-    """A JSON file, as the `source` of `build`: its text is never a number, as 1e-3 without quotes is in YAML 1.1."""
+    """A JSON file as the `source` of `build`. Its text is never a number, as 1e-3 without quotes is in YAML 1.1."""
 
 
 @dataclass(frozen=True)
 class Names:
     """The known names of a field, `Annotated[str, Names(...)]`.
 
-    Documentation and editors show them; with `only`, `build` refuses any other text, also in a list.
+    Documentation and editors show them. With `only`, `build` refuses any other text, also in a list.
 
-    source: names, or "module:attribute" of names or of a function that returns them, imported when they are asked for. A
-    registry may know more names than it lists, those of a family. options: whether each name stands for a dataclass, whose fields
-    are keys of an item with this name.
+    source: Names, or "module:attribute" of names or of a function that returns them, imported on demand. A registry may know
+    more names than it lists, the names of a family. options: Whether each name stands for a dataclass. The fields of the
+    dataclass are then keys of an item with this name.
     """
 
     source: str | Iterable[str]
@@ -57,7 +57,7 @@ class Names:
     def __iter__(self) -> Iterator[str]:
         return iter(self.known())
 
-    def __call__(self, value: Any, where: str) -> None:
+    def __call__(self, value: object, where: str) -> None:
         if not self.only:
             return
         known = self.known()
@@ -83,9 +83,10 @@ class Names:
 
 @dataclass(frozen=True)
 class Range:
-    """The range of a finite number; `build` refuses numbers outside of it. least and most belong to it, above and below do not.
+    """The range of a finite number. `build` refuses numbers outside of it.
 
-    unit: of the number, for messages. A value of another type passes: it is that of another member of a union.
+    least and most belong to the range, above and below do not. unit: Unit of the number, for messages. A value of another type
+    passes, because it belongs to another member of a union.
     """
 
     least: float | None = None
@@ -117,11 +118,14 @@ class Range:
             raise UserError(f"{where} is {value}; it {verb} {self}{self.unit and f', in {self.unit}'}.")
 
 
-within = Range  # as it reads in an annotation: Annotated[float, within(0, 1)]
+within = Range  # reads well in an annotation: Annotated[float, within(0, 1)]
 
 
 class Checked:
-    """A dataclass whose annotations are checked also where Python makes it, not `build`. KEY: of the section, for messages."""
+    """A dataclass whose annotations are also checked if Python makes it, without `build`.
+
+    KEY: Key of the section, for messages.
+    """
 
     KEY: ClassVar[str]
 
@@ -135,12 +139,14 @@ def _hints(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
-def _check(value: Any, hint: Any, where: str) -> None:
-    """Call the checks in a type, and those of the values of a mapping."""
+def _check(value: object, hint: object, where: str) -> None:
+    """Call the checks in a type, and the checks of the values of a mapping."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         if (arguments[0] is int and isinstance(value, float)) or (arguments[0] is str and not isinstance(value, str)):
-            raise UserError(f"{where}: expected {describe(hint)}, got {shown_value(value)} ({type(value).__name__}).")
+            raise UserError(
+                f"{where}: expected {describe_type(hint)}, got {shown_value(value)} ({type(value).__name__})."
+            )
         for check in arguments[1:]:
             check(value, where)
     elif is_union(hint):
@@ -151,22 +157,22 @@ def _check(value: Any, hint: Any, where: str) -> None:
             _check(item, arguments[1], _join(where, name))
 
 
-def build(cls: type[T], values: object, source: str, key: str = "", /, **given: Any) -> T:
+def build(cls: type[T], values: object, source: str, key: str = "", /, **given: object) -> T:
     """Return an instance of the dataclass `cls` with fields from a mapping of plain values.
 
-    Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these.
-    A whole number fits a float field, a bool is not a number, and text that spells a number ('1e-3', '0x10') fits a number
-    field or one of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
+    Fields may be bool, int, float, str, Any, Literal, dataclasses, and unions, lists, tuples and mappings from str of these. A
+    whole number fits a float field, and a bool is not a number. Text that spells a number ("1e-3", "0x10") fits a number field
+    or a field of type Any. Each `Annotated[type, check]` calls check(value, source and key), which may raise.
 
     Args:
-        cls: the dataclass; a field without default is a required key.
-        values: the mapping; it is not changed, and the result shares no object with it.
-        source: the file in error messages, a JsonFile for values of JSON.
-        key: the dotted key of `values` in that file, "" for the whole file.
-        given: fields that the caller sets and that are not keys of the mapping.
+        cls: Dataclass. A field without default is a required key.
+        values: Mapping of plain values. It is not changed, and the result shares no object with it.
+        source: Name of the file in error messages. A JsonFile for values of JSON.
+        key: Dotted key of `values` in that file, "" for the whole file.
+        given: Fields that the caller sets and that are not keys of the mapping.
 
     Raises:
-        UserError: an unknown or missing key, a value of another type, or one that a check or `cls` itself refuses.
+        UserError: If a key is unknown or missing, a value has another type, or a check or `cls` itself refuses a value.
     """
     if not isinstance(values, Mapping):
         raise UserError(f"{source}: {key or 'the file'} is {shown_value(values)}, not a section.")
@@ -182,17 +188,19 @@ def build(cls: type[T], values: object, source: str, key: str = "", /, **given: 
             raise UserError(f"{source}: key '{_join(key, name)}' is missing.")
     try:
         return cls(**converted)
-    except ValueError as error:  # of a check in __post_init__; a UserError is a ValueError
+    except ValueError as error:  # a check in __post_init__ (a UserError is a ValueError)
         if not isinstance(source, JsonFile):
             raise UserError(f"{source}: {error}") from error
         where, end = (f"{source}: {key}" if key else source), "" if str(error).endswith(".") else "."
         raise UserError(f"{where}: {error}{end}") from error
 
 
-def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: str, key: str = "") -> dict[str, Any]:
+def arguments(
+    function: Callable[..., object], options: Mapping[str, object], source: str, key: str = ""
+) -> dict[str, Any]:
     """Return options of a function or class, each typed by the annotation of its parameter.
 
-    source, key: as for `build`. Options without a parameter are copied. Raises UserError for a value of another type.
+    source, key: See `build`. Options without a parameter are copied. Raise UserError for a value of another type.
     """
     initialisers = (
         [vars(base)["__init__"] for base in reversed(inspect.getmro(function)) if "__init__" in vars(base)]
@@ -206,9 +214,9 @@ def arguments(function: Callable[..., Any], options: Mapping[str, Any], source: 
 
 
 def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str]) -> UserError:
-    """Return the error for an unknown key: where the setting is made, the near keys, or all of the section.
+    """Return the error for an unknown key. It says where the setting is made, or names similar keys or all keys of the section.
 
-    A class may have a dict ELSEWHERE: {name: where that is set}.
+    A class may have a dictionary ELSEWHERE: {name: where that is set}.
     """
     choices = list(known)
     elsewhere = getattr(cls, "ELSEWHERE", {}).get(name)
@@ -216,7 +224,7 @@ def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str
     return UserError(f"{source}: unknown key '{key}'.{hint}")
 
 
-def _convert_all(values: Mapping[str, Any], hints: Mapping[str, Any], source: str, key: str) -> dict[str, Any]:
+def _convert_all(values: Mapping[str, object], hints: Mapping[str, object], source: str, key: str) -> dict[str, Any]:
     """Return the values, each as an object of the type in `hints`, in the order of `hints`."""
     try:
         given = [name for name in hints if name in values]
@@ -232,7 +240,7 @@ class _OutOfRange(ValueError):
 class _WrongType(Exception):
     """A value of another type than its field."""
 
-    def __init__(self, key: str, hint: Any, value: object) -> None:
+    def __init__(self, key: str, hint: object, value: object) -> None:
         self.key = key
         members = (
             [member for member in typing.get_args(hint) if member is not types.NoneType] if is_union(hint) else [hint]
@@ -243,7 +251,7 @@ class _WrongType(Exception):
             text = f"{key} is {shown_value(value)}, not a section."
         else:
             quotes = "; text needs quotes here" if isinstance(value, NUMBERS) and str in members else ""
-            text = f"{key}: expected {describe(hint)}, got {shown_value(value)} ({type(value).__name__}){quotes}."
+            text = f"{key}: expected {describe_type(hint)}, got {shown_value(value)} ({type(value).__name__}){quotes}."
         super().__init__(text)
 
 
@@ -252,31 +260,31 @@ def _join(key: str, name: object) -> str:
     return f"{key}.{text}" if key else text
 
 
-def is_union(hint: Any) -> bool:
+def is_union(hint: object) -> bool:
     """Return whether a type is a union."""
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: object) -> str:
     """Return a type as error messages name it: 'int or null', 'list of str'."""
     arguments = typing.get_args(hint)
     origin = typing.get_origin(hint)
     if is_union(hint):
-        return " or ".join(dict.fromkeys(describe(member) for member in arguments))
+        return " or ".join(dict.fromkeys(describe_type(member) for member in arguments))
     if origin is Annotated:
-        return describe(arguments[0])
+        return describe_type(arguments[0])
     if origin is Literal:
         return " or ".join(repr(choice) for choice in arguments)
     if origin in MAPPINGS:
-        return f"mapping of str to {describe(arguments[1])}"
+        return f"mapping of str to {describe_type(arguments[1])}"
     if origin is tuple and arguments[-1] is not Ellipsis:
-        return f"list of {len(arguments)} values ({', '.join(describe(member) for member in arguments)})"
+        return f"list of {len(arguments)} values ({', '.join(describe_type(member) for member in arguments)})"
     if origin in (list, tuple):
-        return f"list of {describe(arguments[0])}"
+        return f"list of {describe_type(arguments[0])}"
     return "null" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
 
 
-def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
+def _convert(value: object, hint: object, source: str, key: str) -> Any:
     """Return `value` as an object of the type `hint`. Raises _WrongType."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
@@ -296,7 +304,7 @@ def _convert(value: Any, hint: Any, source: str, key: str) -> Any:
     return _convert_scalar(value, hint, source, key)
 
 
-def _convert_union(value: Any, hint: Any, source: str, key: str) -> Any:
+def _convert_union(value: object, hint: object, source: str, key: str) -> Any:
     """Return `value` as the first member of the union that it fits."""
     errors = []
     for member in typing.get_args(hint):
@@ -304,11 +312,11 @@ def _convert_union(value: Any, hint: Any, source: str, key: str) -> Any:
             return _convert(value, member, source, key)
         except _WrongType as error:
             errors.append(error)
-    inner = next((error for error in errors if error.key != key), None)  # the list fits, one of its items does not
+    inner = next((error for error in errors if error.key != key), None)  # the list fits, and one of its items does not
     raise inner or _WrongType(key, hint, value)
 
 
-def _convert_container(value: Any, hint: Any, source: str, key: str) -> Any:
+def _convert_container(value: object, hint: object, source: str, key: str) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in MAPPINGS:
         if not isinstance(value, Mapping):
@@ -333,7 +341,7 @@ def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> Any:
         if value not in typing.get_args(hint):
             raise _WrongType(key, hint, value)
         return value
-    if isinstance(source, JsonFile) and hint is Any:  # bounded by `read_json`, and of this call alone
+    if isinstance(source, JsonFile) and hint is Any:  # `read_json` has bounded it, and it belongs to this call alone
         return value
     if isinstance(value, str) and hint in (int, float, Any) and not isinstance(source, JsonFile):
         value = _number_in(value)
@@ -348,7 +356,7 @@ def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> Any:
     return value
 
 
-def _copied(value: Any, key: str) -> Any:
+def _copied(value: object, key: str) -> Any:
     """Return a deep copy of a plain value, checked."""
     if isinstance(value, Mapping):
         for name in value:
@@ -361,7 +369,7 @@ def _copied(value: Any, key: str) -> Any:
 
 
 def _check_scalar(value: object, key: str) -> None:
-    """Raise _OutOfRange for a value that no run could record: not finite, beyond 64 bits, or no text in UTF-8."""
+    """Raise _OutOfRange for a value that no run could record: not finite, beyond 64 bits, or not writable as UTF-8."""
     if isinstance(value, float) and not math.isfinite(value):
         raise _OutOfRange(f"{key} is {value}; a number must be finite.")
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
@@ -379,7 +387,7 @@ def _number_in(text: str) -> int | float | str:
         return text
     if EXPONENT.fullmatch(stripped):
         return float(stripped)
-    import yaml  # not for files of JSON
+    import yaml  # files of JSON do not need it
 
     from vismt.config.yaml_text import parse_yaml
 
@@ -391,7 +399,10 @@ def _number_in(text: str) -> int | float | str:
 
 
 def relative_path(text: str, name: str) -> str:
-    """Return `text` when it is a relative path that stays inside its folder, else raise a UserError that starts with `name`."""
+    """Return `text` if it is a relative path that stays inside its folder.
+
+    Otherwise raise a UserError that starts with `name`.
+    """
     if max((len(part.encode("utf8", "surrogatepass")) for part in text.split("/")), default=0) > LONGEST_NAME:
         raise UserError(f"{name}: {shown_value(text)} holds a name of more than {LONGEST_NAME} bytes.")
     if not stays_inside(text) or UNWRITABLE.search(text):
@@ -403,7 +414,7 @@ RelativePath = Annotated[str, relative_path]
 
 
 def plain_name(text: str, where: str) -> str:
-    """Return `text` when it can name a file on every system, else raise a UserError that starts with `where`."""
+    """Return `text` if it can name a file on every system. Otherwise raise a UserError that starts with `where`."""
     if not PLAIN_NAME.fullmatch(text):
         raise UserError(f"{where}: {shown_value(text)} cannot be a name; use up to 100 letters, digits and + - . _")
     return text

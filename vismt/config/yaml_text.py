@@ -1,8 +1,8 @@
-"""YAML text to plain values, within bounds: what a file may cost to read does not depend on who wrote it.
+"""YAML text to plain values, within bounds: the cost of reading a file does not depend on who wrote it.
 
-The reader takes mappings, lists, text, numbers, booleans and null. It refuses repeated keys, tags (`!!set`), nesting and numbers
-beyond a bound, and aliases that expand to more values than a configuration can need. Booleans are those of YAML 1.2, in
-which `precision: no` is text; dates are text.
+The reader takes mappings, lists, text, numbers, booleans and null. It refuses repeated keys, tags (`!!set`), nesting and
+numbers beyond a bound, and aliases that expand to more values than a configuration can need. Booleans follow YAML 1.2, in which
+`precision: no` is text. Dates are text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vismt.storage.paths import read_bytes
 
 _MAX_BYTES = 2**20
 MAX_DEPTH = 50
-MAX_VALUES = 10_000  # of the whole text, with every alias replaced by what it stands for
+MAX_VALUES = 10_000  # number of values of the whole text, with every alias replaced by what it stands for
 MAX_DIGITS = 100  # characters of a number
 _LEFT_OUT = ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
 NUMBER_TAGS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_scalar_node(self, anchor: Any) -> yaml.ScalarNode:
         node = super().compose_scalar_node(anchor)
-        # JSON escapes a character beyond 16 bits as two, \ud83d\ude00, which YAML reads one by one.
+        # JSON escapes a character beyond 16 bits as two, \ud83d\ude00. YAML reads them one by one.
         node.value = node.value.encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
         if node.tag in NUMBER_TAGS and len(node.value) > MAX_DIGITS:
             raise self.refusal(f"a number of {len(node.value):,} digits; at most {MAX_DIGITS} are read", node)
@@ -76,7 +76,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         mapping = super().construct_mapping(node, deep)
         types = {type(key) for key in mapping}
-        if types - {str, int} or len(types) > 1:  # keys of several types have no order, and null is a slip: `: 3`
+        # keys of several types have no order, and a null key is a slip: `: 3`
+        if types - {str, int} or len(types) > 1:
             key = next(key for key in mapping if type(key) is not str)
             raise self.refusal(f"the key {shown_value(key)} is not text; write it in quotes", node)
         return mapping
@@ -95,7 +96,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the plain value that `text` holds. Raises yaml.YAMLError."""
+    """Return the plain value of `text`. Raise yaml.YAMLError for invalid text."""
     try:
         return yaml.load(text, _Loader)
     except ValueError as error:  # `0x_` looks like a number
@@ -103,9 +104,9 @@ def parse_yaml(text: str) -> Any:
 
 
 def read_yaml(path: Path, source: str) -> dict[str, Any]:
-    """Return the mapping in the file `path`; `source` names the file in errors.
+    """Return the mapping in the file `path`. `source` names the file in errors.
 
-    Raises UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.
+    Raise UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.
     """
     try:
         loaded = parse_yaml(read_bytes(path, _MAX_BYTES).decode("utf8"))

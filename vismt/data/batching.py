@@ -18,10 +18,10 @@ from vismt.data.pixels import Pixels
 
 
 class Images(Protocol):
-    """Images with labels int64 (n,): `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,).
+    """Images with labels int64 (n,). `images[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,).
 
-    `content` differs for images of the same ids that are stored otherwise, "" where that is not known. `groups(index)` are the
-    groups of images as `vismt.data.image_set.named_groups` returns them.
+    `content` differs for images of the same ids that are stored otherwise. It is "" if that is not known. `groups(index)`
+    returns the groups of images, see `vismt.data.image_set.named_groups`.
     """
 
     labels: Tensor
@@ -38,7 +38,7 @@ class Images(Protocol):
 
 
 def joint_content(sets: Iterable[Images]) -> str:
-    """Return the content of several sets, "" where that of one is not known."""
+    """Return the content of several sets, or "" if the content of one of them is not known."""
     contents = [images.content for images in sets]
     return " ".join(contents) if all(contents) else ""
 
@@ -47,8 +47,8 @@ class Gathered:
     """Several stores as one: `gathered[index]` is float32 (b, 3, h, w) in [0, 1] for an int64 index (b,), b >= 1.
 
     The images are numbered consecutively in the order of `parts`, (store, labels int64 of its images). `ids` are "store:name"
-    of each; `key` is a text that differs for any other images, None where a store has none. Raises UserError for stores of
-    different image sizes.
+    of each image. `key` is a text that differs for any other images, or None if a store has no key. Raise UserError for stores
+    of different image sizes.
     """
 
     def __init__(self, parts: Sequence[tuple[Pixels, Tensor]]) -> None:
@@ -66,7 +66,7 @@ class Gathered:
         return len(self.labels)
 
     def marked(self, mark: Callable[[Tensor, Tensor], Tensor]) -> Gathered:
-        """Return the same images, each batch of which is passed through mark(images, index)."""
+        """Return the same images. Each batch of them is passed through mark(images, index)."""
         marked = copy.copy(self)
         marked._mark = mark
         return marked
@@ -98,15 +98,17 @@ class Gathered:
 
 
 def names_digest(images: Images) -> str:
-    """Return a digest of the ids and labels of images, to which values that are fitted on them belong."""
+    """Return a digest of the ids and labels of images. Values that are fitted on the images belong to it."""
     return str(Identity(images.ids, images.labels))
 
 
 class Passes:
     """Shuffled passes over `count` examples: passes(k) -> indices (batch,), int64, of batch k.
 
-    A pass has count // batch batches; the remaining examples are dropped. The order of pass p is a function of (seed, p).
-    Raises UserError for fewer examples than a batch; unit, key: what it calls the examples, and the size of a batch.
+    A pass has count // batch batches, and the remaining examples are dropped. The order of pass p is a function of (seed, p).
+    Raise UserError for fewer examples than a batch.
+
+    unit: Name of the examples in the error. key: Name of the size of a batch in the error.
     """
 
     def __init__(self, count: int, batch: int, *, seed: int, unit: str = "images", key: str = "batch") -> None:
@@ -126,7 +128,7 @@ class Passes:
 class ShuffledBatches:
     """Training batches: batches(k) -> {"images" (b, 3, h, w), "labels" (b,)} of the images that Passes gives for batch k.
 
-    augment: augment(images, seed) -> images; the seed of batch k is a function of (seed, k).
+    augment: Function augment(images, seed) -> images. The seed of batch k is a function of (seed, k).
     """
 
     def __init__(
@@ -146,7 +148,7 @@ class ShuffledBatches:
 class InOrder:
     """A sequence of the batches (images (b, 3, h, w), labels (b,), ids) of images in their order.
 
-    order: int64 indices of the images to take, in place of all. labels: of all images, in place of their own.
+    order: Indices int64 of the images to take. None takes all. labels: Labels of all images. None takes their own labels.
     """
 
     def __init__(self, images: Images, batch: int, order: Tensor | None = None, labels: Tensor | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Reading of cards (datasets/<name>/card.yaml, or a file of the user's). Their format is in source_types.py."""
+"""Read cards (datasets/<name>/card.yaml, or a file of the user). source_types.py has their format."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def load_card(name_or_path: str | Path) -> Card:
     """Return a card.
 
     Args:
-        name_or_path: name of a card that travels with the package, a card's file or folder, or a set without a card, see
-            plain_sets.py.
+        name_or_path: Name of a card that comes with the package, a card's file or folder, or a set without a card (see
+            plain_sets.py).
 
     Raises:
-        UserError: an unknown name (with the near ones), and, with the card's path and key, an unknown or missing key, a
-            value of the wrong type, values that do not go together and a path that leaves its folder.
+        UserError: If the name is unknown (with similar names), a key is unknown or missing, a value has a wrong type, values do
+            not go together, or a path leaves its folder. The message has the card's path and key.
     """
     path, shown = _locate(name_or_path)
     if path.suffix not in CARDS:
@@ -61,7 +61,7 @@ def load_card(name_or_path: str | Path) -> Card:
 def _locate(name: str | Path) -> tuple[Path, str]:
     """Return the card's file and how messages name its folder."""
     text = str(name)
-    # os.path answers where Path raises: for names that are too long and folders that cannot be entered.
+    # os.path answers where Path raises: for names that are too long, and for folders that cannot be entered.
     in_package = shipped("datasets") / text / "card.yaml"
     if CARD_NAME.fullmatch(text) and os.path.isfile(in_package):
         return in_package, f"datasets/{text}"

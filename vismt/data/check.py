@@ -12,16 +12,28 @@ from typing import Any, NamedTuple
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import Card, list_cards, load_card
-from vismt.data.copies import digest, first_copy, fix, not_found, place, read_manifest, shown_path, write_manifest
+from vismt.data.copies import (
+    digest_files,
+    find_copy,
+    first_copy,
+    fix,
+    not_found,
+    read_manifest,
+    shown_path,
+    write_manifest,
+)
 from vismt.data.fetching import fetch, has_leftovers
 from vismt.data.source_types import DataSource, Files
 
-NOWHERE = "-"  # the place of a set without a copy
-_LISTED = 8  # wrong rows that a report names
+NOWHERE = "-"  # place of a set without a copy
+_LISTED = 8  # number of wrong rows that a report names
 
 
 class CheckRow(NamedTuple):
-    """One split or group: `state` is ok, missing, short, changed (other content or too many), extra (not recorded) or damaged."""
+    """One split or group.
+
+    state: "ok", "missing", "short", "changed" (other content or too many), "extra" (not recorded) or "damaged".
+    """
 
     group: str
     expected: int | None
@@ -34,12 +46,13 @@ class CheckReport:
     """Report of `check` on one copy.
 
     Attributes:
-        where: the folder of the copy, None without a copy.
-        splits: one row per split. groups: one row per group of the manifest. damaged: one row per example that cannot be
-            decoded.
-        problem: why the set cannot be opened, "" when it can.
-        fix: how to get the set.
-        unit: what the numbers count.
+        where: Folder of the copy. None without a copy.
+        splits: Rows, one for each split.
+        groups: Rows, one for each group of the manifest.
+        damaged: Rows, one for each example that cannot be decoded.
+        problem: Reason why the set cannot be opened. "" if it can.
+        fix: Instructions for getting the set.
+        unit: Unit of the numbers.
     """
 
     name: str
@@ -90,7 +103,7 @@ def _state(expected: int | None, count: int) -> str:
 
 
 def _check_hashes(card: Card, source: DataSource, files: Files) -> list[CheckRow]:
-    """Return a row for each group of files that the manifest records or the copy has; none without a manifest."""
+    """Return a row for each group of files that the manifest records or the copy has. Without a manifest there are none."""
     recorded = read_manifest(card, source)
     if not recorded:
         return []
@@ -101,14 +114,17 @@ def _check_hashes(card: Card, source: DataSource, files: Files) -> list[CheckRow
             rows.append(CheckRow(name, 0, count, "extra"))
             continue
         state = _state(recorded[name].count, count)
-        if state == "ok" and digest(files[name]) != recorded[name]:
+        if state == "ok" and digest_files(files[name]) != recorded[name]:
             state = "changed"
         rows.append(CheckRow(name, recorded[name].count, count, state))
     return rows
 
 
 def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = True) -> CheckReport:
-    """Return the report on the copy of `source` in the folder `base`; `decode` as for `check`."""
+    """Return the report on the copy of `source` in the folder `base`.
+
+    decode: See `check`.
+    """
     splits, damaged, problem = [], [], ""
     for split, expected in source.splits.items():
         try:
@@ -140,9 +156,9 @@ def check_source(card: Card, source: DataSource, base: Path, *, decode: bool = T
 
 
 def check(name: str | Path, *, decode: bool = True) -> CheckReport:
-    """Return the report on the first copy of a set that is on this machine; without a copy it has `missing` rows.
+    """Return the report on the first copy of a set that is on this machine. Without a copy it has `missing` rows.
 
-    decode: also decode every image and map, which finds truncated and empty files in sets without hashes.
+    decode: Whether to decode every image and map too, which finds truncated and empty files in sets without hashes.
     """
     card = load_card(name)
     copy = first_copy(card, card.sources)
@@ -154,7 +170,7 @@ def check(name: str | Path, *, decode: bool = True) -> CheckReport:
 
 
 def record(name: str | Path) -> str:
-    """Write the hashes of the first copy of a set to the manifest that its card names; return a line on what was done."""
+    """Write the hashes of the first copy of a set to the manifest that its card names. Return a line on what was done."""
     card = load_card(name)
     copy = first_copy(card, card.sources)
     if copy is None:
@@ -171,10 +187,12 @@ def record(name: str | Path) -> str:
 
 
 def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
-    """Download what a set lacks, through torchvision or from a wheel, and return the report on it; `decode` as for `check`.
+    """Download what a set lacks, through torchvision or from a wheel, and return the report on it.
 
-    A complete set is left as it is, and one that cannot be downloaded is checked where it is; where it is not on this machine,
+    A complete set is left as it is. A set that cannot be downloaded is checked where it is. If it is not on this machine,
     UserError gives the steps from the card.
+
+    decode: See `check`.
     """
     card = load_card(name)
     source = next((source for source in card.sources if source.downloadable), None)
@@ -184,7 +202,7 @@ def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
             steps = " ".join(card.how_to_get.split()) or f"See {card.shown}/{card.path.name}."
             raise UserError(f"{card.shown}: cannot be downloaded by vismt. {steps}")
         return report
-    base = place(card, source) or source.candidates(card)[-1]
+    base = find_copy(card, source) or source.candidates(card)[-1]
     found = check_source(card, source, base, decode=decode) if base.exists() else None
     if found is None or not found.ok or has_leftovers(base):
         fetch(card, source, base, lambda: base.exists() and check_source(card, source, base, decode=decode).ok)
@@ -193,7 +211,7 @@ def prepare(name: str | Path, *, decode: bool = True) -> CheckReport:
 
 
 class ListingRow(NamedTuple):
-    """A line of `vismt data list`; images and classes are those of the first copy, else those of the card."""
+    """A line of `vismt data list`. Images and classes are counted in the first copy, or taken from the card."""
 
     name: str
     kind: str
@@ -203,7 +221,7 @@ class ListingRow(NamedTuple):
 
 
 def listing() -> list[ListingRow]:
-    """Return one row per card that travels with the package; `where` is the folder of its first copy, or NOWHERE."""
+    """Return one row for each card that comes with the package. `where` is the folder of its first copy, or NOWHERE."""
     rows = []
     for name in list_cards():
         card = load_card(name)

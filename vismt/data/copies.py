@@ -1,7 +1,7 @@
 """Copies of sets on this machine: where they are, how messages name them, and whether they hold what their card says.
 
 A manifest beside a card has one sha256 for each group of files (a class folder, an npz, a photograph), so that a check can name
-what is wrong.
+the wrong group.
 """
 
 from __future__ import annotations
@@ -14,17 +14,18 @@ from pathlib import Path
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.yaml_text import read_yaml
-from vismt.data.decode import read_bytes
+from vismt.data.decode import read_image_bytes
 from vismt.data.set_entries import CARDS
 from vismt.data.source_types import PACKAGES, Card, DataSource, Files, S, check_names
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import cache_root, data_roots, regular_file
 
-SUBSET = "subset.yaml"  # in the folder of a copy: {split: number of examples} of a copy that is meant to be a part of the set
+# file in the folder of a copy that is meant to be a part of the set: {split: number of examples}
+SUBSET = "subset.yaml"
 
 
 def sources_for(card: Card, family: type[S], split: str) -> list[S]:
-    """Return the sources of `family` that have `split`. Raises UserError for a card of another family and an unknown split."""
+    """Return the sources of `family` that have `split`. Raise UserError for a card of another family and an unknown split."""
     sources = card.sources_of(family)
     if not sources:
         other = card.sources[0]
@@ -35,12 +36,15 @@ def sources_for(card: Card, family: type[S], split: str) -> list[S]:
 
 def first_copy(card: Card, sources: Sequence[S]) -> tuple[S, Path] | None:
     """Return the first of the sources that has a copy on this machine, with the copy's folder, or None."""
-    copies = ((source, place(card, source)) for source in sources)
+    copies = ((source, find_copy(card, source)) for source in sources)
     return next(((_as_stated(card, source, base), base) for source, base in copies if base is not None), None)
 
 
 def found_copy(card: Card, family: type[S], split: str) -> tuple[S, Path]:
-    """Return the first source of `family` with `split` that is on this machine, with the copy's folder; raise where none is."""
+    """Return the first source of `family` with `split` that is on this machine, with the copy's folder.
+
+    Raise if there is none.
+    """
     copy = first_copy(card, sources_for(card, family, split))
     if copy is None:
         raise not_found(card, split)
@@ -48,7 +52,7 @@ def found_copy(card: Card, family: type[S], split: str) -> tuple[S, Path]:
 
 
 def _as_stated(card: Card, source: S, base: Path) -> S:
-    """Return a source with the counts that its copy states to hold in subset.yaml, without hashes; others unchanged."""
+    """Return a source with the counts of the subset.yaml of its copy, without hashes. Other sources are unchanged."""
     path = base / SUBSET
     if not path.is_file():
         return source
@@ -65,7 +69,7 @@ def _as_stated(card: Card, source: S, base: Path) -> S:
     return replace(source, splits={**source.splits, **stated}, manifest=None)
 
 
-def place(card: Card, source: DataSource) -> Path | None:
+def find_copy(card: Card, source: DataSource) -> Path | None:
     """Return the first candidate folder that exists and is not empty, or None."""
     for folder in source.candidates(card):
         try:
@@ -77,7 +81,7 @@ def place(card: Card, source: DataSource) -> Path | None:
 
 
 def shown_path(path: Path) -> str:
-    """Return `path` as messages name it: relative to $VISMT_DATA or $VISMT_CACHE when it is inside."""
+    """Return `path` as messages name it: relative to $VISMT_DATA or $VISMT_CACHE if it is inside."""
     for label, base in (*(("$VISMT_DATA", root) for root in data_roots()), ("$VISMT_CACHE", cache_root())):
         if path.is_relative_to(base):
             return str(Path(label) / path.relative_to(base))
@@ -98,7 +102,10 @@ def fix(card: Card) -> str:
 def read_text(
     card: Card, path: Path, encoding: str, unpack: Callable[[bytes], bytes] = bytes, what: str = "file"
 ) -> str:
-    """Return the text of a file without a byte-order mark; `unpack` is applied to its bytes. what: the file, in errors."""
+    """Return the text of a file without a byte-order mark. `unpack` is applied to its bytes.
+
+    what: Name of the file in errors.
+    """
     shown = shown_path(path)
     try:
         return unpack(regular_file(path).read_bytes()).decode(encoding).removeprefix("\ufeff")
@@ -111,9 +118,9 @@ def read_text(
 def verify_counts(
     card: Card, source: DataSource, base: Path, counts: Mapping[str, int], groups: Mapping[str, int] | None = None
 ) -> None:
-    """Raise UserError when a split holds fewer or more examples than the card says.
+    """Raise UserError if a split holds fewer or more examples than the card says.
 
-    groups: files found in each group of the manifest, such as `train/apple`; the error names groups that lack some.
+    groups: Files found in each group of the manifest, such as `train/apple`. The error names groups that lack some.
     """
     split = next((name for name, count in counts.items() if source.splits[name] not in (None, count)), None)
     if split is None:
@@ -134,20 +141,20 @@ def verify_counts(
 
 
 def listed(texts: Sequence[str], limit: int) -> str:
-    """Return the first `limit` texts with commas between them, and dots when there are more."""
+    """Return the first `limit` texts with commas between them, and dots if there are more."""
     more = " ..." if len(texts) > limit else ""
     return ", ".join(texts[:limit]) + more
 
 
 def verify_classes(card: Card, source: DataSource, base: Path, count: int) -> None:
-    """Raise UserError when the copy does not hold as many classes as the card says."""
+    """Raise UserError if the copy does not hold as many classes as the card says."""
     wanted = source.classes or card.classes
     if wanted and count != wanted:
         raise UserError(f"{card.shown}: {count} of {wanted} classes found under {shown_path(base)}. {fix(card)}")
 
 
 def verify_present(card: Card, base: Path, ids: Sequence[str], split: str) -> list[Path]:
-    """Return the files that `ids`, relative to `base`, name. Raises UserError when one is missing."""
+    """Return the files that `ids`, relative to `base`, name. Raise UserError if one is missing."""
     paths = [base / name for name in ids]
     absent = [f"'{name}'" for name, path in zip(ids, paths, strict=True) if not path.is_file()]
     if absent:
@@ -161,7 +168,7 @@ def verify_present(card: Card, base: Path, ids: Sequence[str], split: str) -> li
 def not_found(card: Card, split: str) -> UserError:
     """Return the error for a set without a source on this machine, or without one that has the split."""
     for source in card.sources:
-        folder = place(card, source)
+        folder = find_copy(card, source)
         if folder is not None and split not in source.splits:
             counts = [count for count in source.splits.values() if count is not None]
             total = f" of {card.images:,}" if card.images else ""
@@ -181,23 +188,23 @@ def not_found(card: Card, split: str) -> UserError:
 
 @dataclass(frozen=True)
 class FileGroup:
-    """Number of files and sha256 over their sorted `name, tab, sha256 of the bytes, newline` lines."""
+    """Number of files, and sha256 over their sorted `name, tab, sha256 of the bytes, newline` lines."""
 
     count: int
     sha256: str
 
 
-def digest(files: Iterable[tuple[str, Path]]) -> FileGroup:
+def digest_files(files: Iterable[tuple[str, Path]]) -> FileGroup:
     """Return the FileGroup of (name, path) pairs, independent of their order."""
     total, ordered = hashlib.sha256(), sorted(files)
     check_names(name for name, _ in ordered)
     for name, path in ordered:
-        total.update(f"{name}\t{hashlib.sha256(read_bytes(path)).hexdigest()}\n".encode())
+        total.update(f"{name}\t{hashlib.sha256(read_image_bytes(path)).hexdigest()}\n".encode())
     return FileGroup(len(ordered), total.hexdigest())
 
 
 def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:
-    """Return the groups that the card recorded for `source`, none when it recorded nothing."""
+    """Return the groups that the card recorded for `source`. If it recorded nothing, there are none."""
     if source.manifest is None:
         return {}
     raw = card.read_json(source.manifest)
@@ -208,7 +215,7 @@ def read_manifest(card: Card, source: DataSource) -> dict[str, FileGroup]:
 
 
 def write_manifest(path: Path, files: Files) -> None:
-    """Record every group of `files` in the JSON file `path`, one line a group."""
-    groups = {name: digest(files[name]) for name in sorted(files)}
+    """Record every group of `files` in the JSON file `path`, one line for each group."""
+    groups = {name: digest_files(files[name]) for name in sorted(files)}
     lines = [f" {json.dumps(name)}: {json.dumps([group.count, group.sha256])}" for name, group in groups.items()]
     atomic_write(path, "{\n" + ",\n".join(lines) + "\n}\n")

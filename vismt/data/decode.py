@@ -1,7 +1,7 @@
-"""Decoding of image files of any mode to uint8 RGB tensors, with errors that name the file.
+"""Decode image files of any mode to uint8 RGB tensors, with errors that name the file.
 
-Files are opened here alone: regular files of raster formats, up to a number of pixels. Pillow would also take formats that run
-a program (EPS starts Ghostscript) and decompress hundreds of kilobytes to gigabytes.
+Files are opened only here: regular files of raster formats, up to a number of pixels. Pillow would also take formats that run a
+program (EPS starts Ghostscript), and would decompress hundreds of kilobytes to gigabytes.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ def is_image_name(name: str) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Tensor:
-    """Return an image of any Pillow mode as uint8 (3, h, w). Raises ValueError for a float image, whose range is unknown.
+    """Return an image of any Pillow mode as uint8 (3, h, w). Raise ValueError for a float image, whose range is unknown.
 
-    EXIF orientation is applied; transparency is composited over white; 16-bit grey is scaled by 1 / 257 (65535 -> 255).
+    EXIF orientation is applied, transparency is composited over white, and 16-bit grey is scaled by 1 / 257 (65535 -> 255).
     """
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
@@ -51,19 +51,19 @@ def to_rgb(image: Image.Image) -> Tensor:
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Return the EXIF orientation of an image that is not loaded yet, 1 where it is shown as it is stored."""
+    """Return the EXIF orientation of an image that is not loaded yet. 1 means that it is shown as it is stored."""
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     return orientation if orientation in range(2, 9) else 1
 
 
 @contextmanager
 def decoding(shown: str, fix: str = FIX, size: str = "") -> Iterator[None]:
-    """Turn whatever a decoder raises for damaged data into a UserError of `shown`, `size`, the reason and `fix`."""
+    """Turn any error of a decoder for damaged data into a UserError of `shown`, `size`, the reason and `fix`."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:  # the decoders of Pillow, NumPy and SciPy raise whatever the damage leads to
+    except Exception as error:  # the decoders of Pillow, NumPy and SciPy may raise any error for damaged data
         usual = isinstance(error, (OSError, ValueError, SyntaxError))
         reason = str(error) if usual and str(error) else f"{type(error).__name__}: {error}"
         raise UserError(f"{shown}: cannot be decoded ({size}{reason}). {fix}") from error
@@ -71,7 +71,7 @@ def decoding(shown: str, fix: str = FIX, size: str = "") -> Iterator[None]:
 
 @contextmanager
 def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]:
-    """Yield an encoded image of FORMATS, up to MAX_PIXELS; only its header is read, for decoding inside the context."""
+    """Yield an encoded image of FORMATS, up to MAX_PIXELS. Only its header is read, for decoding inside the context."""
     with decoding(shown, fix, f"{len(data):,} bytes: "):
         try:
             image = Image.open(io.BytesIO(data), formats=FORMATS)
@@ -85,19 +85,19 @@ def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]
 
 
 def decode_bytes(data: bytes, shown: str) -> Tensor:
-    """Return an encoded image as uint8 (3, h, w). Raises UserError, with `shown`, as `open_image`."""
+    """Return an encoded image as uint8 (3, h, w). Raise UserError, with `shown`, like `open_image`."""
     with open_image(data, shown) as image:
         return to_rgb(image)
 
 
 def decode_file(path: Path) -> Tensor:
-    """Return an image file as uint8 (3, h, w). Raises UserError, with the file, when it cannot be read or decoded."""
-    return decode_bytes(read_bytes(path), str(path))
+    """Return an image file as uint8 (3, h, w). Raise UserError, with the file, if it cannot be read or decoded."""
+    return decode_bytes(read_image_bytes(path), str(path))
 
 
-def read_bytes(path: Path) -> bytes:
-    """Return the bytes of a file. Raises UserError, with the file, when it cannot be read or is not a regular file."""
+def read_image_bytes(path: Path) -> bytes:
+    """Return the bytes of a file. Raise UserError, with the file, if it cannot be read or is not a regular file."""
     try:
         return regular_file(path).read_bytes()
-    except (OSError, ValueError) as error:  # the latter for a null character in the name
+    except (OSError, ValueError) as error:  # a ValueError comes from a null character in the name
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}.") from error

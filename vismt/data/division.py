@@ -1,6 +1,6 @@
-"""Division of a set into training, validation and test examples, and choice of a smaller training set.
+"""Divide a set into training, validation and test examples, and choose a smaller training set.
 
-A part consists of neighbours in the order of the set, within each class: neighbours are often frames of one object, which
+A part consists of neighbours in the order of the set, within each class. Neighbours are often frames of one object, which
 should not be in two parts. If the caller knows groups of examples, each group is in one part, also a group with examples of
 several classes. Nothing is random, so that every run and seed has the same parts.
 """
@@ -21,21 +21,21 @@ from vismt.base.errors import UserError
 def divide(
     labels: Tensor, shares: Mapping[str, float], name: str, groups: Tensor | None = None, classes: Sequence[str] = ()
 ) -> dict[str, Tensor]:
-    """Divide a set into parts; every part has at least one example of each class.
+    """Divide a set into parts. Every part has at least one example of each class.
 
     Args:
-        labels: int64 (n,).
-        shares: {part: share of every class}; groups of several examples make it an approximate one.
-        name: of the set, for messages.
-        groups: int64 (n,), equal for examples that belong in one part, ascending with the first example of each; None for no
-            such examples.
-        classes: their names, for messages.
+        labels: Labels int64 (n,).
+        shares: Share of every class by part. Groups of several examples make it approximate.
+        name: Name of the set, for messages.
+        groups: Numbers int64 (n,), equal for examples that belong in one part, ascending with the first example of each group.
+            None for no groups.
+        classes: Names of the classes, for messages.
 
     Returns:
         Indices (int64, ascending) of each part of `shares`, and of "train", the rest.
 
     Raises:
-        UserError: shares that leave nothing to train on, and a class with too few examples or groups.
+        UserError: If the shares leave nothing to train on, or a class has too few examples or groups.
     """
     total = sum(shares.values())
     if any(not 0 < share < 1 for share in shares.values()) or not total < 1:
@@ -64,9 +64,9 @@ def divide(
 
 
 def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bool:
-    """Add the groups of the examples of a class to `part_of`, the part by group; return whether every part has an example.
+    """Add the groups of the examples of a class to `part_of`, the part by group. Return whether every part has an example.
 
-    groups: int64 (n,). wanted: number of examples of each part.
+    groups: Groups int64 (n,). wanted: Number of examples of each part.
     """
     ids, sizes = (values.tolist() for values in groups.unique(return_counts=True))
     left = list(wanted)
@@ -83,7 +83,7 @@ def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bo
     ends = list(accumulate(max(1, left[part]) for part in open_parts))
     number, before = -1, 0
     for place, (group, size) in enumerate(free):
-        # A group is in the part that its middle falls into, unless that left a part empty.
+        # A group goes to the part that its middle falls into, unless that left a part empty.
         middle = max(bisect_right(ends, before + size / 2), len(open_parts) - len(free) + place)
         number = min(middle, number + 1, len(open_parts) - 1)
         part_of[group] = open_parts[number]
@@ -94,8 +94,10 @@ def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bo
 def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:
     """Return the indices (int64, ascending) of `limit` images, spread over the classes as evenly as possible.
 
-    The choice is by a hash of the ids: the first image of every class, then the second, and so on; the images of a smaller
-    limit are among those of a larger one. labels: int64 (n,).
+    The choice is by a hash of the ids: the first image of every class, then the second, and so on. The images of a smaller
+    limit are among the images of a larger limit.
+
+    labels: Labels int64 (n,).
     """
     if limit < 1:
         raise UserError(f"limit: {limit}; it must be at least 1.")

@@ -1,7 +1,7 @@
-"""Download of sets: a whole copy is fetched beside its folder, then moved into place, whole or file by file.
+"""Download sets: a whole copy is fetched beside its folder, then moved into place, as a whole or file by file.
 
-A reader sees an old file or the whole new one. A folder of the user's gets the files that it lacks; in the cache, files that
-differ are replaced as well.
+A reader sees an old file or the whole new file. A folder of the user gets the files that it lacks. In the cache, files that
+differ are replaced too.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ARCHIVES = (".gz", ".tgz", ".tar", ".zip", ".mat")
 
 
 def fetch(card: Card, source: DataSource, base: Path, complete: Callable[[], bool]) -> None:
-    """Download a set into the folder `base`, unless `complete()` once no other process fetches it."""
+    """Download a set into the folder `base`, unless `complete()` is true once no other process fetches it."""
     try:
         with scratch_beside(base, "data") as scratch:
             if complete():
@@ -31,7 +31,7 @@ def fetch(card: Card, source: DataSource, base: Path, complete: Callable[[], boo
             new = scratch / base.name
             new.mkdir()
             for archive in _files(base):
-                if archive.suffix in ARCHIVES:  # those whose checksum fits are not downloaded again
+                if archive.suffix in ARCHIVES:  # archives with the right checksum are not downloaded again
                     target = new / archive.relative_to(base)
                     target.parent.mkdir(parents=True, exist_ok=True)
                     shutil.copyfile(archive, target)
@@ -44,7 +44,7 @@ def fetch(card: Card, source: DataSource, base: Path, complete: Callable[[], boo
 
 
 def has_leftovers(base: Path) -> bool:
-    """Return whether a process that was fetching into `base` was killed, or is at work."""
+    """Return whether a process that fetched into `base` was killed, or is at work."""
     return any(base.parent.glob(f".{escape(base.name)}.part-*"))
 
 

@@ -1,8 +1,8 @@
 """Labelled images: the set that `open_images` returns, and the sources that load it.
 
-A format of images says where the images are: it is a subclass of ImageSource whose `list_images` returns a name and a class for
-each image of a copy. What every format needs is written here once: ids and labels, numbers of images and classes against the
-card, files that must be there, decoding, readable names, superclasses, and a text that tells this content from any other.
+A format of images says where the images are. It is a subclass of ImageSource whose `list_images` returns a name and a class for
+each image of a copy. What every format needs is written once, here: ids and labels, the check of numbers of images and classes
+against the card, missing files, decoding, readable names, superclasses, and a text that tells this content from any other.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
-from vismt.data.copies import digest, shown_path, verify_classes, verify_counts, verify_present
+from vismt.data.copies import digest_files, shown_path, verify_classes, verify_counts, verify_present
 from vismt.data.decode import decode_file
 from vismt.data.source_types import NEAR_DUPLICATES, NONE, Card, DataSource, check_names
 
-DECODED = 20_000  # images of a set that are decoded for near-duplicates where the card does not ask for it
+DECODED = 20_000  # number of images of a set that are decoded for near-duplicates if the card does not ask for it
 
 
 @dataclass
@@ -31,19 +31,20 @@ class ImageSet:
     """Labelled images of one split.
 
     Attributes:
-        labels: int64 (n,) with values 0..len(classes)-1.
-        ids: name of each image, stable between runs.
-        read: image i as uint8 (3, h, w), native size. It raises UserError, with the file, for one that cannot be decoded.
-        content: a text that differs for any other content.
-        superclass: int64 (n_classes,) into `superclass_names`, or None.
-        skipped: ids of the images left out because they cannot be decoded.
-        where: the folder of the copy, as messages name it.
-        nodes: class ids below each node of a hierarchy, or None.
-        groups: the group of each image by its id, which a division keeps in one part; images without an entry are alone. None:
-            near-duplicates are to be found.
-        group_unit: what a group is, in the plural.
-        cached: whether `content` tells these images from all others, so that decoded ones may be kept for later runs.
-        timed: whether `content` is of the times of files, which a copy of the same images does not have.
+        labels: Labels int64 (n,) with values 0..len(classes)-1.
+        ids: Name of each image, stable between runs.
+        read: Function from i to image i as uint8 (3, h, w), native size. It raises UserError, with the file, for an image that
+            cannot be decoded.
+        content: Text that differs for any other content.
+        superclass: Numbers int64 (n_classes,) into `superclass_names`, or None.
+        skipped: Ids of the images that are left out because they cannot be decoded.
+        where: Folder of the copy, as messages name it.
+        nodes: Class ids below each node of a hierarchy, or None.
+        groups: Group of each image by its id, which a division keeps in one part. Images without an entry are alone. None means
+            that near-duplicates have to be found.
+        group_unit: Name of a group, in the plural.
+        cached: Whether `content` tells these images from all others, so that decoded images may be kept for later runs.
+        timed: Whether `content` depends on the times of files, which a copy of the same images does not have.
     """
 
     name: str
@@ -70,7 +71,10 @@ class ImageSet:
         return len(self.ids)
 
     def take(self, chosen: Sequence[int], skipped: Sequence[str] = ()) -> ImageSet:
-        """Return a set of the images with the ascending indices `chosen` and the same classes; skipped: ids to report."""
+        """Return a set of the images with the ascending indices `chosen` and the same classes.
+
+        skipped: Ids to report.
+        """
         indices = [int(i) for i in chosen]
         content = f"{hashlib.sha256(repr(indices).encode()).hexdigest()}:{list(skipped)}"
         return replace(
@@ -84,9 +88,9 @@ class ImageSet:
 
 
 def named_groups(names: Sequence[str], entries: Sequence[tuple[Any, int]]) -> tuple[dict[str, str], str]:
-    """Return the group of each image by its name, and what the groups are, in the plural; {} and "" if all are alone.
+    """Return the group of each image by its name, and what the groups are, in the plural. Return {} and "" if all are alone.
 
-    names: of the images. entries: for each of them its set, whose near-duplicates are found, and its number there.
+    names: Names of the images. entries: Set and number of each image. Near-duplicates are found in the sets.
     """
     groups, units = {}, set()
     for name, (images, i) in zip(names, entries, strict=True):
@@ -103,9 +107,9 @@ class ImageRow(NamedTuple):
     """One image of a copy.
 
     Attributes:
-        name: stable between runs; of an image file, its path in the folder of the copy.
-        label: the number of its class.
-        image: what the `read` of the listing takes; None for the file `name`, which must then be there.
+        name: Name, stable between runs. For an image file it is the path in the folder of the copy.
+        label: Number of its class.
+        image: Argument for the `read` of the listing. None for the file `name`, which must then exist.
     """
 
     name: str
@@ -118,15 +122,15 @@ class Listing:
     """The images of some splits of a copy.
 
     Attributes:
-        classes: names of the classes, as the copy has them.
-        rows: the images of each split, in order.
-        read: the image of a row as uint8 (3, h, w); by default its file is decoded.
-        content: a text that differs for any other content; by default a hash of the files and the labels.
-        counted: number of classes to compare with the card's; by default that of `classes`.
-        files: number of files in each group of the manifest, which the error for a short copy names.
-        above: superclass of each class; empty where the copy does not say.
-        nodes: class ids below each node of a hierarchy; empty where the copy does not say.
-        timed: as of an ImageSet.
+        classes: Names of the classes, as the copy has them.
+        rows: Images of each split, in order.
+        read: Function that returns the image of a row as uint8 (3, h, w). The default decodes its file.
+        content: Text that differs for any other content. The default is a hash of the files and the labels.
+        counted: Number of classes to compare with the card's number. The default is the number of `classes`.
+        files: Number of files in each group of the manifest, which the error for a short copy names.
+        above: Superclass of each class. Empty if the copy does not say.
+        nodes: Class ids below each node of a hierarchy. Empty if the copy does not say.
+        timed: Whether `content` depends on times of files, see ImageSet.
     """
 
     classes: list[str]
@@ -171,7 +175,7 @@ class ImageSource(DataSource):
             labels=torch.tensor(labels, dtype=torch.int64),
             ids=ids,
             read=lambda i: read(images[i]),
-            content=cache(found.content or (lambda: f"{digest(zip(ids, images)).sha256}:{labels}")),
+            content=cache(found.content or (lambda: f"{digest_files(zip(ids, images)).sha256}:{labels}")),
             superclass=superclass,
             superclass_names=superclass_names,
             where=shown_path(base),
@@ -183,7 +187,7 @@ class ImageSource(DataSource):
 
 
 def readable_names(card: Card, classes: list[str]) -> list[str]:
-    """Return the names that the card has for the classes, by default those given."""
+    """Return the names that the card has for the classes. The default is the given names."""
     names = card.read_names()
     if names is None:
         return classes

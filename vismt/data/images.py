@@ -16,7 +16,7 @@ from vismt.data.set_entries import row_name
 
 
 def _drop_damaged(images: ImageSet) -> ImageSet:
-    """Return the set without the examples that cannot be decoded; a class that loses its last example is a UserError."""
+    """Return the set without the examples that cannot be decoded. A class that loses its last example is a UserError."""
     kept, skipped = [], []
     for i in console.track(range(len(images)), "data", f"{images.name}: decoding {len(images):,} images"):
         try:
@@ -47,16 +47,16 @@ def open_images(
     """Return the images of `split`, from the first of the card's sources that is on this machine and has that split.
 
     Args:
-        card: a card, its name, its file or its folder; a folder of class folders or a csv file without a card; the name of a
+        card: Card, its name, its file or its folder, a folder of class folders or a csv file without a card, or the name of a
             Python object (python_sets.py).
-        split: name of a split, or "all" for every split.
-        on_bad_sample: with "skip" every image is decoded once now, and those that cannot be decoded are left out, listed in
-            `.skipped` and reported in a line; with "error" reading one raises UserError.
-        download: let torchvision download the set when no source is on this machine.
+        split: Name of a split, or "all" for every split.
+        on_bad_sample: "skip" or "error". With "skip" every image is decoded once now. Images that cannot be decoded are left
+            out, listed in `.skipped` and reported in a line. With "error" reading such an image raises UserError.
+        download: Whether torchvision may download the set if no source is on this machine.
 
     Raises:
-        UserError: an unknown card or split, a set that is not on this machine, an empty class folder, and another number of
-            images or classes than the card says.
+        UserError: If the card or split is unknown, the set is not on this machine, a class folder is empty, or the number of
+            images or classes differs from the card.
     """
     require_known("on_bad_sample is", [on_bad_sample], ("error", "skip"))
     given = None if isinstance(card, Card) else python_object(str(card), split)

@@ -1,9 +1,9 @@
 """Groups of images that a division keeps in one part: frames of one object, or one picture twice.
 
-A card names them in a file, or they are found here. The patch of an image is its grey values, averaged over 16 x 16 boxes,
-shifted to mean 0 and scaled to length 1. Two images of a class are near-duplicates if the inner product of their patches, a
-correlation, is above 0.9, and a group is what a chain of near-duplicates connects. Frames that differ in scale or by motion
-correlate less and are not found. Another decoder of images can move a pair that lies at the threshold; a file cannot.
+A card names the groups in a file, or they are found here. The patch of an image is its grey values, averaged over 16 x 16
+boxes, shifted to mean 0 and scaled to length 1. Two images of a class are near-duplicates if the inner product of their
+patches, a correlation, is above 0.9, and a group is what a chain of near-duplicates connects. Frames that differ in scale or by
+motion correlate less and are not found. Another decoder of images can move a pair across the threshold. A file cannot.
 
 Two images of any classes are copies of one picture if their patches of grey and colour values together correlate by more than
 0.99. A chain of copies is always one group.
@@ -30,14 +30,14 @@ from vismt.data.cards import load_card
 from vismt.data.copies import first_copy
 from vismt.data.images import ImageSet
 from vismt.data.maps.dense_set import DenseSet, open_samples
-from vismt.data.pixels import square
+from vismt.data.pixels import crop_square
 from vismt.data.texts.interactions import numbered
 
 S = TypeVar("S", ImageSet, DenseSet)
 
 _SIDE = 16
 CORRELATION = 0.9
-COPY = 0.99  # with colours, as two classes may differ in their colour alone
+COPY = 0.99  # with colours, because two classes may differ in their colour alone
 _PLAIN = 1e-3  # a patch of less contrast has no correlations
 _CHUNK = 1024
 TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the number of its row
@@ -46,7 +46,8 @@ TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the numbe
 def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int], Tensor]) -> Tensor:
     """Return the group of each image of a set, int64 (n,): the index of the first image of its group.
 
-    Those that its card names, else near-duplicates; then every image is decoded. labels: int64 (n,). read: image i, (3, h, w).
+    The groups are named by the card, or they are near-duplicates, for which every image is decoded. labels: Labels int64 (n,).
+    read: Function from i to image i, (3, h, w).
     """
     if images.groups is None:
         return near_duplicates(read, labels, images.name)
@@ -56,28 +57,29 @@ def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int],
 
 
 def with_groups(images: S) -> S:
-    """Return a set of which near-duplicates are found, if its card does not name its groups; then every image is decoded."""
+    """Return a set with its near-duplicates found, if its card does not name its groups. Every image is then decoded."""
     if images.groups is not None:
         return images
     if isinstance(images, ImageSet):
         found = groups_of(images, images.labels, images.read)
     else:
         labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-        found = groups_of(images, labels, partial(picture, images))
+        found = groups_of(images, labels, partial(load_picture, images))
     return replace(images, groups={name: images.ids[first] for name, first in zip(images.ids, found.tolist())})
 
 
 def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) -> Tensor:
-    """Return the group of near-duplicates of each image as `groups_of` does; name: of the set, for the console.
+    """Return the group of near-duplicates of each image, like `groups_of`.
 
-    Images of a class are compared each with each. A class that is one chain for the most part looks alike without being frames
-    of one object, and only its copies are in groups. Copies are also found in different classes.
+    name: Name of the set, for the console. Images of a class are compared in pairs. A class that is mostly one chain looks
+    alike without being frames of one object, and only its copies are in groups. Copies are also found in different classes.
     """
     from torchvision.transforms.v2.functional import rgb_to_grayscale
 
     def patches(i: int) -> tuple[Tensor, Tensor]:
         image = read(i).to(torch.float32)
-        least = _PLAIN * float(image.max())  # the rounding errors of a plain surface are like those of another one
+        # the rounding errors of one plain surface are like the rounding errors of another
+        least = _PLAIN * float(image.max())
         pooled = [F.adaptive_avg_pool2d(values, _SIDE).flatten() for values in (rgb_to_grayscale(image), image)]
         grey, colour = (F.normalize(values - values.mean(), dim=0, eps=least) for values in pooled)
         return grey, torch.cat([grey, colour]) / 2**0.5
@@ -104,7 +106,7 @@ def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) ->
 
 
 def _chains(patches: Tensor, members: Tensor, cut: float) -> Tensor:
-    """Return the first image of the chain of each of `members`, ascending: chains of correlations above `cut`."""
+    """Return the first image of the chain of each of `members`, ascending. A chain has correlations above `cut`."""
     first_of = members.new_empty(len(patches))
     rest = members
     while len(rest):
@@ -129,7 +131,7 @@ def _with_copies(patches: Tensor) -> Tensor:
 
 
 def _joined(groups: Tensor, others: Tensor) -> Tensor:
-    """Return the first image of what two divisions into groups connect."""
+    """Return the first image of everything that two divisions into groups connect."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -142,14 +144,17 @@ def _joined(groups: Tensor, others: Tensor) -> Tensor:
     return torch.tensor([first.setdefault(number, i) for i, number in enumerate(numbers)], dtype=torch.int64)
 
 
-def picture(images: DenseSet, i: int) -> Tensor:
+def load_picture(images: DenseSet, i: int) -> Tensor:
     """Return the image of a sample, float32 (3, h, w) in [0, 1]."""
     return images.stored(i)["image"]
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """The near-duplicates of a set: groups of images, the largest first. total: number of all images."""
+    """The near-duplicates of a set: groups of images, the largest first.
+
+    total: Number of all images.
+    """
 
     name: str
     total: int
@@ -157,12 +162,12 @@ class Duplicates:
 
     @property
     def leaking(self) -> int:
-        """The number of groups with images of several splits."""
+        """Number of groups with images of several splits."""
         return sum(len({images.split for images, _ in group}) > 1 for group in self.groups)
 
     @property
     def mixed(self) -> int:
-        """The number of groups with images of several classes."""
+        """Number of groups with images of several classes."""
         return sum(len({_class_of(*entry) for entry in group}) > 1 for group in self.groups)
 
 
@@ -171,27 +176,27 @@ def _class_of(images: DenseSet, i: int) -> str:
 
 
 def find_duplicates(name: str | Path) -> Duplicates:
-    """Return the near-duplicates of the first copy of a set, across its splits. Raises UserError as `open_samples` does."""
+    """Return the near-duplicates of the first copy of a set, across its splits. Raise UserError like `open_samples`."""
     card = load_card(name)
     copy = first_copy(card, card.sources)
     sets = [open_samples(name, split) for split in (copy[0].splits if copy is not None else ["all"])]
     entries = [(images, i) for images in sets for i in range(len(images))]
     labels = torch.tensor(numbered([_class_of(*entry) for entry in entries]))
     found: dict[int, list[tuple[DenseSet, int]]] = {}
-    for entry, group in zip(entries, near_duplicates(lambda i: picture(*entries[i]), labels, card.name).tolist()):
+    for entry, group in zip(entries, near_duplicates(lambda i: load_picture(*entries[i]), labels, card.name).tolist()):
         found.setdefault(group, []).append(entry)
     groups = sorted((group for group in found.values() if len(group) > 1), key=len, reverse=True)
     return Duplicates(card.name, len(entries), groups)
 
 
-def contact_sheet(groups: Sequence[Sequence[tuple[DenseSet, int]]]) -> bytes:
+def draw_groups(groups: Sequence[Sequence[tuple[DenseSet, int]]]) -> bytes:
     """Return a PNG with a numbered row of images for each group."""
     sheet = Image.new("RGB", (MARGIN + TILE * max(map(len, groups)), TILE * len(groups)), "white")
     draw = ImageDraw.Draw(sheet)
     for row, group in enumerate(groups):
         draw.text((4, TILE * row + TILE // 2 - 6), str(row + 1), "black")
         for column, entry in enumerate(group):
-            tile = square(picture(*entry), TILE - 2).mul(255).round().to(torch.uint8)
+            tile = crop_square(load_picture(*entry), TILE - 2).mul(255).round().to(torch.uint8)
             sheet.paste(Image.fromarray(tile.permute(1, 2, 0).numpy()), (MARGIN + TILE * column, TILE * row))
     file = io.BytesIO()
     sheet.save(file, "png")

@@ -1,7 +1,7 @@
 """Images of one size, decoded once into a uint8 store: a memory-mapped file in the cache folder, which later runs use.
 
-The file is an npy array (n, 3, size, size), then a digest of each image, then one of those. An image is compared with its digest
-whenever it is read; a damaged store is written again.
+The file is an npy array (n, 3, size, size), followed by a digest of each image and a digest of these digests. An image is
+compared with its digest whenever it is read. A damaged store is written again.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from vismt.storage.paths import cache_root, regular_file
 
 RECIPE = "bilinear-antialias-shorter-side-centre-crop-2"
 MEMORY_BYTES = 512 * 2**20
-STORE_BYTES = 32 * 2**30  # of all stores together
+STORE_BYTES = 32 * 2**30  # bytes of all stores together
 _CHUNK = 64
 _DIGEST = 16  # bytes
 FOR_TIMM = {"interpolation": "bilinear", "crop_pct": 1.0, "crop_mode": "center"}  # `square` in the words of timm
-MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # whose versions decide the pixels
+MAKERS = ("PIL", "numpy", "torch", "torchvision", "vismt.data")  # packages whose versions decide the pixels
 
 
-def square(image: Tensor, size: int) -> Tensor:
+def crop_square(image: Tensor, size: int) -> Tensor:
     """Return uint8 (3, size, size) of uint8 (3, h, w): the shorter side resized (bilinear, antialiased), then the centre.
 
     The longer side is rounded as torchvision and timm do.
@@ -51,13 +51,13 @@ def square(image: Tensor, size: int) -> Tensor:
 
 
 class OnDemand:
-    """Rows of a store that is too large to keep: each is decoded whenever it is read."""
+    """Rows of a store that is too large to keep. Each row is decoded whenever it is read."""
 
     def __init__(self, images: ImageSet, size: int) -> None:
         self.images, self.size = images, size
 
     def __getitem__(self, index: np.ndarray) -> np.ndarray:
-        return np.stack([square(self.images.read(int(i)), self.size).numpy() for i in index])
+        return np.stack([crop_square(self.images.read(int(i)), self.size).numpy() for i in index])
 
 
 class Pixels:
@@ -65,15 +65,15 @@ class Pixels:
 
     `pixels[index]` is float32 (b, 3, size, size) in [0, 1] for an int64 index (b,).
 
-    The store is a file in the cache folder, named by the content of the images, the size and the versions of what decodes them,
-    and used again by the next run.
-    The folder takes up to 32 GiB, and the stores used longest ago are deleted first. A set beyond that (ImageNet, QuickDraw)
-    is not stored: each image is decoded whenever it is drawn. Where the folder cannot be written, one notice is given and the
-    store is kept in memory; one of more than 512 MiB is decoded as it is drawn.
+    The store is a file in the cache folder. Its name depends on the content of the images, the size and the versions of what
+    decodes them, and the next run uses it again. The folder takes up to 32 GiB, and the least recently used stores are deleted
+    first. A set beyond that (ImageNet, QuickDraw) is not stored, and each image is decoded whenever it is drawn. If the folder
+    cannot be written, one notice is given and the store is kept in memory. A store of more than 512 MiB is then decoded as it
+    is drawn.
 
-    `key` is a text that differs for any other pixels; None for a set too large to store. `group_of`, int64 (n,), is equal for
-    images that are not independent, if the owner of the set has found them. cache: with False the store is kept in memory,
-    whatever its size. Raises UserError for a damaged image.
+    `key` is a text that differs for any other pixels. It is None for a set too large to store. `group_of`, int64 (n,), is equal
+    for images that are not independent, if the owner of the set has found them. cache: False keeps the store in memory, for any
+    size. Raise UserError for a damaged image.
     """
 
     def __init__(self, images: ImageSet, size: int, *, cache: bool = True) -> None:
@@ -85,7 +85,7 @@ class Pixels:
         self.group_of: Tensor | None = None
         needed = len(images) * 3 * size * size if cache else 0
         self.store: np.ndarray | OnDemand
-        self._digests: bytes | None = None  # of the images of a store on disk
+        self._digests: bytes | None = None  # digests of the images of a store on disk
         if needed > (STORE_BYTES if images.cached else MEMORY_BYTES):
             console.stage(
                 "data", f"{self.name}: {len(images):,} images are decoded as they are drawn, too many to store"
@@ -125,7 +125,7 @@ class Pixels:
 
     def _rows(self) -> Iterator[np.ndarray]:
         def row(i: int) -> np.ndarray:
-            return square(self.images.read(i), self.size).numpy()
+            return crop_square(self.images.read(i), self.size).numpy()
 
         text = f"{self.name} ({self.split}) at {self.size} px"
         with (
@@ -154,7 +154,7 @@ class Pixels:
 
     @property
     def content(self) -> str:
-        """A digest of the images as they are in any copy, whatever `size` is; "" where that is not known without reading all."""
+        """Digest of the images as they are in any copy, for any `size`. "" if that is not known without reading all images."""
         known = self.images.cached and not self.images.timed and len(self) * 3 * self.size**2 <= STORE_BYTES
         return digest(self.images.content().encode()) if known else ""
 
@@ -185,7 +185,7 @@ class Pixels:
         return stored
 
     def _write(self, shape: tuple[int, ...]) -> None:
-        """Write the rows in order with their digests: the file is whole and on the disk, or missing."""
+        """Write the rows in order with their digests. The file is whole and on the disk, or missing."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         make_room(self._path, math.prod(shape), STORE_BYTES)
         digests = bytearray()
@@ -198,7 +198,7 @@ class Pixels:
 
 
 def _opened(path: Path, shape: tuple[int, ...]) -> tuple[np.ndarray, bytes] | None:
-    """Return a store of this shape, memory-mapped, and the digests of its images; None without a whole file."""
+    """Return a store of this shape, memory-mapped, and the digests of its images. Return None unless the file is whole."""
     try:
         stored = np.load(regular_file(path), mmap_mode="r", allow_pickle=False)
         if stored.dtype != np.uint8 or stored.shape != shape:

@@ -1,4 +1,4 @@
-"""Entries of a configuration that name a set: 'card' or 'card:split', where the card may be a path or a Python object."""
+"""Entries of a configuration that name a set: "card" or "card:split". The card may be a path or a Python object."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vismt.config.yaml_text import read_yaml
 from vismt.storage.paths import file_name, shipped
 
 CARDS = (".yaml", ".yml")
-DELIMITERS = {".csv": ",", ".tsv": "\t"}  # suffix of a table -> what is between its columns
-FILES = (*DELIMITERS, ".jsonl", ".json", *CARDS)  # of cards and of sets in one file
+DELIMITERS = {".csv": ",", ".tsv": "\t"}  # text between the columns of a table by its suffix
+FILES = (*DELIMITERS, ".jsonl", ".json", *CARDS)  # suffixes of cards and of sets in one file
 
 
 def card_and_split(entry: str) -> tuple[str, str]:
-    """Return the card and the split of an entry; "all" where it names no split."""
+    """Return the card and the split of an entry. The split is "all" if the entry names none."""
     if is_object(entry) or os.path.exists(entry):
         return entry, "all"
     card, colon, split = entry.rpartition(":")
@@ -27,10 +27,10 @@ def card_and_split(entry: str) -> tuple[str, str]:
 
 
 def overlap(first: str, second: str) -> bool:
-    """Return whether two sets, 'card' or 'card:split', have examples in common.
+    """Return whether two sets, "card" or "card:split", have examples in common.
 
     A card is the same by its name and by any path to it, an object by its digest. A folder without a card contains the folders
-    below it. A card whose `same_images_as` names another one has its images, in splits that do not correspond.
+    below it. A card whose `same_images_as` names another card has its images, in splits that do not correspond.
     """
     first_card, first_split = card_and_split(first)
     second_card, second_split = card_and_split(second)
@@ -44,7 +44,7 @@ def overlap(first: str, second: str) -> bool:
 
 
 def _place(card: str) -> Path:
-    """Return what a card is compared by: its file, a folder or file without a card; the text where there is none."""
+    """Return what a card is compared by: its file, or a folder or file without a card. Without either, return the text."""
     if is_object(card):
         return Path(card.rpartition(" ")[2])
     found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
@@ -83,7 +83,10 @@ def shown_name(entry: str) -> str:
 
 
 def check_row_names(entries: Iterable[str], key: str) -> None:
-    """Raise UserError where two different entries have one name in rows of results or their files; key: of the entries."""
+    """Raise UserError if two different entries have one name in rows of results or their files.
+
+    key: Key of the entries.
+    """
     seen: dict[str, str] = {}
     for entry in entries:
         name = file_name(row_name(entry))
@@ -96,9 +99,9 @@ def check_row_names(entries: Iterable[str], key: str) -> None:
 
 
 def check_apart(*stages: Mapping[str, Iterable[str]]) -> None:
-    """Raise UserError where sets of two stages, such as what trains, chooses and tests, share examples.
+    """Raise UserError if sets of two stages, such as what trains, chooses and tests, share examples.
 
-    stages: {key: entries} of each; entries of one stage may overlap.
+    stages: Entries by key. Entries of one stage may overlap.
     """
     for before, after in combinations(stages, 2):
         for (owner, others), (key, entries) in product(before.items(), after.items()):

@@ -1,7 +1,7 @@
-"""What a card says: a data set and its sources, the places and forms in which copies of it exist.
+"""The content of a card: a data set and its sources, the places and forms in which copies of it exist.
 
-Each kind of source is a dataclass in the file with its reader. Its fields are the keys of its entry in a card, and it checks
-its own values, lists its own files and loads its own splits. `@source_kind("name")` registers it as `kind: name`.
+Each kind of source is a dataclass in the file with its reader. Its fields are the keys of its entry in a card. It checks its
+own values, lists its own files and loads its own splits. `@source_kind("name")` registers it as `kind: name`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name
 S = TypeVar("S", bound="DataSource")
 
 PACKAGES = {"sklearn": "scikit-learn", "skimage": "scikit-image"}  # module -> package with images inside
-MOST_CLASSES = 1_000_000  # of a card
+MOST_CLASSES = 1_000_000  # largest number of classes of a card
 NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that do not name a file
 LAST_NUMBER = re.compile(r"^(.*?)([0-9]{1,18})[^0-9]*$")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
@@ -62,7 +62,7 @@ def source_kind(name: str) -> Callable[[type[S]], type[S]]:
 
 
 def check_names(names: Iterable[str]) -> None:
-    """Raise UserError for a name of a file or folder that is not UTF-8: no record, report or digest can hold it."""
+    """Raise UserError for a name of a file or folder that is not UTF-8. No record, report or digest can hold such a name."""
     bad = next((name for name in names if name != console.printable(name)), None)
     if bad is not None:
         raise UserError(f"'{console.printable(bad)}': the name of the file or folder is not UTF-8; rename it.")
@@ -73,8 +73,8 @@ class DataSource(ABC):
     """One way to get a data set.
 
     Attributes:
-        splits: number of examples of each split, None when unknown; by default "all", the only split of a set without splits.
-        classes: number of classes, where this copy has others than the card says.
+        splits: Number of examples of each split, None if unknown. The default is "all", the only split of a set without splits.
+        classes: Number of classes, if this copy has another number than the card says.
         manifest: JSON file beside the card with the hashes of the files, which `vismt data record` writes.
     """
 
@@ -84,8 +84,8 @@ class DataSource(ABC):
 
     kind: ClassVar[str] = ""
     unit: ClassVar[str] = "images"  # what the numbers of `splits` count
-    family: ClassVar[str] = ""  # as errors name it
-    opener: ClassVar[str] = ""  # the function that opens sources of this family
+    family: ClassVar[str] = ""  # name in errors
+    opener: ClassVar[str] = ""  # function that opens sources of this family
     package: ClassVar[str | None] = None  # module of the Python package that carries the files
 
     def check(self, where: str) -> None:
@@ -113,7 +113,7 @@ class DataSource(ABC):
         """Return the folders where the copy may be, in order."""
 
     def list_files(self, base: Path) -> Files:
-        """Return the files of the copy in the folder `base` in the groups that a manifest hashes; by default none."""
+        """Return the files of the copy in the folder `base`, in the groups that a manifest hashes. The default is no files."""
         return {}
 
     @abstractmethod
@@ -121,7 +121,7 @@ class DataSource(ABC):
         """Return `split` ("all" for every split) of the copy in the folder `base`, with `ids`."""
 
     def count_images(self, base: Path, split: str) -> int:
-        """Return how many images of `split` a copy has that cannot be loaded, 0 when that cannot be known."""
+        """Return how many images of `split` a copy has that cannot be loaded. Return 0 if that cannot be known."""
         return 0
 
     @property
@@ -139,7 +139,10 @@ class DataSource(ABC):
 
 
 def set_folder(text: str, name: str) -> str:
-    """Return an absolute path, or a relative one that stays inside its folder; else raise a UserError that starts with `name`."""
+    """Return an absolute path, or a relative path that stays inside its folder.
+
+    Otherwise raise a UserError that starts with `name`.
+    """
     if text == "." or text.startswith("~") or Path(text).is_absolute():
         return text
     return relative_path(text, name)
@@ -147,7 +150,10 @@ def set_folder(text: str, name: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class RootedSource(DataSource):
-    """A source in a folder: `root`, absolute, or in the folder of a user's card, else in a folder of VISMT_DATA."""
+    """A source in a folder.
+
+    root: Absolute folder, or a folder beside a user's card, or below a folder of VISMT_DATA.
+    """
 
     root: Annotated[str, set_folder] = "."
 
@@ -162,7 +168,7 @@ class RootedSource(DataSource):
 class PackagedSource(DataSource):
     """A source inside an installed Python package."""
 
-    fixed_splits: ClassVar[tuple[str, ...]] = ()  # of the set; empty where the card chooses them
+    fixed_splits: ClassVar[tuple[str, ...]] = ()  # splits of the set, empty if the card chooses them
 
     def check(self, where: str) -> None:
         super().check(where)
@@ -175,14 +181,15 @@ class PackagedSource(DataSource):
 
 
 def file_groups(base: Path, names: Iterable[str]) -> Files:
-    """Return each of the files `names` in `base` as a group with the file's name; a missing file is an empty group."""
+    """Return each of the files `names` in `base` as a group with the file's name. A missing file is an empty group."""
     return {name: [(name, base / name)] if (base / name).is_file() else [] for name in dict.fromkeys(names)}
 
 
 def blocks_of_frames(ids: Sequence[str], size: int) -> dict[str, str]:
-    """Return the block of each frame: `size` neighbours of one video; the rest of a video is a block of its own from size / 2 on.
+    """Return the block of each frame. A block is `size` neighbours of one video.
 
-    The names of the frames of a video are equal up to their last number, by which they are in order.
+    The rest of a video is a block of its own if it has at least size / 2 frames. The names of the frames of a video are equal
+    up to their last number, which gives their order.
     """
     videos: dict[str, list[tuple[int, str]]] = {}
     for name in ids:
@@ -204,20 +211,21 @@ class Card:
     `sources` are tried in order. Each has its own splits and counts, because a copy may be a subset.
 
     Attributes:
-        classes: number of classes, 0 for a set without classes and for an unknown number.
-        images: images (or rows) of the full set, where the first source is only a part.
-        names: readable names of the classes, a list in class order; or a JSON file beside the card with this list or with
-            class folder -> name.
-        superclasses: JSON file beside the card: class -> superclass; or "prefix": the part before the last '/'.
-        groups: what a division into shares keeps in one part: a JSON file beside the card, image -> group; "near-duplicates",
-            for which every image is decoded (near_duplicates.py); "none". By default near-duplicates in sets of images with
-            classes of up to 20,000 images.
-        frames: for frames of videos, whose names are equal up to their last number, in place of `groups`: number of neighbours
-            that are a group, as one frame tells what the next one shows.
-        unit: what a group is, in the plural, as reports name it: "signs".
-        same_images_as: name of the card of another publication of the same images, or of a larger set that has these; a run
-            does not train on one of these sets and test on another.
-        path: the card's file. shown: how messages name its folder.
+        classes: Number of classes. 0 for a set without classes and for an unknown number.
+        images: Number of images (or rows) of the full set, if the first source is only a part.
+        names: Readable names of the classes: a list in class order, or a JSON file beside the card with this list or with class
+            folder -> name.
+        superclasses: JSON file beside the card with class -> superclass, or "prefix" for the part before the last "/".
+        groups: Groups that a division into shares keeps in one part: a JSON file beside the card with image -> group,
+            "near-duplicates" (every image is decoded, near_duplicates.py), or "none". The default is near-duplicates in sets of
+            images with classes of up to 20,000 images.
+        frames: Number of neighbouring frames of a video that are a group, instead of `groups`, because one frame tells what the
+            next shows. The names of frames are equal up to their last number.
+        unit: Name of a group, in the plural, as reports name it: "signs".
+        same_images_as: Name of the card of another publication of the same images, or of a larger set that has these images. A
+            run does not train on one of these sets and test on another.
+        path: File of the card.
+        shown: Folder of the card, as messages name it.
     """
 
     name: str
@@ -242,7 +250,7 @@ class Card:
 
     @property
     def folder(self) -> Path:
-        """The folder of the card, its manifest and its split lists."""
+        """Folder of the card, its manifest and its split lists."""
         return self.path.parent
 
     @property
@@ -259,9 +267,9 @@ class Card:
         return [source for source in self.sources if isinstance(source, family)]
 
     def read_groups(self, default: str, ids: Sequence[str]) -> dict[str, Any] | None:
-        """Return {image: group}, {} for no groups, None where near-duplicates are to be found.
+        """Return {image: group}. Return {} for no groups, and None if near-duplicates have to be found.
 
-        default: value of `groups` of a card without the key. ids: names of the images.
+        default: Value of `groups` of a card without the key. ids: Names of the images.
         """
         if self.frames is not None:
             return blocks_of_frames(ids, self.frames)
@@ -272,11 +280,14 @@ class Card:
 
     @property
     def group_unit(self) -> str:
-        """What a group is, in the plural."""
+        """Name of a group, in the plural."""
         return self.unit or ("groups" if self.frames is None else "blocks of frames")
 
     def read_mapping(self, name: str, what: str, *kinds: type) -> dict[str, Any]:
-        """Return the object in a JSON file beside the card, whose values are of `kinds`; what: "key to value", for the error."""
+        """Return the object in a JSON file beside the card. Its values are of `kinds`.
+
+        what: "key to value", for the error.
+        """
         values = self.read_json(name)
         wrong = [values]
         if isinstance(values, dict):
@@ -287,7 +298,7 @@ class Card:
         return values
 
     def read_names(self) -> Any:
-        """Return the names of the classes as `names` gives them, None without the key."""
+        """Return the names of the classes as `names` gives them. Return None without the key."""
         return self.read_json(self.names) if isinstance(self.names, str) else self.names
 
     def read_json(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Training augmentation of a batch in [0, 1]: random resized crop, colour jitter, flip; a pure function of its seed."""
+"""Training augmentation of a batch in [0, 1]: random resized crop, colour jitter and flip, as a pure function of the seed."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-DRAWS = (torch.rand, torch.randint, torch.randperm, Tensor.uniform_)  # what v2 calls
+DRAWS = (torch.rand, torch.randint, torch.randperm, Tensor.uniform_)  # functions that v2 calls
 
 
 def augment(
@@ -21,13 +21,13 @@ def augment(
 ) -> Tensor:
     """Return augmented images of the same shape, dtype, device and range, each with another draw.
 
-    Two calls with the same seed agree bit for bit; no random state outside is read or changed.
+    Two calls with the same seed agree bit for bit. No random state outside is read or changed.
 
     Args:
-        images: float (b, 3, h, w) in [0, 1].
-        crop: range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased), None for no crop.
-        jitter: strength of brightness, contrast and saturation.
-        flip: mirror left and right with probability 1/2.
+        images: Images float (b, 3, h, w) in [0, 1].
+        crop: Range of the cropped area (aspect 3/4 to 4/3, resized back, bilinear, antialiased). None for no crop.
+        jitter: Strength of brightness, contrast and saturation.
+        flip: Whether to mirror left and right with probability 1/2.
     """
     from torchvision.transforms import v2
 
@@ -46,7 +46,10 @@ def augment(
 
 
 class _DrawsFrom(TorchFunctionMode):
-    """Let v2, which draws from the global CPU generator, draw from another one: the thread that prepares batches shares it."""
+    """Make v2, which draws from the global CPU generator, draw from another generator.
+
+    The thread that prepares batches shares it.
+    """
 
     def __init__(self, generator: torch.Generator) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""How the blocks of a net run while it is trained: checkpointed, under torch.compile, with attention by products on a CPU.
+"""How the blocks of a net run during training: checkpointed, under torch.compile, with attention by products on a CPU.
 
 A block is a child of the net's largest stack of equal layers, in any library. A checkpointed block keeps its input, and runs
-again in the backward pass with the tensors, gates and kernels of its forward pass: inner loops and attacks on weights
-replace a block's tensors for one call alone, which torch.utils.checkpoint does not know.
+again in the backward pass with the tensors, gates and kernels of its forward pass. torch.utils.checkpoint does not know that
+inner loops and attacks on weights replace a block's tensors for one call.
 
-On a CPU the backward pass of torch's fused attention in bf16 takes up to seven times as long for short sequences as that of its
-products, softmax(Q K^T / sqrt(d)) V.
+On a CPU, the backward pass of torch's fused attention in bf16 takes up to seven times as long for short sequences as the
+backward pass of its products, softmax(Q K^T / sqrt(d)) V.
 """
 
 from __future__ import annotations
@@ -40,15 +40,15 @@ KERNELS = {
     SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
 }
 COMPILERS = ("g++", "clang++", "c++")
-SHORT = 256  # tokens; longer sequences would store large attention maps for little time
+SHORT = 256  # tokens (longer sequences would store large attention maps for little time)
 
 
 @contextmanager
 def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
-    """Inside the block, run the blocks of the objective's net as the train section says; afterwards as before.
+    """Run the blocks of the objective's net as the train section says, inside the block. Afterwards they run as before.
 
-    Raises UserError for a net without blocks, for train.compile with a method that freezes parameters in turn, and without a C++
-    compiler on a CPU.
+    Raise UserError for a net without blocks, for train.compile with a method that freezes parameters in turn, and for a CPU
+    without a C++ compiler.
     """
     products = not config.compile and config.precision == "bf16" and runtime.net_device().type == "cpu"
     with ExitStack() as undo:
@@ -75,7 +75,7 @@ def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
 
 
 class _AttentionByProducts(TorchFunctionMode):
-    """Computes the attention of short sequences by its products where gradients are recorded; masks are left to torch."""
+    """Compute the attention of short sequences by its products if gradients are recorded. Masks are left to torch."""
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         options = kwargs or {}
@@ -89,7 +89,7 @@ class _AttentionByProducts(TorchFunctionMode):
 
 
 def find_blocks(objective: nn.Module) -> list[nn.Module]:
-    """Return the blocks of the largest stack of equal layers, and of others at least half as large (a second net)."""
+    """Return the blocks of the largest stack of equal layers, and of other stacks at least half as large (a second net)."""
     sizes = stacks(objective)
     largest = max(sizes.values(), default=0)
     chosen = [objective.get_submodule(path) for path, size in sizes.items() if 2 * size >= largest]
@@ -108,10 +108,10 @@ class _Checkpointed(nn.Module):
     def checkpointed(self, *args: Any, **options: Any) -> Any:
         return checkpoint(self._with, self._tensors(), *args, use_reentrant=False, context_fn=self._contexts, **options)
 
-    def forward(self, *args: Any, **options: Any) -> Any:
+    def forward(self, *args: object, **options: object) -> Any:
         return self.run(*args, **options)
 
-    def _with(self, tensors: dict[str, Tensor], *args: Any, **options: Any) -> Any:
+    def _with(self, tensors: dict[str, Tensor], *args: object, **options: object) -> Any:
         now = self._tensors()
         changed = {name: tensor for name, tensor in tensors.items() if now[name] is not tensor}
         return functional_call(self, changed, args, options) if changed else self.run(*args, **options)
@@ -120,7 +120,7 @@ class _Checkpointed(nn.Module):
         return {**dict(self.named_parameters()), **dict(self.named_buffers())}
 
     def _contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """Return the contexts of the forward pass, and of its repetition: gates and attention kernels as they are now."""
+        """Return the contexts of the forward pass and of its repetition, with the present gates and attention kernels."""
         outside, gates = recompute_gates()
         kernels = [kernel for kernel, enabled in KERNELS.items() if enabled()]
 
@@ -133,13 +133,13 @@ class _Checkpointed(nn.Module):
 
 
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Run blocks under torch.compile from now on, with static shapes; blocks of one kind share their code."""
+    """Run blocks under torch.compile from now on, with static shapes. Blocks of one kind share their code."""
     for block in blocks:
         block.compile(backend=BACKEND, dynamic=False)
 
 
 def check_compile(objective: nn.Module) -> None:
-    """Raise UserError for a method that freezes parameters in turn, and without a C++ compiler on a CPU."""
+    """Raise UserError for a method that freezes parameters in turn, and for a CPU without a C++ compiler."""
     if freezes(objective):
         raise UserError(
             "train.compile: the method's schedule freezes parameters in turn, and torch.compile would compile again at every "
@@ -151,7 +151,7 @@ def check_compile(objective: nn.Module) -> None:
 
 
 def _kept_buffers() -> Any:
-    """Return a context in which a compiled backward pass may run twice, as attacks and balancers do (retain_graph)."""
+    """Return a context in which a compiled backward pass may run twice (retain_graph), as attacks and balancers need."""
     import torch._functorch.config as settings
 
     return settings.patch(donated_buffer=False) if hasattr(settings, "donated_buffer") else ExitStack()

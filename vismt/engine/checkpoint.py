@@ -1,11 +1,13 @@
 """Checkpoints of a training: trainable tensors, buffers, optimiser state, random state and step, in one safetensors file.
 
-A training starts from 1. the newest sound checkpoint of its folder, 2. the adapter's start values. Batches are a function of
-the step number and rates one of the number of updates, so these two numbers are enough to continue with both.
+A training starts from 1. the newest sound checkpoint of its folder, 2. the adapter's start values. Batches depend on the step
+number and rates on the number of updates, so these two numbers are enough to continue both.
 
 checkpoint-STEP-DIGEST.safetensors   tensors model.NAME, optimizer.NAME.KEY, random.cpu, random.cuda.I; the numbers as JSON
                                      in the header. DIGEST is of the whole file, so no changed bit goes unnoticed.
-Two are kept. Nothing that was read is used before all of it was compared with what this training would have written.
+
+Two checkpoints are kept. A checkpoint is compared as a whole with what this training would have written before any part of it
+is used.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ STATE = "state"  # key of the numbers in the file's header
 def moving_state(module: nn.Module, trained: Iterable[Tensor] = ()) -> dict[str, Tensor]:
     """Return what training may change: the state dict without the frozen parameters.
 
-    trained: parameters that are included even if a schedule has frozen them at the moment.
+    trained: Parameters that are included even if a schedule has frozen them at the moment.
     """
     moving = set(trained)
     named = module.named_parameters(remove_duplicate=False)
@@ -62,14 +64,15 @@ def save(
     module: nn.Module,
     optimizer: Optimizer,
     updates: int,
-    scaler: Any,
+    scaler: object,
     config_hash: str,
     every: int = 1,
 ) -> None:
-    """Write the checkpoint after `step` finished steps and delete all but the one before it.
+    """Write the checkpoint after `step` finished steps. Delete all older checkpoints but the last.
 
-    updates: of the optimiser, fewer than `step` where fp16 skipped some. scaler: fp16's gradient scaler, None in other
-    precisions. every: Steps between two checkpoints. An earlier one of another step, written when a signal came, is deleted.
+    updates: Number of the optimiser's updates, fewer than `step` if fp16 skipped some. scaler: Gradient scaler of fp16, None in
+    other precisions. every: Number of steps between two checkpoints. An earlier checkpoint of another step, which was written
+    when a signal came, is deleted.
     """
     trained = _names(module, optimizer)
     tensors = {f"model.{name}": value for name, value in moving_state(module, trained).items()}
@@ -82,11 +85,11 @@ def save(
     _delete_others(folder / path.name.format(digest=digest[:12]), every)
 
 
-def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
-    """Restore the newest sound checkpoint of a folder, and return the finished steps and the optimiser's updates, 0 without one.
+def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: object, config_hash: str) -> tuple[int, int]:
+    """Restore the newest sound checkpoint of a folder. Return the finished steps and the optimiser's updates, 0 without one.
 
-    Damaged ones are named on the console. Raises UserError, before anything is changed, for damaged checkpoints only, and for a
-    checkpoint that is not one of this training.
+    Damaged checkpoints are named on the console. Raise UserError, before anything is changed, if all checkpoints are damaged,
+    and for a checkpoint of another training.
     """
     paths = checkpoints(folder)
     if not paths:
@@ -107,7 +110,7 @@ def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, con
 
 
 def _delete_others(newest: Path, every: int = 1) -> None:
-    """Delete all checkpoints of a folder but `newest` and the one before it whose step is a multiple of `every`."""
+    """Delete all checkpoints of a folder except `newest` and the last earlier one whose step is a multiple of `every`."""
     paths = checkpoints(newest.parent)
     before = [path for path in paths if _step_of(path) < _step_of(newest) and _step_of(path) % every == 0]
     for path in set(paths) - {newest, *before[: KEPT - 1]}:
@@ -121,7 +124,7 @@ def _step_of(path: Path) -> int:
 
 
 def _is_sound(path: Path) -> bool:
-    """Return whether a checkpoint has the content that it was written with."""
+    """Return whether a checkpoint still has the content that was written."""
     try:
         return file_digest(path).startswith(path.stem.rpartition("-")[2])
     except OSError:
@@ -129,7 +132,7 @@ def _is_sound(path: Path) -> bool:
 
 
 def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
-    """Check everything in a checkpoint, then put it into random state, module, optimiser and scaler."""
+    """Check everything in a checkpoint, then restore random state, module, optimiser and scaler from it."""
     what = f"checkpoint '{path}'"
     try:
         with safetensors.safe_open(path, "pt") as file:
@@ -141,7 +144,7 @@ def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, c
     step, updates = _checked(what, numbers, _step_of(path), scaler, config_hash)
     random = _random_state()
     gpus = {name for name in tensors if name.startswith("random.cuda.")}
-    if gpus != random.keys() - {"random.cpu"}:  # a machine with another number of GPUs
+    if gpus != random.keys() - {"random.cpu"}:  # the machine had another number of GPUs
         tensors = {name: value for name, value in tensors.items() if name not in gpus}
         random = {"random.cpu": random["random.cpu"]}
     state = {f"model.{name}": value for name, value in moving_state(module).items()}
@@ -158,7 +161,8 @@ def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, c
     }
     _check_tensors(what, tensors, {**random, **state, **like})
     trained = {f"model.{name}" for name, _ in module.named_parameters(remove_duplicate=False)}
-    _check_finite(what, {name: tensors[name] for name in [*like, *(state.keys() & trained)]})  # buffers may be infinite
+    # buffers may be infinite
+    _check_finite(what, {name: tensors[name] for name in [*like, *(state.keys() & trained)]})
     counters = [keys[key] for keys in optimised.values() for key, field in fields.items() if field.ndim == 0]
     for name in counters:
         count = float(tensors[name])
@@ -173,8 +177,8 @@ def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, c
     return step, updates
 
 
-def _checked(what: str, numbers: Any, step: int, scaler: Any, config_hash: str) -> tuple[int, int]:
-    """Return the progress in a checkpoint's numbers. Raises UserError for values that no training writes."""
+def _checked(what: str, numbers: object, step: int, scaler: object, config_hash: str) -> tuple[int, int]:
+    """Return the progress in a checkpoint's numbers. Raise UserError for values that no training writes."""
     refusal = UserError(f"{what} has numbers that no training writes: {numbers}; delete it to train from the start.")
     if not isinstance(numbers, dict) or set(numbers) != {"step", "updates", "config_hash", "scaler"}:
         raise refusal
@@ -214,9 +218,12 @@ def _names(module: nn.Module, optimizer: Optimizer) -> dict[nn.Parameter, str]:
 
 
 def _fields(optimizer: Optimizer) -> Mapping[str, Tensor]:
-    """Return the state that an optimiser keeps for one matrix, by key, found by a step of a copy on a matrix of zeros."""
+    """Return the state that an optimiser keeps for one matrix, by key.
+
+    It is found by a step of a copy of the optimiser on a matrix of zeros.
+    """
     inner = optimizer
-    while hasattr(inner, "optimizer"):  # a method's optimiser is around another one
+    while hasattr(inner, "optimizer"):  # a method's optimiser wraps another optimiser
         inner = inner.optimizer
     twin = copy.copy(inner)
     parameter = inner.param_groups[0]["params"][0]

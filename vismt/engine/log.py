@@ -1,4 +1,4 @@
-"""metrics.jsonl: one line for each logged step, readable with `cat`; trackers (trackers.py) get the same values."""
+"""metrics.jsonl has one line for each logged step, readable with `cat`. Trackers (trackers.py) get the same values."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ METRICS = "metrics.jsonl"
 
 
 class MetricsLog:
-    """Append rows to metrics.jsonl; when a run resumes, rows after its checkpoint are dropped.
+    """Append rows to metrics.jsonl. If a run resumes, rows after its checkpoint are dropped.
 
-    logged: last step up to the checkpoint that has a row. elapsed_s: seconds of training that earlier sessions have logged.
+    logged: Last step up to the checkpoint that has a row. elapsed_s: Seconds of training that earlier sessions have logged.
     """
 
     def __init__(self, folder: Path, finished_steps: int, logged: int, enabled: bool) -> None:
@@ -31,7 +31,7 @@ class MetricsLog:
             self.elapsed_s = float(kept[-1]["elapsed_s"]) if kept else 0.0
 
     def add(self, row: dict[str, float]) -> None:
-        """Write one line; values that are not finite are written as null."""
+        """Write one line. Values that are not finite are written as null."""
         if self._lines is not None:
             self._lines.add({name: value if math.isfinite(value) else None for name, value in row.items()})
 

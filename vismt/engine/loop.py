@@ -1,13 +1,14 @@
 """The training loop of all jobs. A job passes an objective and a function from batch number to batch.
 
 The objective is a module: objective(batch) -> {"loss": scalar, ...other scalars to log}. Batch k is a function of k, so a
-resumed run gets the same batches as an uninterrupted one, whatever the number of workers. With several processes batch k
-goes to process k mod world, so one step of w processes takes w batches.
+resumed run gets the same batches as an uninterrupted run, for any number of workers. With several processes, batch k goes to
+process k mod world, so one step of w processes takes w batches.
 
-A step of several batches (`accumulate`, processes) takes the mean of their losses. Where "loss" is a mean over examples or tokens
-whose number n differs between batches, objective.examples(batch) returns it as a scalar tensor, and the batches weigh by it:
+A step of several batches (`accumulate`, processes) takes the mean of their losses. If "loss" is a mean over examples or tokens
+whose number n differs between batches, objective.examples(batch) returns n as a scalar tensor, and the batches are weighted by
+it:
 
-    gradient = sum_k n_k grad loss_k / sum_k n_k          that of one batch of all these examples
+    gradient = sum_k n_k grad loss_k / sum_k n_k          the gradient of one batch of all these examples
 """
 
 from __future__ import annotations
@@ -51,32 +52,34 @@ def train(
     *,
     seed: int,
     after_step: Callable[[nn.Module, int], None] | None = None,
-    after_save: Callable[[], object] | None = None,
+    after_save: Callable[[int], object] | None = None,
     sections: Any = None,
     name: str = "",
 ) -> dict[str, float]:
-    """Train the objective's parameters that require a gradient, from the run folder's checkpoint where there is one.
+    """Train the parameters of the objective that require a gradient, from the run folder's checkpoint if there is one.
 
     Ctrl-C and SIGTERM finish the step and write its checkpoint before they have their usual effect.
 
     Args:
-        objective: objective(batch) -> {"loss": scalar, ...other scalars to log}, and examples(batch) where it differs.
-        batches: batch by number.
-        config: the run's train section.
-        folder: of checkpoint and log.
-        config_hash: of the run; a checkpoint of another configuration is refused.
-        accelerator: see engine/runtime.py.
-        seed: of dropout and other random draws, one stream for each process; the outer random state is restored.
-        after_step: called with the objective that runs and the number of finished steps after every optimiser step.
-        after_save: called after every checkpoint.
-        sections: the run's configuration, for schedules of methods and for trackers.
-        name: of the training, for trackers.
+        objective: Module with objective(batch) -> {"loss": scalar, ...other scalars to log}, and examples(batch) if it differs
+            between batches.
+        batches: Function from number to batch.
+        config: Section `train` of the run.
+        folder: Folder for checkpoints and log.
+        config_hash: Hash of the run. A checkpoint of another configuration is refused.
+        accelerator: Accelerator, see engine/runtime.py.
+        seed: Seed of dropout and other random draws, with one stream for each process. The outer random state is restored.
+        after_step: Function that is called with the running objective and the number of finished steps after every optimiser
+            step.
+        after_save: Function that is called after every checkpoint.
+        sections: Configuration of the run, for schedules of methods and for trackers.
+        name: Name of the training, for trackers.
 
     Returns:
         The last logged metrics.
 
     Raises:
-        Diverged: on a loss or gradient that is not finite; the latest checkpoint is kept.
+        Diverged: If a loss or gradient is not finite. The latest checkpoint is kept.
     """
     if runtime.sharded():
         check_sharded(objective, config)
@@ -105,7 +108,7 @@ class _Training:
         objective.to(runtime.net_device()).train()
         self.kept = self._make_optimizer(objective)
 
-        # Where training starts: 1. the run folder's newest sound checkpoint, 2. the start values.
+        # Training starts from 1. the run folder's newest sound checkpoint, 2. the start values.
         own_seed = torch.initial_seed()
         self.finished, updates = checkpoint.load(folder, objective, self.kept, accelerator.scaler, self.config_hash)
         if self.finished and accelerator.process_index:  # a checkpoint has the random state of the first process
@@ -125,7 +128,7 @@ class _Training:
             console.stage("resume", f"{folder} at step {self.finished} of {config.steps}")
         self.started = time.monotonic() - self.log.elapsed_s
         runtime.reset_peak_memory()
-        if freezes(objective):  # DDP wraps every parameter that may train, and not all of them do in every step
+        if freezes(objective):  # DDP wraps every parameter that may train, and not every step trains all of them
             accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=True)
         if self.shards:
             self.wrapped, self.optimizer = self.running, accelerator.prepare_optimizer(optimizer, False)
@@ -136,7 +139,7 @@ class _Training:
             schedule.on_step(self.finished)
         self.measured = [optimizer, *self.method_schedules]
         self.stream = stream_batches(self.batches, config, self.finished, accelerator)
-        # Number of the first step whose loss or gradient was not finite; read when something is logged.
+        # Number of the first step whose loss or gradient was not finite. It is read when something is logged.
         self.first_bad = torch.zeros((), device=accelerator.device)
 
     def _make_optimizer(self, objective: nn.Module) -> torch.optim.Optimizer:
@@ -149,7 +152,7 @@ class _Training:
     def run(
         self,
         after_step: Callable[[nn.Module, int], None] | None,
-        after_save: Callable[[], object] | None,
+        after_save: Callable[[int], object] | None,
         trackers: Trackers,
     ) -> dict[str, float]:
         config = self.config
@@ -175,11 +178,11 @@ class _Training:
                 stopping = stop.agreed()
                 if stopping and not logs:
                     self._need_finite()
-                if due or stopping:  # it is finite
+                if due or stopping:  # the step is finished
                     self._save(step)
                     stop.saved = step
                     if after_save is not None:
-                        after_save()
+                        after_save(step)
                 progress.advance()
                 if stopping:
                     break
@@ -195,9 +198,9 @@ class _Training:
             checkpoint.save(self.folder, step, self.objective, self.kept, updates, scaler, self.config_hash, every)
 
     def _step(self, step: int) -> tuple[dict[str, Tensor], Tensor, float]:
-        """Run optimiser step `step`; return the mean metrics, the gradient norm before clipping, and the rate."""
+        """Run optimiser step `step`. Return the mean metrics, the gradient norm before clipping, and the rate."""
         logged, norm = self._update()
-        # fp16's scaler finds its scale by overflowing: it skips that step, which is not an error and moves no schedule.
+        # fp16's scaler finds its scale by overflowing. It skips such a step. The skip is not an error, and the schedules stay.
         skipped = self.optimizer.step_was_skipped
         bad = ~torch.isfinite(logged["loss"]) | (~torch.isfinite(norm).to(self.first_bad.device) & (not skipped))
         self.first_bad = torch.where(bad & (self.first_bad == 0), float(step), self.first_bad)
@@ -207,7 +210,7 @@ class _Training:
         return logged, norm, lr
 
     def _update(self) -> tuple[dict[str, Tensor], Tensor]:
-        """Run one optimiser step over `accumulate` batches; return mean metrics and the gradient norm before clipping."""
+        """Run one optimiser step over `accumulate` batches. Return mean metrics and the gradient norm before clipping."""
         config, accelerator = self.config, self.accelerator
         sums: dict[str, Tensor] = {}
         batches = [next(self.stream) for _ in range(config.accumulate)]
@@ -225,8 +228,8 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         return sums, whole(norm)
 
-    def _shares(self, batches: Sequence[Any]) -> Sequence[Any]:
-        """Return the weight of each batch's loss in this process; their mean over the processes adds up to 1."""
+    def _shares(self, batches: Sequence[object]) -> Sequence[Any]:
+        """Return the weight of each batch's loss in this process. The mean of the weights over the processes adds up to 1."""
         examples: Callable[[Any], Tensor] | None = getattr(self.running, "examples", None)
         if examples is None:
             return [1 / len(batches)] * len(batches)
@@ -234,7 +237,7 @@ class _Training:
         return counts / self.accelerator.reduce(counts.sum(), "mean")
 
     def _clip(self) -> Tensor:
-        """Clip the gradient of the parameters that the objective names; return the norm of the whole gradient before it."""
+        """Clip the gradient of the parameters that the objective names. Return the norm of the whole gradient before that."""
         limit = math.inf if self.config.clip is None else self.config.clip
         if self.clipped is self.parameters:
             return torch.as_tensor(self.accelerator.clip_grad_norm_(self.parameters, limit))
@@ -244,7 +247,7 @@ class _Training:
         return torch.as_tensor(norm)
 
     def _write_log(self, step: int, logged: Mapping[str, Tensor], further: Mapping[str, float]) -> dict[str, float]:
-        """Write a line of metrics averaged over the processes; raise Diverged where a step was not finite."""
+        """Write a line of metrics averaged over the processes. Raise Diverged if a step was not finite."""
         accelerator = self.accelerator
         self._need_finite()
         means = {name: float(accelerator.reduce(value, "mean")) for name, value in logged.items()}
@@ -254,7 +257,7 @@ class _Training:
         return line
 
     def _need_finite(self) -> None:
-        """Raise Diverged where a step of any process was not finite."""
+        """Raise Diverged if a step of any process was not finite."""
         worst = int(self.accelerator.gather(self.first_bad.reshape(1)).max())
         if worst:
             paths = checkpoint.checkpoints(self.folder)

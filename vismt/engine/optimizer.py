@@ -17,7 +17,7 @@ OPTIMIZERS = ("adamw", "sgd")
 
 
 def with_own_prior(objective: nn.Module) -> set[str]:
-    """Return the names of parameters in modules with `own_prior`: their loss has a prior, and weight decay would add a second."""
+    """Return the names of parameters in modules with `own_prior`. Their loss has a prior, and weight decay would add a second."""
     modules = [(path, module) for path, module in objective.named_modules() if getattr(module, "own_prior", False)]
     return {name for path, module in modules for name, _ in module.named_parameters(path)}
 
@@ -25,7 +25,7 @@ def with_own_prior(objective: nn.Module) -> set[str]:
 def make_optimizer(parameters: Mapping[str, Tensor], config: TrainConfig, undecayed: Collection[str] = ()) -> Optimizer:
     """Return AdamW, or SGD with momentum, with a group for each learning rate, with and without weight decay.
 
-    undecayed: names of matrices without weight decay. Raises UserError for a pattern of train.rates that is not a regular
+    undecayed: Names of matrices without weight decay. Raise UserError for a pattern of train.rates that is not a regular
     expression or matches no name.
     """
     groups: dict[tuple[float, bool], list[Tensor]] = {}

@@ -20,13 +20,13 @@ class PartsConfig:
     """The sets of each part.
 
     Args:
-        train: cards as 'name' or 'name:split', of which several are joined.
-        test: cards to test on.
-        validation: cards to choose settings on.
-        test_share: share of `train` that is split off for the test where `test` is empty.
-        validation_share: share of `train` that is split off for validation where `validation` is empty.
-        limit: largest number of training images, or rows of text, of what is left of `train`, which leaves the shares as
-            they are; null for all.
+        train: Cards to train on, as "name" or "name:split". Several cards are joined.
+        test: Cards to test on.
+        validation: Cards to choose settings on.
+        test_share: Share of `train` that is split off for the test if `test` is empty.
+        validation_share: Share of `train` that is split off for validation if `validation` is empty.
+        limit: Largest number of training images, or rows of text, from the rest of `train`. The limit does not change the
+            shares. null for all.
     """
 
     train: list[str] = field(default_factory=list)
@@ -38,10 +38,10 @@ class PartsConfig:
 
 
 def check_parts(sections: Mapping[str, PartsConfig], calibration: Iterable[str] = ()) -> None:
-    """Raise UserError where a section names nothing to test on, and where what trains, chooses and tests shares examples.
+    """Raise UserError if a section names nothing to test on, or if training, choosing and testing share examples.
 
-    sections: by their key; a set of one may not train, choose and test in others. calibration: sets that a method computes
-    options from, which count as training.
+    sections: Sections by key. A set of one section may not train, choose and test in another section. calibration: Sets that a
+    method computes options from. They count as training sets.
     """
     for where, parts in sections.items():
         for part, share in (("test", parts.test_share), ("validation", parts.validation_share)):

@@ -23,12 +23,12 @@ from vismt.base.errors import UserError, require_known
 from vismt.storage.paths import CHECKOUT
 
 PRECISIONS = ("no", "bf16", "fp16")
-# The other processes wait at a barrier while the first one evaluates.
+# The other processes wait at a barrier while the first process evaluates.
 WAIT = datetime.timedelta(days=2)
 
 
 def processes() -> PartialState:
-    """Return the state of this process among those of the launch (torchrun, accelerate launch), with its device."""
+    """Return the state of this process among the processes of the launch (torchrun, accelerate launch), with its device."""
     sharded()  # before anything that reads its variable
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return PartialState(cpu=_cpu_only())
@@ -38,9 +38,9 @@ def processes() -> PartialState:
 
 @cache
 def sharded() -> bool:
-    """Return whether `accelerate launch` asks for FSDP: each process then trains a part of every weight (sharding.py).
+    """Return whether `accelerate launch` asks for FSDP. Each process then trains a part of every weight (sharding.py).
 
-    Raises UserError for version 1, and for settings of accelerate that have a place of their own in a configuration.
+    Raise UserError for version 1, and for settings of accelerate that a configuration makes itself.
     """
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
@@ -53,27 +53,27 @@ def sharded() -> bool:
     ):
         if os.environ.get(f"FSDP_{name}", "false").lower() == "true":
             raise UserError(f"FSDP: fsdp_{name.lower()} is not used; set it to false and take {other}.")
-    # accelerate would wrap the model by rules for stock models, and transformers would load no weights in other processes than
-    # the first, where methods compute start values from them.
+    # accelerate would wrap the model by rules for stock models. transformers would load no weights in processes other than
+    # the first, and methods compute start values from weights there.
     os.environ["ACCELERATE_USE_FSDP"] = "false"
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def net_device() -> torch.device:
-    """Return where a net is until it is trained: on the device of this process, on the CPU where it will be sharded."""
+    """Return where a net is before it is trained: on the device of this process, or on the CPU if it will be sharded."""
     return torch.device("cpu") if sharded() else processes().device
 
 
 def accelerator(precision: str = "no") -> Accelerator:
-    """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment sets.
+    """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment says.
 
-    Raises UserError for an unknown precision, and fp16 without a GPU.
+    Raise UserError for an unknown precision, and for fp16 without a GPU.
     """
     require_known("train.precision:", [precision], PRECISIONS)
     if precision == "fp16" and not torch.cuda.is_available():
         raise UserError("train.precision: fp16 needs a GPU; use bf16 or no on a CPU.")
     processes()
-    # accelerate keeps the first precision for the life of the process; a second run may want another.
+    # accelerate keeps the first precision for the life of the process, and a second run may need another.
     AcceleratorState._reset_state()
     return Accelerator(cpu=_cpu_only(), mixed_precision=precision)
 
@@ -84,10 +84,10 @@ def _leave_at_exit() -> None:
 
 
 def leave() -> None:
-    """Destroy the process group before the interpreter ends; do nothing without one.
+    """Destroy the process group before the interpreter ends. Without a group, do nothing.
 
-    Gloo's threads live as long as anything references the group (a DistributedDataParallel in a cycle does), and a thread that
-    outlives the interpreter aborts the process.
+    Gloo's threads live as long as anything references the group (for example a DistributedDataParallel in a cycle). A thread
+    that outlives the interpreter aborts the process.
     """
     if torch.distributed.is_initialized():
         gc.collect()
@@ -103,7 +103,7 @@ def hardware() -> str:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_memory` measure from now on."""
+    """Make `peak_memory` measure from now on."""
     if processes().device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     else:
@@ -112,7 +112,10 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory() -> dict[str, float]:
-    """Return {"memory_mb": largest allocation of the GPU, or on Linux the largest resident memory of the process}, else {}."""
+    """Return {"memory_mb": the largest allocation of the GPU, or on Linux the largest resident memory of the process}.
+
+    If neither is known, return {}.
+    """
     if processes().device.type == "cuda":
         return {"memory_mb": torch.cuda.max_memory_allocated() / 2**20}
     with suppress(OSError):
@@ -134,7 +137,7 @@ def versions() -> dict[str, str]:
 
 @cache
 def git_revision() -> str:
-    """Return the commit of the checkout at the first call, with '+' when tracked files differ; "" outside a checkout."""
+    """Return the commit of the checkout at the first call, with "+" if tracked files differ. Outside a checkout it is ""."""
     try:
         revision = _git("rev-parse", "--short=12", "HEAD")
         changed = _git("status", "--porcelain", "--untracked-files=no")

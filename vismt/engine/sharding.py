@@ -1,8 +1,8 @@
 """Training under FSDP2, as `accelerate launch` with fsdp_version 2 asks for it: each process holds a part of every weight.
 
-A copy of the objective is sharded by torch's fully_shard, every block on its own, and trained in the place of the objective.
-The objective stays whole on the CPU and gets the trained values at every checkpoint, so checkpoints and adapters are the
-files of any other training: one process or several may continue, sharded or not. torch.distributed.checkpoint would write the
+A copy of the objective is sharded by torch's fully_shard, block by block, and trained instead of the objective. The objective
+stays whole on the CPU and gets the trained values at every checkpoint. Checkpoints and adapters are therefore the same files as
+in any other training, and one process or several may continue, sharded or not. torch.distributed.checkpoint would write the
 parts without gathering them, but its reader unpickles the index of a checkpoint, which can run code.
 """
 
@@ -38,7 +38,8 @@ def check_sharded(objective: nn.Module, config: TrainConfig) -> None:
 class Shards:
     """The sharded copy of an objective that is whole on the CPU, and its optimiser on the device of this process.
 
-    optimizer: that of the objective, with the state to start from; it takes no step. make: returns one of another module.
+    optimizer: Optimiser of the objective, with the state to start from. It takes no step. make: Function that returns an
+    optimiser of another module.
     """
 
     def __init__(
@@ -46,7 +47,7 @@ class Shards:
     ) -> None:
         self.objective = objective
         self.kept = optimizer
-        for value in moving_state(objective).values():  # equal everywhere, as DistributedDataParallel makes them
+        for value in moving_state(objective).values():  # equal on all processes, as DistributedDataParallel makes them
             sent = value.to(device).contiguous()
             torch.distributed.broadcast(sent, 0)
             value.copy_(sent)
@@ -58,14 +59,14 @@ class Shards:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Copy the trained values and the optimiser's state into the whole objective; all processes call it together."""
+        """Copy the trained values and the optimiser's state into the whole objective. All processes call it together."""
         trained = {parameter for group in self.optimizer.param_groups for parameter in group["params"]}
         values = {name: whole(value).cpu() for name, value in moving_state(self.module, trained).items()}
         self.objective.load_state_dict(values, strict=False)
         self.kept.state.clear()
         for kept, parameter in self._pairs():
             state = {key: whole(value) for key, value in self.optimizer.state.get(parameter, {}).items()}
-            if state and torch.distributed.get_rank() == 0:  # which writes the checkpoint
+            if state and torch.distributed.get_rank() == 0:  # this process writes the checkpoint
                 self.kept.state[kept] = {key: value.cpu() for key, value in state.items()}
 
     def _pairs(self) -> list[tuple[Tensor, Tensor]]:
@@ -75,7 +76,7 @@ class Shards:
 
 
 def _sharded_copy(objective: nn.Module, device: torch.device) -> nn.Module:
-    """Return a copy of the modules with sharded parameters; tensors on the CPU are shared until their part is taken."""
+    """Return a copy of the modules with sharded parameters. Tensors on the CPU are shared until their part is taken."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
@@ -91,6 +92,6 @@ def _sharded_copy(objective: nn.Module, device: torch.device) -> nn.Module:
     for block in find_blocks(twin):
         fully_shard(block, mesh=mesh)
     fully_shard(twin, mesh=mesh)
-    for parameter in whole_ones:  # to which the objective's other attributes may refer
+    for parameter in whole_ones:  # the objective's other attributes may refer to them
         parameter.data = parameter.data.new_empty(0)
     return twin

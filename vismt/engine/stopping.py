@@ -17,12 +17,12 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopRequest:
-    """Notes the first of SIGNALS inside the block, and raises it again at the end of the block; a second one acts at once.
+    """Record the first of SIGNALS inside the block, and raise it again at the end of the block. A second signal acts at once.
 
     Before SIGTERM acts, and in the KeyboardInterrupt of Ctrl-C, a line says where the training continues.
 
     Args:
-        accelerator: Of the training.
+        accelerator: Accelerator of the training.
         folder: Folder of the training's checkpoints.
         steps: Number of steps of the whole training.
         saved: Last step with a checkpoint, 0 for none. The training sets it again after each checkpoint.
@@ -67,9 +67,9 @@ class StopRequest:
             return noted
         before = self._anywhere
         self._anywhere = self._accelerator.reduce(torch.full_like(before, noted), "sum")
-        if not before:  # of the step before, for which no process has to wait
+        if not before:  # the number of the step before, for which no process has to wait
             return False
-        self._number = self._number or signal.SIGTERM  # of another process
+        self._number = self._number or signal.SIGTERM  # another process has the signal
         return True
 
     def _note(self, number: int, frame: FrameType | None) -> None:

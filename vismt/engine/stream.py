@@ -34,7 +34,8 @@ def stream_batches(batches: Batches, config: TrainConfig, finished: int, acceler
     numbers = range(finished * config.accumulate * world + rank, config.steps * config.accumulate * world, world)
     if not config.workers:
         return (_to(batch, accelerator.device) for batch in prepared_ahead(batches, numbers))
-    # The loader draws a seed when it starts; from the global generator this would move the state that a resumed run restored.
+    # The loader draws a seed when it starts. From the global generator this would move the state that a resumed run
+    # restored.
     generator = torch.Generator().manual_seed(0)
     loader = DataLoader(
         _Numbered(batches),
@@ -53,7 +54,7 @@ def _ignore_ctrl_c(worker: int) -> None:
 
 
 def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
-    """Yield the batches of some numbers in order; a thread prepares the next one while the caller works on the last."""
+    """Yield the batches of some numbers in order. A thread prepares the next batch while the caller works on the last."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
         for number in numbers:
@@ -64,7 +65,7 @@ def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
             yield coming.result()
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def _to(batch: object, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

@@ -1,9 +1,9 @@
-"""A study: variants of one configuration (arms), trained at several rates and seeds, compared on the same examples.
+"""A study: variants of one configuration (arms), trained at several rates and seeds, and compared on the same examples.
 
 An arm is the configuration with a few values replaced. Arms of one seed share start, order and augmentation wherever the
-replaced values allow it. With `tune`, each arm is trained at every rate of the grid with the first seed, the best on the
-validation examples is kept, and only then the other seeds are trained: no arm gets more tuning than another, and tuning
-never uses the test examples.
+replaced values allow it. With `tune`, each arm is trained at every rate of the grid with the first seed. The rate that is best
+on the validation examples is kept, and then the other seeds are trained. No arm gets more tuning than another, and tuning never
+uses the test examples.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CHOSEN = "chosen.json"
 DIVERGED = "diverged.json"
 ALONE = "adapted"  # the arm of a configuration that names none
 BEST = "best"  # stands for the arm that is best on validation, unless an arm has this name
-# Sections that are the same for every arm of a study, whatever the job.
+# Sections that are the same for every arm of a study, for all jobs.
 _SHARED = ("arms", "seeds", "seed", "tune", "tasks", "evaluate", "report", "model", "task")
 
 
@@ -33,10 +33,10 @@ class TuneConfig:
     """The learning rates that every arm tries.
 
     Args:
-        rates: values of train.lr; each arm tries them with the first seed and keeps the best on validation examples.
-            The smaller one wins a tie.
-        fixed: patterns, as those of train.rates, of parameters that keep the rate they have at train.lr in arms with an
-            adapter: [head] gives the heads of all arms one rate, so that the grid tries the rates of the adapters alone.
+        rates: Values of train.lr. Each arm tries them with the first seed and keeps the value that is best on validation
+            examples. The smaller value wins a tie.
+        fixed: Patterns of parameters, as in train.rates. In arms with an adapter they keep the rate that they have at train.lr.
+            [head] gives the heads of all arms one rate, so that the grid tries only the rates of the adapters.
     """
 
     rates: list[Annotated[float, within(above=0)]] = field(default_factory=list)
@@ -53,9 +53,9 @@ class StudyConfig(RunConfig):
     """A study: variants of one configuration, trained at several seeds.
 
     Args:
-        arms: {name: {dotted key: value}}, the variants; {} for the configuration itself as the only arm.
-        seeds: seeds of the trainings; [] for `seed` alone.
-        tune: the learning rates that every arm tries; null takes train.lr.
+        arms: Variants, {name: {dotted key: value}}. {} stands for the configuration itself as the only arm.
+        seeds: Seeds of the trainings. [] stands for `seed` alone.
+        tune: Learning rates that every arm tries. null takes train.lr.
     """
 
     arms: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -64,7 +64,7 @@ class StudyConfig(RunConfig):
 
     @property
     def training_seed(self) -> int:
-        """The seed of a training's batches and random draws; start values follow `seed`."""
+        """Seed of a training's batches and random draws. Start values follow `seed`."""
         return self.seed
 
     @property
@@ -74,13 +74,18 @@ class StudyConfig(RunConfig):
 
     @property
     def training(self) -> TrainConfig:
-        """The train section. Raises UserError where it is null."""
+        """The section `train`. Raise UserError if it is null."""
         if self.train is None:
             raise UserError("train: is null; a training needs this section.")
         return self.train
 
 
 Config = TypeVar("Config", bound=StudyConfig)
+
+
+def validates(config: StudyConfig) -> bool:
+    """Return whether trainings are scored on validation examples: to choose a rate, or for the curve of an arm."""
+    return config.tune is not None or any(arm.training.validate for arm in resolve_arms(config).values() if arm.train)
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Training:
 
 @dataclass(frozen=True)
 class Choice:
-    """The learning rate of an arm, and the validation score by tried rate, None where the training diverged."""
+    """The learning rate of an arm, and the validation score by tried rate. A training that diverged has None."""
 
     lr: float
     validation: dict[str, float | None]
@@ -111,13 +116,13 @@ class Trainer(Protocol):
         """Train, unless the training is finished."""
 
     def validate(self, training: Training) -> float:
-        """Return a score on the validation examples; higher is better."""
+        """Return a score on the validation examples, higher is better."""
 
 
 class Study(Generic[Config]):
     """The arms of a configuration, each with its resolved configuration, and their trainings, in the run folder `folder`.
 
-    arms: configuration by arm, where they do not follow from `config.arms`.
+    arms: Configurations by arm, if they do not follow from `config.arms`.
     """
 
     def __init__(self, config: Config, folder: Path, arms: Mapping[str, Config] | None = None) -> None:
@@ -144,7 +149,10 @@ class Study(Generic[Config]):
         return [self.training(arm, lr, seed) for seed in self.seeds]
 
     def find(self, name: str | None) -> Training:
-        """Return the training named "arm" (its first seed) or "arm:seed"; with None that of the only arm. Raises UserError."""
+        """Return the training named "arm" (its first seed) or "arm:seed". With None return the training of the only arm.
+
+        Raise UserError for an unknown name.
+        """
         names = list(self.arms)
         if not names:
             raise UserError(f"run '{self.folder}': the configuration trains nothing, so it has no arms.")
@@ -165,7 +173,7 @@ class Study(Generic[Config]):
         return match
 
     def train(self, job: Trainer) -> None:
-        """Train every arm, the tried rates before the seeds; finished trainings are kept."""
+        """Train every arm, the tried rates before the seeds. Finished trainings are kept."""
         for arm in self.arms:
             attempted = [] if self.is_chosen(arm) else self.tried(arm)
             for training in attempted:
@@ -191,9 +199,9 @@ class Study(Generic[Config]):
         return [self.training(arm, lr, seed) for lr in rates for seed in seeds]
 
     def attempt(self, job: Trainer, training: Training) -> None:
-        """Train, and print the validation score where the arm tries several rates: its records make their choice quick.
+        """Train. If the arm tries several rates, also print the validation score, whose records make the choice quick.
 
-        A training that diverges is marked as diverged where its arm tries other rates, and an error otherwise.
+        A training that diverges is marked as diverged if its arm tries other rates. Otherwise it is an error.
         """
         if has_diverged(training):
             return
@@ -211,7 +219,7 @@ class Study(Generic[Config]):
             console.stage("tune", f"{training}   validation score {job.validate(training):.4g}")
 
     def choose(self, job: Trainer, arm: str) -> None:
-        """Choose the rate of an arm by the validation scores of the tried ones, unless it is chosen."""
+        """Choose the rate of an arm by the validation scores of the tried rates, unless it is chosen."""
         if ranks.on_first(lambda: self.is_chosen(arm)):
             return
         rates = self.rates(arm)
@@ -227,7 +235,7 @@ def has_diverged(training: Training) -> bool:
 
 
 def resolve_arms(config: Config) -> dict[str, Config]:
-    """Return the configuration of every arm, each without arms; one arm "adapted" where the configuration names none."""
+    """Return the configuration of every arm, each without arms. Without arms there is one arm, "adapted"."""
     plain = replace(config, arms={}, seeds=[], tune=None)
     if not config.arms:
         return {ALONE: settled(plain)}
@@ -235,11 +243,14 @@ def resolve_arms(config: Config) -> dict[str, Config]:
     return {name: settled(arm, config.arms[name], f"arms.{name}: ") for name, arm in arms.items()}
 
 
-def settled(config: Config, changes: Mapping[str, Any] | None = None, where: str = "") -> Config:
-    """Return a configuration without those of targets, rank and alpha that its method does not read.
+def settled(config: Config, changes: Mapping[str, object] | None = None, where: str = "") -> Config:
+    """Return a configuration without the values of targets, rank and alpha that its method does not read.
 
-    So a change of the method alone is enough. A method that trains a head alone is none, as a job has heads of its own.
-    changes: those of an arm. Raises UserError, which begins with `where`, for one that the method does not read.
+    A change of the method alone is therefore enough. A method that trains a head alone counts as no method, as a job has heads
+    of its own.
+
+    changes: Changes of an arm. Raise UserError, which begins with `where`, if a change sets a value that the method does not
+    read.
     """
     if config.adapt is None:
         return config
@@ -255,7 +266,7 @@ def settled(config: Config, changes: Mapping[str, Any] | None = None, where: str
 
 
 def ignored(config: StudyConfig) -> list[str]:
-    """Return a line for each arm whose method does not read targets, rank or alpha of the adapt section."""
+    """Return a line for each arm whose method does not read targets, rank or alpha of the section `adapt`."""
     from vismt.methods import METHODS
 
     lines = []
@@ -272,9 +283,9 @@ def ignored(config: StudyConfig) -> list[str]:
 def check_arms(
     config: Config, check: Callable[[Config], None], shared: tuple[str, ...] = (), free: tuple[str, ...] = ()
 ) -> None:
-    """Raise UserError for an invalid name, key, seed or rate of a study, and where `check` refuses the configuration of an arm.
+    """Raise UserError for an invalid name, key, seed or rate of a study, and if `check` refuses the configuration of an arm.
 
-    shared: further keys that must be the same for all arms of the job. free: keys or sections of _SHARED that may differ.
+    shared: Further keys that must be the same for all arms of the job. free: Keys or sections of _SHARED that may differ.
     """
     for name, values in config.arms.items():
         plain_name(name, "arms")
@@ -292,9 +303,9 @@ def check_arms(
 
 
 def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[float, float | None]) -> None:
-    """Write the rate with the best validation score, or the only rate where nothing was validated.
+    """Write the rate with the best validation score, or the only rate if nothing was validated.
 
-    validation: score by rate, ascending, None where the training diverged. Raises UserError when all of them diverged.
+    validation: Score by rate, ascending. A training that diverged has None. Raise UserError if all of them diverged.
     """
     if not validation:
         atomic_write(path, sealed({"lr": rates[0], "validation": {}}))
@@ -314,7 +325,7 @@ def write_choice(path: Path, arm: str, rates: list[float], validation: Mapping[f
 
 
 def chosen_trainings(folder: Path, arm: str) -> dict[int, Path]:
-    """Return the folders of an arm's trainings at its chosen rate, by seed; {} where none was chosen."""
+    """Return the folders of an arm's trainings at its chosen rate, by seed. Return {} if no rate was chosen."""
     if not (folder / ARMS / arm / CHOSEN).exists():
         return {}
     stem = f"lr-{read_choice(folder, arm).lr:g}-seed-"
@@ -324,7 +335,7 @@ def chosen_trainings(folder: Path, arm: str) -> dict[int, Path]:
 
 
 def read_choice(folder: Path, arm: str) -> Choice:
-    """Return the choice for an arm of a run folder. Raises UserError before the arm is trained."""
+    """Read the choice for an arm of a run folder. Raise UserError before the arm is trained."""
     path = folder / ARMS / arm / CHOSEN
     if not path.exists():
         raise UserError(f"run '{folder}': arm '{arm}' is not trained yet; `vismt train` goes on with it.")

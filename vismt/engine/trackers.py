@@ -1,7 +1,7 @@
-"""Trackers: what gets the metrics of every training beside metrics.jsonl.
+"""Trackers get the metrics of every training, beside metrics.jsonl.
 
-TensorBoard, Weights & Biases and MLflow have names. A tracker of one's own is a subclass of `Tracker`. A study from Python takes
-an object of it. An installed package registers it in a module, and names the module as an entry point of "vismt.trackers":
+TensorBoard, Weights & Biases and MLflow have names. Your own tracker is a subclass of `Tracker`. A study from Python takes an
+object of it. An installed package registers it in a module, and names the module as an entry point of "vismt.trackers":
 
     @TRACKERS.register("mine")
     class Mine(Tracker):
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -26,7 +26,7 @@ PROJECT = "vismt"
 
 
 class Tracker(ABC):
-    """Receives the metrics of one training after the other, in the first process of a launch.
+    """Receiver of the metrics of one training after the other, in the first process of a launch.
 
     package: Name of the package that has to be installed, "" for none.
     """
@@ -34,8 +34,11 @@ class Tracker(ABC):
     package: ClassVar[str] = ""
     changes_numbers: ClassVar[bool] = False  # the identity of a run leaves it out
 
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        """Begin a training, or continue one. training: Name of run, arm, rate and seed. settings: Its configuration."""
+    def start(self, training: str, folder: Path, settings: Mapping[str, object]) -> None:
+        """Begin a training, or continue one.
+
+        training: Name of run, arm, rate and seed. settings: Its configuration.
+        """
         return
 
     @abstractmethod
@@ -69,7 +72,7 @@ class TensorBoard(Tracker):
 
     package = "tensorboard"
 
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def start(self, training: str, folder: Path, settings: Mapping[str, object]) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.writer = SummaryWriter(str(folder / "tensorboard"))
@@ -88,7 +91,7 @@ class WeightsAndBiases(Tracker):
 
     package = "wandb"
 
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def start(self, training: str, folder: Path, settings: Mapping[str, object]) -> None:
         import wandb
 
         self.run = wandb.init(project=PROJECT, name=training, dir=str(folder), config=dict(settings), reinit=True)
@@ -102,11 +105,11 @@ class WeightsAndBiases(Tracker):
 
 @TRACKERS.register("mlflow")
 class Mlflow(Tracker):
-    """A run of the experiment "vismt", where MLFLOW_TRACKING_URI says."""
+    """A run of the experiment "vismt", at the place that MLFLOW_TRACKING_URI names."""
 
     package = "mlflow"
 
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def start(self, training: str, folder: Path, settings: Mapping[str, object]) -> None:
         import mlflow
 
         mlflow.set_experiment(PROJECT)
@@ -138,13 +141,13 @@ def check_trackers(names: Collection[str]) -> None:
 
 
 class Trackers:
-    """The trackers of one training. One that fails is named and left out, and the training goes on.
+    """The trackers of one training. A tracker that fails is named and left out, and the training goes on.
 
     Raises:
-        UserError: A tracker cannot start.
+        UserError: If a tracker cannot start.
     """
 
-    def __init__(self, names: Iterable[str], training: str, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, names: Iterable[str], training: str, folder: Path, settings: Mapping[str, object]) -> None:
         self._running: list[tuple[str, Tracker]] = []
         for name in names:
             tracker = TRACKERS[name]()

@@ -1,6 +1,6 @@
 """The files of one training under arms/: adapter/, the job's files, and done.json, written last to mark it as finished.
 
-done.json has the digests of the other files, so that a trained net is the one that was saved, or is refused.
+done.json has the digests of the other files. A trained net is therefore the one that was saved, or it is refused.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from vismt.storage.files import atomic_write, file_digest, read_sealed, read_ten
 ADAPTER = "adapter"
 DONE = "done.json"
 MERGE = "merge.json"
-CHANGES = "changes.jsonl"  # of the weights, matrix by matrix
+CHANGES = "changes.jsonl"  # changes of the weights, matrix by matrix
+STEPS = "steps"  # folder of the weights at checkpoints, each in a folder like that of a finished training
+VALIDATION = "validation.jsonl"  # the validation score at these steps
 DONE_TYPES = {"method": str, "rank": int, "trainable": int, "total": int}
-_FILES = "files"  # the key of done.json with the digest of each file by its path in the folder
+_FILES = "files"  # key of done.json with the digest of each file by its path in the folder
 
 
-def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, Any]) -> None:
+def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, object]) -> None:
     """Write the adapter of a model, if it has one, and then done.json with the facts `about` the adaptation."""
     if with_adapter:
         save_adapter(model, folder / ADAPTER, strict=None)  # what is trained beside it is in the job's files
@@ -39,7 +41,7 @@ def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, 
 
 
 def read_done(training: Training) -> dict[str, Any] | None:
-    """Return the content of a finished training's done.json, None for an unfinished training."""
+    """Return the content of a finished training's done.json. Return None for an unfinished training."""
     path = training.folder / DONE
     if not path.exists():
         return None
@@ -48,7 +50,7 @@ def read_done(training: Training) -> dict[str, Any] | None:
 
 
 def check_files(folder: Path) -> None:
-    """Raise UserError where files of a finished training are not those that its done.json names."""
+    """Raise UserError if files of a finished training differ from the ones that its done.json names."""
     if not (folder / DONE).exists():
         return
     about = read_sealed(folder / DONE, f"run '{folder}'", {_FILES: dict[str, str]})
@@ -66,7 +68,7 @@ def has_adapter(training: Training) -> bool:
 
 
 def check_finished(training: Training) -> str:
-    """Return a training's name in messages. Raises UserError for an unfinished training and for one with changed files."""
+    """Return a training's name in messages. Raise UserError for an unfinished training and for one with changed files."""
     what = f"run '{training.folder}'"
     if read_done(training) is None:
         raise UserError(f"{what}: the training is not finished; `vismt train` goes on with it.")
@@ -75,14 +77,14 @@ def check_finished(training: Training) -> str:
 
 
 def check_weights(training: Training) -> None:
-    """Raise UserError as `check_finished` does, and for an adapter whose tensors are not those that were saved."""
+    """Raise UserError like `check_finished`, and for an adapter with other tensors than were saved."""
     check_finished(training)
     if has_adapter(training):
         read_adapter(training.folder / ADAPTER)
 
 
 def restore(model: nn.Module, training: Training) -> str:
-    """Load the adapter into an untrained model; return the training's name in messages. Errors as of `check_finished`."""
+    """Load the adapter into an untrained model. Return the training's name in messages. Raise the errors of `check_finished`."""
     what = check_finished(training)
     if has_adapter(training):
         load_adapter(model, training.folder / ADAPTER)
@@ -90,13 +92,13 @@ def restore(model: nn.Module, training: Training) -> str:
 
 
 def fold(model: nn.Module, training: Training) -> None:
-    """Merge a trained model's update into its weights where that is possible."""
+    """Merge a trained model's update into its weights if that is possible."""
     if has_adapter(training) and is_mergeable(model):
         merge(model)
 
 
 def needs_merge_check(training: Training) -> bool:
-    """Return whether there is an adapter, which may be one that can be merged, and no merge.json yet."""
+    """Return whether there is an adapter that may be mergeable, and no merge.json yet."""
     return has_adapter(training) and not (training.folder / MERGE).exists()
 
 
@@ -113,7 +115,7 @@ def write_state(module: nn.Module, path: Path) -> None:
 def load_state(module: nn.Module, path: Path, what: str) -> None:
     """Load a file of `write_state` into a module.
 
-    Raises UserError for a missing or damaged file and for tensors that do not fit; `what` names the training.
+    Raise UserError for a missing or damaged file and for tensors that do not fit. `what` names the training.
     """
     tensors = read_tensors(path, f"{what}: {path.name}")[1]
     needed = {name: tuple(value.shape) for name, value in module.state_dict().items()}

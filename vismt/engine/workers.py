@@ -1,7 +1,7 @@
 """Where the units of a study run: in local processes or on a Ray cluster.
 
-A unit is a call of a function that writes its result to the run folder, so it may run in any process that sees the folder,
-and a unit that is run again continues from its own files. A unit that fails is run once more, then named.
+A unit is a call of a function that writes its result to the run folder. It may run in any process that sees the folder, and a
+unit that runs again continues from its own files. A unit that fails is run once more, and is named if it fails again.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Workers(ABC):
     count: int
 
     @abstractmethod
-    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future[None]:
         """Start a call in a worker as soon as one is free."""
 
     @abstractmethod
@@ -52,7 +52,7 @@ class Workers(ABC):
         self.close()
 
     def run(self, units: Mapping[str, Call]) -> None:
-        """Run every unit, by name, and those that fail once more. Raises UserError with the errors of units that failed twice."""
+        """Run every unit, by name. Run units that fail once more. Raise UserError with the errors of units that failed twice."""
         failed = self._attempt(units)
         if failed:
             console.stage("workers", f"{len(failed)} of {len(units)} failed and run again: {', '.join(failed)}")
@@ -77,7 +77,7 @@ class Workers(ABC):
 
 
 class LocalWorkers(Workers):
-    """`count` spawned processes of this machine that share its threads, and its GPUs in turn."""
+    """`count` spawned processes of this machine, which share its threads and use its GPUs in turn."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -86,7 +86,7 @@ class LocalWorkers(Workers):
             self._free.put((slot, self._process(slot)))
         self._threads = ThreadPoolExecutor(count)
 
-    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future[None]:
         return self._threads.submit(self._call, function, arguments)
 
     def close(self) -> None:
@@ -95,14 +95,14 @@ class LocalWorkers(Workers):
             self._free.get()[1].shutdown()
 
     def _process(self, slot: int) -> ProcessPoolExecutor:
-        """Return one process: a killed one takes no other unit with it."""
+        """Return one process. If it is killed, no other unit is lost."""
         threads = max(1, torch.get_num_threads() // self.count)
         gpus = torch.cuda.device_count()
         context = multiprocessing.get_context("spawn")
         arguments = (threads, slot % gpus if gpus else None)
         return ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=arguments)
 
-    def _call(self, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
+    def _call(self, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
         slot, process = self._free.get()
         try:
             process.submit(function, *arguments).result()
@@ -114,10 +114,10 @@ class LocalWorkers(Workers):
 
 
 class RayWorkers(Workers):
-    """Tasks of a Ray cluster, at `address` or "" for one on this machine, whose machines share the run folder's file system.
+    """Tasks of a Ray cluster at `address`, whose machines share the run folder's file system. "" is a cluster on this machine.
 
-    A unit declares one GPU where the cluster has any and an equal share of the CPUs; else as many CPUs as torch uses here.
-    A unit whose machine or process is lost is run again elsewhere.
+    A unit declares one GPU, if the cluster has any, and an equal share of the CPUs. Otherwise it declares as many CPUs as torch
+    uses here. A unit whose machine or process is lost is run again elsewhere.
     """
 
     def __init__(self, address: str = "") -> None:
@@ -126,7 +126,7 @@ class RayWorkers(Workers):
         except ImportError as error:
             raise UserError('workers: ray is not installed; pip install "vismt[ray]".') from error
         try:
-            if ":" in address:  # "HOST:PORT" or "ray://HOST:PORT"; Ray itself would try for minutes
+            if ":" in address:  # "HOST:PORT" or "ray://HOST:PORT" (Ray itself would try for minutes)
                 host, _, port = address.removeprefix("ray://").rpartition(":")
                 socket.create_connection((host, int(port)), timeout=10).close()
             ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR)
@@ -141,7 +141,7 @@ class RayWorkers(Workers):
         self._gpus = min(gpus, 1)
         self.count = gpus or max(1, cpus // self._cpus)
 
-    def submit(self, function: Callable[..., None], *arguments: Any) -> Future[None]:
+    def submit(self, function: Callable[..., None], *arguments: object) -> Future[None]:
         remote = self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=1)(_run)
         return remote.remote(self._cpus, function, arguments).future()
 
@@ -150,9 +150,10 @@ class RayWorkers(Workers):
 
 
 def make_workers(text: str, units: int) -> Workers:
-    """Return the workers of a text "N", "ray" or "ray:ADDRESS"; `units` is the number of units of the study's largest round.
+    """Return the workers of a text "N", "ray" or "ray:ADDRESS".
 
-    Raises UserError for another text, more workers than units, and a cluster that cannot be reached.
+    units: Number of units of the study's largest round. Raise UserError for another text, more workers than units, and a
+    cluster that cannot be reached.
     """
     name, _, address = text.partition(":")
     if name == RAY:
@@ -165,7 +166,10 @@ def make_workers(text: str, units: int) -> Workers:
 
 
 def _start(threads: int, gpu: int | None) -> None:
-    """Prepare a worker process. gpu: the only GPU that it may see, None for none."""
+    """Prepare a worker process.
+
+    gpu: The only GPU that it may see, None for none.
+    """
     parent = multiprocessing.parent_process()
     if parent is not None:  # the tasks of Ray end with its cluster
         threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -178,7 +182,7 @@ def _start(threads: int, gpu: int | None) -> None:
 
 
 def _end_with(parent: BaseProcess) -> None:
-    """End this process as soon as its parent has ended, however that ended; an unfinished unit goes on from its files.
+    """End this process as soon as its parent has ended in any way. An unfinished unit goes on from its files.
 
     A training has some seconds to finish and save its step.
     """
@@ -188,7 +192,7 @@ def _end_with(parent: BaseProcess) -> None:
     os._exit(1)
 
 
-def _run(threads: int, function: Callable[..., None], arguments: tuple[Any, ...]) -> None:
-    """Run a unit in a Ray worker, which Ray gives its GPU."""
+def _run(threads: int, function: Callable[..., None], arguments: tuple[object, ...]) -> None:
+    """Run a unit in a Ray worker. Ray gives the worker its GPU."""
     _start(threads, None)
     function(*arguments)

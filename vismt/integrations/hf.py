@@ -13,7 +13,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.integrations.method_driver import DriverCallback
 from vismt.lowrank.files.peft_folder import export_peft
-from vismt.lowrank.files.save_load import fingerprint, save_adapter
+from vismt.lowrank.files.save_load import save_adapter, weight_fingerprint
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
@@ -39,22 +39,23 @@ _IGNORED = "_keys_to_ignore_on_save"  # of transformers' models; read by save_pr
 class VismtCallback(DriverCallback, TrainerCallback):
     """What an adapted model needs in a Trainer: `Trainer(..., callbacks=[VismtCallback()])`.
 
-    Checkpoints hold the trained tensors alone, in model.safetensors and as the folder adapter/ that `vismt.load_adapter` reads;
-    `trainer.train(resume_from_checkpoint=...)` continues from them on a base that is adapted in the same way. Schedules (LISA's
-    layers, fading routers) and optimisers (PoLAR's landing) are driven.
+    A checkpoint holds the trained tensors alone. They are in model.safetensors and in the folder adapter/, which
+    `vismt.load_adapter` reads. `trainer.train(resume_from_checkpoint=...)` continues from them on a base that is adapted in the
+    same way. The callback runs the schedules of methods (LISA's layers, fading routers) and their optimisers (PoLAR's landing).
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
+        sections: Settings of schedules by the schedules' names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
-        UserError: a model that is not adapted when the Trainer is made, and a checkpoint of another base, method or settings.
+        UserError: The model is not adapted when the Trainer is made, or a checkpoint belongs to another base, method or
+            settings.
     """
 
     _ignored: Any = None
     _resuming: Any = None  # the handle of the check of a checkpoint's tensors
 
     def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
-        """Let the Trainer save and load the trained tensors alone."""
+        """Make the Trainer save and load the trained tensors alone."""
         found = importlib.util.find_spec("datasets")
         if trainer.is_datasets_available() and found is not None and found.origin is None:
             raise UserError(
@@ -100,12 +101,15 @@ class VismtCallback(DriverCallback, TrainerCallback):
         for number, (part, _) in enumerate(driver.adapted):
             save_adapter(part, folder / (f"{_ADAPTER}-{number}" if number else _ADAPTER))
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_end(self, args: object, state: object, control: object, **given: object) -> None:
         """Give the model's `save_pretrained` its usual keys back."""
         setattr(given["model"], _IGNORED, self._ignored)
 
     def _check_tensors(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
-        """Refuse the tensors of another adapter: the Trainer loads them, and the optimiser's state, before training begins."""
+        """Refuse the tensors of another adapter.
+
+        The Trainer loads the tensors and the state of the optimiser before training begins.
+        """
         held = model.state_dict()
         seen = {name: "is in it alone" for name in state if name not in held}
         for name, value in model.named_parameters():
@@ -129,7 +133,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
 
 
 def _check_tied(model: Any) -> None:
-    """Raise UserError where the head was untied and the configuration ties it, as the Trainer does when it resumes."""
+    """Raise UserError if the head was untied and the configuration ties it, as the Trainer does when it resumes."""
     ties = getattr(getattr(model, "config", None), "tie_word_embeddings", False)
     if ties and getattr(model, "_tied_weights_keys", None):
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
@@ -143,21 +147,21 @@ def _check_tied(model: Any) -> None:
 def write_repository(
     model: nn.Module, folder: str | Path, *, base: str, results: Iterable[Result] = (), title: str | None = None
 ) -> Path:
-    """Write the folder of a model repository: the adapter, a plain LoRA for peft where the method has one, and a model card.
+    """Write the folder of a model repository: the adapter, a plain LoRA for peft if the method has one, and a model card.
 
     Args:
-        model: an adapted model.
-        folder: made where it is missing.
-        base: name of the base model on the hub or of timm.
-        results: numbers for the card, such as a `vismt.StudyResults`.
-        title: of the card; by default method and base.
+        model: Adapted model.
+        folder: Folder to write. It is made if it is missing.
+        base: Name of the base model on the hub or in timm.
+        results: Numbers for the card, such as a `vismt.StudyResults`.
+        title: Title of the card. The default is the method and the base.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: a model that is not adapted, trained parameters that are not in the adapter, and a folder that `vismt verify`
-            calls broken.
+        UserError: The model is not adapted, trained parameters are missing from the adapter, or `vismt verify` calls the folder
+            broken.
     """
     record = need_record(model, "write_repository")
     folder = save_adapter(model, folder, strict=True)
@@ -171,7 +175,7 @@ def write_repository(
         ("base model", base),
         ("rank", f"{factor_rank(record.layers)}" if record.layers else ""),
         ("trainable parameters", f"{trainable:,} of {total:,}"),
-        ("weight fingerprint of the base", fingerprint(model, paths) if paths else ""),
+        ("weight fingerprint of the base", weight_fingerprint(model, paths) if paths else ""),
     ]
     facts.append(("vismt verify", verify_written(folder).status))
     atomic_write(
@@ -194,18 +198,21 @@ def push_to_hub(
     """Write a model repository to a folder and upload it to the Hugging Face hub.
 
     Args:
-        model: an adapted model.
-        repository: "user/name"; made where it is missing.
-        folder: as for `write_repository`; base, results and title likewise.
-        token: of the hub; None for the one of `hf auth login`.
-        private: whether a new repository is private.
+        model: Adapted model.
+        repository: Name "user/name" of the repository. It is made if it is missing.
+        folder: Folder to write, as in `write_repository`.
+        base: Name of the base model on the hub or in timm.
+        results: Numbers for the card, such as a `vismt.StudyResults`.
+        title: Title of the card. The default is the method and the base.
+        token: Token of the hub. None takes the token of `hf auth login`.
+        private: Whether a new repository is private.
 
     Returns:
         The address of the repository.
 
     Raises:
-        UserError: what `write_repository` refuses, and a hub that cannot be reached or does not grant access; the folder is
-            written then.
+        UserError: `write_repository` refuses the model, or the hub cannot be reached or does not grant access. In the second
+            case the folder is written.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError

@@ -25,20 +25,22 @@ _BELONGS = "vismt"  # the key of what a checkpoint belongs to
 class VismtCallback(DriverCallback, Callback):
     """What an adapted model needs in Lightning's Trainer.
 
-    Checkpoints hold the trained tensors alone, and `trainer.fit(..., ckpt_path=...)` continues from them on a module that is
-    adapted in the same way. Schedules (LISA's layers, fading routers) and optimisers (PoLAR's landing) are driven.
+    A checkpoint holds the trained tensors alone. `trainer.fit(..., ckpt_path=...)` continues from them on a module that is
+    adapted in the same way. The callback runs the schedules of methods (LISA's layers, fading routers) and their optimisers
+    (PoLAR's landing).
 
     Args:
-        sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
+        sections: Settings of schedules by the schedules' names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
 
     Raises:
-        UserError: a module without an adapted part when fitting starts, and a checkpoint of another base, method or settings.
+        UserError: The module has no adapted part when fitting starts, or a checkpoint belongs to another base, method or
+            settings.
     """
 
     _finished = 0
 
-    def setup(self, trainer: Any, pl_module: nn.Module, stage: str) -> None:
-        """Let checkpoints lack the frozen tensors, also in a test or prediction without a training before it."""
+    def setup(self, trainer: object, pl_module: nn.Module, stage: str) -> None:
+        """Allow checkpoints without the frozen tensors, also in a test or prediction without a training before it."""
         if stage == "fit" or (self._driver is None and adapted_models(pl_module)):
             self.drive(pl_module)
             module: Any = pl_module

@@ -1,6 +1,6 @@
-"""Adapted models in the training loops of other packages: what their methods need as training goes on.
+"""What methods need as training goes on, for the training loops of other packages.
 
-The callbacks for transformers (hf.py) and Lightning (lightning.py) use it, and so may a loop of one's own:
+The callbacks for transformers (hf.py) and Lightning (lightning.py) use it. A loop that you write can use it too:
 
     driver = MethodDriver(model)
     optimizer = driver.wrap(torch.optim.AdamW(...))           # Landing around it, where the method has one
@@ -24,19 +24,23 @@ from torch.optim import Optimizer
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.engine.checkpoint import moving_state
-from vismt.lowrank.files.description import entry_of, parts_of
+from vismt.lowrank.files.description import entry_of, module_entries
 from vismt.lowrank.files.save_load import base_samples, same_base
 from vismt.lowrank.model.record import need_record
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
 
 
 class MethodDriver:
-    """The schedules and optimisers of the methods of a model that is adapted, or has an adapted part; else UserError is raised.
+    """The schedules and optimisers of the methods of a model that is adapted or has an adapted part.
 
-    sections: settings of schedules by the name that they have in a configuration, such as fade=FadeConfig(0.0, 0.5).
+    Args:
+        sections: Settings of schedules by the schedules' names in a configuration, such as fade=FadeConfig(0.0, 0.5).
+
+    Raises:
+        UserError: The model is not adapted and has no adapted part.
     """
 
-    def __init__(self, model: nn.Module, **sections: Any) -> None:
+    def __init__(self, model: nn.Module, **sections: object) -> None:
         self.adapted = adapted_models(model)
         if not self.adapted:
             raise UserError(f"{type(model).__name__} is not adapted; call vismt.adapt before the training starts.")
@@ -46,15 +50,21 @@ class MethodDriver:
         self._wrapped: Optimizer | None = None
 
     def wrap(self, optimizer: Optimizer) -> Optimizer:
-        """Return the optimiser inside those that the methods need; an optimiser that was wrapped before as it is."""
+        """Return the optimiser inside the optimisers that the methods need.
+
+        An optimiser that is already wrapped is returned as it is.
+        """
         if optimizer is not self._wrapped:
             self._wrapped = method_optimizer(optimizer, self.model)
         return self._wrapped
 
     def start(self, optimizer: Optimizer, steps: int, finished: int = 0) -> None:
-        """Get ready for the first step; warn of schedules without settings.
+        """Get ready for the first step, and warn of schedules without settings.
 
-        optimizer: that training steps. steps: optimiser steps of the whole training. finished: steps before a resume.
+        Args:
+            optimizer: Optimiser of the training.
+            steps: Number of optimiser steps of the whole training.
+            finished: Number of steps before a resume.
         """
         self.schedules = schedules(self.model, optimizer, steps, self.sections)
         for _, method in self.adapted:
@@ -71,23 +81,24 @@ class MethodDriver:
             schedule.on_step(finished)
 
     def warn_of_optimizers(self, reason: str) -> None:
-        """Warn where a method needs an optimiser around the one of training, which cannot be put there."""
+        """Warn of methods that need an optimiser around the training's optimiser, where none can be put."""
         for _, method in self.adapted:
             if method.optimizer is not None:
                 warnings.warn(f"'{method.name}' needs its own optimiser, which is not driven: {reason}.", stacklevel=3)
 
     def moving(self) -> dict[str, Tensor]:
-        """Return what training may change of the model's state dict."""
+        """Return the names of the entries of the model's state dict that training may change."""
         trained = [
             part.get_parameter(name) for part, _ in self.adapted for name in need_record(part, "training").also_train
         ]
         return moving_state(self.model, trained)
 
     def belonging(self) -> list[dict[str, Any]]:
-        """Return for each adapted part what the tensors of a checkpoint belong to: base, method and settings, as JSON has them.
+        """Return for each adapted part what the tensors of a checkpoint belong to, in the form of JSON.
 
-        Adapted weights of the base are sampled, as in the files of adapters: a start such as PiSSA's changes them, and is rounded
-        otherwise on another machine. All other frozen weights count with every bit.
+        It is the base, the method and its settings. The adapted weights of the base are sampled, as in the files of adapters. A
+        start such as PiSSA's changes these weights, and another machine rounds them otherwise. All other frozen weights count
+        with every bit.
         """
         parts = []
         for part, _ in self.adapted:
@@ -104,7 +115,7 @@ class MethodDriver:
                 "options": record.options,
                 "layers": [entry_of(spec) for spec in record.layers],
                 "also_train": sorted(record.also_train),
-                "parts": parts_of(record.specs),
+                "parts": module_entries(record.specs),
                 "base": str(Identity(*(item for pair in sorted(frozen.items()) for item in pair))),
                 "base_samples": samples,
             }
@@ -113,7 +124,7 @@ class MethodDriver:
 
     @staticmethod
     def check_resumed(saved: Sequence[dict[str, Any]], present: Sequence[dict[str, Any]]) -> None:
-        """Raise UserError where a checkpoint belongs to another base, method or settings; both as `belonging` returns them."""
+        """Raise UserError if a checkpoint belongs to another base, method or settings. `belonging` returns both arguments."""
         if len(saved) != len(present):
             raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
         for old, new in zip(saved, present):
@@ -131,12 +142,13 @@ class MethodDriver:
 
 
 class DriverCallback:
-    """What the callbacks of the two Trainers share: the driver of the model, and what its checkpoints belong to.
+    """What the callbacks of the two Trainers share: the driver of the model, and what the checkpoints belong to.
 
-    sections: settings of schedules by their names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
+    Args:
+        sections: Settings of schedules by the schedules' names in a configuration, such as fade=FadeConfig(0.0, 0.5) for emtal.
     """
 
-    def __init__(self, **sections: Any) -> None:
+    def __init__(self, **sections: object) -> None:
         self._sections = sections
         self._driver: MethodDriver | None = None
         self.belongs: list[dict[str, Any]] = []
@@ -148,7 +160,7 @@ class DriverCallback:
 
     @property
     def driver(self) -> MethodDriver:
-        """The driver; UserError for a callback that was not there when the training was set up."""
+        """The driver of the model. UserError is raised if the callback was not there when the training was set up."""
         if self._driver is None:
             raise UserError(
                 "VismtCallback: give it to the Trainer as callbacks=[VismtCallback()], before the training."
@@ -156,8 +168,8 @@ class DriverCallback:
         return self._driver
 
 
-def _difference(key: str, old: Any, new: Any) -> str:
-    """Return the first difference of two values of JSON as text, down to the setting where it can be named."""
+def _difference(key: str, old: object, new: object) -> str:
+    """Return the first difference of two values of JSON as text. It names the setting if the setting can be found."""
     if isinstance(old, dict) and isinstance(new, dict):
         name = next(name for name in (*old, *new) if old.get(name) != new.get(name))
         return _difference(f"{key} {name}", old.get(name), new.get(name))

@@ -1,7 +1,8 @@
-"""Jobs by the `task` key of a configuration, loaded when first asked for, and the run folders they work in.
+"""The jobs by the key `task` of a configuration, and the run folders that they work in.
 
-The way of every run: a YAML file and overrides (or plain values from Python) become the typed configuration of its task
-(`load_config`, `typed_config`), which a run folder holds with its job (`started`, `open_run`).
+A job is loaded when it is first asked for. Every run takes the same way. A YAML file with overrides, or plain values from
+Python, become the typed configuration of the task (`load_config`, `typed_config`). A run folder then holds this configuration
+together with its job (`started`, `open_run`).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vismt.config.sections import (
     config_hash,
     from_working_folder,
     override,
-    read_yaml,
+    read_config_file,
 )
 from vismt.config.typed import build
 from vismt.storage.files import atomic_write
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
     from vismt.jobs.init_files import Init
     from vismt.jobs.run import Run
 
-# task -> package with a dataclass CONFIG (a StudyConfig) in config.py, a class JOB (an EvaluationJob) in job.py and, for
-# `vismt init`, INIT in init.py; installed packages add theirs by entry points of the group "vismt.jobs".
+# Package of each task. Its config.py has a dataclass CONFIG (a StudyConfig), its job.py a class JOB (an EvaluationJob), and
+# start.yaml is what `vismt init` writes. Installed packages add jobs by entry points of the group "vismt.jobs".
 JOBS = with_entry_points(
     "vismt.jobs",
     {
@@ -51,20 +52,23 @@ JOBS = with_entry_points(
 
 
 def job_config(task: str, source: str = "config") -> type[RunConfig]:
-    """Return the dataclass of a task's configuration; `source` names the file in the error for an unknown task."""
+    """Return the dataclass of a task's configuration. `source` names the file in the error for an unknown task."""
     if task not in JOBS:
         raise UserError(f"{source}: task '{task}' is not known.{near(task, JOBS)}")
     return _part(task, "config", "CONFIG")
 
 
 def job_init(task: str) -> Init:
-    """Return how `vismt init` begins a job. Raises UserError for an unknown job, and for one without a template."""
+    """Return how `vismt init` begins a job: by INIT in its init.py, or else by its start.yaml as it is.
+
+    Raises UserError if the job is unknown.
+    """
     require_known("init: no job", [task], JOBS)
-    with suppress(ModuleNotFoundError):  # the package is missing, which `_part` says
+    with suppress(ModuleNotFoundError):  # `_part` reports the missing package
         if find_spec(f"{JOBS[task]}.init") is None:
-            raise UserError(
-                f"init: the job '{task}' has no template; write a configuration with the keys of `vismt config {task}`."
-            )
+            from vismt.jobs.init_files import Init, config
+
+            return Init(lambda job, folder, data: config(job), takes="")
     return _part(task, "init", "INIT")
 
 
@@ -76,20 +80,26 @@ def _part(task: str, file: str, name: str) -> Any:
 
 
 def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
-    """Return the typed configuration of plain values; `source` names the file in errors."""
+    """Return the typed configuration of plain values. `source` names the file in errors."""
     return build(job_config(str(raw.get("task", RunConfig.task)), source), raw, source)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Return the typed configuration of a YAML file with dotted overrides; its "./" is the folder of the file."""
-    raw, source = read_yaml(path), str(path)
+    """Return the typed configuration of a YAML file with dotted overrides.
+
+    A leading "./" in a value is the folder of the file.
+    """
+    raw, source = read_config_file(path), str(path)
     if path.name != RESOLVED:
         raw = from_working_folder(raw, path.parent)
     return typed_config(override(raw, overrides), source)
 
 
 def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> EvaluationJob[Any]:
-    """Return the job of a configuration in a run folder; run_hash: of the folder, by default that of the configuration."""
+    """Return the job of a configuration in a run folder.
+
+    run_hash: Hash of the folder. The default is the hash of the configuration.
+    """
     job = _part(config.task, "job", "JOB")
     from vismt.engine.study import StudyConfig, settled
 
@@ -101,7 +111,7 @@ def make_job(config: RunConfig, folder: Path, run_hash: str | None = None) -> Ev
 
 @contextmanager
 def started(path: Path, overrides: Sequence[str], out: Path) -> Iterator[Run]:
-    """Give the block the run of a configuration file in <out>/<file stem>-<hash>, as `started_config` does."""
+    """Yield the run of a configuration file in <out>/<file stem>-<hash>, as `started_config` does."""
     config = load_config(path, overrides)
     with started_config(config, run_folder(config, path.stem, out)) as run:
         yield run
@@ -109,10 +119,10 @@ def started(path: Path, overrides: Sequence[str], out: Path) -> Iterator[Run]:
 
 @contextmanager
 def started_config(config: RunConfig, folder: Path) -> Iterator[Run]:
-    """Give the block the run of a configuration in a folder, which is made where it is missing.
+    """Yield the run of a configuration in a folder. A missing folder is made.
 
-    Raises UserError for what the configuration names and does not exist, and for a folder with anything else than this run. A
-    new folder is removed where a UserError ends the block before anything was done.
+    Raise UserError if the configuration names something that does not exist, or the folder holds anything but this run. If a
+    UserError ends the block before anything was done, a new folder is removed again.
     """
     from vismt.base import ranks
     from vismt.jobs.run import Run
@@ -149,13 +159,13 @@ def run_folder(config: RunConfig, name: str, out: Path) -> Path:
 
 
 def refuse_other_run(folder: Path, config: RunConfig) -> None:
-    """Raise UserError where a folder holds a run of another configuration."""
+    """Raise UserError if a folder holds a run of another configuration."""
     if config_hash(read_resolved(folder)) != config_hash(config):
         raise UserError(f"run '{folder}': the folder holds a run of another configuration; give another folder.")
 
 
 def resolved_path(folder: Path) -> Path:
-    """Return the file with the configuration of a run folder. Raises UserError for any other folder."""
+    """Return the file with the configuration of a run folder. Raise UserError for any other folder."""
     path = folder / RESOLVED
     if not path.exists():
         seen = f"no {RESOLVED}" if folder.exists() else "no such folder"
@@ -170,7 +180,7 @@ def read_resolved(folder: Path) -> RunConfig:
 
 def open_run(folder: Path) -> Run:
     """Open a run folder that was made before."""
-    config = read_resolved(folder)  # before the imports: a wrong folder is answered at once
+    config = read_resolved(folder)  # before the imports, so that a wrong folder is answered at once
     from vismt.jobs.run import Run
 
     return Run(folder, config)

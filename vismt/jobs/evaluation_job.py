@@ -21,7 +21,7 @@ from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.jobs.risk import risk_section
-from vismt.report.comparison import FROZEN, Comparison, compare, shown_name
+from vismt.report.comparison import FROZEN, Comparison, arm_title, compare_results
 from vismt.report.conclusion import Conclusion, conclude
 from vismt.report.confusion import class_section
 from vismt.report.plotting import figure_formats
@@ -38,11 +38,11 @@ from vismt.report.results import (
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import (
     Section,
-    fitted,
     measure_tables,
     number_text,
     result_tables,
     row_text,
+    split_wide_table,
     without_further,
 )
 from vismt.report.trainings import cost_section, progress_section, read_costs, training_sections
@@ -318,7 +318,7 @@ class EvaluationJob(ABC, Generic[Config]):
         _, comparisons, _ = self._compared()
         for table, note in [*result_tables(without_further(comparisons)), *measure_tables(comparisons)]:
             console.block(f"\n{table.title}")
-            for part in fitted(table):
+            for part in split_wide_table(table):
                 console.table(part.heads, part.rows)
             console.block(note)
 
@@ -341,7 +341,7 @@ class EvaluationJob(ABC, Generic[Config]):
                 count += f", {trainings} seeds"
             kinds = dict.fromkeys(interval_kind_text(of.measure.covers, of.measure.units_text) for of in shown)
             count += f"; {' / '.join(kinds)}"
-            arm = shown_name(arm, [score.condition.label for score in chosen])
+            arm = arm_title(arm, [score.condition.label for score in chosen])
             name = f"{data}  {task}" if self.names_tasks else data
             line = f"{name}  {protocol}  {arm}   {'   '.join(texts)}   ({count})"
             if line not in self._printed:
@@ -351,7 +351,7 @@ class EvaluationJob(ABC, Generic[Config]):
     def _compared(self) -> tuple[list[Result], list[Comparison], ValuesByExample]:
         """Return the rows of the run, what they are beside each other, and their values by example."""
         results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
-        return results, compare(results, values, self.baselines(), self.references), values
+        return results, compare_results(results, values, self.baselines(), self.references), values
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
         """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files.
@@ -382,7 +382,7 @@ class EvaluationJob(ABC, Generic[Config]):
     ) -> tuple[Conclusion, list[Section]]:
         """Return the answer and the sections of a run with results. training: sections about its trainings, the curves first."""
         conditions = {c.condition for c in comparisons}
-        arms = {shown_name(row.arm, conditions): row.arm for row in results}
+        arms = {arm_title(row.arm, conditions): row.arm for row in results}
         known = read_costs(self.folder, [*self.study.arms])
         costs = {name: known[self.arm_of(arm)] for name, arm in arms.items() if self.arm_of(arm) in known}
         conclusion = conclude(comparisons, {FROZEN: 0, **{name: cost.trained for name, cost in costs.items()}})

@@ -10,23 +10,21 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vismt.base import console, ranks
 from vismt.data.batching import InOrder
 from vismt.engine import runtime
 from vismt.jobs.output_conditions import ADJUSTED, against
 from vismt.jobs.risk import Thresholds, image_measures
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form, accuracies, certified_accuracies, evaluate_examples
-from vismt.robustness.smoothing import ABSTAINED, Smoothing
-from vismt.storage.records import SHARE, Records, begun_on, recorded_settings
-from vismt.uncertainty.intervals import LOWER, NUMBER, Condition, Measure
+from vismt.robustness.evaluate import Form, ImageQuestions, Keep, accuracies
+from vismt.storage.records import SHARE, Header, Records, Row
+from vismt.uncertainty.features import Feature
+from vismt.uncertainty.intervals import NUMBER, Condition, Measure
 from vismt.uncertainty.probability_metrics import MEASURES, detection_values, example_measures
 
 ACCURACY = "accuracy"
@@ -43,9 +41,12 @@ def image_scores(
     records: Path,
     forms: Mapping[Condition, Form] | None = None,
     thresholds: Thresholds | None = None,
-    smoothing: Smoothing | None = None,
+    features: Sequence[Feature] = (),
     trained: bool = True,
-    **about: Any,
+    data: str,
+    fingerprint: str,
+    label: str,
+    keep: Keep | None = None,
 ) -> list[Score]:
     """Return the accuracy clean and under each condition, the quality of the probabilities of forms, and the risk.
 
@@ -54,32 +55,17 @@ def image_scores(
     Args:
         names: task, data and protocol of the scores.
         records: the file of the records.
-        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy. Records
-            that have begun without any go on without.
+        forms: forms of the clean logits whose probabilities have scores, by condition; of the adjusted form the accuracy.
         thresholds: of conformal sets and selective prediction, which are then evaluated, too (risk.py).
-        smoothing: certificates, whose accuracies at several radii and abstentions are then among the scores.
+        features: of the evaluation, whose scores are then among the scores.
         trained: whether the net is of a training; the others have the score of a guess.
-        about: data, fingerprint and label, as for `evaluate_examples`.
+        data, fingerprint, label, keep: as for `evaluate_examples`.
     """
-    records.parent.mkdir(parents=True, exist_ok=True)
-    examples = begun_on(records, batches.images.content)
-    begun = recorded_settings(records)
-    if begun is not None and "forms" not in begun:
-        forms = {}
     by_label = {condition.label: form for condition, form in (forms or {}).items()}
     quantile = None if thresholds is None else thresholds.quantile
-    rows = evaluate_examples(
-        net,
-        batches,
-        specs,
-        num_classes=num_classes,
-        forms=by_label,
-        quantile=quantile,
-        smoothing=smoothing,
-        records=records,
-        examples=examples,
-        **about,
-    )
+    questions = ImageQuestions(num_classes, specs, by_label, quantile, features, keep, data)
+    log = questions.records(records, fingerprint, batches.images.content)
+    rows = questions.answered(net, batches, log, label)
     groups, unit = batches.groups
     measures: list[tuple[Condition, Measure]] = []
     for condition, values in accuracies(rows, specs, num_classes):
@@ -87,15 +73,13 @@ def image_scores(
         measures.append((condition, measure))
     for condition in forms or ():
         measures += [(condition, measure) for measure in form_measures(rows, condition, groups)]
-    if smoothing is not None:
-        certified = certified_accuracies(rows, smoothing)
-        measures += [(condition, Measure(ACCURACY, values, counts=True)) for condition, values in certified]
-        abstained = {row["id"]: float(row[smoothing.label] == ABSTAINED) for row in rows}
-        measures.append((smoothing.abstention, Measure("abstentions", abstained, counts=True, better=LOWER)))
+    for feature in features:
+        measures += feature.measures(rows)
     if thresholds is not None:
         measures += image_measures(rows, specs, num_classes, thresholds, groups)
     return [
-        Score(*names, in_groups(measure, groups, unit), condition, examples=examples) for condition, measure in measures
+        Score(*names, in_groups(measure, groups, unit), condition, examples=log.examples)
+        for condition, measure in measures
     ]
 
 
@@ -122,29 +106,27 @@ def form_measures(rows: Sequence[Mapping], condition: Condition, groups: Mapping
 
 @torch.no_grad()
 def confidences(
-    net: Callable[[Tensor], Tensor], batches: InOrder, path: Path, settings: dict[str, object], label: str
+    net: Callable[[Tensor], Tensor],
+    batches: InOrder,
+    path: Path,
+    weights: str,
+    protocol: Mapping[str, object],
+    label: str,
 ) -> dict[str, float]:
     """Return the largest probability of each image by its id; images on record are not evaluated again.
 
-    net: images -> logits. settings: what the records in `path` depend on. label: of the progress bar.
+    net: images -> logits. weights, protocol: of the records in `path`. label: of the progress bar.
     """
-    examples = begun_on(path, batches.images.content)
-    log = Records(path, settings | ({"examples": examples} if examples else {}), {"confidence": SHARE}, key="id")
+    log = Records(path, Header(weights, batches.images.content, protocol), {"confidence": SHARE})
     names = batches.images.ids
+    parts = [[names[i] for i in part.tolist()] for part in batches.parts]
 
-    def run(number: int) -> list[dict]:
-        ids = [names[i] for i in batches.parts[number].tolist()]
-        if all(name in log for name in ids):
-            return []
+    def run(number: int) -> list[Row]:
         logits = net(batches[number][0].to(runtime.processes().device))
         largest = logits.double().softmax(1).amax(1).clamp_max(1).tolist()
-        return [{"id": name, "confidence": value} for name, value in zip(ids, largest, strict=True)]
+        return [{"id": name, "confidence": value} for name, value in zip(parts[number], largest, strict=True)]
 
-    with log:
-        for rows in console.track(ranks.share(range(len(batches)), run), "eval", label, len(batches)):
-            for row in rows:
-                log.add(row)
-    return {name: log[name]["confidence"] for name in names}
+    return {row["id"]: row["confidence"] for row in log.complete(parts, run, label)}
 
 
 def neighbour_classes(features: Tensor, labels: Tensor) -> Tensor:

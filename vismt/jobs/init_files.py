@@ -1,6 +1,7 @@
-"""What the `init.py` of the jobs share: `vismt init` writes a commented configuration of a job that runs as written.
+"""`vismt init`: a commented configuration of a job that runs as written, from templates beside the modules of the job.
 
-The `init.py` of a job has its templates and INIT.
+`start.yaml` of a job is the template. `$job` and `$config` are the job and the name of the file. A job that fills in more has
+INIT in `init.py`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from string import Template
 from typing import TYPE_CHECKING
 
 from vismt.base.errors import UserError
+from vismt.jobs import JOBS
 from vismt.storage.wheels import one_line
 
 if TYPE_CHECKING:
@@ -22,17 +25,6 @@ if TYPE_CHECKING:
 Files = dict[str, str]  # content by name
 CARD = "card.yaml"
 OWN_CARD = f"./{CARD}"  # seen from the configuration
-IMAGES_CARD = Template("""\
-# A set of labelled images: what it is, and where it lies. Only name and sources are needed.
-name: $name
-# title, licence and citation are for readers; classes: N makes another number of classes an error.
-sources:
-  - kind: folder
-    root: $root              # absolute, or below the folder of this file: then both can be moved and shared
-    layout: "$layout"        # where the class folders are
-    splits: {$splits}        # number of images of each split, null when unknown
-# groups: groups.json          # images that belong in one part of a division; `vismt data check CARD --duplicates` writes it
-""")
 
 
 @dataclass(frozen=True)
@@ -42,7 +34,7 @@ class Init:
     Args:
         files: Function of the job's name, the folder to write to and the user's data (None for none). It returns the content
             of each file by name and writes nothing.
-        takes: Option that names the user's data: "images", a folder, or "texts", a file.
+        takes: Option that names the user's data: "images", a folder, "texts", a file, or "" for none.
     """
 
     files: Callable[[str, Path, Path | None], Files]
@@ -62,7 +54,8 @@ def images_card(folder: Path, images: Path) -> tuple[ImageSet, str, Files]:
     assert isinstance(source, FolderSource)
     splits = ", ".join(f"{split}: null" for split in source.splits)
     name = set_name(images)
-    text = IMAGES_CARD.substitute(name=quoted(name), root=place(images, folder), layout=source.layout, splits=splits)
+    values = {"name": quoted(name), "root": path_below(images, folder), "layout": source.layout, "splits": splits}
+    text = Template(Path(__file__).with_name("start_card.yaml").read_text(encoding="utf8")).substitute(values)
     return open_images(card), name, {CARD: text}
 
 
@@ -71,7 +64,7 @@ def set_name(path: Path) -> str:
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", path.name).lstrip("_.-") or "images"
 
 
-def place(path: Path, folder: Path) -> str:
+def path_below(path: Path, folder: Path) -> str:
     """Return a path as the files of `folder` name it: relative if it lies inside, so that both can be moved."""
     return quoted(f"./{path.relative_to(folder).as_posix()}" if path.is_relative_to(folder) else path)
 
@@ -82,7 +75,20 @@ def quoted(value: object) -> str:
     return re.sub(r"[\x7f-\x9f]", lambda found: f"\\u{ord(found[0]):04x}", json.dumps(str(value), ensure_ascii=False))
 
 
-def config(job: str, template: Template, *, about: str, title: str, **values: object) -> Files:
+def template(job: str, name: str = "start.yaml") -> Template:
+    """Return a template of a job. Raises UserError where the job has no such file."""
+    package = find_spec(JOBS[job])
+    places = [] if package is None else list(package.submodule_search_locations or ())
+    path = next((path for path in (Path(place, name) for place in places) if path.exists()), None)
+    if path is None:
+        raise UserError(
+            f"init: the job '{job}' has no template; write a configuration with the keys of `vismt config {job}`."
+        )
+    return Template(path.read_text(encoding="utf8"))
+
+
+def config(job: str, *, file: str = "start.yaml", about: str = "", title: str = "", **values: object) -> Files:
     """Return the configuration of a job. about: What it is about, for the comment in its first line."""
     name = f"{job}.yaml"
-    return {name: template.substitute(job=job, config=name, about=one_line(about), title=quoted(title), **values)}
+    text = template(job, file).substitute(job=job, config=name, about=one_line(about), title=quoted(title), **values)
+    return {name: text}

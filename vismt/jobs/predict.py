@@ -27,7 +27,7 @@ from vismt.robustness.classifier import SUFFIXES, checkpoint_config, load_classi
 SUPPORT_BYTES = 2**30  # of the support's pixels, which few-shot classifiers take at once
 
 
-def predict(source: Path, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
+def predict_inputs(source: Path, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
     """Write predictions and return them; target: by default the folder `predictions` of a run, or beside a checkpoint.
 
     Raises UserError for an option that is of another kind of model, and files that cannot be read.
@@ -62,7 +62,7 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
             pool=settings.get("pool"),
         )
         proto = ProtoNet(backbone, settings.get("scale", 10.0)).eval().to(runtime.processes().device)
-        net, classes = fitted(proto, options.support, backbone.img_size[0], f"'{path.parent}'")
+        net, classes = fit_few_shot(proto, options.support, backbone.img_size[0], f"'{path.parent}'")
         return predict_classes(net, backbone.img_size[0], [classes], images, target, options, label=str(path))
     options.check(taken, "a classifier")
     images = images_for(inputs, target, options)
@@ -83,7 +83,7 @@ def _softmaxes(names: Sequence[str], otherwise: str, *, separate: bool) -> list[
     return [Softmax(span, names[span], tasks[span]) for span in spans]
 
 
-def fitted(model: FewShotModel, support: Path | None, size: int, what: str) -> tuple[nn.Module, Softmax]:
+def fit_few_shot(model: FewShotModel, support: Path | None, size: int, what: str) -> tuple[nn.Module, Softmax]:
     """Return the classifier that a few-shot model makes of a folder of examples, and its classes.
 
     model: in eval mode, on the device of this process. support: a folder with a folder of images for each class (or a card).

@@ -23,13 +23,13 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED
 from vismt.data.decode import SUFFIXES, decode_file, is_image_name
-from vismt.data.pixels import square
+from vismt.data.pixels import crop_square
 from vismt.engine import runtime
 from vismt.report.panels import write_arrays
-from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, show_image, write
+from vismt.report.plotting import MUTED, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.tables import interval_text
 from vismt.storage.files import atomic_write
-from vismt.storage.outputs import check_files, check_outputs, note
+from vismt.storage.outputs import check_folder_outputs, check_outputs, note_outputs
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
 FOLDER = "predictions"  # of a run
@@ -162,13 +162,13 @@ def check_target(target: Path, outputs: Iterable[tuple[str, str]], inputs: Itera
         paths = [(target / name, source) for name, source in outputs]
         check_outputs("predict", paths, inputs, own={path for path, _ in paths})
     else:
-        check_files("predict", target, outputs, inputs)
+        check_folder_outputs("predict", target, outputs, inputs)
 
 
 def note_target(target: Path, names: Iterable[str]) -> None:
     """Note the outputs of a prediction in `target`, unless it is the folder of predictions of a run."""
     if not _of_run(target):
-        note("predict", target, names)
+        note_outputs("predict", target, names)
 
 
 def _of_run(target: Path) -> bool:
@@ -222,7 +222,7 @@ def predict_classes(
     starts = range(0, len(files), batch)
     for start in console.track(starts, "predict", label, len(starts)):
         part = files[start : start + batch]
-        pixels = torch.stack([square(decode_file(path), size) for path in part])
+        pixels = torch.stack([crop_square(decode_file(path), size) for path in part])
         logits = net(pixels.to(device, torch.float32) / 255).cpu().double()
         log_p = [logits[:, group.span].log_softmax(1) for group in groups]
         for place, path in enumerate(part):
@@ -245,7 +245,7 @@ def predict_classes(
         written.append(write_arrays(target / _ARRAYS, arrays))
     if options.sheet:
         answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
-        written.append(contact_sheet(shown, answers, target / SHEET))
+        written.append(draw_answers(shown, answers, target / SHEET))
     return Predictions(rows, written, _accuracy(right, images, [name for group in groups for name in group.names]))
 
 
@@ -306,7 +306,7 @@ def write_rows(rows: Sequence[Row], target: Path) -> Path:
     return target / TABLE
 
 
-def contact_sheet(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]], path: Path) -> Path:
+def draw_answers(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]], path: Path) -> Path:
     """Draw the first images uint8 (3, h, w), each with its file above and its likeliest classes in % below; return `path`.
 
     answers: the rows of every image; those beyond the images are counted in the last line.
@@ -327,4 +327,4 @@ def contact_sheet(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]]
     more = f"; {left_out:,} more are in {TABLE}" if left_out else ""
     note = f"The first {len(images)} of {len(answers):,} images, with the likeliest class and its probability{more}."
     write(figure, 0.1, height * down + 0.22, note, fontsize=7, color=MUTED)
-    return save(figure, path)
+    return save_figure(figure, path)

@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RunConfig, default_of
-from vismt.config.typed import MAPPINGS, Names, Range, describe, is_union
+from vismt.config.typed import MAPPINGS, Names, Range, describe_type, is_union
 from vismt.jobs import JOBS, job_config
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
@@ -91,7 +91,7 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
     for field in dataclasses.fields(cls):
         hint, path = hints[field.name], f"{prefix}{field.name}"
         inner = _section(hint)
-        text = describe(hint) if inner is None else describe(hint).replace(inner.__name__, "section")
+        text = describe_type(hint) if inner is None else describe_type(hint).replace(inner.__name__, "section")
         kind = ", ".join([text, *(str(mark) for mark in _marks(hint) if isinstance(mark, Range))])
         yield Key(path, kind, _default_text(field), texts[field.name], _names(hint), inner is not None)
         if inner is not None:
@@ -255,8 +255,3 @@ def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str
 def schema_text() -> str:
     """Return the JSON schema as the content of a file."""
     return json.dumps(schema(), indent=1) + "\n"
-
-
-def files() -> dict[str, str]:
-    """Return the pages and the schema, which the build of the documentation adds to docs/reference, by name."""
-    return {**{f"config_{job}.md": page(job) for job in JOBS}, "config.schema.json": schema_text()}

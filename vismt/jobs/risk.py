@@ -107,7 +107,7 @@ def validation_parts(
     return mask, ~mask
 
 
-def check_thresholds(labels: Tensor, tune: TuneConfig | None, groups: Sequence[str] = ()) -> None:
+def check_threshold_examples(labels: Tensor, tune: TuneConfig | None, groups: Sequence[str] = ()) -> None:
     """Raise UserError where the thresholds would come from too few validation examples; arguments as of `validation_parts`."""
     _need_examples(int(validation_parts(labels, True, tune, groups)[1].sum()))
 

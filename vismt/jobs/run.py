@@ -1,8 +1,7 @@
 """A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
 
 The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
-stopped: training at its checkpoint, evaluation at the first example that is not on record. Evaluations of language models and
-dense maps have records of whole sets.
+stopped: training at its checkpoint, evaluation at the first batch that is not on record.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from vismt.jobs.graphs import NAMES, write_graph
 from vismt.jobs.predictions import FOLDER, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
-from vismt.report.writer import read_facts
+from vismt.report.writer import read_run_facts
 from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 from vismt.storage.outputs import check_folder
@@ -65,7 +64,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """The content of run.json, empty before the first stage."""
-        facts = read_facts(self.folder)
+        facts = read_run_facts(self.folder)
         if facts.get("config_hash", self.hash) != self.hash:
             raise UserError(f"run '{self.folder}': {RESOLVED} was changed after the run; start a new run instead.")
         return facts
@@ -201,13 +200,13 @@ class Run:
         section: Any = self.config.model
         if hasattr(model, "save_pretrained"):
             return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(section.name)})"
-        from vismt.backbones.pyramid import size_of, takes_size
+        from vismt.backbones.pyramid import image_size, takes_size
 
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", section.name)
         options = (
             f"pretrained={getattr(section, 'pretrained', None) is True}, num_classes={getattr(model, 'num_classes', 0)}"
         )
-        options += f", img_size={size_of(model)}" if takes_size(model) else ""
+        options += f", img_size={image_size(model)}" if takes_size(model) else ""
         return f"timm.create_model({json.dumps(name)}, {options})"
 
     def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
@@ -220,10 +219,10 @@ class Run:
         }
         pretrained = getattr(model, "pretrained_cfg", None)
         if pretrained:  # what timm needs to build the model from the folder alone ("local-dir:...")
-            from vismt.backbones.pyramid import size_of, takes_size
+            from vismt.backbones.pyramid import image_size, takes_size
             from vismt.data.pixels import FOR_TIMM
 
-            size = list(size_of(model))
+            size = list(image_size(model))
             about["architecture"] = pretrained.get("architecture", about["architecture"])
             about["model_args"] = {"img_size": size} if takes_size(model) else {}
             if isinstance(getattr(model, "global_pool", None), str):

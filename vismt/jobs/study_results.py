@@ -1,4 +1,4 @@
-"""What a study from Python returns: the rows of its results, as a table, for pandas, as a report, and the trained models."""
+"""The results of a study from Python: its rows, a table, a pandas frame, a report, and the trained models."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, repr=False)
 class StudyResults:
-    """The numbers of a run.
+    """The numbers of a run. Printing them gives a table.
 
     Attributes:
-        folder: the run folder, as of `vismt run`: records, adapters, report.
-        rows: the numbers with intervals, n and what they were measured on; rows with a seed are those of single trainings.
-        objects: the Python objects of the configuration, by name.
+        folder: Run folder with records, adapters and report, as `vismt run` writes it.
+        rows: Numbers with their intervals, n, and what was measured. A row with a seed is the number of a single training.
+        objects: Python objects of the configuration, by name.
     """
 
     folder: Path
     rows: list[Result]
     objects: Mapping[str, Any] = field(default_factory=dict)
-    _temporary: tempfile.TemporaryDirectory[str] | None = None  # removed with the last reference to the results
+    # removed together with the last reference to the results
+    _temporary: tempfile.TemporaryDirectory[str] | None = None
 
     def __iter__(self) -> Iterator[Result]:
         return iter(self.rows)
@@ -69,7 +70,7 @@ class StudyResults:
         """Return the rows as a table with a column for each field of `vismt.report.results.Result`.
 
         Raises:
-            UserError: pandas is not installed.
+            UserError: If pandas is not installed.
         """
         try:
             import pandas
@@ -78,13 +79,14 @@ class StudyResults:
         return pandas.DataFrame([asdict(row) for row in self.rows])
 
     def report(self, folder: str | Path | None = None) -> Path:
-        """Write report.html, report.md and figures; return the path of report.html.
+        """Write report.html, report.md and figures. Return the path of report.html.
 
         Args:
-            folder: also gets the run's files. None for the run folder, of a temporary run for a copy of it in ./runs.
+            folder: Folder that also gets the files of the run. None writes to the run folder, and for a temporary run to a copy
+                in ./runs.
 
         Raises:
-            UserError: a folder that holds another run, and where matplotlib is not installed.
+            UserError: If the folder holds another run, or matplotlib is not installed.
         """
         from vismt.jobs import open_run
         from vismt.report.plotting import need_matplotlib
@@ -93,7 +95,7 @@ class StudyResults:
         return open_run(self.kept_folder() if folder is None else self._copied(Path(folder))).job.report()[-1]
 
     def kept_folder(self) -> Path:
-        """Return the run folder; of a temporary run a copy in ./runs, which stays."""
+        """Return the run folder. A temporary run is copied to ./runs, where it stays."""
         from vismt.jobs import read_resolved, run_folder
 
         if self._temporary is None:
@@ -102,7 +104,7 @@ class StudyResults:
         return self._copied(run_folder(config, config.task, Path("runs")))
 
     def _copied(self, target: Path) -> Path:
-        """Return another folder with the run's files. Raises UserError for a folder that holds another run."""
+        """Return another folder with the files of the run. Raise UserError if the folder holds another run."""
         from vismt.jobs import RESOLVED, read_resolved, refuse_other_run
 
         check_name(target)
@@ -119,11 +121,11 @@ class StudyResults:
         """Return a trained stock model with merged weights.
 
         Args:
-            arm: a name of the printed table or of an arm, also "arm:seed". None and "best" stand for the arm that is best on
-                validation.
+            arm: Name of the arm in the printed table, also "arm:seed". None and "best" choose the arm that is best on
+                validation examples.
 
         Raises:
-            UserError: a run that trains nothing, an unknown arm, and a model that is merged anew for every task.
+            UserError: If the run trains nothing, the arm is unknown, or the model is merged anew for every task.
         """
         from vismt.jobs import open_run
 

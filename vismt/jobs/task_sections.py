@@ -22,20 +22,10 @@ class RetainConfig:
     Args:
         temperature: temperature of the divergence, > 0.
         mode: fifo2 keeps the last two logits of a class, ema a running mean.
-        ema_decay: decay of the running cross-entropy of a task, in [0, 1].
-        ema_init: start value of the running cross-entropy, > 0.
-        momentum: momentum of mode ema, in [0, 1).
-        reduction: over the samples of a batch.
-        reverse: KL(student || bank) instead of KL(bank || student).
     """
 
     temperature: float = 2.0
     mode: Annotated[str, Names("vismt.multitask.emtal.retain:MODES")] = "fifo2"
-    ema_decay: float = 0.95
-    ema_init: float = 10.0
-    momentum: float = 0.5
-    reduction: Annotated[str, Names("vismt.multitask.emtal.retain:REDUCTIONS")] = "mean"
-    reverse: bool = False
 
 
 @dataclass

@@ -6,8 +6,10 @@ the report in evaluation_job.py.
 
 from __future__ import annotations
 
+import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -112,6 +114,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
         self.check_training()
         self.study.train(self)
+        for arm in self.study.arms:
+            self._write_curve(self.study.trainings(arm)[0])
         done = {arm: training_files.read_done(self.study.trainings(arm)[0]) for arm in self.study.arms}
         return {"arms": done}
 
@@ -157,6 +161,15 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         console.stage("train", f"{training}")
         objective = self.objective(config, net, balanced)
         settings = config.training
+        about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
+
+        def after_save(step: int) -> None:
+            whole = step % settings.checkpoint_every == 0 or step == settings.steps  # Ctrl-C saves at other steps too
+            if settings.validate and whole and training.seed == self.study.seeds[0]:
+                at_step = replace(training, folder=training.folder / training_files.STEPS / str(step))
+                ranks.on_first(lambda: self.finish(net, config, at_step, about))
+            self.part_done()
+
         loop.train(
             objective,
             self.batches(config),
@@ -166,17 +179,34 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             runtime.accelerator(settings.precision),
             seed=config.training_seed,
             after_step=self.step,
-            after_save=self.part_done,
+            after_save=after_save,
             sections=config,
             name=" ".join(f"{self.folder.name} {training}".split()),
         )
-        about = {"method": method, "rank": rank, "trainable": trainable, "total": total}
         ranks.on_first(lambda: self.finish(net, config, training, about))
 
     def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
         """Write the files of a finished training."""
         self.save(net, config, training.folder)
         training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
+
+    def _write_curve(self, training: Training) -> None:
+        """Write the validation score of a training at the steps that were kept, and remove what was kept of its arm."""
+        steps = training.folder / training_files.STEPS
+        kept = ranks.on_first(lambda: sorted(int(done.parent.name) for done in steps.glob(f"*/{training_files.DONE}")))
+        if not kept:
+            return
+        rows = []
+        for step in console.track(kept, "validate", str(training), len(kept)):
+            score = self.validate(replace(training, folder=steps / str(step)))
+            rows.append({"step": step, "validation": score})
+
+        def finish() -> None:
+            write_lines(training.folder / training_files.VALIDATION, rows)
+            for folder in training.folder.parent.glob(f"*/{training_files.STEPS}"):
+                shutil.rmtree(folder, ignore_errors=True)
+
+        ranks.on_first(finish)
 
     def prepared(self, config: Config) -> tuple[Net, str, list[Tensor]]:
         """Return the net of an arm ready to train, the method's name, and the parameters whose gradients are balanced."""

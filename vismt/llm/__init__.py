@@ -1,4 +1,4 @@
-"""Methods for language models and timm ViTs: initialisers, PoLAR, iLoRA, LISA, S2FT, and Bayesian last layers."""
+"""Methods for language models and timm ViTs: LoRA, PiSSA, CorDA, PoLAR, iLoRA, LISA, S2FT, and Bayesian last layers."""
 
 from __future__ import annotations
 

@@ -1,11 +1,11 @@
 """LoRA: W x + (alpha / r) B A x with A kaiming-uniform and B zero (Hu et al., arXiv 2106.09685).
 
-The paper draws A from a Gaussian; its released code and every library since use kaiming_uniform(a=sqrt(5)), which is
-followed here. rslora divides alpha by sqrt(r) instead of r (Kalajdzievski, arXiv 2312.03732). Left out: trained biases
-(name them in also_train) and DoRA.
+The paper draws A from a Gaussian. Its released code, and every library since, use kaiming_uniform(a=sqrt(5)), which is followed
+here. rslora divides alpha by sqrt(r) instead of r (Kalajdzievski, arXiv 2312.03732). Left out: trained biases (name them in
+also_train) and DoRA.
 
-quantize="nf4" is QLoRA's model (Dettmers et al., arXiv 2305.14314): Q x + (alpha / r) B A x with Q = nf4(W), kept beside W in W's
-dtype (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block maxima, paged optimisers.
+quantize="nf4" is QLoRA's model (Dettmers et al., arXiv 2305.14314): Q x + (alpha / r) B A x with Q = nf4(W), kept beside W in
+W's dtype (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block maxima, paged optimisers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from vismt.methods import Method, register_method
 
 
 def lora(model: nn.Module, *, quantize: str | None = None, **options: Any) -> AdaptReport:
-    """Add factors with kaiming A and zero B: the function is unchanged until the first step, but for a quantisation.
+    """Add factors with kaiming A and zero B. The function is unchanged until the first step, except by a quantisation.
 
-    quantize: "nf4" or "bitsandbytes" as for 'pissa'; None for the original weights. Further options: those of `inject`.
+    quantize: "nf4" or "bitsandbytes" as for "pissa", None for the original weights. Further options are the options of
+    `inject`.
     """
     return inject(model, "lora", kaiming, offset=False, **quantized_layer(model, quantize), **options)
 

@@ -1,12 +1,13 @@
 """A causal LM as the tasks use it: hidden states, token log-likelihoods, a head on the last token, and cached lower blocks.
 
-Batches are padded on the left, so that the last column is the last token of every row and generation continues from it;
-positions count from the first token of each row (or packed document). Logits are computed for counted tokens only, in training
-for some at a time, also in the backward pass.
-Where the blocks below `first` are frozen, their output on a fixed piece of text is constant: it is computed once, and a step
-then runs the other blocks only. Cached states are computed without dropout. `stored_lower_states` keeps them in the cache
-folder for later runs and other processes (vismt.storage.stored_tensors), by the texts and the identity of the LM but for block
-`first` and above.
+Batches are padded on the left, so that the last column is the last token of every row and generation continues from it.
+Positions count from the first token of each row (or packed document). Logits are computed only for counted tokens. In training
+they are computed for some tokens at a time, also in the backward pass.
+
+If the blocks below `first` are frozen, their output on a fixed piece of text is constant. It is computed once, and a step then
+runs only the other blocks. Cached states are computed without dropout. `stored_lower_states` keeps them in the cache folder for
+later runs and other processes (vismt.storage.stored_tensors). The key consists of the texts and the identity of the LM without
+block `first` and the blocks above.
 """
 
 from __future__ import annotations
@@ -24,25 +25,29 @@ from torch.utils.checkpoint import checkpoint
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.llm.tasks.documents import by_document
-from vismt.llm.tasks.pieces import IGNORE, Piece, collate
+from vismt.llm.tasks.pieces import IGNORE, Piece, collate_pieces
 from vismt.lowrank.contexts import evaluating
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
 Batch = Mapping[str, Tensor]
-TRAINED_AT_ONCE, SCORED_AT_ONCE = 1024, 4096  # tokens whose logits a step of training, or of scoring, holds at a time
+# numbers of tokens whose logits a step of training, or of scoring, holds at a time
+TRAINED_AT_ONCE, SCORED_AT_ONCE = 1024, 4096
 
 
 class LmNet(nn.Module):
     """A causal LM with a head.
 
     Args:
-        lm: a causal LM of transformers that passes `check_logits`.
-        head: a module on features (b, d); None (nn.Identity) for tasks without a head.
-        first: number of the first block that is not frozen; the output of the blocks below may be given as cached states.
+        lm: Causal LM of transformers that passes `check_logits`.
+        head: Module on features (b, d). None (nn.Identity) for tasks without a head.
+        first: Number of the first block that is not frozen. The output of the blocks below may be given as cached states.
 
     Raises:
-        UserError: the LM has no block `first`.
+        UserError: If the LM has no block `first`.
     """
+
+    lm: Any  # a model of transformers
+    head: Any  # a module on features, which tasks ask for what their heads have
 
     def __init__(self, lm: nn.Module, head: nn.Module | None = None, first: int = 0) -> None:
         super().__init__()
@@ -55,14 +60,14 @@ class LmNet(nn.Module):
 
     @property
     def stock(self) -> nn.Module:
-        """The LM, the part that is adapted."""
+        """The LM, which is the part that is adapted."""
         return self.lm
 
     def hidden(self, batch: Batch) -> Tensor:
         """Return the hidden states (b, n, d) after the final norm.
 
-        batch: from `collate`, with "lower" (b, n, d) where the output of the lower blocks is cached. "vectors" (m, d), where
-        present, replace the states at the m positions of items, see `inserted`.
+        batch: Batch from `collate_pieces`, with "lower" (b, n, d) if the output of the lower blocks is cached. If "vectors"
+        (m, d) are present, they replace the states at the m positions of items, see `inserted`.
         """
         return by_document(self.lm, batch, self.states)
 
@@ -71,7 +76,7 @@ class LmNet(nn.Module):
         mask = batch["mask"]
         if mask.ndim == 2:
             attention_mask = mask.long()
-        else:  # the additive form (b, 1, n, n): 0 where a token is shown, else the lowest number
+        else:  # the additive form (b, 1, n, n): 0 for a token that is shown, otherwise the lowest number
             dtype: Any = self.lm.dtype
             zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
             attention_mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
@@ -89,7 +94,7 @@ class LmNet(nn.Module):
     def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the NLL (b,) in nats, summed over the tokens with a label, and the number (b,) of these tokens.
 
-        A label stands at its token, which the token before predicts.
+        A label stands at its token. The token before predicts it.
         """
         targets = batch["labels"][:, 1:]
         chosen = targets != IGNORE
@@ -100,7 +105,7 @@ class LmNet(nn.Module):
     def branch_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
 
-        Where a row has fewer than k answers, the numbers of the absent ones are 0.
+        If a row has fewer than k answers, the numbers of the absent answers are 0.
         """
         rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
         states = self.hidden(batch)[rows, batch["previous"][rows, columns]]
@@ -115,7 +120,7 @@ class LmNet(nn.Module):
         """Return the logits (b, k, tokens) fp32 of some tokens after the last token of each answer of trees.
 
         Raises:
-            UserError: rows of different numbers of answers.
+            UserError: If rows have different numbers of answers.
         """
         branch = batch["branch"]
         last = (branch > 0) & (branch != F.pad(branch[:, 1:], (0, 1)))
@@ -132,9 +137,9 @@ class LmNet(nn.Module):
     def generate(
         self, batch: Batch, new_tokens: int, ends: Sequence[int], temperature: float = 0.0, seed: int = 0
     ) -> Tensor:
-        """Return the tokens (b, m), m <= new_tokens, that the LM writes after each row; one of `ends` ends a row.
+        """Return the tokens (b, m), m <= new_tokens, that the LM writes after each row. One of `ends` ends a row.
 
-        temperature: 0 takes the likeliest token, else tokens are drawn from softmax(logits / temperature), by `seed`.
+        temperature: 0 takes the likeliest token. Otherwise tokens are drawn from softmax(logits / temperature), by `seed`.
         """
         from transformers import GenerationConfig
 
@@ -146,7 +151,8 @@ class LmNet(nn.Module):
             eos_token_id=list(ends) or None,
             pad_token_id=ends[0] if ends else 0,
         )
-        # What a given configuration leaves open, transformers takes from the checkpoint's: penalties, beams, forbidden words.
+        # transformers takes what a given configuration leaves open from the checkpoint's: penalties, beams, forbidden
+        # words.
         lm: Any = self.lm
         own, lm.generation_config = lm.generation_config, settings
         try:
@@ -166,19 +172,20 @@ class LmNet(nn.Module):
             return F.cross_entropy(output(states).float(), targets, reduction="none")
 
         if torch.is_grad_enabled() and len(states) > TRAINED_AT_ONCE:
-            # Logits of all tokens would be kept for the backward pass; each chunk computes its own there again.
+            # The logits of all tokens would be kept for the backward pass. Each chunk computes its own logits there
+            # again.
             at_once, nll = TRAINED_AT_ONCE, partial(checkpoint, nll, use_reentrant=False)
         chunks = [nll(*pair) for pair in zip(states.split(at_once), targets.split(at_once))]
         return torch.cat(chunks) if chunks else torch.zeros(0, device=states.device)
 
     @contextmanager
     def inserted(self, batch: Batch) -> Iterator[None]:
-        """Within the block, replace the input of block `first` at the positions of "items" (b, n) by "vectors" (m, d).
+        """Replace the input of block `first` at the positions of "items" (b, n) by "vectors" (m, d), inside the block.
 
         With first 0 this is the input embedding, as in LLaRA. Otherwise the new state is x + (vector - e) |x| / E, with x the
-        residual stream, e the embedding of the token and E the mean norm of the embeddings: the contribution of the frozen
-        blocks is kept, and the vector has the same weight relative to it as in the embeddings (the stream grows a hundredfold
-        over SmolLM2's blocks). Generated tokens have no items.
+        residual stream, e the embedding of the token and E the mean norm of the embeddings. This keeps the contribution of the
+        frozen blocks. The vector has the same weight relative to it as in the embeddings (the stream grows a hundredfold over
+        SmolLM2's blocks). Generated tokens have no items.
         """
         if batch.get("vectors") is None:
             yield
@@ -205,11 +212,11 @@ class LmNet(nn.Module):
 
     @cached_property
     def _embedding_norm(self) -> float:
-        """Mean norm of the token embeddings, which are frozen unless `first` is 0."""
+        """Mean norm of the token embeddings. The embeddings are frozen unless `first` is 0."""
         return float(self.lm.get_input_embeddings().weight.detach().float().norm(dim=1).mean())
 
     def answer_rows(self, tokens: Sequence[int]) -> tuple[Tensor, Tensor | None]:
-        """Return fp32 copies of the rows (k, d) of the output embedding and of its bias (k,), None without a bias."""
+        """Return fp32 copies of the rows (k, d) of the output embedding and of its bias (k,). The bias may be None."""
         output = self.lm.get_output_embeddings()
         chosen = torch.tensor(list(tokens), device=output.weight.device)
         bias = getattr(output, "bias", None)
@@ -217,13 +224,13 @@ class LmNet(nn.Module):
 
     @torch.no_grad()
     def lower_states(self, pieces: Sequence[Piece], at_once: int = 8) -> list[Tensor]:
-        """Return the input (n, d) of block `first` for each piece; pieces of equal length run together, without padding."""
+        """Return the input (n, d) of block `first` for each piece. Pieces of equal length run together, without padding."""
         states: dict[int, Tensor] = {}
         groups: dict[tuple[int, bool], list[int]] = {}
         for number, piece in enumerate(pieces):
             groups.setdefault((len(piece.ids), piece.documents is None), []).append(number)
         device = next(self.lm.parameters()).device
-        captured: list[Tensor] = []  # the inputs of the blocks from `first` on, which pass them through
+        captured: list[Tensor] = []  # inputs of the blocks from `first` on (the blocks pass them through)
 
         def capture(hidden_states: Tensor, *args: object, **options: object) -> Tensor:
             captured.append(hidden_states)
@@ -238,22 +245,24 @@ class LmNet(nn.Module):
             for numbers in groups.values():
                 for start in range(0, len(numbers), at_once):
                     chosen = numbers[start : start + at_once]
-                    batch = {name: value.to(device) for name, value in collate([pieces[i] for i in chosen]).items()}
+                    batch = {
+                        name: value.to(device) for name, value in collate_pieces([pieces[i] for i in chosen]).items()
+                    }
                     states.update(zip(chosen, by_document(self.lm, batch, lower).cpu().unbind(0)))
         return [states[number] for number in range(len(pieces))]
 
 
 def stored_lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
-    """Return the input (n, d) of block `net.first` for each piece, computed once; pieces of the same text share one tensor.
+    """Return the input (n, d) of block `net.first` for each piece, computed once. Pieces of the same text share one tensor.
 
-    One file has the states of all pieces that are asked for together, since the sums of a state depend on the texts of its
-    batch. Nothing is stored where the code of a lower block is not a library's own.
+    One file has the states of all pieces that are requested together, since the sums of a state depend on the texts of its
+    batch. Nothing is stored if the code of a lower block is not a library's own.
     """
     texts = {(piece.ids, piece.documents): piece for piece in pieces}
     base: Any = net.lm.base_model
     path = None
     if not has_hooks(base.modules()):
-        upper = blocks(net.lm)[net.first :]
+        upper = list(blocks(net.lm)[net.first :])
         path = path_of(repr((net.first, list(texts))), Identity(base, skip=upper), machine(net.lm.device))
     stored = None if path is None else read_stored(path)
     if stored is None:
@@ -267,11 +276,11 @@ def stored_lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
 
 
 def counted_tokens(batch: Batch) -> Tensor:
-    """Return the number of tokens with a label in a batch, a scalar."""
+    """Return the number of tokens with a label in a batch, as a scalar."""
     return (batch["labels"][:, 1:] != IGNORE).sum()
 
 
-def check_logits(lm: nn.Module) -> None:
+def check_logits(lm: Any) -> None:
     """Raise UserError unless the logits of an LM are its output embedding applied to its last hidden state.
 
     The tasks compute logits in this way.
@@ -286,11 +295,11 @@ def check_logits(lm: nn.Module) -> None:
 
 @torch.no_grad()
 def check_first_block(lm: Any, first: int) -> None:
-    """Raise UserError unless cached states in place of the blocks below `first` lead to the hidden states of all blocks."""
+    """Raise UserError unless cached states instead of the blocks below `first` lead to the hidden states of all blocks."""
     net = LmNet(lm, first=first)
     part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)
     device = next(lm.parameters()).device
-    batch = {name: value.to(device) for name, value in collate([part]).items()}
+    batch = {name: value.to(device) for name, value in collate_pieces([part]).items()}
     try:
         states = torch.stack(net.lower_states([part])).to(device)
         whole, upper = net.states(batch).float(), net.states({**batch, "lower": states}).float()
@@ -304,8 +313,8 @@ def check_first_block(lm: Any, first: int) -> None:
         )
 
 
-def blocks(lm: nn.Module) -> nn.ModuleList:
-    """Return the list of transformer blocks; raise UserError for a model without one."""
+def blocks(lm: Any) -> nn.ModuleList:
+    """Return the list of transformer blocks. Raise UserError for a model without such a list."""
     depth = getattr(lm.config, "num_hidden_layers", None)
     for module in lm.base_model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == depth:
@@ -318,7 +327,8 @@ def blocks(lm: nn.Module) -> nn.ModuleList:
 @contextmanager
 def _forward_replaced(replaced: Iterable[nn.Module], forward: Callable[..., Tensor]) -> Iterator[None]:
     modules = list(replaced)
-    own = [vars(module).get("forward") for module in modules]  # of an instance, as hooks of other libraries set one
+    # forwards of instances, which hooks of other libraries set
+    own = [vars(module).get("forward") for module in modules]
     for module in modules:
         module.forward = forward
     try:

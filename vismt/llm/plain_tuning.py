@@ -1,8 +1,8 @@
-"""The two usual references of an adapter: `full` trains every weight, `head` the classifier alone (a linear probe).
+"""The two usual references for an adapter: `full` trains every weight, `head` only the classifier (a linear probe).
 
-Neither adds anything to the model, so merging changes nothing, and the model itself is the export. Large copies of the weights
-before the training lie in a temporary file (vismt/lowrank/model/record.py), for `unadapt` and for saving only what changed.
-Left out: rates by depth, which `train.rates` of a run or parameter groups of an optimiser set.
+Neither adds anything to the model. Merging therefore changes nothing, and the model itself is the export. Large copies of the
+weights before the training are in a temporary file (vismt/lowrank/model/record.py), for `unadapt` and for saving only what
+changed. Left out: rates by depth, which `train.rates` of a run or parameter groups of an optimiser set.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def full(
 ) -> AdaptReport:
     """Train every weight: full fine-tuning.
 
-    exclude: parameters and modules that stay frozen, names or patterns.
+    exclude: Names or patterns of parameters and modules that stay frozen.
     """
     refuse_adapted(model)
     frozen = set(matched_parameters(model, "adapt.exclude", need_names("adapt.exclude:", exclude)))
@@ -45,11 +45,12 @@ def head(
     seed: int,
     also_train: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train the classifier alone: a linear probe.
+    """Train only the classifier: a linear probe.
 
-    The classifier is what `get_classifier` or `get_output_embeddings` returns, or else the module head, fc, classifier, score or
-    lm_head. A model without one is frozen as a whole, for a head of your own behind it. also_train: what is trained beside the
-    classifier, or a head that is not found.
+    The classifier is what `get_classifier` or `get_output_embeddings` returns, or else the module head, fc, classifier, score
+    or lm_head. A model without a classifier is frozen as a whole, for a head of your own behind it.
+
+    also_train: Parameters that are trained beside the classifier, or a head that is not found.
     """
     refuse_adapted(model)
     chosen = matched_parameters(model, "adapt.also_train", need_names("adapt.also_train:", also_train))

@@ -1,4 +1,7 @@
-"""The low-rank core: factors, initialisers, adapter layers, banks, sums, files. It needs torch, einops, safetensors and regex."""
+"""The low-rank core: factors, start values, adapter layers, sums of adapters, and files.
+
+The core needs torch, einops, safetensors and regex.
+"""
 
 from __future__ import annotations
 

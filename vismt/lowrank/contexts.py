@@ -1,4 +1,4 @@
-"""What holds while a block runs, one thread or eval mode; and work on many items with one thread each."""
+"""Contexts for one thread or eval mode inside a block, and parallel work with one thread for each item."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ R = TypeVar("R")
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Use one intra-op thread inside the block: comparable timings, and sums in one order (BLAS adds by thread)."""
+    """Use one intra-op thread inside the block.
+
+    Timings are then comparable, and sums have one order (BLAS adds in an order that depends on the number of threads).
+    """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -27,7 +30,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold a model in eval mode inside the block, and give every module its own mode back."""
+    """Hold a model in eval mode inside the block. Afterwards every module gets its own mode back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -38,14 +41,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 class Repeatable:
-    """Enters the contexts that `make` returns; unlike most contexts it may be entered more than once."""
+    """A context that enters the contexts that `make` returns. Unlike most contexts it may be entered more than once."""
 
     def __init__(self, make: Callable[[], Iterable[AbstractContextManager]]) -> None:
         self.make = make
         self._entered: list[ExitStack] = []
 
     def __enter__(self) -> None:
-        with ExitStack() as entered:  # left again where one of them fails
+        with ExitStack() as entered:  # if a context fails, the earlier ones are left again
             for context in self.make():
                 entered.enter_context(context)
             self._entered.append(entered.pop_all())
@@ -55,10 +58,11 @@ class Repeatable:
 
 
 def each(work: Callable[[T], R], items: Sequence[T]) -> list[R]:
-    """Return `work` of every item, in order; as many run at a time as torch has threads, each on one thread.
+    """Return `work` of every item, in order.
 
-    Decompositions of small matrices gain nothing from threads inside, and lose much where the machine is busy. The
-    grad mode does not reach the workers: `work` sets it. The first error is raised when all that has begun is done.
+    As many items run at a time as torch has threads, and each item uses one thread. Decompositions of small matrices gain
+    nothing from several threads, and lose much on a busy machine. The grad mode does not reach the workers, so `work` has to
+    set it. The first error is raised when all started items are done.
     """
     workers = min(torch.get_num_threads(), len(items))
     with one_thread():

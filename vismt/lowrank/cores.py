@@ -2,11 +2,11 @@
 
     D_t = w_t s_t B_t C_t A_t = Q_B M_t Q_A,    t = 1..T,    Q_B (o, p), M_t (p, q), Q_A (q, i), orthonormal
 
-Q_B holds the left singular vectors of [D_1 ... D_T] and Q_A the right ones of [D_1; ...; D_T]. They follow from the D_t alone,
-not from how these are factored (the core space of Panariello et al., arXiv 2509.17786, takes the singular vectors of the stacked
-factors, which do), and inner products of the D_t are those of the M_t. p and q are at most the sum of the ranks, and no (o, i)
-matrix is formed; RegMean alone works with (i, i) matrices, the covariances. Each rule is a function of the cores and returns an
-update of rank at most min(p, q), KnOTS and RegMean of rank at most p:
+Q_B holds the left singular vectors of [D_1 ... D_T], and Q_A the right singular vectors of [D_1; ...; D_T]. Both depend on the
+D_t alone. How the D_t are factored does not matter. (The core space of Panariello et al., arXiv 2509.17786, takes the singular
+vectors of the stacked factors, which depend on the factorisation.) The M_t have the same inner products as the D_t. p and q are
+at most the sum of the ranks, and no (o, i) matrix is formed. Only RegMean works with (i, i) matrices, the covariances. Each
+rule is a function of the cores and returns an update of rank at most min(p, q), KnOTS and RegMean of rank at most p:
 
     core_ties   TIES (Yadav et al., arXiv 2306.01708) on M_t: of each task the share `keep` of the largest entries is kept; the
                 sign of their sum is elected, and the entries of that sign are averaged
@@ -18,11 +18,12 @@ update of rank at most min(p, q), KnOTS and RegMean of rank at most p:
     regmean     RegMean (Jin et al., arXiv 2212.09849): argmin_D sum_t tr((D - D_t) G_t (D - D_t)^T)
                 = Q_B (sum_t M_t Q_A G_t) (sum_t G_t)^-1, exact, for covariances G_t (i, i) of the inputs of task t
 
-TIES and DARE of the papers act on the entries of D_t. On cores an entry is a pair of singular directions: another rule, hence
-another name. RegMean: each G_t is divided by its trace, so that tasks weigh the same whatever their numbers of samples, its
-elements off the diagonal are multiplied by OFF_DIAGONAL as in the authors' code, and a small ridge pulls towards the mean.
-TSV-M of the authors keeps min(o, i) / T singular values of each task, null ones among them, whose vectors are arbitrary; here the
-numerical rank is kept. Singular values below _TOLERANCE of the largest count as 0 everywhere. All is computed in fp64.
+TIES and DARE of the papers act on the entries of D_t. An entry of a core belongs to a pair of singular directions. That makes
+another rule, so the rules have other names. In RegMean each G_t is divided by its trace, so that all tasks have the same weight
+whatever their numbers of samples. The off-diagonal elements of G_t are multiplied by OFF_DIAGONAL as in the authors' code, and
+a small ridge pulls towards the mean. The authors' TSV-M keeps min(o, i) / T singular values of each task. Some of these are
+zero, and their vectors are arbitrary. Here the numerical rank is kept. Singular values below _TOLERANCE of the largest count as
+0 everywhere. Everything is computed in fp64.
 """
 
 from __future__ import annotations
@@ -36,13 +37,13 @@ from torch import Tensor
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.svd import double
 
-_TOLERANCE = {torch.float64: 1e-10}  # of the factors' dtype; 1e-5 for others
+_TOLERANCE = {torch.float64: 1e-10}  # by dtype of the factors, 1e-5 for other dtypes
 OFF_DIAGONAL, RIDGE = 0.95, 1e-6
 
 
 @dataclass(frozen=True, eq=False)
 class Cores:
-    """Updates of one weight in joint bases: left (o, p), cores (T, p, q), right (q, i), all fp64."""
+    """Updates of one weight in joint bases: left (o, p), cores (T, p, q) and right (q, i), all in fp64."""
 
     left: Tensor
     cores: Tensor
@@ -57,7 +58,7 @@ class Cores:
 
 
 def joint_cores(updates: Sequence[LowRank], weights: Sequence[float]) -> Cores:
-    """Return updates of one (o, i), each multiplied by its weight, in their joint bases."""
+    """Return updates of one (o, i) weight in their joint bases. Each update is multiplied by its weight."""
     lefts = [
         (weight * update.scale) * times_core(double(update.B), None if update.core is None else double(update.core))
         for update, weight in zip(updates, weights, strict=True)
@@ -81,7 +82,10 @@ def _rank(values: Tensor, tolerance: float) -> int:
 
 @dataclass(frozen=True)
 class RuleSettings:
-    """What rules need besides the cores: keep of TIES, drop of DARE and the seed of its draws, covariances (i, i) of RegMean."""
+    """Settings that rules need besides the cores.
+
+    They are `keep` of TIES, `drop` and the seed of DARE, and the covariances (i, i) of RegMean.
+    """
 
     keep: float = 0.2
     drop: float = 0.2
@@ -90,9 +94,10 @@ class RuleSettings:
 
 
 def ties(values: Tensor, keep: float) -> Tensor:
-    """Return the TIES merge of values (T, ...): trimmed to the share `keep` of each task, sign elected, the agreeing averaged.
+    """Return the TIES merge of values (T, ...).
 
-    An entry whose kept values sum to 0 is 0 in the merge.
+    The largest entries of each task, a share `keep`, are kept. Each entry elects a sign, and the values of that sign are
+    averaged. An entry whose kept values sum to 0 is 0 in the merge.
     """
     flat = values.flatten(1)
     places = flat.abs().topk(max(1, round(keep * flat.shape[1])), dim=1).indices
@@ -112,7 +117,7 @@ def _tsv(joint: Cores, settings: RuleSettings) -> LowRank:
     u, s, vh = torch.linalg.svd(joint.cores, full_matrices=False)
     kept = s > joint.tolerance * s[:, :1]
     if not bool(kept.any()):
-        return joint.update(joint.cores[0])  # zeros, as all others
+        return joint.update(joint.cores[0])  # zeros, like all other cores
     left = _polar(u.mT[kept].mT, joint.tolerance)
     return joint.update((left * s[kept]) @ _polar(vh[kept], joint.tolerance))
 
@@ -137,7 +142,7 @@ def _regmean(joint: Cores, settings: RuleSettings) -> LowRank:
     return LowRank(joint.left, torch.linalg.solve(total, numerator, left=False))
 
 
-# Each maps joint cores and settings to the merged update.
+# Each rule maps joint cores and settings to the merged update.
 RULES: dict[str, Callable[[Cores, RuleSettings], LowRank]] = {
     "core_ties": lambda joint, settings: joint.update(ties(joint.cores, settings.keep)),
     "knots_ties": lambda joint, settings: LowRank(joint.left, ties(joint.cores @ joint.right, settings.keep)),
@@ -149,14 +154,14 @@ RULES: dict[str, Callable[[Cores, RuleSettings], LowRank]] = {
 
 @dataclass(frozen=True, eq=False)
 class Interference:
-    """How the updates D_t of one weight meet each other and a merged update D.
+    """How the updates D_t of one weight relate to each other and to a merged update D.
 
-    cosine: <D_s, D_t> / (|D_s| |D_t|), (T, T), 0 where one is 0. error: (T,),
+    cosine: Cosines <D_s, D_t> / (|D_s| |D_t|), (T, T). A pair with a zero update has 0. error: Relative errors (T,),
 
         e_t = sqrt(tr((D - D_t) G_t (D - D_t)^T) / tr(D_t G_t D_t^T)),
 
-    the relative error of the layer's update on the inputs of task t, whose covariance is G_t, or on white ones: 0 where the
-    task's update is kept, 1 where it is lost, NaN where the task has none.
+    of the layer's update on the inputs of task t, whose covariance is G_t, or on white inputs. 0 means that the merge keeps the
+    update of the task, 1 that the update is lost, NaN that the task has no update.
     """
 
     cosine: Tensor
@@ -166,7 +171,10 @@ class Interference:
 def interference_of(
     updates: Sequence[LowRank], merged: LowRank, covariances: Sequence[Tensor] | None = None
 ) -> Interference:
-    """Return the interference of updates of one weight; covariances: (i, i) of the inputs of each, None for white ones."""
+    """Return the interference of updates of one weight.
+
+    covariances: Covariance (i, i) of the inputs of each task. None stands for white inputs.
+    """
     joint = joint_cores([*updates, merged], [1.0] * (len(updates) + 1))
     cores, result = joint.cores[:-1], joint.cores[-1]
     norms = cores.flatten(1).norm(dim=1)

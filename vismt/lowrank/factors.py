@@ -21,13 +21,13 @@ class LowRank:
     """`scale * B @ core @ A`, the weight of a linear map from `i` to `o` features.
 
     Args:
-        B: (o, k), floating point.
-        A: (k, i), floating point, on the device of `B`.
-        core: (k, k), or (k,) for a diagonal, or None for the identity.
-        scale: finite factor, for LoRA `alpha / rank`.
+        B: Factor (o, k), floating point.
+        A: Factor (k, i), floating point, on the device of `B`.
+        core: Matrix (k, k), a diagonal (k,), or None for the identity.
+        scale: Finite factor, `alpha / rank` for LoRA.
 
     Raises:
-        UserError: when the shapes do not fit; the message names both.
+        UserError: If the shapes do not fit. The message names both shapes.
     """
 
     B: Tensor
@@ -61,12 +61,12 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """Number of columns of `B`: an upper bound of the rank of the matrix."""
+        """Number of columns of `B`, an upper bound of the rank of the matrix."""
         return self.B.shape[1]
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(o, i), the shape of the weight this stands for."""
+        """Shape (o, i) of the weight that the factors stand for."""
         return self.B.shape[0], self.A.shape[1]
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
@@ -84,7 +84,10 @@ class LowRank:
         return work.scale * (times_core(work.B, work.core) @ work.A)
 
     def apply(self, x: Tensor) -> Tensor:
-        """Return `x @ delta().T` without forming it: x (..., i) -> (..., o). Runs in the factors' dtype, returns x's."""
+        """Return `x @ delta().T` without forming the matrix: x (..., i) -> (..., o).
+
+        The product runs in the factors' dtype, and the result has the dtype of x.
+        """
         hidden = F.linear(x.to(self.A.dtype), self.A)
         if self.core is not None:
             hidden = hidden * self.core if self.core.ndim == 1 else F.linear(hidden, self.core)
@@ -93,12 +96,18 @@ class LowRank:
     def svd(self) -> LowRank:
         """Return the singular value decomposition of the matrix, as factors.
 
-        Returns `B` = U (o, m) and `A` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending
-        order and scale 1, where m = min(k, o, i). Computed and returned in fp32, or fp64 for fp64 factors.
+        Returns `B` = U (o, m) and `A` = Vh (m, i), both orthonormal, `core` = the singular values (m,) in descending order and
+        scale 1, where m = min(k, o, i). The decomposition is computed and returned in fp32, or in fp64 if a factor is fp64.
         """
         left, small, right = self._small()
         u, values, vh = torch.linalg.svd(small, full_matrices=False)
         return LowRank(left @ u, vh @ right, values)
+
+    @property
+    def singular_values(self) -> Tensor:
+        """The core (m,) of what `svd` returns."""
+        assert self.core is not None
+        return self.core
 
     def truncate(self, rank: int) -> LowRank:
         """Return the best approximation of at most `rank` in both the Frobenius and the spectral norm (Eckart-Young)."""
@@ -107,33 +116,39 @@ class LowRank:
         return _leading(self.svd(), rank)
 
     def stable_rank(self) -> float:
-        """Return `||delta||_F^2 / ||delta||_2^2`, in [1, rank]; 0.0 for a zero matrix."""
+        """Return `||delta||_F^2 / ||delta||_2^2`, in [1, rank]. A zero matrix gives 0.0."""
         values = torch.linalg.svdvals(self._small()[1])
         if values[0] == 0:
             return 0.0
         return float(((values / values[0]) ** 2).sum())
 
     def compact(self, tolerance: float | None = None) -> LowRank:
-        """Return the same matrix with its vanishing singular values left out; at least one is kept.
+        """Return the same matrix without its vanishing singular values. At least one singular value is kept.
 
         Args:
-            tolerance: a singular value at most `tolerance` times the largest counts as zero; the default is
-                `max(o, i)` times the machine epsilon of the dtype the SVD runs in.
+            tolerance: Relative size. A singular value of at most `tolerance` times the largest counts as zero. The default is
+                `max(o, i)` times the machine epsilon of the dtype that the SVD runs in.
         """
         decomposed = self.svd()
-        values = decomposed.core
+        values = decomposed.singular_values
         if tolerance is None:
             tolerance = max(self.shape) * torch.finfo(values.dtype).eps
         return _leading(decomposed, max(1, int((values > tolerance * values[0]).sum())))
 
     def balanced(self) -> LowRank:
-        """Return the same matrix as plain `B @ A`: core None, scale 1, square roots of the singular values on both sides."""
+        """Return the same matrix as plain `B @ A` with scale 1.
+
+        Both factors hold the square roots of the singular values.
+        """
         decomposed = self.svd()
-        root = decomposed.core.sqrt()
+        root = decomposed.singular_values.sqrt()
         return LowRank(decomposed.B * root, root[:, None] * decomposed.A)
 
     def plain(self) -> LowRank:
-        """Return the same matrix without a core, itself where it has none; singular values go to both sides evenly."""
+        """Return the same matrix without a core. The singular values of a core go to both sides evenly.
+
+        A matrix without a core is returned itself.
+        """
         if self.core is None:
             return self
         if self.core.ndim == 1 and bool((self.core >= 0).all()):
@@ -148,7 +163,7 @@ class LowRank:
         return self.to(dtype=dtype)
 
     def _small(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Return Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R and orthonormal Q."""
+        """Return Q_L (o, p), the small matrix (p, q) and Q_R (q, i) with delta = Q_L @ small @ Q_R. Both Q are orthonormal."""
         work = self._in_working_precision()
         left, upper_left = torch.linalg.qr(work.B)
         right, upper_right = torch.linalg.qr(work.A.mT)
@@ -163,4 +178,6 @@ def times_core(left: Tensor, core: Tensor | None) -> Tensor:
 
 
 def _leading(decomposed: LowRank, rank: int) -> LowRank:
-    return LowRank(decomposed.B[:, :rank].contiguous(), decomposed.A[:rank].contiguous(), decomposed.core[:rank])
+    return LowRank(
+        decomposed.B[:, :rank].contiguous(), decomposed.A[:rank].contiguous(), decomposed.singular_values[:rank]
+    )

@@ -1,25 +1,25 @@
-"""Keep less for the backward pass: outputs of cheap operations are recomputed from tensors that are kept anyway.
+"""Save memory in the backward pass: outputs of cheap operations are recomputed from tensors that are kept anyway.
 
     with vismt.recompute(model):
         loss = model(batch)
     loss.backward()                 # inside or outside of the block
 
-A norm keeps its input for its own gradient, and the linear after it keeps the norm's output; an activation and the linear
-after it likewise, and a gated MLP keeps silu(g), u and their product. Inside the block, a saved tensor that an operation of
-`CHEAP` returned is replaced by that call, and unpacking repeats it on the same values: gradients are equal bit for bit. A
-call takes the place of its output only where what it needs is kept anyway or is smaller, so that memory never grows; what
-its inputs are computed from counts too, as in cast(norm(x)).
+A norm keeps its input for its own gradient, and the linear after it keeps the norm's output. An activation and the linear after
+it do the same. A gated MLP keeps silu(g), u and their product. Inside the block, a saved tensor that an operation of `CHEAP`
+returned is replaced by that call. Unpacking repeats the call on the same values, so gradients are equal bit for bit. A call
+replaces its output only if its inputs are kept anyway or are smaller, so memory never grows. What the inputs are computed from
+counts too, as in cast(norm(x)).
 
-Operations are seen through a TorchFunctionMode, modules of any library alike; tensors are recognised by storage and
-version. An operation with random numbers is not in `CHEAP`, and one that works in place returns its input, so both are
-stored as ever. Under torch.utils.checkpoint the inner hooks are those of the checkpoint, and nothing is recomputed twice.
-torch.func's gradients refuse hooks on saved tensors, and torch.compile recomputes cheap operations by itself.
+A TorchFunctionMode sees the operations of modules of any library. Tensors are recognised by storage and version. An operation
+with random numbers is not in `CHEAP`, and an operation that works in place returns its input, so the outputs of both are stored
+as usual. Under torch.utils.checkpoint the inner hooks belong to the checkpoint, and nothing is recomputed twice. torch.func's
+gradients refuse hooks on saved tensors, and torch.compile recomputes cheap operations by itself.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,23 +31,33 @@ from torch.overrides import TorchFunctionMode
 
 from vismt.base.errors import UserError
 
-# Operations of one pass over their output, without random numbers. Casts: from the residual stream into an autocast linear.
+# Operations of one pass over their output, without random numbers. Casts lead from the residual stream into an autocast linear.
 CHEAP = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm, F.gelu, F.silu, torch.mul, Tensor.mul}
 CHEAP |= {Tensor.to, Tensor.type_as, Tensor.float, Tensor.bfloat16, Tensor.half}
 
 
 @contextmanager
 def recompute(model: nn.Module) -> Iterator[None]:
-    """Inside the block, do not keep outputs of cheap operations for the backward pass: LayerNorm, RMSNorm, GELU, SiLU, products.
+    """Recompute outputs of cheap operations in the backward pass instead of keeping them, inside the block.
+
+    Cheap operations are LayerNorm, RMSNorm, GELU, SiLU and products.
 
     Args:
-        model: the model that is trained, with or without adapters, of any library; it is not changed.
+        model: Model that is trained, with or without adapters, of any library. It is not changed.
 
-    The backward pass may run inside the block or after it, and more than once. It raises RuntimeError where a tensor that it
-    needs was changed in place since the forward pass, as autograd does.
+    The backward pass may run inside the block or after it, and more than once. Like autograd, it raises RuntimeError if a
+    tensor that it needs was changed in place since the forward pass.
 
     Raises:
-        UserError: a model that torch.compile has compiled.
+        UserError: If torch.compile has compiled the model.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"])
+        images = torch.rand(2, 3, *model.patch_embed.img_size)
+        with vismt.recompute(model):
+            loss = model(images).square().mean()
+        loss.backward()
     """
     if any("_orig_mod" in module._modules or module._compiled_call_impl is not None for module in model.modules()):
         raise UserError("recompute: torch.compile recomputes cheap operations by itself; use one of the two.")
@@ -57,7 +67,10 @@ def recompute(model: nn.Module) -> Iterator[None]:
 
 
 class _Kept:
-    """A tensor in memory, which may not change in place. missing: its bytes where nothing else keeps it, otherwise 0."""
+    """A tensor in memory, which may not change in place.
+
+    missing: Number of bytes if nothing else keeps the tensor, otherwise 0.
+    """
 
     __slots__ = ("__weakref__", "missing", "tensor", "version")
 
@@ -76,11 +89,13 @@ class _Kept:
 class _Call:
     """A call of a cheap operation that can be repeated.
 
-    missing: bytes of its inputs that nothing else keeps. uses: how often a backward pass asks for the output, which stays
-    from the first time to the last: the norm before q, k and v is repeated once.
+    missing: Number of bytes of its inputs that nothing else keeps. uses: How often a backward pass asks for the output. The
+    output stays from the first time to the last, so that the norm before q, k and v is repeated once.
     """
 
-    def __init__(self, function: Any, args: list[Any], options: dict[str, Any], device: str) -> None:
+    def __init__(
+        self, function: Callable[..., Tensor], args: list[object], options: dict[str, object], device: str
+    ) -> None:
         self.function, self.args, self.options = function, args, options
         self.device, self.autocast = device, torch.is_autocast_enabled(device)
         self.dtype = torch.get_autocast_dtype(device) if self.autocast else None
@@ -101,7 +116,7 @@ class _Call:
         return output
 
     def use(self) -> Iterator[_Kept]:
-        """Count one more use; yield, the first time, every tensor that is kept for the call."""
+        """Count one more use. The first time, yield every tensor that is kept for the call."""
         self.uses += 1
         for part in self.parts if self.uses == 1 else ():
             if isinstance(part, _View):
@@ -127,14 +142,14 @@ class _View:
         return self.call.value().as_strided(*self.geometry)
 
 
-def _value(arg: Any) -> Any:
+def _value(arg: object) -> Any:
     return arg.value() if isinstance(arg, _Kept | _View) else arg
 
 
 class _Calls(TorchFunctionMode):
     """The calls whose outputs are alive, and what is kept for the backward pass, both by storage.
 
-    outputs: (the output, its version, the call). A freed storage can be used again, so entries end with their tensors.
+    outputs: Entries (the output, its version, the call). A freed storage can be used again, so entries end with their tensors.
     """
 
     def __init__(self) -> None:
@@ -153,14 +168,17 @@ class _Calls(TorchFunctionMode):
         storage = _storage(tensor)
         view = self._computed(storage, tensor)
         if view is None or self._is_kept(storage):
-            # Without its graph: an output that its own node saves would otherwise keep the graph alive for ever.
+            # The output is kept without its graph. An output that its own node saves would otherwise keep the graph
+            # alive for ever.
             return self._keep(storage, _Kept(tensor.detach()))
         for part in view.call.use():
             self._keep(_storage(part.tensor), part)
         return view
 
-    def _record(self, function: Any, args: tuple[Any, ...], options: dict[str, Any], out: Tensor) -> None:
-        """Note the call that returned `out` where it may take the place of `out`."""
+    def _record(
+        self, function: Callable[..., Tensor], args: tuple[object, ...], options: dict[str, object], out: Tensor
+    ) -> None:
+        """Record the call that returned `out` if it may replace `out`."""
         storage = _storage(out)
         for arg in (*args, *options.values()):
             if isinstance(arg, Tensor) and (_storage(arg) == storage or arg.device != out.device):
@@ -186,7 +204,7 @@ class _Calls(TorchFunctionMode):
         return _Kept(tensor.detach(), tensor.untyped_storage().nbytes()) if view is None else view
 
     def _computed(self, storage: int, tensor: Tensor) -> _View | None:
-        """Return a tensor as a view of a call's output; None for another tensor, and after a change in place."""
+        """Return a tensor as a view of a call's output. Return None for another tensor, and after a change in place."""
         entry = self.outputs.get(storage)
         if entry is None or entry[1] != tensor._version:
             return None

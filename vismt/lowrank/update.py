@@ -1,7 +1,7 @@
-"""The update of one weight and its bias, whatever it is made of, as a matrix of rows.
+"""The update of one weight and its bias, as a matrix that is computed row by row.
 
-low rank   D = s B A; of a stack of experts, a pair of factors for each, one below another
-DoRA       D = m (W + s B A) / |W + s B A|_row - W       (arXiv 2402.09353)
+low rank   D = s B A; of a stack of experts, a pair of factors for each, one below another DoRA       D = m (W + s B A) / |W + s
+B A|_row - W       (arXiv 2402.09353)
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from vismt.lowrank.factors import LowRank
 
 @dataclass(frozen=True)
 class Update:
-    """What an adapter adds to one module.
+    """The update of one module by an adapter.
 
-    blocks: Pairs of factors. The rows of each follow the rows of the one before. Empty if the weight stays as it is. magnitude: m
-    (o,) of DoRA. bias: Change of the bias (o,).
+    blocks: Pairs of factors. The rows of each pair follow the rows of the pair before. Empty if the weight stays as it is.
+    magnitude: Magnitude m (o,) of DoRA. bias: Change of the bias (o,).
     """
 
     blocks: tuple[LowRank, ...] = ()
@@ -28,11 +28,11 @@ class Update:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(o, i), the shape of the weight."""
+        """Shape (o, i) of the weight."""
         return sum(block.shape[0] for block in self.blocks), self.blocks[0].shape[1]
 
     def delta(self, rows: slice) -> Tensor:
-        """Return rows of s B A in fp32, or fp64 for fp64 factors."""
+        """Return rows of s B A in fp32, or in fp64 for fp64 factors."""
         dtype = torch.promote_types(self.blocks[0].B.dtype, torch.float32)
         parts, end = [], 0
         for block in self.blocks:
@@ -43,7 +43,7 @@ class Update:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def step(self, W: Tensor, rows: slice, factor: float) -> Tensor:
-        """Return what a merge with `factor` times the pairs of factors adds to rows W (n, i)."""
+        """Return what a merge with `factor` times the pairs of factors adds to the rows W (n, i)."""
         delta = factor * self.delta(rows).to(W.dtype)
         if self.magnitude is None:
             return delta

@@ -38,7 +38,7 @@ STATES = 256  # of backbones of one store
 
 
 @dataclass(frozen=True)
-class Rows:
+class BatchRows:
     """The rows of a batch's images in the set of a store; version: of the batch when it was marked."""
 
     store: FeatureStore
@@ -49,13 +49,13 @@ class Rows:
 def number(images: Tensor, store: FeatureStore | None, index: Tensor) -> Tensor:
     """Mark images (b, 3, h, w) as the rows `index` (b,) of the set of a store, and return them; None for no store."""
     if store is not None and not images.is_inference():
-        setattr(images, _MARK, Rows(store, index.tolist(), images._version))
+        setattr(images, _MARK, BatchRows(store, index.tolist(), images._version))
     return images
 
 
 def features(backbone: nn.Module, images: Tensor) -> Tensor:
     """Return the features (b, d) of images (b, 3, h, w), _IMAGES in a forward pass; those in a store from there."""
-    rows: Rows | None = getattr(images, _MARK, None)
+    rows: BatchRows | None = getattr(images, _MARK, None)
     table = None
     if rows is not None and rows.version == images._version and not torch.is_grad_enabled():
         table = rows.store.table(backbone)

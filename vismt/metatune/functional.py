@@ -27,7 +27,7 @@ class WithWeights(nn.Module):
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor], *, lasting: bool = False) -> None:
         super().__init__()
         self.lasting = lasting
-        check_weights(module, weights)
+        check_named_weights(module, weights)
         self.module = module
         self.weights = {name: weight.detach() for name, weight in weights.items()}
         self.training = module.training  # not .train(): the module is shared
@@ -37,7 +37,7 @@ class WithWeights(nn.Module):
         return functional_call(self.module, self.weights, (images,))
 
 
-def check_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+def check_named_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Raise UserError unless every tensor has the name and the shape of a parameter or buffer of the module."""
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     for name, weight in weights.items():

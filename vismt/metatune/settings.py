@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from vismt.base.errors import UserError
-from vismt.base.norm_balls import PIXELS
 from vismt.config.typed import Checked, Names, within
-from vismt.metatune.amt.input_attack import NORMS, PYRAMID, STARTS, Levels
+from vismt.metatune.amt.input_attack import NORMS, PYRAMID, Levels
 
 CORRUPTION, GAUSSIAN = "corruption", "gaussian"
 THREATS = (*NORMS, CORRUPTION, GAUSSIAN)
@@ -26,7 +25,6 @@ class AdversaryForm(Checked):
         steps: steps of the input attack (`pyramid_attack`).
         step_ratio: its step as a multiple of the budget.
         pyramid: its levels, each [cells a side (null for single pixels), multiplier of its change].
-        init: its start.
         weight: lambda of the loss.
         kl: order of the divergence in the loss (vismt.metatune.amt.method).
         weight_attack: form of the weight attack nu (vismt.metatune.amt.method).
@@ -39,7 +37,6 @@ class AdversaryForm(Checked):
     steps: Annotated[int, within(1)] = 2
     step_ratio: Annotated[float, within(above=0)] = 0.5
     pyramid: Levels = PYRAMID
-    init: Annotated[str, Names(STARTS, only=True)] = "uniform"
     weight: Annotated[float, within(0)] = 6.0
     kl: Annotated[str, Names(("clean_adv", "adv_clean"), only=True)] = "clean_adv"
     weight_attack: Annotated[str, Names(("joint", "paper", "none"), only=True)] = "joint"
@@ -75,22 +72,12 @@ class FineTuneSettings(Checked):
         lr: Adam's; 0 skips the tuning, auto chooses one for each task.
         steps: number of steps.
         parameters: all of the backbone, frozen or not, or attention_scale.
-        probability: of the augmentation of a step.
-        adversarial: whether the augmented support is attacked.
-        epsilon: budget of that attack in pixel units of [0, 1].
-        attack_steps: steps of that attack.
-        seed: of the augmentation, the same for every task.
     """
 
     KEY: ClassVar = "finetune"
     lr: Annotated[float, within(0, 1)] | Literal["auto"] = 1e-3
     steps: Annotated[int, within(0)] = 40
     parameters: Annotated[str, Names(PARAMETERS, only=True)] = "all"
-    probability: Annotated[float, within(0, 1)] = 0.9
-    adversarial: bool = False
-    epsilon: Annotated[float, within(0, 1, unit=PIXELS)] = 4.5 / 255
-    attack_steps: Annotated[int, within(1)] = 3
-    seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""Multi-task learning: EMTAL's routed experts and quality retaining; features of each task; balancing; dense tasks and heads."""
+"""Multi-task learning: EMTAL's routed experts and quality retaining, features of each task, balancing, dense tasks and heads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from vismt.multitask.emtal.method import set_fade as set_fade
     from vismt.multitask.emtal.retain import DenseRetaining as DenseRetaining
     from vismt.multitask.emtal.retain import QualityRetaining as QualityRetaining
-    from vismt.multitask.heads import make_head as make_head
+    from vismt.multitask.heads import make_map_head as make_map_head
     from vismt.multitask.heads import resize_logits as resize_logits
     from vismt.multitask.mtlora.method import merge_shared as merge_shared
     from vismt.multitask.streams import task_features as task_features

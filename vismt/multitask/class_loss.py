@@ -1,26 +1,22 @@
-"""Losses over classes of unequal frequency: class weights, logit adjustment, focal loss, Dice.
+"""Losses over classes of unequal frequency: class weights, Dice, and logits without the frequencies.
 
-    l = -w_y (1 - p_y)^gamma log p_y,     p = softmax(z + tau log pi),     pi_c = n_c / N
+    l = -w_y log p_y,     p = softmax(z),     pi_c = n_c / N
 
 n_c of the N training labels (pixels or images) have class c. Weights are scaled to sum_c pi_c w_c = 1, so that the loss has the
-scale of the plain cross-entropy whatever the classes; the mean divides by the number of labels, not by the sum of the weights.
+scale of the plain cross-entropy for any classes. The mean divides by the number of labels, not by the sum of the weights.
 
-class_weights   w_c before scaling
-null            1
-sqrt            n_c^(-1/2)                     square-root balancing (Mahajan et al., arXiv 1805.00932, by sampling)
-inverse         1 / n_c
-effective       (1 - beta) / (1 - beta^n_c)    Cui et al., arXiv 1901.05555; there beta = (M - 1) / M is chosen by hand, here M is
+class_weights   w_c before scaling null            1 sqrt            n_c^(-1/2)                     square-root balancing
+(Mahajan et al., arXiv 1805.00932, by sampling) inverse         1 / n_c effective       (1 - beta) / (1 - beta^n_c)    Cui et
+al., arXiv 1901.05555; there beta = (M - 1) / M is chosen by hand, here M is
                                                the mean of the n_c, so that equal images at two resolutions have equal weights
 
-tau > 0 is logit adjustment in training (Menon et al., arXiv 2007.07314): the net learns z without the prior, and the argmax of z
-is the answer. The same paper's post-hoc form, argmax z - tau log pi of a net trained without it, is `adjusted`. gamma: the focal
-loss of Lin et al., arXiv 1708.02002. With label smoothing, log p_y becomes sum_c q_c log p_c; w and the focal factor stay
-those of y.
+With label smoothing, log p_y becomes sum_c q_c log p_c, and w is still w_y. `adjusted` is post-hoc logit adjustment (Menon et
+al., arXiv 2007.07314): the answer is the argmax of z - tau log pi.
 
     Dice = 1 - mean_c 2 sum_i p_ic [y_i = c] / (sum_i p_ic + sum_i [y_i = c])     over classes with a label in the batch
 
-p = softmax(z), sums over the valid pixels of the batch. Sudre et al., arXiv 1707.03237, with equal weights; V-Net (Milletari et
-al., arXiv 1606.04797) has squares in the denominator.
+p = softmax(z), sums over the valid pixels of the batch. This is Sudre et al., arXiv 1707.03237, with equal weights. V-Net
+(Milletari et al., arXiv 1606.04797) has squares in the denominator.
 """
 
 from __future__ import annotations
@@ -45,88 +41,58 @@ class ClassLoss:
 
     Args:
         class_weights: None, "sqrt", "inverse" or "effective".
-        logit_adjustment: tau >= 0.
-        focal: gamma, 0 for none or at least 1.
-        class_counts: n_c, training labels of each class; a job counts them where None.
+        class_counts: Numbers n_c of training labels of each class. If they are None, a job counts them.
     """
 
     class_weights: str | None = None
-    logit_adjustment: float = 0.0
-    focal: float = 0.0
     class_counts: Sequence[int] | None = None
 
     @property
     def needs_counts(self) -> bool:
         """Whether the loss depends on counts that are not given."""
-        return self.class_counts is None and (self.class_weights is not None or self.logit_adjustment != 0)
+        return self.class_counts is None and self.class_weights is not None
 
     def check_options(self, where: str, classes: int) -> None:
         """Raise UserError for values out of range and counts that do not fit `classes`."""
         if self.class_weights is not None and self.class_weights not in CLASS_WEIGHTS:
             hint = near(str(self.class_weights), CLASS_WEIGHTS)
             raise UserError(f"{where}: class_weights '{self.class_weights}'; null for none.{hint}")
-        check_factor(where, "logit_adjustment", self.logit_adjustment)
-        check_factor(where, "focal", self.focal)
-        if 0 < self.focal < 1:
-            raise UserError(
-                f"{where}: focal {self.focal}; it must be 0, or 1 or more: below 1 the gradient at p = 1 is not finite."
-            )
         if self.class_counts is not None:
             check_counts(where, self.class_counts, classes)
 
     @cached_property
     def weights(self) -> Tensor | None:
-        """w_c, float32 (k,), None without class weights."""
+        """Weights w_c, float32 (k,). None without class weights."""
         if self.class_weights is None:
             return None
-        counts = self._counts()
+        if self.class_counts is None:
+            raise UserError("class_weights need class_counts, the number of training labels of each class.")
+        counts = torch.as_tensor(self.class_counts, dtype=torch.float64)
         if self.class_weights == "effective":
             weights = 1 / -torch.expm1(counts * torch.log1p(-1 / counts.mean().clamp_min(2)))  # times a constant
         else:
             weights = counts ** {"sqrt": -0.5, "inverse": -1.0}[self.class_weights]
         return (weights * counts.sum() / (weights * counts).sum()).float()
 
-    @cached_property
-    def log_prior(self) -> Tensor:
-        """Log pi_c, float32 (k,)."""
-        return log_prior(self._counts())
-
     def entropies(self, logits: Tensor, labels: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the loss l of each label (n,).
 
         Args:
-            logits: float (n, k).
-            labels: int64 (n,).
-            label_smoothing: in [0, 1).
+            logits: Logits, float (n, k).
+            labels: Labels, int64 (n,).
+            label_smoothing: Share of the label that is spread over all classes, in [0, 1).
 
         Raises:
-            UserError: without the counts that the options need.
+            UserError: If the counts that the options need are missing.
         """
-        if self.logit_adjustment:
-            logits = logits + self.logit_adjustment * self.log_prior.to(logits)
         losses = F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction="none")
-        if self.focal:
-            log_p = logits.log_softmax(1).gather(1, labels[:, None]).squeeze(1)
-            losses = (-torch.expm1(log_p)) ** self.focal * losses
         return losses if self.weights is None else losses * self.weights.to(losses)[labels]
-
-    def _counts(self) -> Tensor:
-        if self.class_counts is None:
-            raise UserError(
-                "class_weights and logit_adjustment need class_counts, the number of training labels of each class."
-            )
-        return torch.as_tensor(self.class_counts, dtype=torch.float64)
-
-
-def log_prior(counts: Sequence[int] | Tensor) -> Tensor:
-    """Return log pi_c, float32 (k,), of counts n_c > 0."""
-    counts = torch.as_tensor(counts, dtype=torch.float64)
-    return (counts / counts.sum()).log().float()
 
 
 def adjusted(logits: Tensor, counts: Sequence[int] | Tensor, tau: float) -> Tensor:
-    """Return z - tau log pi of logits (b, k, ...)."""
-    shift = tau * log_prior(counts).to(logits)
+    """Return z - tau log pi of logits (b, k, ...) and counts n_c > 0."""
+    counts = torch.as_tensor(counts, dtype=torch.float64)
+    shift = tau * (counts / counts.sum()).log().float().to(logits)
     return logits - shift.reshape(-1, *[1] * (logits.ndim - 2))
 
 
@@ -139,7 +105,7 @@ def dice_loss(logits: Tensor, labels: Tensor) -> Tensor:
     return 1 - overlap[true > 0].mean()
 
 
-def check_factor(where: str, option: str, value: object) -> None:
+def check_loss_factor(where: str, option: str, value: object) -> None:
     """Raise UserError unless `value` is a number, 0 or more."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
         raise UserError(f"{where}: {option} {shown_value(value)}; it must be a number, 0 or more.")
@@ -154,6 +120,6 @@ def check_counts(where: str, counts: Sequence[int], classes: int) -> None:
     bad = next((c for c, n in enumerate(counts) if isinstance(n, bool) or not isinstance(n, int) or n < 1), None)
     if bad is not None:
         raise UserError(
-            f"{where}: class {bad} has {shown_value(counts[bad])} training labels; class_weights and logit_adjustment need "
-            "at least one of every class. Train on images that have the class, or leave them out."
+            f"{where}: class {bad} has {shown_value(counts[bad])} training labels; class_weights need at least one "
+            "of every class. Train on images that have the class, or leave them out."
         )

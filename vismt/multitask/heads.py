@@ -1,26 +1,26 @@
 """Heads of dense prediction on the maps of a backbone: a list of taps (b, d, r, c) -> logits (b, channels, R, C).
 
-The taps of a plain ViT have one width and one grid; the stages of a hierarchical model differ in both, from fine to coarse, and
+The taps of a plain ViT have one width and one grid. The stages of a hierarchical model differ in both, from fine to coarse, and
 need no resampling to several scales.
 
-"linear"     1x1 convolution of the last tap, at the taps' grid: the weakest head, a linear probe of the features
-"conv"       the last tap, bilinear x4 -> 3x3 convolution + norm + GELU -> 1x1; InvPT's ConvHead (arXiv 2203.07997)
-"segformer"  a linear layer for each tap, resized to the finest grid and concatenated, 1x1, of equal grids bilinear x4 ->
+"linear"     1x1 convolution of the last tap, at the taps' grid: the weakest head, a linear probe of the features "conv"
+the last tap, bilinear x4 -> 3x3 convolution + norm + GELU -> 1x1; InvPT's ConvHead (arXiv 2203.07997) "segformer"  a linear
+layer for each tap, resized to the finest grid and concatenated, 1x1, of equal grids bilinear x4 ->
              norm + GELU -> 1x1 (SegFormer, arXiv 2105.15203)
-"dpt"        four taps, those of equal grids resampled to x4, x2, x1 and x1/2, fused from coarse to fine by residual units ->
+"dpt"        four taps, taps of equal grids resampled to x4, x2, x1 and x1/2, fused from coarse to fine by residual units ->
              the finest grid (Ranftl et al., arXiv 2103.13413). Left out: the readout of the class token, different widths
              for the scales, the 1x1 after each fusion, and the last doubling, so that on a ViT all heads but "linear" end at
              the same resolution
 
-Tasks of whole images always use the pooled head (`make_pooled_head`): its logits (b, channels) are linear in the mean of the
-last tap's patch tokens, including those of padding; the class token is not part of the maps and not used.
+Tasks of whole images always use the pooled head (`make_pooled_head`). Its logits (b, channels) are linear in the mean of the
+last tap's patch tokens, including tokens of padding. The class token is not part of the maps and not used.
 
-Grids may have any shape; where halving an odd one has lost a row, the finer map sets the size. The caller resizes logits to the
+Grids may have any shape. If halving an odd grid has lost a row, the finer map sets the size. The caller resizes logits to the
 size of the labels by `resize_logits`, before any argmax and before normals are normalised.
 
-Norm: GroupNorm by default. Dense training runs at about two images a GPU, where BatchNorm's statistics are noise; images
-without labels for a task change its running statistics, and evaluation computes a different function than training. "batch" is
-the norm of InvPT's and SegFormer's code, for comparisons at a large batch.
+The default norm is GroupNorm. Dense training runs at about two images a GPU, where BatchNorm's statistics are noise. Images
+without labels for a task would change BatchNorm's running statistics, and evaluation would compute another function than
+training. "batch" is the norm of InvPT's and SegFormer's code, for comparisons at a large batch.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class Head(nn.Module, ABC):
     """Base class of all heads: checks the taps.
 
     Args:
-        widths: width d of each tap, from shallow to deep.
-        channels: number of channels of the output.
+        widths: Width d of each tap, from shallow to deep.
+        channels: Number of channels of the output.
     """
 
     predict: nn.Module
@@ -63,13 +63,13 @@ class Head(nn.Module, ABC):
             need_whole(f"head: {what}", value)
 
     def forward(self, taps: Sequence[Tensor]) -> Tensor:
-        """Return logits (b, channels, R, C); `PooledHead` returns (b, channels).
+        """Return logits (b, channels, R, C). `PooledHead` returns (b, channels).
 
         Args:
-            taps: maps (b, d, r, c), of equal widths with the same grid r x c.
+            taps: Maps (b, d, r, c). Maps of equal widths have the same grid r x c.
 
         Raises:
-            UserError: for other numbers of taps, widths and grids.
+            UserError: If the number of taps, a width or a grid is wrong.
         """
         shapes = [tuple(tap.shape) for tap in taps]
         if any(len(shape) != 4 for shape in shapes) or tuple(shape[1] for shape in shapes) != self.widths:
@@ -88,7 +88,7 @@ class Head(nn.Module, ABC):
         """Return the logits of taps whose shapes were checked."""
 
     def start_at(self, value: float) -> None:
-        """Set the bias of the last layer, so that an untrained head gives values around this one."""
+        """Set the bias of the last layer, so that an untrained head gives values around this value."""
         *_, bias = self.predict.parameters()
         nn.init.constant_(bias, value)
 
@@ -113,10 +113,10 @@ class ConvHead(Head):
     """The head "conv".
 
     Args:
-        widths: width d of each tap; the last one is used.
-        channels: number of channels of the output.
-        hidden: width of the hidden map, None for that of the tap.
-        scale: factor of the bilinear upsampling.
+        widths: Width d of each tap. The last tap is used.
+        channels: Number of channels of the output.
+        hidden: Width of the hidden map. None for the width of the tap.
+        scale: Factor of the bilinear upsampling.
         norm: "group" or "batch".
     """
 
@@ -139,10 +139,10 @@ class SegFormerHead(Head):
     """The head "segformer", on any number of taps.
 
     Args:
-        widths: width d of each tap.
-        channels: number of channels of the output.
-        hidden: width of each projected tap and of the fused map.
-        scale: factor of the bilinear upsampling of the finest grid; None for 4, of stages for 1.
+        widths: Width d of each tap.
+        channels: Number of channels of the output.
+        hidden: Width of each projected tap and of the fused map.
+        scale: Factor of the bilinear upsampling of the finest grid. None stands for 4, and for 1 with stages.
         norm: "group" or "batch".
     """
 
@@ -161,7 +161,8 @@ class SegFormerHead(Head):
     def decode(self, taps: list[Tensor]) -> Tensor:
         finest = max((tap.shape[-2:] for tap in taps), key=math.prod)
         maps = [resize_logits(project(tap), finest) for project, tap in zip(self.project, taps)]
-        # A 1x1 convolution and bilinear upsampling commute: fusing on the small grid gives the same at a fraction of the cost.
+        # A 1x1 convolution and bilinear upsampling commute. Fusing on the small grid gives the same at a fraction of
+        # the cost.
         return self.predict(F.gelu(self.norm(enlarge(self.fuse(torch.cat(maps, 1)), self.scale))))
 
 
@@ -170,9 +171,9 @@ class DptHead(Head):
     """The head "dpt", on four taps from shallow to deep.
 
     Args:
-        widths: width d of each of the four taps.
-        channels: number of channels of the output.
-        hidden: width of all maps, even.
+        widths: Width d of each of the four taps.
+        channels: Number of channels of the output.
+        hidden: Width of all maps, an even number.
     """
 
     def __init__(self, widths: Sequence[int], channels: int, *, hidden: int = 256) -> None:
@@ -230,25 +231,25 @@ class ResidualUnit(nn.Module):
 HeadType = TypeVar("HeadType", bound=Head)
 
 
-def make_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0, **options: Any) -> Head:
+def make_map_head(name: str, widths: Sequence[int], channels: int, *, seed: int = 0, **options: Any) -> Head:
     """Return a new head for maps.
 
     Args:
-        name: a key of `HEADS`.
-        widths: width of each tap, from shallow to deep.
-        channels: number of channels of the output.
-        seed: of the start values; the state of the global generator does not change.
-        options: options of the head's class.
+        name: Name of the head, a key of `HEADS`.
+        widths: Width of each tap, from shallow to deep.
+        channels: Number of channels of the output.
+        seed: Seed of the start values. The state of the global generator does not change.
+        options: Options of the head's class.
 
     Raises:
-        UserError: for an unknown head or option, and values out of range.
+        UserError: If a head or option is unknown, or a value is out of range.
     """
-    check_head(name, options)
+    check_map_head(name, options)
     return _initialised(partial(HEADS[name], **options), widths, channels, seed)
 
 
 def make_pooled_head(widths: Sequence[int], channels: int, *, seed: int = 0) -> PooledHead:
-    """Return a new head for a task of whole images; arguments as of `make_head`."""
+    """Return a new head for a task of whole images. Arguments are as for `make_map_head`."""
     return _initialised(PooledHead, widths, channels, seed)
 
 
@@ -258,7 +259,7 @@ def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels:
         return head(widths, channels)
 
 
-def check_head(name: str, options: Mapping[str, Any]) -> None:
+def check_map_head(name: str, options: Mapping[str, object]) -> None:
     """Raise UserError for an unknown head or option, and for an option of another type."""
     parameters = inspect.signature(HEADS[name]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]

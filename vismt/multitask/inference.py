@@ -3,11 +3,11 @@
     prediction(p) = mean over scales of the mean of the predictions at pixel p over all views (window, mirrored or not) that
                     contain p, for the image enlarged by the scale; predictions are resized to the image's own size
 
-Windows have the net's input size and equal distances, neighbours share `overlap` of a side or more, and all windows have the
-same weight (the sliding inference of semantic segmentation). The mean is taken over the head's output, logits and depths, but
-over unit vectors for normals (`Task.view`), because the longest of vectors of different lengths would dominate. Depth of
-an enlarged image is converted to the unit of the image (`Task.rescaled`). The prediction of a single window without
-mirroring at the image's own scale is returned unchanged.
+Windows have the net's input size and equal distances. Neighbours share `overlap` of a side or more, and all windows have the
+same weight (the sliding inference of semantic segmentation). The mean is taken over the head's output (logits and depths). For
+normals it is taken over unit vectors (`Task.view`), because a long vector would dominate. Depth of an enlarged image is
+converted to the unit of the image (`Task.rescaled`). The prediction of a single window without mirroring at the image's own
+scale is returned unchanged.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from vismt.data.maps.dense_transforms import FILL
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
 
-LARGEST_SCALE = 8  # beyond it the windows of one image are thousands
+LARGEST_SCALE = 8  # beyond it an image has thousands of windows
 
 
 def predict(
@@ -36,21 +36,21 @@ def predict(
     flip: bool = False,
     scales: Sequence[float] = (1.0,),
 ) -> dict[str, Tensor]:
-    """Predict all tasks for images of any size; sides shorter than the net's are padded with grey and cropped again.
+    """Predict all tasks for images of any size. Sides shorter than the net's are padded with grey and cropped again.
 
     Args:
-        net: the net.
-        tasks: the tasks of the net's heads by name.
-        images: (b, 3, h, w) in [0, 1].
-        overlap: share of a side that neighbouring windows have in common, in [0, 1).
-        flip: whether to average with the predictions for the mirrored images.
-        scales: factors by which the images are enlarged, over which the predictions are averaged.
+        net: Net.
+        tasks: Tasks of the net's heads by name.
+        images: Images (b, 3, h, w) in [0, 1].
+        overlap: Share of a side that neighbouring windows have in common, in [0, 1).
+        flip: Whether to average with the predictions for the mirrored images.
+        scales: Factors by which the images are enlarged. The predictions are averaged over them.
 
     Returns:
         Predictions by task, fp32 (b, channels, h, w), or (b, channels) for tasks of whole images.
 
     Raises:
-        UserError: for scales that are not different numbers above 0.
+        UserError: If the scales are not different numbers above 0.
     """
     check_scales(scales)
     if list(scales) == [1]:

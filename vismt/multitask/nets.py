@@ -2,10 +2,10 @@
 
     labels of task t: offset_t .. offset_t + k_t - 1, offset_t = k_1 + .. + k_{t-1}, in one head of C = sum k_t outputs
 
-In the label space "union" the net predicts a class among all C (task-agnostic inference): the class of another task is an error.
-"separate" is the usual, easier problem (task-aware inference): a softmax over the classes of each task, with the task given at
-test time. Separate heads are rows of one matrix, so training does not differ otherwise, and every head is in the graph of every
-process. EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884, sections 2 and 6.
+In the label space "union" the net predicts a class among all C (task-agnostic inference). The class of another task is an
+error. "separate" is the usual, easier problem (task-aware inference). It has a softmax over the classes of each task, and the
+task is given at test time. Separate heads are rows of one matrix, so training does not differ otherwise, and every head is in
+the graph of every process. EMTAL, Zhong et al., NeurIPS 2024, arXiv 2501.06884, sections 2 and 6.
 """
 
 from __future__ import annotations
@@ -55,11 +55,11 @@ class TaskClassifier(nn.Module):
     """A classifier over the union for the images of one task: (b, 3, h, w) -> logits (b, C).
 
     Args:
-        net: images -> logits (b, C).
-        union: the label space.
-        task: number of the task.
-        task_aware: whether the labels of other tasks are excluded, as with separate heads. Their logits become large negative
-            finite numbers and not -inf, because an attack that subtracts logits would turn -inf into NaN.
+        net: Net from images to logits (b, C).
+        union: Label space.
+        task: Number of the task.
+        task_aware: Whether the labels of other tasks are excluded, as with separate heads. Their logits then become large
+            negative finite numbers and not -inf, because an attack that subtracts logits would turn -inf into NaN.
     """
 
     def __init__(self, net: nn.Module, union: Union, task: int, task_aware: bool) -> None:
@@ -78,19 +78,19 @@ class TaskClassifier(nn.Module):
 class DenseNet(nn.Module):
     """A backbone with a head for each task: images (b, 3, h, w) in [0, 1] -> {task: logits (b, channels, R, C)}.
 
-    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels), from a PooledHead,
-    or in one label space (b, C), the rows of all their heads. Where the backbone has features of tasks (streams.py), the head
-    of a task reads its own.
+    h and w are the backbone's input size, square or not. Tasks of whole images have logits (b, channels) from a PooledHead, or,
+    in one label space, (b, C) from the rows of all their heads. If the backbone has features of tasks (streams.py), the head of
+    a task reads its own features.
 
     Args:
-        backbone: a ViT, or a hierarchical model, whose taps are its stages.
-        heads: heads by task, at least one.
-        blocks: numbers of the blocks whose outputs are the taps of the heads, from shallow to deep, one for each width of a
-            head; the last must be the model's last block, because later blocks would be trained but never run.
-        union: tasks of whole images in one label space: each gets the logits (b, C) of all of them, side by side.
+        backbone: ViT, or a hierarchical model, whose taps are its stages.
+        heads: Heads by task, at least one.
+        blocks: Numbers of the blocks whose outputs are the taps of the heads, from shallow to deep, one for each width of a
+            head. The last must be the model's last block, because later blocks would be trained but never run.
+        union: Tasks of whole images in one label space. Each gets the logits (b, C) of all of them, side by side.
 
     Raises:
-        UserError: without a head, for blocks that do not end with the last, and for heads of other widths.
+        UserError: If there is no head, the blocks do not end with the last block, or a head has other widths.
     """
 
     def __init__(
@@ -144,13 +144,13 @@ class DenseNet(nn.Module):
 def default_blocks(depth: int) -> list[int]:
     """Return four evenly spaced taps that end with the last: 3, 6, 9, 12 of 12, 6, 12, 18, 24 of 24 (TaskPrompter).
 
-    Of five stages these are the last four; of fewer than four, some count twice.
+    Of five stages these are the last four. Of fewer than four, some count twice.
     """
     return [-(-quarter * depth // 4) - 1 for quarter in (1, 2, 3, 4)]
 
 
 def check_blocks(blocks: Sequence[int], depth: int) -> list[int]:
-    """Return the blocks counted from 0; raise UserError unless they exist, are sorted and end with the model's last."""
+    """Return the blocks counted from 0. Raise UserError unless they exist, are sorted and end with the model's last block."""
     numbers = [block % depth for block in blocks if -depth <= block < depth]
     if len(numbers) < len(blocks) or not numbers or numbers != sorted(numbers) or numbers[-1] != depth - 1:
         raise UserError(

@@ -4,23 +4,23 @@ Classification over one label space (EMTAL, section 2):
 
     L = mean over the mixed batch of CE(z_s, y_s), label-smoothed, + L_QR     (class_loss.py for long tails, retain.py)
 
-As in the released code (Zhong et al., NeurIPS 2024, arXiv 2501.06884), the loss is a single mean over the batch, in which a task
-counts in proportion to its images. A balancer takes one mean for each task (balancing/base.py), and L_QR is added to the balanced
-loss. With a Bayesian last layer the loss is VBLL's bound, with smoothed labels (vismt/uncertainty/vbll.py):
+As in the released code (Zhong et al., NeurIPS 2024, arXiv 2501.06884), the loss is a single mean over the batch, in which a
+task counts in proportion to its images. A balancer takes one mean for each task (balancing/base.py), and L_QR is added to the
+balanced loss. With a Bayesian last layer the loss is VBLL's bound, with smoothed labels (vismt/uncertainty/vbll.py):
 
     -bound = -sum_c t_c m_c + logsumexp_c(m_c + v_c / 2) = CE(m + v / 2, t) + sum_c t_c v_c / 2
     loss   = mean_b -bound + (KL - log prior of the noise) / N            t: labels, smoothed; N training images of all tasks
 
-m, v: mean and variance of the logits of an image. E log softmax_c(z) >= m_c - logsumexp(m + v / 2) holds for each class, so it
-holds for the average that smoothed labels take. Every image of a batch carries the whole second term, so that a balancer gets it
-in the loss of each task.
+m and v are mean and variance of the logits of an image. E log softmax_c(z) >= m_c - logsumexp(m + v / 2) holds for each class,
+so it holds for the average that smoothed labels take. Every image of a batch carries the whole second term, so that a balancer
+gets it in the loss of each task.
 
 Dense prediction (EMTAL, section 6):
 
     L = sum over tasks with a valid pixel of  w_t L_t(resized logits, target)  + L_QR           w_t = task.loss_weight
 
 Every task sees every image, and EMTAL's router does not depend on the task. Classes of whole images may be among the tasks,
-each with a softmax of its own or over the union of their classes (tasks/classes.py); their logits are not resized. A task
+each with a softmax of its own or over the union of their classes (tasks/classes.py). Their logits are not resized. A task
 without a valid pixel or labelled image in the batch is left out (partial labels, for example when each data set has labels of
 one task), but its head stays in the graph with a gradient of zero, so that all processes of DistributedDataParallel use the
 same parameters. A balancer takes the weighted losses, so "ew" is the plain sum. In a step of several batches L_t is a mean over
@@ -51,16 +51,18 @@ from vismt.uncertainty.vbll import VBLLClassifier
 
 
 class TaskObjective(nn.Module, ABC):
-    """Base class of objectives; call `step()` after each optimiser step.
+    """Base class of objectives. Call `step()` after each optimiser step.
 
     net, balancer and retain are submodules, so that their state is saved with the training.
 
     Args:
-        net: the trained net.
-        balancer: weighs the losses of the tasks.
-        balanced: parameters whose gradients the balancer uses.
-        retain: quality retaining.
+        net: Trained net.
+        balancer: Balancer that weighs the losses of the tasks.
+        balanced: Parameters whose gradients the balancer uses.
+        retain: Quality retaining.
     """
+
+    net: Any  # what `outputs` and `losses` call of it differs by objective
 
     def __init__(
         self, net: nn.Module, balancer: Balancer | None, balanced: Sequence[Tensor], retain: QualityRetaining | None
@@ -69,7 +71,7 @@ class TaskObjective(nn.Module, ABC):
         self.net, self.balancer, self.retain = net, balancer, retain
         self._balanced = tuple(balanced)
         self._batches: list[tuple[Tensor, Tensor]] = []
-        self._last: Any = None  # the latest batch, where the balancer compares its losses before and after the step
+        self._last: Any = None  # the latest batch, if the balancer compares its losses before and after the step
         self._precision: AbstractContextManager = nullcontext()
 
     @abstractmethod
@@ -78,25 +80,27 @@ class TaskObjective(nn.Module, ABC):
 
     @property
     def clipped(self) -> Sequence[Tensor] | None:
-        """Parameters whose gradient alone is clipped, None for all.
+        """Parameters whose gradient alone is clipped. None for all.
 
-        A balancer of gradients scales those of the heads and of the balanced parameters by different factors (Nash-MTL those of
-        heads by thousands), and one norm over both would stop the balanced parameters.
+        A balancer of gradients scales the gradients of the heads and of the balanced parameters by different factors (Nash-MTL
+        scales heads by thousands). One norm over both would stop the balanced parameters.
         """
         return self._balanced if isinstance(self.balancer, GradientBalancer) else None
 
-    def balance(self, losses: Mapping[str, Tensor], batch: Any) -> Tensor:
-        """Return one scalar from the losses by task of a batch; needs a balancer.
+    def balance(self, losses: Mapping[str, Tensor], batch: object) -> Tensor:
+        """Return one scalar from the losses by task of a batch. It needs a balancer.
 
         L_QR, and the head of a task without a loss, still need the graph afterwards.
         """
-        if type(self.balancer).update is not Balancer.update:
-            kind = self.balancer.balanced(self._balanced)[0].device.type
+        balancer = self.balancer
+        assert balancer is not None
+        if type(balancer).update is not Balancer.update:
+            kind = balancer.balanced(self._balanced)[0].device.type
             enabled = torch.is_autocast_enabled(kind)
             self._last = batch
             self._precision = torch.autocast(kind, torch.get_autocast_dtype(kind), enabled)
-        needed = self.retain is not None or len(losses) < len(self.balancer.tasks)
-        return self.balancer.combine(losses, self._balanced, retain_graph=needed)
+        needed = self.retain is not None or len(losses) < len(balancer.tasks)
+        return balancer.combine(losses, self._balanced, retain_graph=needed)
 
     def remember(self, logits: Tensor, labels: Tensor) -> None:
         """Store a batch, which the next `step` adds to the bank of `retain`."""
@@ -109,12 +113,12 @@ class TaskObjective(nn.Module, ABC):
         return {f"weight/{name}": value for name, value in self.balancer.last_alpha().items()}
 
     def step(self) -> None:
-        """Update retaining with the logits of all batches of an optimiser step, and FAMO; call it after the step."""
-        if self._batches:
+        """Update retaining with the logits of all batches of an optimiser step, and FAMO. Call it after the step."""
+        if self.retain is not None and self._batches:
             logits, labels = (torch.cat(parts) for parts in zip(*self._batches))
             self.retain.update(logits, labels)
             self._batches.clear()
-        if self._last is not None:
+        if self.balancer is not None and self._last is not None:
             with torch.no_grad(), self._precision:
                 self.balancer.update(self.losses(self._last))
             self._last = None
@@ -123,19 +127,21 @@ class TaskObjective(nn.Module, ABC):
 class UnionObjective(TaskObjective):
     """Loss over the union: objective({"images" (b, 3, h, w), "labels" int64 (b,)}) -> {"loss", "ce", "accuracy", ...}, scalars.
 
-    Call `step()` after each optimiser step. The result also holds, where they exist, "retain" (L_QR), "running ce/<task>" (of
+    Call `step()` after each optimiser step. The result also holds, if they exist, "retain" (L_QR), "running ce/<task>" (of
     retain) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
 
     Args:
-        net: images -> logits (b, C).
-        union: the label space.
+        net: Net from images to logits (b, C).
+        union: Label space.
         head: "union" or "separate".
-        label_smoothing: in [0, 1).
-        class_loss: options for long-tailed classes, its counts those of the union; separate heads take each task's part of them.
-        balancer: None for the mean over the batch.
-        balanced: parameters whose gradients the balancer uses.
-        retain: quality retaining, which needs the union head.
+        label_smoothing: Share of the label that is spread over all classes, in [0, 1).
+        class_loss: Options for long-tailed classes, with the counts of the union. Separate heads take the part of each task.
+        balancer: Balancer. None for the mean over the batch.
+        balanced: Parameters whose gradients the balancer uses.
+        retain: Quality retaining, which needs the union head.
     """
+
+    task_of_class: Tensor
 
     def __init__(
         self,
@@ -193,13 +199,16 @@ class UnionObjective(TaskObjective):
         return logits, entropies, correct
 
     def _by_task(self, entropies: Tensor, tasks: Tensor) -> dict[str, Tensor]:
-        """Return the mean cross-entropy of every task with a sample. entropies, tasks: (b,)."""
+        """Return the mean cross-entropy of every task with a sample.
+
+        entropies, tasks: Values (b,) of the samples.
+        """
         present = {name: entropies[tasks == number] for number, name in enumerate(self.union.tasks)}
         return {name: values.mean() for name, values in present.items() if len(values)}
 
 
 class VariationalUnionObjective(UnionObjective):
-    """`UnionObjective` for a net with `features(images)` and a VBLLClassifier `head`; "ce" is the whole loss.
+    """`UnionObjective` for a net with `features(images)` and a VBLLClassifier `head`. "ce" is the whole loss.
 
     Separate heads and losses of unequal classes have no bound.
     """
@@ -217,19 +226,20 @@ class VariationalUnionObjective(UnionObjective):
 class DenseObjective(TaskObjective):
     """Loss of a dense net: objective(batch) -> {"loss", "<task>", ...}, scalars.
 
-    batch is a collated sample (dense_sample.py), which may lack targets. Call `step()` after each optimiser step. The result
-    holds "loss"; "<task>", the task's loss without its weight, NaN for a batch without a valid pixel; and, where they exist,
-    "retain" (L_QR) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the training.
+    The batch is a collated sample (dense_sample.py), which may lack targets. Call `step()` after each optimiser step. The
+    result holds "loss", and for each "<task>" its loss without its weight, NaN for a batch without a valid pixel. If they
+    exist, it also holds "retain" (L_QR) and "weight/<task>" (alpha of the balancer). The state of all parts is saved with the
+    training.
 
     Args:
-        net: the net.
-        tasks: the tasks of the net's heads, in any order.
-        balancer: None for the weighted sum.
-        balanced: parameters whose gradients the balancer uses.
-        retain: quality retaining of the task semseg.
+        net: Net.
+        tasks: Tasks of the net's heads, in any order.
+        balancer: Balancer. None for the weighted sum.
+        balanced: Parameters whose gradients the balancer uses.
+        retain: Quality retaining of the task semseg.
 
     Raises:
-        UserError: for tasks that are not those of the heads.
+        UserError: If the tasks are not the tasks of the heads.
     """
 
     def __init__(
@@ -255,10 +265,10 @@ class DenseObjective(TaskObjective):
         losses = self._weighted(plain)
         loss = sum(losses.values(), nothing) if self.balancer is None else self.balance(losses, batch)
         for name in self.tasks.keys() - plain.keys():
-            # The sum of no elements: zero whatever the logits are, and in the graph of the head.
+            # The sum of no elements is zero for any logits, and in the graph of the head.
             loss = loss + logits[name].flatten()[:0].sum()
         if self.retain is not None:
-            # Every process asks for it, also without a labelled image; 0 without a valid pixel.
+            # Every process asks for it, also without a labelled image. Without a valid pixel it is 0.
             classes, target = logits[SEGMENTATION], batch.get(SEGMENTATION)
             if target is None:
                 height, width = batch["image"].shape[-2:]

@@ -1,7 +1,7 @@
-"""Features of each task beside the shared ones, for models whose method gives tasks parts of their own (mtlora/).
+"""Features of each task beside the shared features, for models whose method gives tasks parts of their own (mtlora/).
 
-One forward pass computes the shared features once. What a module computes for tasks leaves the model sideways, through this
-context: the stock model's forward functions have no place for it.
+One forward pass computes the shared features once. Features of tasks leave the model sideways, through this context, because
+the stock model's forward functions have no place for them.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ class task_features(PerSample):
     """Compute features of tasks inside the block: `with task_features(tasks) as features:`.
 
     Args:
-        tasks: names of tasks; every sample gets features of each. With `per_sample` one name for each sample of the batch: the
-            model then returns what it computes for the task of each sample, and a batch may mix tasks.
-        per_sample: see above.
+        tasks: Names of tasks. Every sample gets features of each task. With `per_sample` there is one name for each sample of
+            the batch. The model then returns what it computes for the task of each sample, so that a batch may mix tasks.
+        per_sample: Whether `tasks` has one name for each sample.
 
     Attributes:
-        own: of each module that has features of tasks, its output for them, (t b) rows, task by task, with gradients; the
-            caller takes it out.
+        own: Outputs for the tasks of each module that has features of tasks, (t b) rows, task by task, with gradients. The
+            caller takes them out.
 
     Raises:
-        UserError: for tasks that are not a list of names, and in the forward pass for a task that the model does not have and a
-            batch of another number of samples.
+        UserError: If the tasks are not a list of names, or, in the forward pass, the model does not have a task or the batch
+            has another number of samples.
     """
 
     def __init__(self, tasks: Sequence[str], *, per_sample: bool = False) -> None:
@@ -38,7 +38,7 @@ class task_features(PerSample):
             raise UserError(f"task_features: tasks {shown_value(tasks)}; give a list of {rule}.")
         super().__init__()
         self.tasks, self.per_sample = tuple(tasks), per_sample
-        self.streams = 1 if per_sample else len(tasks)  # rows for tasks of each sample
+        self.streams = 1 if per_sample else len(tasks)  # number of rows for tasks of each sample
         self.own: dict[nn.Module, Tensor] = {}
 
     def check(self, known: Sequence[str], batch: int) -> None:

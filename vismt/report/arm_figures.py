@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -23,12 +23,12 @@ from vismt.report.plotting import (
     legend,
     legend_rows,
     new_figure,
-    note,
     one_panel,
     running_mean,
-    save,
+    save_figure,
     short,
     write,
+    write_note,
 )
 from vismt.report.tables import typographic
 from vismt.uncertainty.intervals import SHARE, Scale
@@ -36,13 +36,16 @@ from vismt.uncertainty.intervals import SHARE, Scale
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-SHARES = ("accuracy", "robust")  # logged in [0, 1], drawn in per cent
-_WIDEST, LETTER = 6.4, 0.076  # inches: of a figure, and of a letter of 8.5 points
+SHARES = ("accuracy", "robust")  # logged in [0, 1] and drawn in per cent
+_WIDEST, LETTER = 6.4, 0.076  # inches: width of a figure, and of a letter of 8.5 points
 
 
 @dataclass(frozen=True)
 class SeedsPanel:
-    """One score: its name, metric and number of examples, values by (arm, seed) as drawn, shares in per cent, and its scale."""
+    """One score with what its panel shows: name, metric, number of examples, scale, and values by (arm, seed).
+
+    The values are as they are drawn, with shares in per cent.
+    """
 
     title: str
     metric: str
@@ -52,9 +55,10 @@ class SeedsPanel:
 
 
 def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) -> Path:
-    """Draw the arms side by side in every panel, a dot for each seed, a bar and the number of their mean; return `path`.
+    """Draw the arms side by side in every panel, and return `path`.
 
-    Dots of one seed are joined: arms of a seed are paired. An arm without a value leaves its place empty.
+    Each seed has a dot. The mean of an arm has a bar and its number. Dots of one seed are joined, because arms of a seed are
+    paired. An arm without a value leaves its place empty.
     """
     names = [short(arm, 18) for arm in arms]
     longest = max(map(len, names)) * LETTER
@@ -74,7 +78,7 @@ def seeds_figure(panels: Sequence[SeedsPanel], arms: Sequence[str], path: Path) 
         _seeds(axes, panel, arms)
         axes.tick_params(labelbottom=place + columns >= len(panels))
         axes.set_xticks(range(len(arms)), names, rotation=90 if upright else 0, color=INK)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
@@ -93,14 +97,17 @@ def _seeds(axes: Axes, panel: SeedsPanel, arms: Sequence[str]) -> None:
             axes.plot([number - 0.32, number + 0.32], [mean] * 2, color=color, linewidth=2.4, alpha=0.75, zorder=2)
             text = typographic(format(mean, ".1f" if panel.scale == SHARE else ".3g"))
             style = {"ha": "center", "fontsize": 8.5, "fontweight": "bold"}
-            note(axes, text, (number, 1), (0, 6), ("data", "axes fraction"), **style)
+            write_note(axes, text, (number, 1), (0, 6), ("data", "axes fraction"), **style)
     dress(axes, "", grid="y")
     axes.set(xlim=(-0.5, len(arms) - 0.5), ymargin=0.09)
     axes.locator_params(axis="y", nbins=5)
 
 
 def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str], path: Path) -> Path:
-    """Draw a dot for each model at its cost and its score with the 95 % interval. names: of the score and of the cost."""
+    """Draw a dot for each model at its cost and its score with the 95 % interval.
+
+    names: Names of the score and of the cost.
+    """
     figure, axes = one_panel(list(costs), [color_of(arm, list(c.cells)) for arm in costs], short(names[0], 33))
     factor, alike = 100 if c.row.scale == SHARE else 1, Counter(costs.values())
     low, high = min(costs.values()), max(costs.values())
@@ -126,11 +133,14 @@ def cost_figure(c: Comparison, costs: Mapping[str, float], names: tuple[str, str
         if high >= 1000:
             axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.set_xlabel(names[1], color=MUTED, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def pairs_figure(pairs: Mapping[str, tuple[float, float, float]], scale: str, title: str, path: Path) -> Path:
-    """Draw a dot with its 95 % interval for each difference, and a line at 0. pairs: difference, low and high by name."""
+    """Draw a dot with its 95 % interval for each difference, and a line at 0.
+
+    pairs: Difference, low and high by name.
+    """
     factor, left, names = 100 if scale == SHARE else 1, 1.75, list(pairs)
     figure = new_figure(NARROW, 0.9 + 0.3 * len(names))
     axes = axes_at(figure, left, 0.45, NARROW - left - 0.2, 0.3 * len(names))
@@ -143,11 +153,14 @@ def pairs_figure(pairs: Mapping[str, tuple[float, float, float]], scale: str, ti
     axes.set(ylim=(0.6 - len(names), 0.4))
     axes.set_yticks([-place for place in range(len(names))], [short(name, 22) for name in names], fontsize=9)
     axes.locator_params(axis="x", nbins=4)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Path:
-    """Draw a line for each arm through its validation scores by learning rate. scores: score by arm and rate."""
+    """Draw a line for each arm through its validation scores by learning rate.
+
+    scores: Score by arm and rate.
+    """
     arms = list(scores)
     figure, axes = one_panel(arms, [color_of(arm, arms) for arm in arms], "Validation score")
     for arm, by_rate in scores.items():
@@ -159,17 +172,17 @@ def rates_figure(scores: Mapping[str, Mapping[float, float]], path: Path) -> Pat
     shown = shown[:: math.ceil(len(shown) / 4)]
     axes.set_xticks(shown, [f"{rate:g}" for rate in shown])
     axes.set_xlabel("learning rate", color=MUTED, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
-def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mapping[str, str], path: Path) -> Path:
-    """Draw what was logged against the step: a panel for each of `titles` that was logged, a line for each arm.
+def curves_figure(logs: Mapping[str, Sequence[Mapping[str, object]]], titles: Mapping[str, str], path: Path) -> Path:
+    """Draw what was logged against the step: a panel for each logged entry of `titles`, and a line for each arm.
 
-    logs: lines of metrics.jsonl by arm; a value that is missing or None leaves a gap. Thin: as logged; thick: running mean.
-    titles: {name in the log: title}; shares ("accuracy", "robust") are drawn in per cent, "fade" low and dashed. Raises
-    UserError when nothing but the fade was logged.
+    logs: Lines of metrics.jsonl by arm. A value that is missing or None leaves a gap. Thin lines are the logged values, thick
+    lines the running mean. titles: {name in the log: title}. Shares ("accuracy", "robust") are drawn in per cent, and "fade"
+    low and dashed. Raise UserError if nothing but the fade was logged.
     """
-    series: dict[str, dict[str, np.ndarray]] = {}  # by name and arm the logged (step, value) pairs (logged, 2)
+    series: dict[str, dict[str, np.ndarray]] = {}  # logged (step, value) pairs (logged, 2) by name and arm
     for name in titles:
         pairs = {
             arm: [(row["step"], row[name]) for row in rows if row.get(name) is not None] for arm, rows in logs.items()
@@ -203,5 +216,6 @@ def curves_figure(logs: Mapping[str, Sequence[Mapping[str, Any]]], titles: Mappi
                 continue
             factor, lone = 100.0 if name in SHARES else 1.0, "o" if len(steps) == 1 else None
             axes.plot(steps, factor * values, color=color, alpha=0.18, linewidth=0.8, marker=lone, zorder=1.5)
-            axes.plot(steps, factor * running_mean(values), color=color, linewidth=1.8, solid_capstyle="round")
-    return save(figure, path)
+            few = "o" if len(steps) <= 20 else None
+            axes.plot(steps, factor * running_mean(values), color=color, linewidth=1.8, marker=few, markersize=3)
+    return save_figure(figure, path)

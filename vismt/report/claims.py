@@ -1,32 +1,33 @@
-"""What the papers claim, as data, and the verdict on each claim that follows from the rows of a study.
+"""The claims of the papers as data, and the verdict on each claim that follows from the rows of a study.
 
-docs/results/rows/claims.yaml has the claims of every method. Each names the numbers that test it here: one row of a study, an
-arm's or a difference of two arms, and in the units in which tables show it
+docs/results/rows/claims.yaml has the claims of every method. Each claim names the numbers that test it here. A number is one
+row of a study, of an arm or of a difference of two arms, in the units in which tables show it.
 
     above or below   the line beyond which the claim is true at all: above 0, or above -2 for "at most two points less"
     claimed          the size that the paper reports; without it the line itself
 
-and with the row's 95 % interval:
+The verdict follows from the row's 95 % interval:
 
                             reaches the claimed size    does not
     wholly beyond the line  holds                       holds weaker
     not wholly              undecided                   does not hold
 
-So a claim fails where its effect, or the claimed size of it, is excluded, not where it is merely not shown. What no row can show
-has a test that does, or the reason why it cannot be tested here. A row whose protocol cannot tell is "not evidence" whatever its
-interval, and its note says why.
+A claim therefore fails only if its effect, or the claimed size of it, is excluded. It does not fail if it is merely not shown.
+A claim that no row can show has a test that shows it, or the reason why it cannot be tested here. A row whose protocol cannot
+tell is "not evidence" for any interval, and its note says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Annotated
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, build
 from vismt.config.yaml_text import read_yaml
-from vismt.report.study_rows import ROWS, StudyRow
+from vismt.report.study_rows import ROWS, StudyRow, StudyRows
 from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import SHARE
 
@@ -38,21 +39,23 @@ CLAIMS = "claims.yaml"
 
 
 @dataclass(frozen=True)
-class Evidence:
-    """What tests a claim: a row of a study, a test of the repository, or why nothing here can.
+class ClaimEvidence:
+    """The test of a claim: a row of a study, a test of the repository, or the reason why nothing here can test it.
 
     Args:
-        study: name of the study.
-        page: of the study in docs/, where it is not results/STUDY.
-        config: name of the configuration of a study that has no page yet.
-        task: of the row, as data, protocol, condition, metric, arm and minus; null where the others name the row.
-        above: line that the effect has to exceed.
-        below: line that it has to stay under.
-        claimed: the size of the effect in the paper.
-        verdict: what follows; "not evidence" where the protocol cannot tell, for the reason in `note`.
-        test: path::name of a test that shows the claim.
-        why: why it is not testable here.
-        note: a remark on the protocol.
+        study: Name of the study.
+        page: Page of the study in docs/, if it is not results/STUDY.
+        config: Name of the configuration of a study that has no page yet.
+        task: Field of the row, like data, protocol, condition, metric, arm and minus. null if the other fields name the row.
+        domains: Whether the claim is about unseen domains. Then the wider of two intervals decides: the row's interval, and the
+            interval over its sets as a sample of domains.
+        above: Line that the effect has to exceed.
+        below: Line that the effect has to stay under.
+        claimed: Size of the effect in the paper.
+        verdict: Verdict that follows. "not evidence" if the protocol cannot tell, for the reason in `note`.
+        test: Name (path::name) of a test that shows the claim.
+        why: Reason why the claim cannot be tested here.
+        note: Remark on the protocol.
     """
 
     study: str = ""
@@ -65,6 +68,7 @@ class Evidence:
     metric: str = "accuracy"
     arm: str = ""
     minus: str = ""
+    domains: bool = False
     above: float | None = None
     below: float | None = None
     claimed: float | None = None
@@ -83,12 +87,17 @@ class Evidence:
 
     @property
     def row(self) -> dict[str, str]:
-        """The values that the row has."""
+        """Values that the row has."""
         names = ("task", "data", "protocol", "condition", "metric", "arm", "minus")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
+    def find(self, study: StudyRows, where: str) -> StudyRow:
+        """Return the row of a study with the interval that decides. Raises UserError, with `where`, if it is not one row."""
+        row = study.find(self.row, where)
+        return max((row, study.over_domains(row, where)), key=attrgetter("half")) if self.domains else row
+
     def follows(self, row: StudyRow) -> str:
-        """Return the verdict that follows from a row."""
+        """Return the verdict that follows from a row with the interval that decides."""
         if self.verdict == NO_EVIDENCE:
             return NO_EVIDENCE
         factor = 100 if row.scale == SHARE else 1
@@ -109,12 +118,15 @@ class Claim:
     """A claim of a paper in one sentence, and what tests it."""
 
     claim: str
-    shown: list[Evidence] = field(default_factory=list)
+    shown: list[ClaimEvidence] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Paper:
-    """The claims of one paper. title: heading of its part of the page; page: documentation of its method; source: its link."""
+    """The claims of one paper.
+
+    title: Heading of its part of the page. page: Documentation of its method. source: Link to the paper.
+    """
 
     title: str
     page: str
@@ -123,19 +135,19 @@ class Paper:
 
 
 def read_claims() -> list[Paper]:
-    """Return the claims of the checkout, or of the wheel; [] where there are none."""
+    """Return the claims of the checkout, or of the wheel. Return [] if there are none."""
     path = shipped(ROWS) / CLAIMS
     if not path.is_file():
         return []
     return [build(Paper, values, f"{path}: {name}") for name, values in read_yaml(path, str(path)).items()]
 
 
-def of_study(papers: Sequence[Paper], study: str) -> list[tuple[str, Evidence]]:
+def of_study(papers: Sequence[Paper], study: str) -> list[tuple[str, ClaimEvidence]]:
     """Return the claims that a study tests, each with its evidence."""
     claims = [claim for paper in papers for claim in paper.claims]
     return [(claim.claim, evidence) for claim in claims for evidence in claim.shown if evidence.study == study]
 
 
 def contradict(first: str, second: str) -> bool:
-    """Return whether one verdict says that a claim is true, to whatever extent, and the other that it is not."""
+    """Return whether one verdict says that a claim is true, to any extent, and the other says that it is not."""
     return FAILS in (first, second) and bool({HOLDS, WEAKER} & {first, second})

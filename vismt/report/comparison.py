@@ -1,12 +1,12 @@
-"""Rows of results.jsonl set beside each other: which arm is best, and which are its statistical ties.
+"""Comparison of rows of results.jsonl: which arm is best, and which arms are statistical ties.
 
-Two arms are compared on the same examples when both left records that reproduce their numbers: a tie is then an interval of
-the paired difference that contains zero. Without such records it is an overlap of the two intervals.
+Two arms are compared on the same examples if both left records that reproduce their numbers. A tie then means that the interval
+of the paired difference contains zero. Without such records, a tie means that the two intervals overlap.
 
-Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate),
-and so have their differences and their averages over sets. Seeds are paired where two arms have the same. A seed moves all sets
-together, so that the part of the seeds in an average is that of one average over the sets for each seed. An average takes its
-sets as a fixed list; tables add the interval of five or more that takes them as a sample of sets.
+Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate). So
+have their differences and their averages over sets. Seeds are paired if two arms have the same seeds. A seed moves all sets
+together, so the part of the seeds in the error of an average comes from the average over the sets for each seed. An average
+takes its sets as a fixed list. For five or more sets, tables add the interval that takes them as a sample of sets.
 """
 
 from __future__ import annotations
@@ -34,25 +34,25 @@ from vismt.uncertainty.intervals import (
 )
 
 AVERAGE = "average"
-FROZEN = "frozen"  # an arm of this name stands first and is drawn in grey
+FROZEN = "frozen"  # an arm of this name comes first and is drawn in grey
 CONSTANT = "constant"  # the best constant predictions, which come from no training
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
-_CORRUPTIONS = "corruptions"  # kind of that mean
+_CORRUPTIONS = "corruptions"  # kind of this mean
 Values = dict[str, float]
 
 
 class ExampleValues(Protocol):
-    """Values by example of rows, `vismt.report.results.ValuesByExample` for those of one run."""
+    """Values by example of rows. For one run this is `vismt.report.results.ValuesByExample`."""
 
     def of(self, result: Result) -> Values | None:
-        """Return a row's values by example; None where there are none."""
+        """Return a row's values by example. Return None if there are none."""
 
     def groups(self, result: Result) -> Mapping[str, str]:
-        """Return the group of each example of a row, {} if its examples are independent."""
+        """Return the group of each example of a row. Return {} if its examples are independent."""
 
 
 class Evidence:
-    """What the intervals of rows without a seed follow from: values by example, and the rows of the single trainings."""
+    """The source of the intervals of rows without a seed: values by example, and the rows of the single trainings."""
 
     def __init__(self, results: Sequence[Result], values: ExampleValues) -> None:
         self._of, self._groups = cache(values.of), cache(values.groups)
@@ -62,7 +62,7 @@ class Evidence:
                 self._trainings.setdefault(replace(row, seed=None).key, {})[row.seed] = row
 
     def seeds(self, rows: Sequence[Result]) -> dict[int, float]:
-        """Return the mean over some sets by training seed; {} for a single training."""
+        """Return the mean over some sets by training seed. Return {} for a single training."""
         by_set = [self._trainings.get(row.key, {}) for row in rows]
         shared = [seed for seed in by_set[0] if all(seed in trainings for trainings in by_set)]
         return {seed: math.fsum(trainings[seed].value for trainings in by_set) / len(by_set) for seed in shared}
@@ -75,7 +75,7 @@ class Evidence:
         return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
 
     def estimate(self, rows: Sequence[Result]) -> Estimate:
-        """Return an arm's mean over sets with its errors, that over the examples first."""
+        """Return an arm's mean over sets with its errors. The error over the examples comes first."""
         return average_of([self._over_examples(row) for row in rows]).with_seeds(list(self.seeds(rows).values()))
 
     def _over_examples(self, row: Result) -> Estimate:
@@ -84,10 +84,10 @@ class Evidence:
         return Estimate(row.value, ((row.variance, row.freedom),), covers, row.bias)
 
     def difference(self, first: Sequence[Result], second: Sequence[Result]) -> Estimate | None:
-        """Return the mean over sets of first - second on the same examples; None when a set has none.
+        """Return the mean over sets of first - second on the same examples. Return None if a set has no such examples.
 
-        The error has that over the examples, group by group if the examples have groups, and that over the seeds: of the
-        differences of trainings with the same seed where both arms have the same seeds, else of both arms.
+        The first error is over the examples, or over their groups. The second error is over the seeds. If both arms have the
+        same seeds, it comes from the differences of trainings with the same seed, otherwise from both arms.
         """
         differences = []
         for a, b in zip(first, second, strict=True):
@@ -118,10 +118,10 @@ class Evidence:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number: mean, 95 % interval, n; mark is "best", "tie" or "" (also when nothing to compare).
+    """One number: mean, 95 % interval, n and mark. The mark is "best", "tie" or "" (also if there is nothing to compare).
 
-    seeds: number of trainings, whose spread the interval has; 0 for a single one. covers: what the interval covers. units: the
-    independent units of the examples, "379 signs", of one set whose examples are not independent.
+    seeds: Number of trainings whose spread the interval has, 0 for a single training. covers: What the interval covers. units:
+    Independent units of the examples, "379 signs", for one set whose examples are not independent.
     """
 
     value: float
@@ -138,12 +138,11 @@ class Cell:
 class Comparison:
     """Arms by name under one condition of one protocol on one set (or the average over sets, `data` = "average").
 
-    row: what all arms have in common; its arm, value and interval are those of the first.
-    base: the arm that differences are taken to, "" for none.
-    differences: by arm, arm - base on the same examples; arms without records of them are left out.
-    paired: whether all marks come from paired differences.
-    pair: returns the difference of two arms, first - second on the same examples; None without records of them.
-    shares: returns the share of each independent unit in this difference (`Evidence.unit_differences`).
+    row: What all arms have in common. Its arm, value and interval belong to the first arm. base: Arm that differences are taken
+    to, "" for none. differences: Differences arm - base on the same examples, by arm. Arms without records of them are left
+    out. paired: Whether all marks come from paired differences. pair: Function that returns the difference of two arms, first -
+    second on the same examples. None without records. shares: Function that returns the share of each independent unit in this
+    difference (`Evidence.unit_differences`).
     """
 
     row: Result
@@ -163,42 +162,47 @@ class Comparison:
     @property
     def block(self) -> tuple[str, str, str, str]:
         """Task, protocol, metric and unit, which all numbers of one table share."""
-        return block(self.row)
+        return block_key(self.row)
 
 
-def shown_name(arm: str, conditions: Iterable[str]) -> str:
+def arm_title(arm: str, conditions: Iterable[str]) -> str:
     """Return the name of an arm in reports: "clean model" for an arm with the name of a condition."""
     return f"{arm} model" if arm in conditions else arm
 
 
-def block(row: Result) -> tuple[str, str, str, str]:
+def block_key(row: Result) -> tuple[str, str, str, str]:
     """Return task, protocol, metric and unit of a row."""
     return (row.task, row.protocol, row.metric, row.unit)
 
 
-def compare(
+def compare_results(
     results: Sequence[Result],
     values: ExampleValues,
     baselines: Mapping[str, str] | None = None,
     references: Sequence[str] = (FROZEN, CONSTANT),
 ) -> list[Comparison]:
-    """Return one comparison per block, set and condition, by block, then sets, then conditions in the order of the results.
+    """Return one comparison for each block, set and condition, by block, then sets, then conditions in the order of the results.
 
-    Rows of single trainings (with a seed) are left out. values: gives the values by example of a row. baselines: by task the
-    arm that differences are taken to, "" for none; of tasks left out it is the first arm that is not among `references`, arms
-    that come from no training, and of a single such arm the first reference.
+    Rows of single trainings (with a seed) are left out. values: Values by example of a row. baselines: Arm that differences are
+    taken to, by task, "" for none. For other tasks it is the first arm that is not among `references`, the arms that come from
+    no training. For a single such arm it is the first reference.
     """
     results, values = _with_corruption_means(results, values)
     rows = [row for row in results if row.seed is None]
-    blocks = list(dict.fromkeys(block(row) for row in rows))
+    blocks = list(dict.fromkeys(block_key(row) for row in rows))
     sets = list(dict.fromkeys(row.data for row in rows))
     conditions = list(dict.fromkeys(row.condition for row in rows))
 
     def order(row: Result) -> tuple[int, int, bool, int]:
-        return blocks.index(block(row)), sets.index(row.data), row.condition != "clean", conditions.index(row.condition)
+        return (
+            blocks.index(block_key(row)),
+            sets.index(row.data),
+            row.condition != "clean",
+            conditions.index(row.condition),
+        )
 
     def pairs(group: Sequence[Result], arms: Sequence[str]) -> tuple[str, list[str]]:
-        """Return the baseline among the arms of a block, and those that it is compared with in one group of rows."""
+        """Return the baseline among the arms of a block, and the arms that it is compared with in one group of rows."""
         trained = [arm for arm in arms if arm not in references] or arms
         base = (baselines or {}).get(group[0].task, trained[0] if len(trained) > 1 else arms[0])
         present = {row.arm for row in group}
@@ -206,7 +210,7 @@ def compare(
 
     evidence = Evidence(results, values)
     comparisons: list[Comparison] = []
-    for _, table in groupby(sorted(rows, key=order), key=block):
+    for _, table in groupby(sorted(rows, key=order), key=block_key):
         by_place = groupby(table, key=lambda row: (row.data, row.condition))
         groups = [sorted(group, key=lambda row: row.arm != FROZEN) for _, group in by_place]
         columns: list[tuple[str, Sequence[Result], Sequence[Sequence[Result]]]]
@@ -220,23 +224,23 @@ def compare(
 
 
 def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
-    arms = {shown_name(arm, conditions): arm for arm in c.cells}
+    arms = {arm_title(arm, conditions): arm for arm in c.cells}
     return replace(
         c,
         cells={name: c.cells[arm] for name, arm in arms.items()},
-        base=shown_name(c.base, conditions),
-        differences={shown_name(arm, conditions): value for arm, value in c.differences.items()},
+        base=arm_title(c.base, conditions),
+        differences={arm_title(arm, conditions): value for arm, value in c.differences.items()},
         pair=lambda first, second: c.pair(arms[first], arms[second]),
         shares=lambda first, second: c.shares(arms[first], arms[second]),
     )
 
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
-    """Return the rows and those of each arm's mean over many corruptions, example by example, and the values of all."""
+    """Return the rows with the mean of each arm over many corruptions, example by example, and the values of all rows."""
     groups: dict[tuple[Any, ...], list[Result]] = {}
     for row in results:
         if row.kind == "corruption":
-            groups.setdefault((*block(row), row.data, row.arm, row.seed), []).append(row)
+            groups.setdefault((*block_key(row), row.data, row.arm, row.seed), []).append(row)
     parts: dict[tuple[Any, ...], list[Result]] = {}
     means, joined = [], _WithMeans(values, parts)
     for rows in groups.values():
@@ -244,7 +248,8 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
             condition = f"mean of {len(rows)} corruptions"
             row = replace(rows[0], condition=condition, kind=_CORRUPTIONS, family=_CORRUPTIONS, level=None)
             parts[row.key] = rows
-            # Without values by example the mean has the mean variance of its rows, which is the largest that it can have.
+            # Without values by example the mean has the mean variance of its rows, which is the largest variance
+            # that it can have.
             numbers = zip(*((one.value, one.low, one.high, one.variance) for one in rows), strict=True)
             value, low, high, error = (math.fsum(column) / len(rows) for column in numbers)
             by_example = joined.of(row)
@@ -257,7 +262,10 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
 
 @dataclass(frozen=True)
 class _WithMeans:
-    """Values by example of rows, and of the means of some of them. parts: the rows of each mean by its key."""
+    """Values by example of rows, and of the means of some of them.
+
+    parts: Rows of each mean by its key.
+    """
 
     values: ExampleValues
     parts: Mapping[tuple[Any, ...], Sequence[Result]]
@@ -274,9 +282,9 @@ class _WithMeans:
 
 
 def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:
-    """Yield for each condition that two or more sets and all have the rows of one set, and those of each arm in all sets.
+    """Yield, for each condition that two or more sets have, the rows of one set and the rows of each arm in all sets.
 
-    Every set weighs the same in their mean.
+    Every set has the same weight in their mean.
     """
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
@@ -289,15 +297,15 @@ def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Res
 def _compare(
     data: str, columns: Sequence[Sequence[Result]], base: str, compared: Sequence[str], evidence: Evidence
 ) -> Comparison:
-    """Return the comparison of arms under one condition, and the differences of the compared ones to the baseline.
+    """Return the comparison of arms under one condition, with the differences of the compared arms to the baseline.
 
-    columns: the rows of each arm, one for each set.
+    columns: Rows of each arm, one for each set.
     """
     values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
     intervals = [evidence.interval(rows) for rows in columns]
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
-    # Of a value outside its own interval, which is corrected for a bias, nobody can say that it is the best.
+    # If a value is outside its own interval, which is corrected for a bias, nobody can say that it is the best.
     several = len(columns) > 1 and intervals[best][0] <= values[best] <= intervals[best][1]
     paired = len(columns) > 1
     by_arm = {rows[0].arm: rows for rows in columns}

@@ -1,12 +1,13 @@
-"""The answer of a report: which model to take, why, and how many examples would tell the others apart.
+"""The answer of a report: which model to take, why, and how many examples would tell the other models apart.
 
 The criteria are the first measure under its strongest attack, if there is one, and the first clean measure of each task. With K
-models and C criteria, the k = C K (K - 1) / 2 paired differences have joint intervals: each at the level 0.95^(1/k) (Sidak 1967,
-doi:10.2307/2283989), so that all of them hold together with a probability of at least 95 %.
+models and C criteria, the k = C K (K - 1) / 2 paired differences have joint intervals: each at the level 0.95^(1/k) (Sidak
+1967, doi:10.2307/2283989), so that all of them hold together with a probability of at least 95 %.
 
 1. A model whose difference to the best model of a criterion excludes 0 is shown to be worse.
-2. Of the other models, those within one standard error of the best one in every criterion are equally good choices (Breiman et
-   al. 1984). The model with the fewest trained parameters among them is taken, without known numbers of parameters the best one.
+2. Of the other models, all models within one standard error of the best model in every criterion are equally good choices
+  (Breiman et al. 1984). The model with the fewest trained parameters among them is taken, without known numbers of parameters
+  the best one.
 3. n' examples show a true difference d with a power of 80 %, if the differences of n examples have the mean's variance V:
 
        n' = n V (z(1 - a/2) + z(0.8))^2 / d^2 + u z(1 - a/2)^2 / 2        u: examples per independent unit
@@ -36,13 +37,16 @@ from vismt.report.tables import (
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate
 
 JOINT, POWER = 0.95, 0.8
-_LEAST = 0.03  # the smallest difference that is asked for: three points, or three per cent of the score
+_LEAST = 0.03  # smallest difference that is asked for: three points, or three per cent of the score
 MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
 class Conclusion:
-    """model: The model to take. text: The answer. basis: What the answer follows from."""
+    """The answer of a report.
+
+    model: Model to take. text: Answer. basis: What the answer follows from.
+    """
 
     model: str
     text: str
@@ -58,7 +62,7 @@ def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def first_of_tasks(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the first score of each task: of the sets and their average the one with the most models, and then the average."""
+    """Return the first score of each task: of its sets and their average the one with the most models, then the average."""
     firsts: dict[str, list[Comparison]] = {}
     for c in comparisons:
         of_task = firsts.setdefault(c.row.task, [c])
@@ -75,7 +79,7 @@ def about(c: Comparison) -> str:
 
 
 def by_score(c: Comparison, names: Iterable[str]) -> list[str]:
-    """Return models in the order of their scores, the best one first."""
+    """Return models in the order of their scores, the best model first."""
     sign = 1 if c.row.better == LOWER else -1
     return sorted(names, key=lambda name: sign * c.cells[name].value)
 
@@ -121,7 +125,7 @@ def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> C
 
 
 def _names(criteria: Sequence[Comparison]) -> list[str]:
-    """Return what each criterion measures, with the task and the condition where they differ."""
+    """Return what each criterion measures, with the task and the condition if they differ."""
     tasks, conditions = {c.row.task for c in criteria}, {c.condition for c in criteria}
     names = []
     for c in criteria:
@@ -134,7 +138,10 @@ def _names(criteria: Sequence[Comparison]) -> list[str]:
 
 @dataclass(frozen=True)
 class _Ranking:
-    """The models under one criterion, the best one first. level: Of the interval of each difference."""
+    """The models under one criterion, the best model first.
+
+    level: Level of the interval of each difference.
+    """
 
     c: Comparison
     names: Sequence[str]
@@ -142,23 +149,23 @@ class _Ranking:
 
     @property
     def best(self) -> str:
-        """The model with the best score."""
+        """Model with the best score."""
         return self.names[0]
 
     @cached_property
     def worse(self) -> list[str]:
-        """The models that are shown to be worse than the best one."""
+        """Models that are shown to be worse than the best model."""
         return [name for name in self.names[1:] if self._is_worse(name)]
 
     def _is_worse(self, name: str) -> bool:
         found = self.c.pair(self.best, name)
-        if found is None:  # no records of the same examples: two separate intervals
+        if found is None:  # there are no records of the same examples, so these are two separate intervals
             one, other = self.c.cells[self.best], self.c.cells[name]
             return not (one.low <= other.high and other.low <= one.high)
         return abs(found.mean) > found.half_at(self.level)
 
     def is_near(self, name: str) -> bool:
-        """Return whether a model lies within one standard error of the best one."""
+        """Return whether a model is within one standard error of the best model."""
         found = self.c.pair(self.best, name)
         return name == self.best or (found is not None and abs(found.mean) <= math.sqrt(found.variance))
 
@@ -192,7 +199,7 @@ def unit_of(c: Comparison) -> str:
 
 
 def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, float]) -> tuple[str, str]:
-    """Return the model to take of those that are not shown to be worse, and the reason."""
+    """Return the model to take among the models that are not shown to be worse, and the reason."""
     if len(good) == 1:
         return good[0], ""
     near = by_score(ranked[0].c, [name for name in good if all(ranking.is_near(name) for ranking in ranked)] or good)
@@ -207,7 +214,7 @@ def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, 
 
 
 def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) -> str:
-    """Return how many examples would show the difference of the taken model to its rival, "" if that is not known."""
+    """Return how many examples would show the difference of the taken model to its rival. Return "" if that is not known."""
     ranking = ranked[0]
     c, rivals = ranking.c, [name for name in ranking.names if name in good and name != model]
     found = c.pair(model, rivals[0]) if rivals else None
@@ -232,9 +239,9 @@ def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tupl
 
     Args:
         found: Paired difference over the examples and seeds of `cell`.
-        cell: Its n and seeds.
-        difference: Of the scores, above 0.
-        level: Of the interval that has to exclude 0.
+        cell: Cell with n and seeds.
+        difference: Difference of the scores, above 0.
+        level: Level of the interval that has to exclude 0.
     """
     quantile = NormalDist().inv_cdf((1 + level) / 2)
     allowed = (difference / (quantile + NormalDist().inv_cdf(POWER))) ** 2

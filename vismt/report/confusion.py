@@ -1,4 +1,4 @@
-"""Accuracy of each class and what it is mistaken for, from counts that a job writes into `classes/` of the run folder."""
+"""Accuracy of each class and its confusions, from counts that a job writes into `classes/` of the run folder."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from vismt.report.panels import read_panel, write_panel
-from vismt.report.plotting import INK, MUTED, SMALL, axes_at, dress, new_figure, save, short
+from vismt.report.plotting import INK, MUTED, SMALL, axes_at, dress, new_figure, save_figure, short
 from vismt.report.tables import Picture, Section, Table, interval_text
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import SHARE, wilson
 
-FOLDER = "classes"  # of the run folder
-MOST_CLASSES = 16  # of a matrix; of more classes the most frequent confusions are listed
+FOLDER = "classes"  # folder in the run folder
+MOST_CLASSES = 16  # largest number of classes of a matrix (with more classes, the most frequent confusions are listed)
 MOST_CONFUSIONS = 12
 _NOTE = (
     "Share of the examples of a class that are answered right, in %, over all training seeds. [ ] and ±: Wilson's 95 % interval "
@@ -29,7 +29,7 @@ CONFUSIONS_NOTE = "The most frequent wrong answers: share of the true class in %
 def write_confusion(
     folder: Path, name: str, classes: Sequence[str], answers: Sequence[str], counts: Mapping[str, np.ndarray]
 ) -> Path:
-    """Write how often each class got each answer, for the report of a run; return the file.
+    """Write how often each class got each answer, for the report of a run. Return the file.
 
     Args:
         folder: Run folder.
@@ -51,7 +51,10 @@ def write_confusion(
 
 
 def class_section(folder: Path, first: str) -> Section:
-    """Return the section about the classes of every set, as far as the job left counts. first: the model that is drawn first."""
+    """Return the section about the classes of every set, as far as the job left counts.
+
+    first: Model that is drawn first.
+    """
     section = Section("Classes", folded=True)
     for path in sorted((folder / FOLDER).glob("*.npz")):
         panel = read_panel(path, "confusion")
@@ -102,7 +105,10 @@ def _confusions(name: str, classes: Sequence[str], answers: Sequence[str], count
 
 
 def confusion_figure(matrix: np.ndarray, classes: Sequence[str], answers: Sequence[str], path: Path) -> Path:
-    """Draw the share of each answer in the rows of the true classes. matrix: counts (k, c)."""
+    """Draw the share of each answer in the rows of the true classes.
+
+    matrix: Counts (k, c).
+    """
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     rows, columns = [short(name, 16) for name in classes], [short(name, 16) for name in answers]
     cell, left, top = 0.38, 0.085 * max(map(len, rows)) + 0.2, 0.085 * max(map(len, columns)) + 0.2
@@ -119,4 +125,4 @@ def confusion_figure(matrix: np.ndarray, classes: Sequence[str], answers: Sequen
     axes.set_xticks(range(len(columns)), columns, rotation=90, color=INK)
     axes.set_yticks(range(len(rows)), rows, color=INK)
     axes.tick_params(length=0, colors=MUTED)
-    return save(figure, path)
+    return save_figure(figure, path)

@@ -20,9 +20,9 @@ from vismt.report.plotting import (
     legend,
     legend_rows,
     new_figure,
-    note,
-    save,
+    save_figure,
     short,
+    write_note,
 )
 from vismt.report.tables import number_text
 from vismt.uncertainty.intervals import SHARE
@@ -36,8 +36,8 @@ ACROSS = 3
 def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[str] | None = None) -> Path:
     """Draw a panel for each block and condition: a bar for each set and arm, with the 95 % interval and chance level.
 
-    comparisons: of one metric, in the order to draw; panels are below each other, so that a narrow screen has room. order: all
-    arms of the report, which gives each its colour; None for those of these comparisons.
+    comparisons: Comparisons of one metric, in the order to draw. Panels are below each other, so that a narrow screen has room.
+    order: All arms of the report, which gives each its colour. None for the arms of these comparisons.
     """
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     panels: dict[tuple[Any, str], dict[str, Comparison]] = {}
@@ -60,7 +60,7 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[s
         _bars(axes, chosen, colors, reach)
         _heading(axes, chosen, condition)
         offset += rows + gap
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str], reach: float) -> None:
@@ -87,9 +87,9 @@ def _bars(axes: Axes, chosen: Mapping[str, Comparison], colors: Mapping[str, str
             text = number_text(cell.value, scale, half=(cell.high - cell.low) / 2)
             style = {"va": "center", "fontsize": 8.5, "zorder": 4, "annotation_clip": False}
             box = {"facecolor": "white", "edgecolor": "none", "pad": 0.8}
-            note(axes, text, (factor * cell.high, y), (4, 0), bbox=box, **style)
+            write_note(axes, text, (factor * cell.high, y), (4, 0), bbox=box, **style)
     cells = [cell for comparison in chosen.values() for cell in comparison.cells.values()]
-    least = min((cell.low for cell in cells), default=0.0)  # below 0 only where values may be negative
+    least = min((cell.low for cell in cells), default=0.0)  # below 0 only if values may be negative
     low = 0.0 if scale == SHARE else min(0.0, least)
     axes.set(xlim=(1.1 * factor * low, 1.1 * factor * reach), ylim=(len(names) - 0.45, -0.55), yticks=range(len(names)))
     dress(axes, "", grid="x")
@@ -111,22 +111,24 @@ def _heading(axes: Axes, chosen: Mapping[str, Comparison], condition: str) -> No
     share = ", per cent" if row.scale == SHARE else ""
     title = condition[:1].upper() + condition[1:]
     style = {"fontsize": 10.5 if len(title) <= 34 else 8.5, "fontweight": "bold"}
-    note(axes, short(title, 42), (0, 1), (0, 20), "axes fraction", **style)
+    write_note(axes, short(title, 42), (0, 1), (0, 20), "axes fraction", **style)
     count = f", n = {several} {row.unit}{share}"
     text = short(row.protocol, 54 - len(count)) + count  # the table has the whole protocol
-    note(axes, text, (0, 1), (0, 7), "axes fraction", fontsize=8.5, color=MUTED)
+    write_note(axes, text, (0, 1), (0, 7), "axes fraction", fontsize=8.5, color=MUTED)
 
 
 def _chance(comparison: Comparison) -> float | None:
-    """Return the score of a guess, in [0, 1]; None for scores that are not shares."""
+    """Return the score of a guess, in [0, 1]. Return None for scores that are not shares."""
     return comparison.row.chance if comparison.row.scale == SHARE else None
 
 
 def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> Path:
     """Draw a panel for each family of conditions: the score against the level, a line with 95 % intervals for each arm.
 
-    Several families are followed by a panel of their mean, without a width: they share their examples. comparisons: of one
-    block and set (or average), under conditions with a level; a clean one counts as level 0. level: name of the axis.
+    Several families are followed by a panel of their mean, without a width, because they share their examples.
+
+    comparisons: Comparisons of one block and set (or average), under conditions with a level. A clean condition counts as level
+    0. level: Name of the axis.
     """
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
     families = list(dict.fromkeys(c.row.family for c in comparisons if c.row.level is not None))
@@ -158,7 +160,7 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
         at = (left + column * size[0], top + 0.3 + row * (size[1] + 0.45))
         axes = axes_at(figure, *at, size[0] - 0.25, size[1])
         for number, (arm, line) in enumerate(panel.items()):
-            shift = 0.5 * step * ((number + 0.5) / len(panel) - 0.5)  # so that whiskers do not lie on one another
+            shift = 0.5 * step * ((number + 0.5) / len(panel) - 0.5)  # so that whiskers do not overlap
             widths = [[factor * max(0.0, value - low) for value, low, _ in line.values()]]
             widths += [[factor * max(0.0, high - value) for value, _, high in line.values()]]
             axes.errorbar(
@@ -177,7 +179,7 @@ def level_curves(comparisons: Sequence[Comparison], path: Path, level: str) -> P
         axes.tick_params(labelleft=column == 0, labelbottom=place + columns >= len(curves))
         if place + columns >= len(curves):
             axes.set_xlabel(level, color=MUTED, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[float, float, float]]:
@@ -187,9 +189,9 @@ def _by_level(comparisons: Sequence[Comparison], arm: str) -> dict[float, tuple[
 
 
 def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
-    """Draw a panel for each arm: what is proved of its smoothed classifiers, and what attacks break of the classifier itself.
+    """Draw a panel for each arm: what is proved for its smoothed classifiers, and what attacks break of the classifier itself.
 
-    comparisons: of one block and set (or average), certified and, where there are any, clean and under attacks in l2.
+    comparisons: Comparisons of one block and set (or average), certified and, if there are any, clean and under attacks in l2.
     """
     certified = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "certified"))
     attacks = list(dict.fromkeys(c.row.family for c in comparisons if c.row.kind == "attack"))
@@ -211,7 +213,7 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
             values = [100 * value for value, _, _ in line.values()]
             widths = [[100 * (value - low) for value, low, _ in line.values()]]
             widths += [[100 * (high - value) for value, _, high in line.values()]]
-            # Between two radii what holds at the larger one is proved, and no more.
+            # Between two radii, what holds at the larger radius is proved, and no more.
             style: dict[str, Any] = {"ls": "-", "drawstyle": "steps-pre"} if proved else {"ls": DASHES}
             axes.errorbar(list(line), values, widths, color=color, marker="o", markersize=3.2, **style)
             if proved:
@@ -220,4 +222,4 @@ def certified_figure(comparisons: Sequence[Comparison], path: Path) -> Path:
         axes.set_ylim(0, 100)
         axes.set_xlabel("l2 radius", color=MUTED, fontsize=9)
         axes.tick_params(labelleft=column == 0)
-    return save(figure, path)
+    return save_figure(figure, path)

@@ -1,4 +1,4 @@
-"""The files that pictures of images are drawn from: arrays of a known layout in an .npz without pickles, written atomically."""
+"""Files that pictures of images are drawn from: arrays of a known layout in an .npz without pickles, written atomically."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ _LAYOUTS = {
 }
 
 
-# What reading a damaged file of arrays raises.
+# Errors that reading a damaged file of arrays raises.
 DAMAGE = (
     ValueError,
     KeyError,
@@ -82,7 +82,7 @@ DAMAGE = (
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """Return the arrays of an .npz file by name. Raises one of DAMAGE."""
+    """Return the arrays of an .npz file by name. Raise one of DAMAGE for a damaged file."""
     with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as file:
         size = sum(part.file_size for part in file.zip.infolist())
         if size > MOST_BYTES:  # a kilobyte of a zip can stand for a megabyte
@@ -91,7 +91,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
-    """Return the arrays of a panel of _LAYOUTS. Raises UserError for a file that is missing, damaged or of another kind."""
+    """Return the arrays of a panel of _LAYOUTS. Raise UserError for a file that is missing, damaged or of another kind."""
     try:
         return _checked(read_arrays(path), kind)
     except DAMAGE as error:
@@ -101,7 +101,10 @@ def read_panel(path: Path, kind: str) -> dict[str, np.ndarray]:
 
 
 def write_panel(path: Path, kind: str, arrays: dict[str, np.ndarray]) -> Path:
-    """Write the arrays of a panel; return `path`. Raises UserError for arrays that do not fit the layout; nothing is written."""
+    """Write the arrays of a panel and return `path`.
+
+    Raise UserError for arrays that do not fit the layout. Nothing is written then.
+    """
     try:
         checked = _checked(arrays, kind)
     except ValueError as error:
@@ -129,7 +132,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
 
 
 def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
-    """Return the arrays; raise ValueError with the name of one that does not fit the layout."""
+    """Return the arrays. Raise ValueError with the name of an array that does not fit the layout."""
     lengths: dict[str, int] = {"3": 3, "1": 1}
     for name, (kind_of_values, axes) in _LAYOUTS[kind].items():
         array, dtype = arrays[name], kind_of_values.rstrip("?")

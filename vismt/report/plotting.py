@@ -1,6 +1,6 @@
 """The look of every figure: colours, fonts, and files drawn without any global state of matplotlib.
 
-Colours are those of Okabe and Ito, which colour-blind readers tell apart.
+The colours of Okabe and Ito are used, which colour-blind readers tell apart.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ INK, MUTED, GRID = "#1b1f24", "#667080", "#e6e9ee"
 PALETTE = ("#9aa4b2", "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#f0e442", "#8c510a", "#5e4fa2")
 RIGHT, WRONG = PALETTE[1], PALETTE[2]
 DASHES = (0, (3, 3))
-SMALL = 8.5  # points: of the smallest letters of a figure, 11.3 px on a page
-NARROW = 3.4  # inches: of a figure that fits the screen of a telephone
+SMALL = 8.5  # points of the smallest letters of a figure, 11.3 px on a page
+NARROW = 3.4  # inches of a figure that fits the screen of a telephone
 FIGURE_DPI = 150
 FIGURES = ("svg", "pdf", "png")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
@@ -59,7 +59,7 @@ def write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     figure.text(x / width, 1 - y / height, text, **{"fontsize": 9, "color": INK, **style})
 
 
-def note(
+def write_note(
     axes: Axes, text: str, at: tuple[float, float], shift: tuple[float, float], coords: Any = "data", **style: Any
 ) -> None:
     """Write text at points from a place of axes."""
@@ -68,12 +68,15 @@ def note(
 
 
 def short(text: str, most: int) -> str:
-    """Return `text` for a label: at most `most` characters, and `$` escaped so that it does not start a formula."""
+    """Return `text` for a label: at most `most` characters, with `$` escaped so that it does not start a formula."""
     return (text if len(text) <= most else text[: most - 1] + "…").replace("$", r"\$")
 
 
 def color_of(model: str, models: Sequence[str]) -> str:
-    """Return grey for "frozen", else the colour of the palette by order; beyond its end it is repeated, but paler."""
+    """Return grey for "frozen", otherwise the colour of the palette by order.
+
+    Beyond its end the palette is repeated, but paler.
+    """
     if model == "frozen":
         return PALETTE[0]
     turn, place = divmod([name for name in models if name != "frozen"].index(model), len(PALETTE) - 1)
@@ -90,7 +93,10 @@ def legend_rows(names: Sequence[str], width: float, chance: bool = False) -> int
 
 
 def legend(figure: Figure, names: Sequence[str], colors: Sequence[str], left: float, *, chance: bool = False) -> None:
-    """Draw names by colour, from `left` inches to the right edge, under the upper edge; `chance`: also its dashed line."""
+    """Draw names by colour, from `left` inches to the right edge, under the upper edge.
+
+    chance: Whether to draw its dashed line too.
+    """
     from matplotlib.artist import Artist
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
@@ -101,7 +107,7 @@ def legend(figure: Figure, names: Sequence[str], colors: Sequence[str], left: fl
         handles.append(Line2D([], [], color=MUTED, linewidth=1.0, linestyle=DASHES, label="chance"))
     columns = _legend_columns(names, width - left, chance)
     rows = math.ceil(len(handles) / columns)
-    # matplotlib fills column by column; read row by row, the names stay in their order
+    # matplotlib fills column by column. Read row by row, the names stay in their order.
     handles = [handles[at] for column in range(columns) for at in range(column, len(handles), columns)]
     figure.legend(
         handles=handles,
@@ -124,7 +130,7 @@ def _legend_columns(names: Sequence[str], width: float, chance: bool) -> int:
 
 
 def running_mean(values: np.ndarray) -> np.ndarray:
-    """Return the exponential mean, its weights summing to one from the first value on; memory: a twentieth of the run."""
+    """Return the exponential mean over a twentieth of the run. Its weights sum to one from the first value on."""
     keep = 1 - 2 / (max(1, len(values) // 20) + 1)
     total = weight = 0.0
     smooth = np.empty_like(values)
@@ -135,13 +141,13 @@ def running_mean(values: np.ndarray) -> np.ndarray:
 
 
 def need_matplotlib() -> None:
-    """Raise UserError where matplotlib is missing."""
+    """Raise UserError if matplotlib is missing."""
     if find_spec("matplotlib") is None:
         raise UserError('report: figures need matplotlib; `pip install "vismt[jobs]"`.')
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty white figure of inches on an Agg canvas; raise UserError without matplotlib."""
+    """Return an empty white figure of inches on an Agg canvas. Raise UserError without matplotlib."""
     need_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -169,7 +175,7 @@ def one_panel(names: Sequence[str], colors: Sequence[str], title: str) -> tuple[
 
 
 def show_image(axes: Axes, image: np.ndarray, small: int = 96) -> None:
-    """Show an image uint8 (3, h, w) in a thin frame; images less wide than `small` keep their pixels."""
+    """Show an image uint8 (3, h, w) in a thin frame. Images less wide than `small` keep their pixels."""
     axes.imshow(np.moveaxis(image, 0, -1), interpolation="nearest" if image.shape[-1] < small else "antialiased")
     axes.set(xticks=[], yticks=[])
     for spine in axes.spines.values():
@@ -178,7 +184,7 @@ def show_image(axes: Axes, image: np.ndarray, small: int = 96) -> None:
 
 @contextmanager
 def figure_formats(formats: Sequence[str]) -> Iterator[None]:
-    """Let `save` write a figure also in those of FIGURES that are among `formats`, while the body runs."""
+    """Make `save` also write a figure in the formats of FIGURES that are among `formats`, while the body runs."""
     token = _formats.set(tuple(name for name in FIGURES if name in formats))
     try:
         yield
@@ -186,8 +192,8 @@ def figure_formats(formats: Sequence[str]) -> Iterator[None]:
         _formats.reset(token)
 
 
-def save(figure: Figure, path: Path) -> Path:
-    """Write the file atomically, in the format of its ending, and beside it those of `figure_formats`; return `path`."""
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write the file atomically, in the format of its ending, and beside it in the formats of `figure_formats`. Return `path`."""
     from matplotlib import rc_context
 
     for name in dict.fromkeys((path.suffix[1:], *_formats.get())):

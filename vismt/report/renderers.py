@@ -16,26 +16,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vismt.report.results import Result
-from vismt.report.tables import Report, Table, fitted, is_long
+from vismt.report.tables import Report, Table, is_long, split_wide_table
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
-_PIXELS = 96 / 72  # of a point of a figure, so that its letters have the size of those around it
+_PIXELS = 96 / 72  # pixels of a point of a figure, so that its letters have the size of the letters around it
 
-# Characters with a meaning in LaTeX, and signs that it has under a name.
+# Characters with a meaning in LaTeX, and signs that have a name there.
 ESCAPED = {character: f"\\{character}" for character in "&%$#_{}"}
 ESCAPED |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
 ESCAPED |= {"±": r"$\pm$", "−": "$-$", "–": "--", "≈": r"$\approx$", "↑": r"$\uparrow$", "↓": r"$\downarrow$"}
 
 
 def render_html(report: Report) -> str:
-    """Return the page, images as data URIs, readable from disk in light and dark; no script and no other file."""
+    """Return the page with images as data URIs, readable from disk in light and dark, without scripts and other files."""
     return _environment().get_template("page.html").render(report=report).lstrip()
 
 
 def render_markdown(report: Report, folder: Path) -> str:
-    """Return the same tables and sentences for a paper or a pull request; pictures are linked relative to `folder`."""
+    """Return the same tables and sentences for a paper or a pull request. Pictures are linked relative to `folder`."""
     environment = _environment()
     environment.filters["link"] = lambda path: path.relative_to(folder).as_posix().replace(" ", "%20")
     text = environment.get_template("report.md").render(report=report)
@@ -54,7 +54,7 @@ def _environment() -> Environment:
     environment.filters |= {
         "anchor": lambda title: re.sub(r"\W+", "-", title.lower()).strip("-"),
         "breakable": _breakable,
-        "fitted": fitted,
+        "fitted": split_wide_table,
         "image": _image,
         "kinds": _kinds,
         "text": _markdown_text,
@@ -69,7 +69,7 @@ def _kinds(table: Table) -> list[str]:
 
 
 def _breakable(text: str) -> str:
-    """Return a text as HTML that may be broken behind the joints of a name, and not before or behind a sign as in "n = 60"."""
+    """Return a text as HTML that may be broken behind the joints of a name, but not before or behind a sign as in "n = 60"."""
     from markupsafe import Markup, escape
 
     joints = re.sub(r"([+:_/])", r"\1<wbr>", str(escape(text)))
@@ -77,7 +77,7 @@ def _breakable(text: str) -> str:
 
 
 def _image(path: Path) -> dict[str, Any]:
-    """Return the SVG of a picture in base64, and its width in pixels, 0 if the file does not say it."""
+    """Return the SVG of a picture in base64, and its width in pixels (0 if the file does not say it)."""
     content = path.read_bytes()
     found = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', content)
     return {
@@ -93,7 +93,7 @@ def _markdown_text(text: str) -> str:
 
 
 def render_csv(results: Sequence[Result]) -> str:
-    """Return every row of the results, also those of single seeds, under a line with the names of its fields."""
+    """Return every row of the results, also rows of single seeds, under a line with the names of its fields."""
     text = io.StringIO()
     writer = csv.DictWriter(text, [field.name for field in fields(Result)], lineterminator="\n")
     writer.writeheader()
@@ -102,7 +102,10 @@ def render_csv(results: Sequence[Result]) -> str:
 
 
 def render_latex(tables: Sequence[tuple[Table, str]]) -> str:
-    """Return LaTeX tables and their notes; they need booktabs. The best numbers are bold, statistical ties marked by ≈."""
+    """Return LaTeX tables and their notes.
+
+    They need booktabs. The best numbers are bold, and statistical ties are marked by ≈.
+    """
     return "% \\usepackage{booktabs}\n" + "\n".join(_latex_table(table, note) for table, note in tables)
 
 

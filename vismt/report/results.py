@@ -1,7 +1,7 @@
 """results.jsonl: one typed row for every number of a run, written and read as the same dataclass.
 
-A row without a seed is an arm's number: every example averaged over the arm's trainings. Rows with a seed are those of the
-single trainings; they are written where an arm has several.
+A row without a seed is an arm's number: every example is averaged over the arm's trainings. Rows with a seed belong to single
+trainings. They are written if an arm has several trainings.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from vismt.uncertainty.intervals import SHARE, Better, Condition, Covers, Measur
 
 FACTS = "run.json"
 RESULTS, RECORDS = "results.jsonl", "records"
-ROUNDING = 1e-9  # of a mean of pseudo-values, which is the score
-EXAMPLE, GROUP = "example", "group"  # keys of an example's name and of its group's in a line of records
-KNOWN = 1e9  # degrees of freedom of a variance that is known; JSON has no infinity
+ROUNDING = 1e-9  # relative error of a mean of pseudo-values, which is the score
+EXAMPLE, GROUP = "example", "group"  # keys for the name of an example and of its group in a line of records
+KNOWN = 1e9  # degrees of freedom of a known variance (JSON has no infinity)
 
 
 @dataclass(frozen=True)
@@ -31,36 +31,36 @@ class Result:
     """One number with its 95 % interval.
 
     Args:
-        task: what was asked, "semseg" or "few-shot".
-        data: the set.
-        split: the split of the set, "test" or "validation".
-        metric: name of the score with its unit.
-        unit: what n counts, "images".
+        task: Task, "semseg" or "few-shot".
+        data: Name of the set.
+        split: Split of the set, "test" or "validation".
+        metric: Name of the score with its unit.
+        unit: What n counts, "images".
         scale: "share" (in [0, 1], shown in per cent) or "number".
         better: "higher" or "lower".
-        chance: score of a guess, None where there is none.
-        protocol: how the task was posed; numbers are compared within one protocol.
-        condition: text of what was done to the examples, "clean" for nothing.
-        arm: the evaluated model.
-        seed: of the training, None for the mean over the arm's trainings.
-        value: the score.
-        low: lower end of the interval.
-        high: upper end of the interval.
-        n: number of examples.
-        config_hash: of the run's configuration.
-        kind: of the condition: "clean", "attack", "corruption" or "variant".
-        family: what conditions of different levels have in common, "gaussian_noise".
-        level: radius of an attack or severity of a corruption, None without one.
-        examples: what tells the examples from those of another run beside their names, such as a digest of how episodes
-            were drawn or of the files; "" or None where it is not known.
-        interval: what the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds".
-        parts: number of groups of examples that depend on each other (`vismt.uncertainty.intervals.estimate`), 0 if the
+        chance: Score of a guess. None if there is none.
+        protocol: How the task was posed. Numbers are compared within one protocol.
+        condition: Text of what was done to the examples, "clean" for nothing.
+        arm: Evaluated model.
+        seed: Seed of the training. None for the mean over the arm's trainings.
+        value: Score.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
+        n: Number of examples.
+        config_hash: Hash of the run's configuration.
+        kind: Kind of the condition: "clean", "attack", "corruption" or "variant".
+        family: What conditions of different levels have in common, "gaussian_noise".
+        level: Radius of an attack or severity of a corruption. None without a level.
+        examples: What tells the examples from the examples of another run, beside their names, such as a digest of how episodes
+            were drawn or of the files. "" or None if it is not known.
+        interval: What the interval covers (`vismt.uncertainty.intervals.interval_kind_text`), "images+seeds".
+        parts: Number of groups of examples that depend on each other (`vismt.uncertainty.intervals.estimate`). 0 if the
             examples are independent.
-        grouped_by: what the groups are, in the plural, "signs".
-        bias: largest and smallest bias of the value that the examples allow (`vismt.uncertainty.intervals.Estimate`).
-        variance: of the value over the examples alone, without the training seeds.
-        freedom: degrees of freedom of the variance, at most KNOWN.
-        further: whether the number stands beside the score of its task (`vismt.uncertainty.intervals.Measure`).
+        grouped_by: Name of the groups, in the plural, "signs".
+        bias: Largest and smallest bias of the value that the examples allow (`vismt.uncertainty.intervals.Estimate`).
+        variance: Variance of the value over the examples alone, without the training seeds.
+        freedom: Degrees of freedom of the variance, at most KNOWN.
+        further: Whether the number is reported beside the score of its task (`vismt.uncertainty.intervals.Measure`).
     """
 
     task: str
@@ -94,17 +94,17 @@ class Result:
 
     @property
     def units(self) -> str:
-        """The independent units of the examples, "379 signs"; "" where the examples are independent."""
+        """Independent units of the examples, "379 signs". "" if the examples are independent."""
         return f"{self.parts:,} {self.grouped_by}" if self.grouped_by else ""
 
     @property
     def half(self) -> float:
-        """Half the width of the interval, the longer half where it is not symmetric."""
+        """Half the width of the interval. If the interval is not symmetric, it is the longer half."""
         return max(self.value - self.low, self.high - self.value)
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identifies this number among all of a run."""
+        """Key of this number among all numbers of a run."""
         return (self.task, self.data, self.protocol, self.condition, self.metric, self.arm, self.seed)
 
     @property
@@ -120,7 +120,10 @@ class Result:
 
 @dataclass(frozen=True)
 class Score:
-    """One measure of one evaluated model, before it becomes a row. unit: what its examples are; examples: as in `Result`."""
+    """One measure of one evaluated model, before it becomes a row.
+
+    unit: What its examples are. examples: See `Result`.
+    """
 
     task: str
     data: str
@@ -132,7 +135,7 @@ class Score:
 
     @property
     def key(self) -> tuple[str, str, str, str, str]:
-        """Identifies this score among all of a training; the same for other trainings and arms."""
+        """Key of this score among all scores of a training. It is the same for other trainings and arms."""
         return (self.task, self.data, self.protocol, self.condition.label, self.measure.metric)
 
 
@@ -203,7 +206,7 @@ def write_values(folder: Path, rows: Sequence[tuple[Result, Measure]]) -> None:
 
 
 class ValuesByExample:
-    """Values by example as `write_values` wrote them; every file is read once."""
+    """Values by example as `write_values` wrote them. Every file is read once."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -212,7 +215,7 @@ class ValuesByExample:
         )
 
     def of(self, result: Result) -> dict[str, float] | None:
-        """Return a row's values by example; None unless the records reproduce its value and n."""
+        """Return a row's values by example. Return None unless the records reproduce its value and n."""
         lines = self._lines(result.stem)
         values = {line[EXAMPLE]: line[result.condition] for line in lines if result.condition in line}
         if len(values) != result.n or not all(isinstance(value, int | float) for value in values.values()):
@@ -221,7 +224,7 @@ class ValuesByExample:
         return values if same else None
 
     def groups(self, result: Result) -> dict[str, str]:
-        """Return the group of each example of a row, {} if its examples are independent."""
+        """Return the group of each example of a row. Return {} if its examples are independent."""
         lines = self._lines(result.stem)
         return {line[EXAMPLE]: line[GROUP] for line in lines if GROUP in line and result.condition in line}
 
@@ -235,9 +238,10 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
-    """Return the rows of a results file, [] where there is none.
+    """Return the rows of a results file. Return [] if there is no file.
 
-    Raises UserError for a row that is not a complete number, one that comes twice and, with `config_hash`, one of another run.
+    Raise UserError for a row that is not a complete number, a row that comes twice and, with `config_hash`, a row of another
+    run.
     """
     results: dict[tuple[Any, ...], Result] = {}
     for number, line in enumerate(read_lines(path, whole=True), 1):
@@ -258,7 +262,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
 
 
 def fault_of(result: Result, config_hash: str | None) -> str | None:
-    """Return which values of a row do not fit together or are those of another run, None for a sound row."""
+    """Return which values of a row do not fit together or belong to another run. Return None for a sound row."""
     numbers = (result.value, result.low, result.high, result.chance, result.level)
     if not all(math.isfinite(number) for number in numbers if number is not None):
         return f"{result.value} in [{result.low}, {result.high}] is not finite"

@@ -7,10 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from vismt.report.panels import read_panel
-from vismt.report.plotting import MUTED, axes_at, color_of, legend, legend_rows, new_figure, save, show_image, write
+from vismt.report.plotting import (
+    MUTED,
+    axes_at,
+    color_of,
+    legend,
+    legend_rows,
+    new_figure,
+    save_figure,
+    show_image,
+    write,
+)
 from vismt.report.tables import Picture
 
-ROUTERS = "routers"  # the folder of the files
+ROUTERS = "routers"  # folder of the files
 CAPTION = (
     "Weights of the router at fade 0, on the tokens of the trained model at its trained fade. They average 1 over the experts. "
     "An expert's number has a meaning only within its block."
@@ -18,10 +28,10 @@ CAPTION = (
 
 
 def routers_figure(panel: Path, path: Path) -> Path:
-    """Draw a row for each image: for each block the expert with the largest weight at every patch, and that weight.
+    """Draw a row for each image: for each block the expert with the largest weight at every patch, and this weight.
 
-    All weights share one scale, which begins at 1, the weight of every expert where a router has no preference. panel: a file
-    with the arrays of `vismt.multitask.emtal.router_maps`, and images.
+    All weights share one scale, which begins at 1, the weight of every expert if a router has no preference. panel: File with
+    the arrays of `vismt.multitask.emtal.router_maps`, and images.
     """
     from matplotlib.colors import ListedColormap
 
@@ -60,7 +70,7 @@ def routers_figure(panel: Path, path: Path) -> Path:
     bar.set_ticks(np.linspace(1.0, highest, 3).tolist())
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def router_pictures(folder: Path) -> list[Picture]:

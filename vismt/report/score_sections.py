@@ -13,7 +13,7 @@ from typing import Any
 from vismt.engine.log import record_stem
 from vismt.report import arm_figures, figures
 from vismt.report.arm_figures import SeedsPanel
-from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, block, shown_name
+from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, arm_title, block_key
 from vismt.report.results import Result
 from vismt.report.tables import (
     Picture,
@@ -29,8 +29,8 @@ from vismt.report.tables import (
 )
 from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
 
-MOST_PANELS = 12  # of the figure by seed
-MOST_OPEN = 3  # figures of scores; of more the first is shown and the others on request
+MOST_PANELS = 12  # number of panels of the figure by seed
+MOST_OPEN = 3  # number of figures of scores (of more figures the first is shown, and the others on request)
 ARROWS = "↓ lower is better, ↑ higher is better."
 SEED_NOTE = (
     f"{ARROWS} Means, and differences from the named arm. Intervals: 95 % over training seeds only, by Student's t, on these "
@@ -55,11 +55,11 @@ class ArmScore:
     """One score of a study under one condition.
 
     Args:
-        row: what the rows of the score have in common; its arm, seed and value are those of the first.
-        data: the set, "average" for the mean over the sets.
-        name: set, task and protocol as far as they tell this score from the others.
-        arms: rows by arm, one for each set.
-        seeds: values by arm and seed.
+        row: What the rows of the score have in common. Its arm, seed and value belong to the first row.
+        data: Name of the set, "average" for the mean over the sets.
+        name: Set, task and protocol, as far as they tell this score from other scores.
+        arms: Rows by arm, one for each set.
+        seeds: Values by arm and seed.
     """
 
     row: Result
@@ -70,7 +70,7 @@ class ArmScore:
 
     @property
     def metric(self) -> str:
-        """The metric with an arrow to where it is better."""
+        """Metric with an arrow to the better side."""
         return scale_text(self.row.metric, self.row.scale, self.row.better)
 
     @property
@@ -94,11 +94,11 @@ def score_sections(
 ) -> list[Section]:
     """Return the sections about the scores of a run, or of several, and draw their pictures in figures/ of a folder.
 
-    compared: the evaluated models that come from trainings, by which seeds and pairs are shown.
+    compared: Evaluated models that come from trainings, for which seeds and pairs are shown.
     """
     results, comparisons = [row for row in results if not row.further], without_further(comparisons)
     conditions = {c.condition for c in split_corruptions(comparisons)[0]}  # many corruptions have tables of their own
-    names = {arm: shown_name(arm, conditions) for arm in compared}
+    names = {arm: arm_title(arm, conditions) for arm in compared}
     scores = arm_scores([row for row in results if row.condition in conditions], names)
     clean = [score for score in scores if score.row.condition == "clean"]
     bars = _bars(folder, comparisons)
@@ -113,14 +113,14 @@ def score_sections(
 
 
 def arm_scores(results: Sequence[Result], names: Mapping[str, str]) -> list[ArmScore]:
-    """Return the scores of arms under their shown names, block by block, with the average over sets where there are several.
+    """Return the scores of arms under their shown names, block by block, with the average over several sets.
 
-    A condition that some of the sets lack has no average. names: the shown name of each arm.
+    A condition that some of the sets lack has no average. names: Shown name of each arm.
     """
     rows = [row for row in results if row.arm in names]
     scores: list[ArmScore] = []
-    for key in dict.fromkeys(block(row) for row in rows):
-        in_block = [row for row in rows if block(row) == key]
+    for key in dict.fromkeys(block_key(row) for row in rows):
+        in_block = [row for row in rows if block_key(row) == key]
         sets = list(dict.fromkeys(row.data for row in in_block))
         for condition in dict.fromkeys(row.condition for row in in_block):
             under = [row for row in in_block if row.condition == condition]
@@ -132,7 +132,7 @@ def arm_scores(results: Sequence[Result], names: Mapping[str, str]) -> list[ArmS
 
 
 def _name(row: Result, data: str, rows: Sequence[Result]) -> str:
-    """Return the task, the set and the protocol of a score, those left out that all of `rows` have in common."""
+    """Return the task, the set and the protocol of a score, without the parts that all of `rows` have in common."""
     tasks, sets = {other.task for other in rows}, {other.data for other in rows}
     protocols = {other.protocol for other in rows if (other.task, other.metric) == (row.task, row.metric)}
     parts = [row.task] if len(tasks) > 1 else []
@@ -144,7 +144,10 @@ def _name(row: Result, data: str, rows: Sequence[Result]) -> str:
 
 
 def _arm_score(data: str, rows: Sequence[Result], others: Sequence[Result], names: Mapping[str, str]) -> ArmScore:
-    """Return the score of one set, or of the average over the sets of `rows`; others: the rows of all scores."""
+    """Return the score of one set, or of the average over the sets of `rows`.
+
+    others: Rows of all scores.
+    """
     sets = {row.data for row in rows}
     by_arm: dict[str, list[Result]] = {}
     by_seed: dict[tuple[str, int], list[float]] = {}
@@ -177,7 +180,7 @@ def _bars(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
 
 
 def _levels(folder: Path, comparisons: Sequence[Comparison]) -> list[Picture]:
-    """Draw scores against the level of corruptions, attacks and certificates; the average over sets if there is one."""
+    """Draw scores against the level of corruptions, attacks and certificates. If there is an average over sets, draw it."""
     pictures = []
     for key, group in groupby(comparisons, key=lambda c: c.block):
         in_block = list(group)
@@ -218,11 +221,11 @@ def _several_levels(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def _seeds_figure(folder: Path, arms: Sequence[str], scores: Sequence[ArmScore]) -> list[Picture]:
-    """Draw a dot for each training; of many scores the first set of each metric."""
+    """Draw a dot for each training. If there are many scores, draw the first set of each metric."""
     several = [score for score in scores if score.seeds]
     if len(several) > MOST_PANELS:
-        first = {block(score.row): score for score in reversed(several)}
-        several = [score for score in several if first[block(score.row)] is score][:MOST_PANELS]
+        first = {block_key(score.row): score for score in reversed(several)}
+        several = [score for score in several if first[block_key(score.row)] is score][:MOST_PANELS]
     if not several:
         return []
     panels = [seeds_panel(score) for score in several]
@@ -279,7 +282,7 @@ def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], 
     conditions = list(dict.fromkeys(score.row.condition for score in scores))
     columns: dict[tuple[Any, ...], dict[str, ArmScore]] = {}
     for score in scores:
-        columns.setdefault((*block(score.row), score.data), {})[score.row.condition] = score
+        columns.setdefault((*block_key(score.row), score.data), {})[score.row.condition] = score
 
     def cell(score: ArmScore | None, later: str, earlier: str) -> str:
         if score is None or not {later, earlier} <= set(score.arms):

@@ -21,9 +21,10 @@ from statistics import fmean
 from typing import Any
 
 from vismt.base.errors import UserError, near
-from vismt.config.sections import RESOLVED, read_yaml
+from vismt.config.sections import RESOLVED, read_config_file
 from vismt.config.typed import build
-from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, block
+from vismt.engine.study import read_choice
+from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, block_key
 from vismt.report.results import FACTS, KNOWN, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import read_costs
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
@@ -31,12 +32,12 @@ from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import is_locked
 from vismt.storage.paths import shipped
-from vismt.uncertainty.intervals import NUMBER, Estimate
+from vismt.uncertainty.intervals import FEWEST_DOMAINS, NUMBER, Estimate, over_domains
 
 ROWS = "docs/results/rows"
-SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # what names one number
-_DIGITS = 10  # significant digits of the numbers in a file
-MATRICES = "matrices"  # what rows about all changed weights have as data
+SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # fields that name one number
+_DIGITS = 7  # number of significant digits in a file
+MATRICES = "matrices"  # data of rows about all changed weights
 
 
 @dataclass(frozen=True)
@@ -44,10 +45,10 @@ class StudyRow(Result):
     """One number of a study.
 
     Args:
-        data: the set, "average" for the mean over sets.
-        minus: the arm whose number is subtracted, "" for none.
-        by_seed: the number of each training, in the order of the study's seeds, None for a seed without it; () where the
-            number is not one of several trainings, and for a difference.
+        data: Name of the set, "average" for the mean over sets.
+        minus: Arm whose number is subtracted, "" for none.
+        by_seed: Number of each training, in the order of the study's seeds, None for a seed without it. () if the number does
+            not come from several trainings, and for a difference.
     """
 
     minus: str = ""
@@ -55,31 +56,32 @@ class StudyRow(Result):
 
     @property
     def key(self) -> tuple[Any, ...]:
-        """Identifies this number among all of a study."""
+        """Key of this number among all numbers of a study."""
         return (*super().key, self.minus)
 
 
 @dataclass(frozen=True)
 class About:
-    """What belongs to a whole study.
+    """The facts about a whole study.
 
     Args:
-        title: of the configuration.
-        command: that made the run, without the folder of its output and the number of workers.
-        config_hash: of the configuration.
-        settings: the whole configuration, defaults included.
-        differences: pairs of arms; the number of the second is subtracted from that of the first.
-        seeds: of the trainings, [] where nothing is trained.
-        evaluation_seed: of the episodes, None where there are none.
-        git_revision: of the checkout that ran.
-        hardware: processor or GPU, threads, processes.
-        versions: of Python and the packages that results depend on.
-        started: first start, ISO 8601 in UTC.
-        finished: end of the last evaluation.
-        wall_time_s: seconds, summed over the sessions of the run.
-        cpu_time_s: CPU seconds of all threads; None where they were not recorded.
-        costs: by arm the rate lr and the number of trained parameters of its first training; some files lack lr,
-            and have seconds of a step on the busy machine that ran.
+        title: Title of the configuration.
+        command: Command that made the run, without the folder of its output and the number of workers.
+        config_hash: Hash of the configuration.
+        settings: Whole configuration, defaults included.
+        differences: Pairs of arms. The number of the second is subtracted from the number of the first.
+        seeds: Seeds of the trainings, [] if nothing is trained.
+        evaluation_seed: Seed of the episodes, None if there are none.
+        git_revision: Revision of the checkout that ran.
+        hardware: Processor or GPU, threads, processes.
+        versions: Versions of Python and the packages that results depend on.
+        started: First start, ISO 8601 in UTC.
+        finished: End of the last evaluation.
+        wall_time_s: Seconds, summed over the sessions of the run.
+        cpu_time_s: CPU seconds of all threads. None if they were not recorded.
+        costs: Rate lr and number of trained parameters of the first training of each arm. Some files lack lr, and have seconds
+            of a step on the busy machine that ran.
+        validation: Score of the first seed on validation examples by arm and tried rate. None if the training diverged.
     """
 
     title: str
@@ -97,6 +99,7 @@ class About:
     seeds: list[int] = field(default_factory=list)
     evaluation_seed: int | None = None
     costs: dict[str, dict[str, float]] = field(default_factory=dict)
+    validation: dict[str, dict[str, float | None]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,10 @@ class StudyRows:
     about: About
     rows: list[StudyRow]
 
-    def find(self, wanted: Mapping[str, Any], where: str) -> StudyRow:
+    def find(self, wanted: Mapping[str, object], where: str) -> StudyRow:
         """Return the one row that has the values `wanted`, and minus "" unless it is named.
 
-        Raises UserError, with `where`, for no row or several.
+        Raise UserError, with `where`, for no row or several rows.
         """
         values = {"minus": "", **wanted}
         chosen, wanted_values = attrgetter(*values), tuple(values.values())
@@ -121,8 +124,26 @@ class StudyRows:
             raise UserError(f"{where}: {len(rows)} rows have {values}{more}.")
         return rows[0]
 
+    def over_domains(self, row: StudyRow, where: str) -> StudyRow:
+        """Return the row of an average with the interval over its sets as a sample of domains.
+
+        Raise UserError, with `where`, for a row that is not an average over FEWEST_DOMAINS sets or more.
+        """
+        sets = self._of_sets(row, row.arm)
+        others = self._of_sets(row, row.minus) if row.minus else dict.fromkeys(sets, 0.0)
+        sample = over_domains([sets[name] - others[name] for name in sets]) if sets.keys() == others.keys() else None
+        if row.data != AVERAGE or sample is None:
+            raise UserError(f"{where}: domains need data average and {FEWEST_DOMAINS} sets or more, not {len(sets)}.")
+        low, high = sample.bounds
+        return replace(row, low=low, high=high, interval=sample.covers)
+
+    def _of_sets(self, row: StudyRow, arm: str) -> dict[str, float]:
+        """Return the number of an arm on every set, in the condition of a row."""
+        alike = [one for one in self.rows if (one.condition, one.arm, one.minus) == (row.condition, arm, "")]
+        return {one.data: one.value for one in alike if one.data != AVERAGE and block_key(one) == block_key(row)}
+
     def trainings(self, row: StudyRow) -> dict[int, float]:
-        """Return a number by training seed; {} where the arm, or each of two, has one training."""
+        """Return a number by training seed. Return {} if the arm, or each of two arms, has one training."""
         first = self._trainings(row, row.arm)
         if not row.minus:
             return first
@@ -136,9 +157,9 @@ class StudyRows:
 
     def _trainings(self, row: StudyRow, arm: str) -> dict[int, float]:
         by_seed: dict[int, list[float]] = {}
-        wanted, kind = (row.condition, arm, ""), block(row)
+        wanted, kind = (row.condition, arm, ""), block_key(row)
         for other in self.rows:
-            alike = (other.condition, other.arm, other.minus) == wanted and block(other) == kind
+            alike = (other.condition, other.arm, other.minus) == wanted and block_key(other) == kind
             if alike and row.data in (AVERAGE, other.data):
                 for seed, value in zip(self.about.seeds, other.by_seed):
                     if value is not None:
@@ -148,9 +169,10 @@ class StudyRows:
 
 
 def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> StudyRows:
-    """Return the numbers of a finished run; differences: pairs of arms that are compared beside each arm and the first.
+    """Return the numbers of a finished run.
 
-    Raises UserError for a run that is not finished, another folder, and a pair with an arm that the run does not have.
+    differences: Pairs of arms that are compared, besides each arm and the first arm. Raise UserError for a run that is not
+    finished, another folder, and a pair with an arm that the run does not have.
     """
     facts = read_sealed(folder / FACTS, f"run '{folder}'") if (folder / FACTS).exists() else {}
     if is_locked(folder) or not facts.get("finished"):
@@ -164,9 +186,10 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
             raise UserError(f"run '{folder}': no arm '{arm}', which a difference names.{near(arm, arms)}")
     kept = {item.name: facts[item.name] for item in fields(About) if item.name in facts}
     kept["command"] = re.sub(r" --(out|workers)[ =]\S+", "", str(facts.get("command", "")))
-    kept |= {"settings": read_yaml(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
+    kept |= {"settings": read_config_file(folder / RESOLVED), "differences": [list(pair) for pair in pairs]}
     costs = read_costs(folder, arms)
     kept["costs"] = {arm: {"lr": cost.lr, "trained": float(cost.trained)} for arm, cost in costs.items()}
+    kept["validation"] = {arm: read_choice(folder, arm).validation for arm in costs}
     about = build(About, kept, f"run '{folder}'")
     values: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in results:
@@ -186,7 +209,7 @@ def _in_order(values: Mapping[int, float], seeds: Sequence[int]) -> tuple[float 
 def _changes(folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]], about: About) -> Iterator[StudyRow]:
     """Yield how much each arm changed the weights, also by block, and the differences over all blocks.
 
-    Over the seeds, of arms with several trainings.
+    Arms with several trainings are averaged over the seeds.
     """
     changes = read_changes(folder, arms)
     numbers = {arm: {seed: _by_data(lines) for seed, lines in of.items()} for arm, of in changes.items() if len(of) > 1}
@@ -239,7 +262,7 @@ def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], eviden
     by_condition: dict[tuple[str, ...], dict[str, dict[str, Result]]] = {}
     for row in results:
         if row.seed is None:
-            by_condition.setdefault((*block(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
+            by_condition.setdefault((*block_key(row), row.condition), {}).setdefault(row.arm, {})[row.data] = row
     derived = []
     for by_arm in by_condition.values():
         sets = list(dict.fromkeys(data for rows in by_arm.values() for data in rows))
@@ -257,7 +280,7 @@ def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], eviden
     return derived
 
 
-def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: Any) -> StudyRow:
+def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: object) -> StudyRow:
     """Return the row of an estimate from the rows of one arm, or of two."""
     error, freedom = found.sources[0]
     changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
@@ -289,14 +312,14 @@ def write_study(path: Path, study: StudyRows) -> None:
     write_lines(path, [asdict(study.about), {"rows": len(study.rows), "shared": shared}, *lines])
 
 
-def _short(value: Any) -> Any:
+def _short(value: object) -> Any:
     if isinstance(value, tuple):
         return tuple(map(_short, value))
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def read_study(path: Path) -> StudyRows:
-    """Return the study in a file of rows. Raises UserError for a missing, changed or cut file, and a number that comes twice."""
+    """Return the study in a file of rows. Raise UserError for a missing, changed or cut file, and a number that comes twice."""
     source = f"rows '{path}'"
     if not path.is_file():
         raise UserError(f"{source}: no such file.{near(path.stem, studies())}")

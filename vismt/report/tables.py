@@ -1,4 +1,4 @@
-"""What a report shows, as data that every format renders, and the texts of its tables, which are made from comparisons."""
+"""What a report shows, as data that every format renders, and the texts of its tables, which come from comparisons."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ SAMPLER_NOTE = (
     "The interval over episodes is the usual one in papers. It is smaller because it takes the episodes as independent, although "
     "they share their images: it leaves out that other images of the classes give another accuracy."
 )
-SCORE = " (score)"  # behind the measure of a task that is compared, among all its measures
+SCORE = " (score)"  # after the measure of a task that is compared, among all its measures
 BIAS_NOTE = (
     " Bias-corrected: few examples make a calibration error too large. The interval is corrected for it, the value is not, and "
     "lies outside. It is not marked as the best."
 )
 MANY_ARMS = 5  # from so many arms on, arms are rows
 MANY_ROWS = 40  # longer tables of measures are shown on request
-# Characters that a page has room for, those that the space between two columns takes, and those of a text that may be broken.
+# Numbers of characters that a page has room for, that the space between two columns takes, and of a text that may be broken.
 _WIDEST, _APART, _TEXT = 128, 4, 26
 
 
 @dataclass(frozen=True)
 class Table:
-    """Texts of one table: `heads`, then rows of as many texts; `best` are the (row, column) of the best numbers.
+    """Texts of one table: `heads`, then rows of as many texts. `best` holds the (row, column) of the best numbers.
 
-    The first `texts` columns are not numbers. folded: shown on request.
+    The first `texts` columns are not numbers. folded: Whether it is shown on request.
     """
 
     title: str
@@ -57,12 +57,12 @@ class Section:
     """A part of a report, whose parts are shown in this order.
 
     Args:
-        title: Its heading.
+        title: Heading.
         pairs: Names with a line about each.
         commands: Lines to paste into a shell.
         quotations: Sentences to cite.
-        tables: Each with the note below it.
-        pictures: Side by side where there is room.
+        tables: Tables, each with the note below it.
+        pictures: Pictures, side by side if there is room.
         folded: Whether the pictures after the first are shown on request only.
         files: Names and contents of files, which the page shows on request.
     """
@@ -95,11 +95,11 @@ class Report:
     """Everything that all formats show, as plain texts that are not yet escaped, in the order of a page.
 
     Args:
-        title: The heading.
+        title: Heading.
         answer: What follows from the numbers, "" without an answer.
         basis: What the answer follows from.
-        keys: The most important numbers.
-        sections: The parts. Empty ones are left out.
+        keys: Most important numbers.
+        sections: Parts. Empty parts are left out.
     """
 
     title: str
@@ -113,7 +113,10 @@ class Report:
 
 
 def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Comparison], list[Comparison]]:
-    """Return (the others, corruptions); the second is empty where they are few enough to stand with the attacks."""
+    """Return (the other comparisons, corruptions).
+
+    The second is empty if corruptions are few enough to stand with the attacks.
+    """
     corrupted = [c for c in comparisons if c.row.kind == "corruption"]
     if len({c.condition for c in corrupted}) < MANY_CORRUPTIONS:
         return list(comparisons), []
@@ -121,10 +124,10 @@ def split_corruptions(comparisons: Sequence[Comparison]) -> tuple[list[Compariso
 
 
 def result_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:
-    """Return the tables of results, one for each protocol and its conditions; many corruptions have one of their own.
+    """Return the tables of results, one for each protocol and its conditions. Many corruptions have a table of their own.
 
-    Of one measure of few arms, arms are columns and sets and conditions rows. Otherwise arms are rows and measures columns.
-    The note of a table says what its intervals cover.
+    With one measure and few arms, arms are columns, and sets and conditions are rows. Otherwise arms are rows and measures are
+    columns. The note of a table says what its intervals cover.
     """
     tables = []
     for group in _groups(comparisons):
@@ -170,7 +173,7 @@ def difference_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, st
 
 
 def ranked(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return comparisons under the strongest attack, clean ones, then the others; many corruptions are left out."""
+    """Return comparisons under the strongest attack, then clean ones, then the others. Many corruptions are left out."""
     kept = split_corruptions(comparisons)[0]
     strongest = {c.block: strongest_attack([other for other in kept if other.block == c.block]) for c in kept}
 
@@ -181,9 +184,9 @@ def ranked(comparisons: Sequence[Comparison]) -> list[Comparison]:
 
 
 def strongest_attack(comparisons: Sequence[Comparison]) -> str:
-    """Return the attack that leaves the best arm the least, by the first measure it has a row of; "" without one.
+    """Return the attack that leaves the best arm the least, by the first measure it has a row of. Return "" without an attack.
 
-    Of several that break all, the last: the worst case over the others follows them.
+    If several break everything, it is the last, because the worst case over the other attacks follows them.
     """
     attacks = [c for c in comparisons if c.row.kind == "attack"]
     if not attacks:
@@ -229,7 +232,7 @@ def _over_domains(group: Sequence[Comparison], differences: bool = False) -> str
 
 
 def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
-    """Return the comparisons of each protocol in their order; measures without a common condition are groups of their own."""
+    """Return the comparisons of each protocol in their order. Measures without a common condition are groups of their own."""
     measures: dict[tuple[str, ...], list[Comparison]] = {}
     for c in comparisons:
         measures.setdefault(c.block, []).append(c)
@@ -246,7 +249,7 @@ def _groups(comparisons: Sequence[Comparison]) -> list[list[Comparison]]:
 
 
 def _title(group: Sequence[Comparison], comparisons: Sequence[Comparison], more: str = "") -> str:
-    """Return the protocol of a table, its task where the report has several, and its measure where it has one."""
+    """Return the protocol of a table, its task if the report has several, and its measure if it has one."""
     row = group[0].row
     tasks = {c.row.task for c in group}
     title = f"{row.protocol}{more}"
@@ -283,8 +286,8 @@ def _arms_across(title: str, group: Sequence[Comparison], folded: bool) -> Table
 def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False, differences: bool = False) -> Table:
     """Return a row for each arm under each set and condition, and a column for each measure.
 
-    Of one measure the sets are columns, and of one measure on one set the conditions are. differences: to the baseline, in
-    place of the numbers.
+    With one measure the sets are columns, and with one measure on one set the conditions are columns. differences: Whether to
+    show differences to the baseline instead of the numbers.
     """
     arms = list(dict.fromkeys(arm for c in group for arm in c.cells))
     tasks, sets = {c.row.task for c in group}, list(dict.fromkeys(c.data for c in group))
@@ -328,9 +331,9 @@ def _arms_down(title: str, group: Sequence[Comparison], folded: bool = False, di
 def _heads(
     columns: Sequence[Sequence[Comparison]], names: Sequence[str], *, differences: bool
 ) -> tuple[list[str], str]:
-    """Return the heads of columns of numbers, and the n that all have, "" where it differs and is in the heads.
+    """Return the heads of columns of numbers, and the n that all have. It is "" if n differs and is in the heads.
 
-    A head is marked where a comparison in its column is not paired; differences are paired.
+    A head is marked if a comparison in its column is not paired. Differences are paired.
     """
     counts = [counts_text(of_column) for of_column in columns]
     same = counts[0] if len(set(counts)) == 1 else ""
@@ -343,7 +346,7 @@ def _heads(
 
 
 def counts_text(comparisons: Sequence[Comparison]) -> str:
-    """Return the numbers of examples of some comparisons, "50 / 60" where they differ."""
+    """Return the numbers of examples of some comparisons, "50 / 60" if they differ."""
     return " / ".join(f"{n:,}" for n in dict.fromkeys(cell.n for c in comparisons for cell in c.cells.values()))
 
 
@@ -351,10 +354,10 @@ def _is_best(c: Comparison, arm: str) -> bool:
     return arm in c.cells and c.cells[arm].mark == "best"
 
 
-def fitted(table: Table, widest: int = _WIDEST) -> list[Table]:
-    """Return a table as several with the same first columns where its numbers take more than `widest` characters.
+def split_wide_table(table: Table, widest: int = _WIDEST) -> list[Table]:
+    """Return a table as several tables with the same first columns, if its numbers take more than `widest` characters.
 
-    A row without a number in one of several parts is left out of it.
+    A row without a number in one of the parts is left out of this part.
     """
     widths = [_width(table, column) for column in range(len(table.heads))]
     first = sum(widths[: table.texts])
@@ -378,7 +381,7 @@ def fitted(table: Table, widest: int = _WIDEST) -> list[Table]:
 
 
 def _width(table: Table, column: int) -> int:
-    """Return the characters that a column needs: its head is broken between words and joints, and so are long texts."""
+    """Return the characters that a column needs. Its head is broken between words and joints, and so are long texts."""
     words = max(len(word) for word in re.split(r"[\s+:_/-]", table.heads[column]))
     longest = max((len(row[column]) for row in table.rows), default=0)
     return _APART + max(words, _TEXT if is_long(table, column) else longest)
@@ -391,23 +394,23 @@ def is_long(table: Table, column: int) -> bool:
 
 
 def cell_text(cell: Cell | None, row: Result) -> str:
-    """Return mean, interval and mark; a dash for no cell."""
+    """Return mean, interval and mark. No cell gives a dash."""
     if cell is None:
         return "–"
     return f"{interval_text(cell.value, cell.low, cell.high, row.scale)} {MARKS[cell.mark]}".rstrip()
 
 
 def difference_text(c: Comparison, arm: str) -> str:
-    """Return the difference of an arm to the baseline and its interval; a dash for none."""
+    """Return the difference of an arm to the baseline and its interval. No difference gives a dash."""
     if arm not in c.differences:
         return "–"
     return bounds_text(c.differences[arm].mean, *c.differences[arm].bounds, c.row.scale, sign=True)
 
 
 def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
-    """Return "1.2 [−0.3, 2.7]", with `sign` "+1.2 [−0.3, +2.7]", as exact as the width allows.
+    """Return "1.2 [−0.3, 2.7]", or with `sign` "+1.2 [−0.3, +2.7]", as exact as the width allows.
 
-    Shares end at 0 and 100 %, with `sign`, as differences, at -100 and 100 %.
+    Shares end at 0 and 100 %. With `sign` they are differences, and end at -100 and 100 %.
     """
     if scale == SHARE:
         low, high = max(low, -1.0 if sign else 0.0), min(high, 1.0)
@@ -416,7 +419,7 @@ def bounds_text(value: float, low: float, high: float, scale: str, sign: bool = 
 
 
 def interval_text(value: float, low: float, high: float, scale: str, sign: bool = False) -> str:
-    """Return "82.5 ± 8.6", or where the two half widths differ when rounded the text of `bounds_text`, "0.0 [0.0, 16.1]".
+    """Return "82.5 ± 8.6". If the two half widths differ after rounding, return the text of `bounds_text`, "0.0 [0.0, 16.1]".
 
     A value outside its interval has the reason beside it: "7.0, bias-corrected [0.0, 6.7]".
     """
@@ -437,7 +440,7 @@ def row_text(row: Result) -> str:
 
 
 def kinds_text(comparisons: Sequence[Comparison]) -> str:
-    """Return what the intervals of some comparisons cover, with the models where it differs between them, and their units."""
+    """Return what the intervals of some comparisons cover, with the models if it differs between them, and their units."""
     models: dict[str, dict[str, None]] = {}
     units = {c.data: cell.units for c in comparisons for cell in c.cells.values() if c.data != AVERAGE}
     for c in comparisons:
@@ -454,10 +457,10 @@ def kinds_text(comparisons: Sequence[Comparison]) -> str:
 
 
 def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0) -> str:
-    """Return a number as exact as two digits of the half width of its interval, a share in per cent.
+    """Return a number as exact as two digits of the half width of its interval. A share is shown in per cent.
 
-    A share has one digit at least, and no more where its width has a digit then. Without a width a share has one digit, any
-    other number four in all.
+    A share has at least one digit after the point, and no more if its width has a digit then. Without a width a share has one
+    digit, and any other number has four digits in all.
     """
     shown, width = (100 * value, 100 * half) if scale == SHARE else (value, half)
     if width <= ROUNDING * max(1, abs(shown)):
@@ -470,14 +473,14 @@ def number_text(value: float, scale: str, sign: bool = False, half: float = 0.0)
 
 
 def typographic(text: str) -> str:
-    """Return a number's text with a typographic minus, and without a sign where it is zero."""
+    """Return a number's text with a typographic minus, and without a sign if it is zero."""
     if not text.strip("+-0."):
         return text.lstrip("+-")
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
 def scale_text(metric: str, scale: str, better: str | None = None) -> str:
-    """Return a metric as `number_text` shows it; with `better` an arrow to where it is better."""
+    """Return a metric as `number_text` shows it. With `better` it has an arrow to the better side."""
     text = f"{metric} in %" if scale == SHARE else metric
     if better is None:
         return text

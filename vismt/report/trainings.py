@@ -10,7 +10,7 @@ from typing import Any
 
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
-from vismt.engine.training_files import DONE, MERGE
+from vismt.engine.training_files import DONE, MERGE, VALIDATION
 from vismt.report import arm_figures
 from vismt.report.comparison import Comparison
 from vismt.report.conclusion import key_comparisons
@@ -30,6 +30,9 @@ MERGE_NOTE = (
 MERGE_TYPES = {"n": int, "different_predictions": int, "largest_difference": float, "largest_logit": float}
 MERGE_MAY = {"outputs": dict[str, dict[str, float]]}
 TRAINING_CAPTION = "First seed of each arm. Thin: logged values. Thick: running mean over a twentieth of the run."
+VALIDATION_CAPTION = (
+    "The validation score is of the weights at a checkpoint on the validation examples. Higher is better."
+)
 RATES_CAPTION = "Score of the first seed on the validation examples, by the learning rate. Higher is better."
 COST_NOTE = (
     "Costs are those of training one seed at the chosen learning rate. The time is that of the steps. The memory is the largest "
@@ -50,10 +53,10 @@ class Cost:
 
     Args:
         lr: Learning rate.
-        edge: Which end of the tried rates it is, "lowest" or "highest"; "" for neither.
+        edge: End of the tried rates at which it is, "lowest" or "highest". "" for neither.
         trained: Number of trained parameters.
-        seconds: Time of the steps, the mean over the seeds; None if it is not known.
-        memory_mb: Largest memory in MB of any seed; None if it is not known.
+        seconds: Time of the steps, the mean over the seeds. None if it is not known.
+        memory_mb: Largest memory in MB of any seed. None if it is not known.
     """
 
     lr: float
@@ -87,7 +90,10 @@ def read_costs(folder: Path, arms: Sequence[str]) -> dict[str, Cost]:
 
 
 def cost_section(folder: Path, comparisons: Sequence[Comparison], costs: Mapping[str, Cost]) -> Section:
-    """Return the section with the scores of the models beside what their trainings took. costs: by model."""
+    """Return the section with the scores of the models beside what their trainings took.
+
+    costs: Costs by model.
+    """
     keys = key_comparisons(comparisons)
     names = dict.fromkeys([*(name for c in keys for name in c.cells), *costs])
     seconds, unit = 1.0, "s"
@@ -135,7 +141,7 @@ def cost_section(folder: Path, comparisons: Sequence[Comparison], costs: Mapping
 def training_sections(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, str]) -> list[Section]:
     """Return the sections about the trainings of a run, as far as the run left the files.
 
-    seed: of the trainings whose curves are drawn. logged: titles of the drawn columns.
+    seed: Seed of the trainings whose curves are drawn. logged: Titles of the drawn columns.
     """
     return [
         Section("Training", _rates(folder, arms), [*_curves(folder, arms, seed, logged), *_rate_curves(folder, arms)]),
@@ -145,7 +151,7 @@ def training_sections(folder: Path, arms: Sequence[str], seed: int, logged: Mapp
 
 
 def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
-    """Return the validation score of every arm at every rate, the choice marked; nothing where nothing was chosen."""
+    """Return the validation score of every arm at every rate, with the choice marked. Return nothing if nothing was chosen."""
     choices = {arm: read_choice(folder, arm) for arm in arms if (folder / ARMS / arm / CHOSEN).exists()}
     choices = {arm: choice for arm, choice in choices.items() if choice.validation}
     rates = sorted({rate for choice in choices.values() for rate in choice.validation}, key=float)
@@ -160,20 +166,22 @@ def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
 
 
 def _curves(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, str]) -> list[Picture]:
-    """Draw what a seed of each arm has logged at the chosen rate, before the choice in the newest training."""
+    """Draw what a seed of each arm has logged at the chosen rate. Before the choice, draw the newest training."""
     logs: dict[str, list[dict[str, Any]]] = {}
     for arm in arms:
         begun = sorted((folder / ARMS / arm).glob(f"lr-*-seed-{seed}/{METRICS}"), key=lambda path: path.stat().st_mtime)
         first = chosen_trainings(folder, arm).get(seed, begun[-1].parent if begun else None)
         values = dict.fromkeys(logged, float | None)
-        rows = read_lines(first / METRICS, {"step": int}, values) if first is not None else []
-        if rows:
-            logs[arm] = rows
+        if first is not None and (rows := read_lines(first / METRICS, {"step": int}, values)):
+            logs[arm] = rows + read_lines(first / VALIDATION, {"step": int, "validation": float}, whole=True)
     drawn = [name for name in logged if name != "fade"]
     if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
         return []
-    path = arm_figures.curves_figure(logs, logged, folder / "figures" / "training.svg")
-    return [Picture(path, "Training", TRAINING_CAPTION)]
+    titles = {"validation": "Validation score", **logged}
+    path = arm_figures.curves_figure(logs, titles, folder / "figures" / "training.svg")
+    validated = any("validation" in row for rows in logs.values() for row in rows)
+    caption = " ".join([TRAINING_CAPTION, *([VALIDATION_CAPTION] if validated else [])])
+    return [Picture(path, "Training", caption)]
 
 
 def _rate_curves(folder: Path, arms: Sequence[str]) -> list[Picture]:
@@ -190,7 +198,10 @@ def _rate_curves(folder: Path, arms: Sequence[str]) -> list[Picture]:
 
 
 def progress_section(folder: Path, steps: Mapping[str, int]) -> Section:
-    """Return the section about the trainings that a run has begun. steps: of the whole training of each arm."""
+    """Return the section about the trainings that a run has begun.
+
+    steps: Number of steps of the whole training of each arm.
+    """
     rows = []
     for arm, last in steps.items():
         for path in sorted((folder / ARMS / arm).glob(f"lr-*/{METRICS}")):
@@ -204,7 +215,7 @@ def progress_section(folder: Path, steps: Mapping[str, int]) -> Section:
 
 
 def _merging(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
-    """Return how far the merged nets are from the unmerged ones, from merge.json of every training."""
+    """Return how far the merged nets are from the unmerged nets, from merge.json of every training."""
     rows = []
     for arm in arms:
         paths = sorted((folder / ARMS / arm).glob(f"*/{MERGE}"))

@@ -10,7 +10,7 @@ from typing import Any
 
 from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
-from vismt.report.plotting import MUTED, color_of, one_panel, save
+from vismt.report.plotting import MUTED, color_of, one_panel, save_figure
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
@@ -28,7 +28,7 @@ Lines = Sequence[Mapping[str, Any]]
 def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines]]:
     """Return the changed matrices of every training at the chosen rate, by arm and seed, as far as they were measured.
 
-    Matrices that were zero before the training are left out: their change is not a share of anything.
+    Matrices that were zero before the training are left out, because their change is a share of nothing.
     """
     found: dict[str, dict[int, Lines]] = {}
     for arm in arms:
@@ -41,7 +41,7 @@ def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines
 
 
 def of_blocks(lines: Lines) -> dict[int, Lines]:
-    """Return the lines of the matrices of each block by its number; matrices outside the blocks are left out."""
+    """Return the lines of the matrices of each block by its number. Matrices outside the blocks are left out."""
     found: dict[int, list[Mapping[str, Any]]] = {}
     for line in lines:
         number = re.search(r"\.(\d+)\.", f".{line['weight']}")
@@ -67,7 +67,7 @@ def _relative(line: Mapping[str, Any]) -> float:
 
 
 def changes_section(folder: Path, arms: Sequence[str]) -> Section:
-    """Return the section about the changed weights, and draw its figure; an empty one where nothing was measured."""
+    """Return the section about the changed weights, and draw its figure. It is empty if nothing was measured."""
     changes = read_changes(folder, arms)
     title = "Changes of the weights"
     if not changes:
@@ -90,7 +90,10 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
 
 
 def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
-    """Draw a line for each arm over the blocks of the model. depths: relative norm by arm and block, more than one block each."""
+    """Draw a line for each arm over the blocks of the model.
+
+    depths: Relative norm by arm and block, with more than one block each.
+    """
     arms = list(depths)
     figure, axes = one_panel(arms, [color_of(arm, arms) for arm in arms], "Relative norm of the update, %")
     for arm, values in depths.items():
@@ -99,4 +102,4 @@ def depth_figure(depths: Mapping[str, Mapping[int, float]], path: Path) -> Path:
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)
     axes.set_xlabel("block", color=MUTED, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)

@@ -44,8 +44,8 @@ ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not tha
 # Format -> ending of its file.
 FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
 DEFAULT_FORMATS = ("html", "md")
-MOST_KEYS = 4  # models in a key figure
-# The types of what the report reads of run.json; a run that has just begun may lack any of them.
+MOST_KEYS = 4  # number of models in a key figure
+# Types of what the report reads of run.json. A run that has just begun may lack any of them.
 FACT_TYPES = {
     "title": str,
     "command": str,
@@ -67,12 +67,12 @@ FACT_TYPES = {
 
 @dataclass(frozen=True)
 class Heading:
-    """What a report says of the run that it is of.
+    """What a report says about its run.
 
     Args:
         title: Title of the page.
         facts: Names and values of the table at the end.
-        source: Where the numbers come from, for citations.
+        source: Source of the numbers, for citations.
         config: Text of the configuration, "" for none.
     """
 
@@ -82,17 +82,17 @@ class Heading:
     config: str = ""
 
 
-def read_facts(folder: Path) -> dict[str, Any]:
-    """Return the content of run.json of a run folder, {} where there is none. Raises UserError for other content than a run's."""
+def read_run_facts(folder: Path) -> dict[str, Any]:
+    """Return the content of run.json of a run folder, {} if there is none. Raise UserError for other content than a run's."""
     path = folder / FACTS
     return read_sealed(path, f"run '{folder}'", may=FACT_TYPES) if path.exists() else {}
 
 
 def run_heading(folder: Path) -> Heading:
-    """Return the heading of a run folder. Raises UserError where run.json is broken."""
+    """Return the heading of a run folder. Raise UserError if run.json is broken."""
     if not (folder / FACTS).exists():
         raise UserError(f"report: no run.json in '{folder}'; give a run folder, `vismt run CONFIG` makes one.")
-    about = read_facts(folder)
+    about = read_run_facts(folder)
     if not about.get("config_hash"):
         raise UserError(f"report: '{folder / FACTS}' has no config_hash; `vismt evaluate {folder}` writes it again.")
     config = folder / RESOLVED
@@ -132,15 +132,15 @@ def write_report(
     sections: Sequence[Section],
     formats: Sequence[str] = DEFAULT_FORMATS,
 ) -> list[Path]:
-    """Write a report into a folder in some of FORMATS; return its files.
+    """Write a report into a folder in some of FORMATS. Return its files.
 
     Args:
         folder: Folder that holds the pictures of the sections.
-        heading: What the run is.
+        heading: Heading of the run.
         results: Rows for CSV.
         comparisons: Comparisons of the results.
-        conclusion: The answer of the report, None without one.
-        sections: Parts of the report in their order. Empty ones are left out.
+        conclusion: Answer of the report, None without one.
+        sections: Parts of the report in their order. Empty parts are left out.
         formats: Names of FORMATS, and of plotting.FIGURES, which write no file of their own.
     """
     of_measures, comparisons = measure_tables(comparisons), without_further(comparisons)
@@ -179,7 +179,7 @@ def _key_figure(c: Comparison) -> KeyFigure:
 
 
 def headline(comparisons: Sequence[Comparison]) -> str:
-    """Return the first score of the best arm with what its interval covers; "" without results."""
+    """Return the first score of the best arm with what its interval covers. Return "" without results."""
     for c in first_of_tasks(comparisons)[:1]:
         arm = by_score(c, c.cells)[0]
         cell = replace(c.cells[arm], mark="")
@@ -215,7 +215,7 @@ def _seeds(about: Mapping[str, Any]) -> str:
 
 
 def _citation(source: str, comparisons: Sequence[Comparison]) -> list[str]:
-    """Return sentences that carry n, interval and protocol; of a block with an average only this is put into words."""
+    """Return sentences that carry n, interval and protocol. If a block has an average, only the average is put into words."""
     shown, corrupted = split_corruptions(comparisons)
     several = len({c.row.task for c in comparisons}) > 1
     averaged = {c.block for c in shown if c.data == AVERAGE}

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.backbones.any_module import UNKNOWN
-from vismt.backbones.pyramid import size_of
+from vismt.backbones.pyramid import image_size
 from vismt.backbones.timm_models import check_stages, forward_runs, runs_at, timm_model
 from vismt.backbones.weights import read_checkpoint, with_counts
 from vismt.base.errors import UserError, near, require_known, shown_value
@@ -39,6 +39,9 @@ class PixelClassifier(nn.Module):
     size: (h, w) that images are resized to. mean, std: per channel, of the normalisation. labels: names of the c classes, None
     where they are not known. num_classes: c, by default that of the net.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(
         self,
@@ -146,12 +149,15 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     model = copy.deepcopy(model).eval()
     if isinstance(model, PixelClassifier):
         return model
-    size = img_size or size_of(model)[-1]
+    size = img_size or image_size(model)[-1]
     settings = getattr(model, "pretrained_cfg", None) or {}
-    if "input_size" in settings and size_of(model) != (size, size):
+    if "input_size" in settings and image_size(model) != (size, size):
         zeros = next(model.parameters()).new_zeros
         check_stages(
-            (size, size), type(model).__name__, lambda at: forward_runs(lambda: model(zeros(1, 3, *at))), size_of(model)
+            (size, size),
+            type(model).__name__,
+            lambda at: forward_runs(lambda: model(zeros(1, 3, *at))),
+            image_size(model),
         )
     mean, std = (settings.get(name, values) for name, values in zip(("mean", "std"), UNKNOWN))
     classes = getattr(model, "num_classes", None)
@@ -167,7 +173,7 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     return PixelClassifier(model, (size, size), mean, std, num_classes=classes)
 
 
-def _create(name: str, num_classes: int | None, pretrained: bool, **options: Any) -> nn.Module:
+def _create(name: str, num_classes: int | None, pretrained: bool, **options: object) -> nn.Module:
     import timm
 
     base = name.split(".")[0].removeprefix("hf_hub:").removeprefix("hf-hub:")

@@ -11,17 +11,16 @@ same images, and the source itself gets its white-box attack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known
-from vismt.base.norm_balls import NORMS, PIXELS
-from vismt.config.sections import Count, fraction
-from vismt.config.typed import Names, within
+from vismt.config.typed import Names
 from vismt.lowrank.contexts import evaluating
+from vismt.robustness.attack_settings import AttackSettings
 from vismt.robustness.corruptions import CORRUPTIONS, MOVING, CorruptionSpec, Severity
 from vismt.uncertainty.intervals import Condition
 
@@ -98,31 +97,17 @@ Perturbation: TypeAlias = "AttackSpec | CorruptionSpec | Transfer"
 DensePerturbation: TypeAlias = "DenseAttack | CorruptionSpec"
 
 
-@dataclass
-class AttackConfig:
-    """One attack, see vismt.robustness.attacks.attacks.AttackSpec.
+@dataclass(frozen=True)
+class AttackConfig(AttackSettings):
+    """One attack of an evaluation.
 
     Args:
-        name: the attack; torchattacks:NAME takes one of that library.
-        epsilon: radius in pixel units of [0, 1], also as '4.5/255'.
-        step_size: step of pgd in the same units; null for 2.5 epsilon / steps.
-        steps: number of steps; null for the attack's own.
-        norm: norm of the radius.
-        random_start: whether pgd starts at a random point of the ball.
         source: the model on whose task classifier the images are computed (a name as in evaluate.models); null for the
             evaluated model.
-        restarts: number of restarts; null for the attack's own.
         tasks: of a dense run, the tasks whose losses are raised; [] for all.
     """
 
-    name: Annotated[str, Names("vismt.robustness.attacks.attacks:KINDS")] = "pgd"
-    epsilon: Annotated[float, within(0, unit=PIXELS)] | str = "4.5/255"
-    step_size: float | str | None = None
-    steps: Count | None = None
-    norm: Annotated[str, Names(NORMS, only=True)] = "linf"
-    random_start: bool = True
     source: str | None = None
-    restarts: Count | None = None
     tasks: list[str] = field(default_factory=list)
 
     def spec(self, seed: int = 0) -> AttackSpec:
@@ -133,9 +118,7 @@ class AttackConfig:
             raise UserError(
                 f"evaluate.attacks: tasks: {self.tasks}: the losses of single tasks are for dense runs; leave it out."
             )
-        step = None if self.step_size is None else fraction(self.step_size, "attack.step_size")
-        epsilon = fraction(self.epsilon, "attack.epsilon")
-        return AttackSpec(self.name, epsilon, step, self.steps, self.norm, self.restarts, seed, self.random_start)
+        return AttackSpec(**{item.name: getattr(self, item.name) for item in fields(AttackSettings)}, seed=seed)
 
     def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
         """Return the attack of a dense net; known: the tasks of its run."""

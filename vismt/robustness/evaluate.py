@@ -10,8 +10,9 @@ every condition. Processes that share an evaluation (vismt/base/ranks.py) run a 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,16 +20,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from vismt.base import console, ranks
+from vismt.base import ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
-from vismt.robustness.smoothing import ABSTAINED, Smoothing
-from vismt.storage.records import Field, Records
+from vismt.storage.records import Field, Header, Records
 from vismt.uncertainty.conformal import set_sizes
+from vismt.uncertainty.features import Answers, Feature
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
 from vismt.uncertainty.probability_metrics import example_fields, example_values
 
@@ -92,7 +93,7 @@ def evaluate_examples(
     num_classes: int,
     forms: Mapping[str, Form] | None = None,
     quantile: float | None = None,
-    smoothing: Smoothing | None = None,
+    features: Sequence[Feature] = (),
     records: Path | None = None,
     data: str = "data",
     fingerprint: str = "",
@@ -111,7 +112,7 @@ def evaluate_examples(
         num_classes: Number of logits; labels are 0..num_classes-1.
         forms: Forms of the clean logits by name, "clean" for the logits themselves.
         quantile: Threshold of -log p of conformal sets; None records no sets.
-        smoothing: Certificates of the smoothed classifier; None records none.
+        features: Of the evaluation, which record columns of their own (vismt/evaluation).
         records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
@@ -125,61 +126,15 @@ def evaluate_examples(
         "<condition> l2", in the order of the examples; of an attack also "<condition> lost", 1 where the attack counted an image
         as broken that is right here, by rounding. For each form also the answer "<form>" and the fields of
         `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". With a quantile the same for "clean" and
-        each condition, and the number of classes in the set, "<condition> set". With smoothing its answer "<label>", -1 for an
-        abstention, and "<label> radius".
+        each condition, and the number of classes in the set, "<condition> set". For each feature its columns.
 
     Raises:
         UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
             same text, a model that answers differently from call to call, or records of another run.
     """
-    conditions = {spec.describe(num_classes): spec for spec in specs}
-    if len(conditions) < len(specs):
-        raise UserError(f"evaluate {data}: two conditions have the same text in {list(conditions)}: leave one out.")
-    settings = {
-        "data": data,
-        "fingerprint": fingerprint,
-        "num_classes": num_classes,
-        "attacks": [dict(spec.settings()) for spec in specs],
-        **({"examples": examples} if examples else {}),
-        **({"forms": list(forms)} if forms else {}),
-        **({} if quantile is None else {"quantile": quantile}),
-        **({} if smoothing is None else smoothing.settings()),
-    }
-    questions = _Questions(conditions, forms or {}, num_classes, quantile, smoothing, keep)
-    lost = {name: f"{name} lost" for name, spec in conditions.items() if isinstance(spec, AttackSpec)}
-    optional = {name: Field(0, 1, whole=True, optional=True) for name in lost.values()}  # older records have none
-    log = Records(records, settings, questions.fields() | optional, key="id")
-    rows: dict[str, dict] = {}
-
-    def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[dict[str, int], list[dict]]:
-        """Return the labels of one batch by id, and its records where it was evaluated."""
-        number, load = numbered
-        batch = load()
-        images, labels = batch[0], torch.as_tensor(batch[1])
-        if len(batch) < 3 and ranks.count() > 1:
-            raise UserError(
-                "evaluate: batches without ids have no numbers in several processes; give every example an id."
-            )
-        named = batch[2] if len(batch) > 2 else range(len(rows), len(rows) + len(labels))
-        ids = [str(name) for name in named]
-        _check_batch(images, labels, ids, num_classes)
-        _check_ids(ids, labels.tolist(), rows, log)
-        names = dict(zip(ids, labels.tolist(), strict=True))
-        if all(name in log for name in ids):
-            return names, []
-        return names, questions.records(model, images, labels, ids, number)
-
-    with log, console.bar("eval", label, len(batches) if isinstance(batches, Sized) else 0) as bar:
-        for names, found in ranks.share(enumerate(_loads(batches)), run):
-            _check_ids(list(names), list(names.values()), rows, log)  # also against the batches of other processes
-            for row in found:
-                log.add(row)
-            rows |= {name: log[name] for name in names}
-            bar.advance()
-    if not rows:
-        raise UserError("evaluate: the data has no example: check its split.")
-    report_lost(list(rows.values()), lost)
-    return list(rows.values())
+    questions = ImageQuestions(num_classes, specs, forms or {}, quantile, features, keep, data)
+    log = questions.records(records, fingerprint, examples)
+    return questions.answered(model, batches, log, label)
 
 
 def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
@@ -191,32 +146,80 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
 
 
 @dataclass(frozen=True)
-class _Questions:
-    """What is recorded of every example. conditions: by text. Other fields: as for `evaluate_examples`."""
+class ImageQuestions:
+    """What is recorded of every image. specs, ...: as for `evaluate_examples`."""
 
-    conditions: Mapping[str, DirectPerturbation]
-    forms: Mapping[str, Form]
     num_classes: int
-    quantile: float | None
-    smoothing: Smoothing | None
-    keep: Keep | None
+    specs: Sequence[DirectPerturbation] = ()
+    forms: Mapping[str, Form] = field(default_factory=dict)
+    quantile: float | None = None
+    features: Sequence[Feature] = ()
+    keep: Keep | None = None
+    data: str = "data"
 
-    def fields(self) -> dict[str, Field]:
+    @property
+    def conditions(self) -> dict[str, DirectPerturbation]:
+        """The attacks and corruptions by their texts."""
+        found = {spec.describe(self.num_classes): spec for spec in self.specs}
+        if len(found) < len(self.specs):
+            raise UserError(f"evaluate {self.data}: two conditions have the same text in {list(found)}: leave one out.")
+        return found
+
+    def records(self, path: Path | None, weights: str, examples: str) -> Records:
+        """Open the records in a file. weights, examples: as in `vismt.storage.records.Header`."""
+        settings = {
+            "attacks": [dict(spec.settings()) for spec in self.specs],
+            "forms": [*self.forms],
+            "quantile": self.quantile,
+            "features": {feature.key: feature.settings() for feature in self.features},
+        }
+        header = Header(weights, examples, {"data": self.data, "num_classes": self.num_classes}, settings)
+        return Records(path, header, self._fields())
+
+    def answered(self, model: nn.Module, batches: Iterable[Batch], log: Records, label: str) -> list[dict]:
+        """Return the records of all images, from `log` where they are there. Errors as for `evaluate_examples`."""
+        running = count()
+
+        def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[list[str], list[dict]]:
+            number, load = numbered
+            batch = load()
+            images, labels = batch[0], torch.as_tensor(batch[1])
+            if len(batch) < 3 and ranks.count() > 1:
+                raise UserError(
+                    "evaluate: batches without ids have no numbers in several processes; give every example an id."
+                )
+            ids = [str(name) for name in (batch[2] if len(batch) > 2 else islice(running, len(labels)))]
+            _check_batch(images, labels, ids, self.num_classes)
+            _check_labels(ids, labels.tolist(), log)
+            known = all(name in log for name in ids)
+            return ids, [] if known else self._rows(model, images, labels, ids, number)
+
+        total = len(batches) if isinstance(batches, Sized) else 0
+        rows = log.add_batches(enumerate(_loads(batches)), run, label, total)
+        if not rows:
+            raise UserError("evaluate: the data has no example: check its split.")
+        report_lost(rows, self._lost())
+        return rows
+
+    def _lost(self) -> dict[str, str]:
+        return {name: f"{name} lost" for name, spec in self.conditions.items() if isinstance(spec, AttackSpec)}
+
+    def _fields(self) -> dict[str, Field]:
         """Return the fields of a record besides its id."""
         answer, distance = Field(0, self.num_classes - 1, whole=True), Field(0)
         fields = {"label": answer, "clean": answer}
         for name in self.conditions:
             fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
-        if self.smoothing is not None:
-            name = self.smoothing.label
-            fields |= {name: Field(ABSTAINED, self.num_classes - 1, whole=True), f"{name} radius": distance}
+        fields.update(dict.fromkeys(self._lost().values(), Field(0, 1, whole=True)))
+        for feature in self.features:
+            fields |= feature.fields(self.num_classes)
         with_sets = [] if self.quantile is None else [CLEAN.label, *self.conditions]
         fields.update({f"{name} set": Field(0, self.num_classes, whole=True) for name in with_sets})
         for name in (*self.forms, *with_sets):
             fields |= {name: answer, **example_fields(name)}
         return fields
 
-    def records(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
+    def _rows(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
         classes = self.num_classes
 
         def with_sets(name: str, logits: Tensor) -> dict[str, list]:
@@ -250,10 +253,10 @@ class _Questions:
             columns |= with_sets(condition, attacked)
             columns[f"{condition} linf"] = change.abs().amax(1).tolist()
             columns[f"{condition} l2"] = change.norm(dim=1).tolist()
-        if self.smoothing is not None:
-            logits_of = partial(_logits, model, num_classes=classes)
-            found, radii = self.smoothing.certify(logits_of, images, [(name,) for name in ids])
-            columns |= {self.smoothing.label: found.tolist(), f"{self.smoothing.label} radius": radii.tolist()}
+        net = partial(_logits, model, num_classes=classes)
+        found = Answers(logits.cpu().double(), labels.cpu(), net, images, [(name,) for name in ids])
+        for feature in self.features:
+            columns |= {name: values.tolist() for name, values in feature.columns(found).items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -277,18 +280,6 @@ def accuracies(
     return [(at, {row["id"]: right(row, labels, strict) for row in rows}) for at, strict, labels in conditions]
 
 
-def certified_accuracies(rows: Sequence[Mapping], smoothing: Smoothing) -> list[tuple[Condition, dict[str, float]]]:
-    """Return, for each radius, 1.0 for an answer that is right and certified there, else 0.0, by image id.
-
-    rows: per-example records of `evaluate_examples`.
-    """
-
-    def certified(row: Mapping, radius: float | None) -> float:
-        return float(row[smoothing.label] == row["label"] and row[f"{smoothing.label} radius"] >= (radius or 0.0))
-
-    return [(at, {row["id"]: certified(row, at.level) for row in rows}) for at in smoothing.conditions()]
-
-
 def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes: int) -> None:
     if not len(labels) == len(images) == len(ids) or not len(ids):
         raise UserError(f"evaluate: a batch has {len(images)} images, {len(labels)} labels and {len(ids)} ids.")
@@ -299,10 +290,7 @@ def _check_batch(images: Tensor, labels: Tensor, ids: Sequence[str], num_classes
         )
 
 
-def _check_ids(ids: Sequence[str], labels: Sequence[int], previous: Mapping[str, dict], log: Records) -> None:
-    repeated = [name for number, name in enumerate(ids) if name in previous or name in ids[:number]]
-    if repeated:
-        raise UserError(f"evaluate: the id '{repeated[0]}' comes twice: give every example a different id.")
+def _check_labels(ids: Sequence[str], labels: Sequence[int], log: Records) -> None:
     for name, label in zip(ids, labels, strict=True):
         if name in log and log[name]["label"] != label:
             raise UserError(f"evaluate: '{name}' is on record with label {log[name]['label']}, now it has {label}.")

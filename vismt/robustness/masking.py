@@ -22,7 +22,7 @@ from vismt.base.norm_balls import size_of_all
 from vismt.metatune.protocol.episode_runner import FewShotModel, PixelStore, Sampler
 from vismt.metatune.protocol.protocol import run_protocol
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
-from vismt.robustness.evaluate import ConditionAccuracy, RepeatableBatches, evaluate_classifier
+from vismt.robustness.evaluate import RepeatableBatches, evaluate_classifier
 from vismt.uncertainty.intervals import mean_interval
 
 _LARGEST = 64 / 255  # change of every pixel
@@ -89,15 +89,17 @@ def check_masking(
     *,
     num_classes: int,
     epsilons: Sequence[float] | None = None,
+    **options: Any,
 ) -> MaskingCheck:
     """Run an attack on a classifier at growing radii, and `strong` at the attack's own radius.
 
     Args:
         model: As for `evaluate_classifier`.
-        batches: As for `evaluate_classifier`, iterated once for each radius.
+        batches: As for `evaluate_classifier`.
         spec: The attack. Its step keeps its ratio to the radius.
         num_classes: Number of logits.
         epsilons: Radii; by default 0, half, once and twice the attack's, and that of a change of every pixel by 64/255.
+        **options: Further options of `evaluate_classifier`, such as a file of records.
 
     Returns:
         The check; n counts images.
@@ -107,16 +109,16 @@ def check_masking(
         epsilons = (0.0, spec.epsilon / 2, spec.epsilon, min(2 * spec.epsilon, whole), _LARGEST * whole)
     radii = sorted(set(epsilons))
 
-    def accuracy(attack: AttackSpec) -> ConditionAccuracy:
-        return evaluate_classifier(model, batches, [attack], num_classes=num_classes, label=str(attack))[1]
-
     def at(radius: float) -> AttackSpec:
         scaled = spec.step_size * radius / spec.epsilon if spec.step_size and spec.epsilon else None
         return replace(spec, epsilon=radius, step_size=scaled or None)
 
-    rows = [accuracy(at(radius)) for radius in radii]
+    attacks, strong = [at(radius) for radius in radii], _strong(spec)
+    by_text = {attack.describe(num_classes): attack for attack in (*attacks, spec, strong)}
+    table = evaluate_classifier(model, batches, [*by_text.values()], num_classes=num_classes, **options)
+    found = dict(zip(by_text, table[1:], strict=True))
+    rows = [found[attack.describe(num_classes)] for attack in attacks]
     values = tuple(row.value for row in rows)
-    own = values[radii.index(spec.epsilon)] if spec.epsilon in radii else accuracy(spec).value
     return MaskingCheck(
         tuple(radii),
         values,
@@ -125,7 +127,7 @@ def check_masking(
         monotone=all(later <= earlier + SLACK for earlier, later in pairwise(values)),
         reaches_chance=rows[-1].low <= 1 / num_classes,
         reach=_reach(spec),
-        gap=own - accuracy(_strong(spec)).value,
+        gap=found[spec.describe(num_classes)].value - found[strong.describe(num_classes)].value,
         gap_at=spec.epsilon,
         norm=spec.norm,
     )

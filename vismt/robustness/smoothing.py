@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import torch
@@ -27,11 +27,9 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.base.seeds import mix_seed
 from vismt.config.typed import Checked, within
-from vismt.uncertainty.intervals import Condition
 
 FIRST, HOPELESS = 100, 0.4
 _CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
-_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 ABSTAINED = -1  # the answer of an abstention
 
 
@@ -61,32 +59,9 @@ class Smoothing(Checked):
             )
 
     @property
-    def label(self) -> str:
-        """The text of the smoothed classifier, "smoothed 0.25"."""
-        return f"smoothed {self.sigma:g}"
-
-    @property
     def largest(self) -> float:
         """The radius where all draws agree."""
         return self.radius(self.samples)
-
-    def settings(self) -> dict[str, object]:
-        """Return every field, for a protocol's hash."""
-        return {"certify": asdict(self)}
-
-    def conditions(self) -> list[Condition]:
-        """Return a condition for each of _RADII that a certificate can reach."""
-        reached = [radius for radius in _RADII if radius <= self.largest]
-        return [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in reached]
-
-    def levels(self) -> dict[str, float]:
-        """Return the radii of `conditions` by their text."""
-        return {condition.label: condition.level or 0.0 for condition in self.conditions()}
-
-    @property
-    def abstention(self) -> Condition:
-        """The condition of the share of abstentions."""
-        return Condition(self.label, "certified", self.label)
 
     def radius(self, votes: int) -> float:
         """Return the certified radius where `votes` of the samples have the class; 0 for an abstention."""

@@ -1,4 +1,7 @@
-"""The cache folder: before a file is written, those used longest ago make room for it; what vismt put there can be deleted."""
+"""The cache folder.
+
+Before a file is written, the least recently used files make room for it, and vismt's files can be deleted.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +19,25 @@ from vismt.storage.files import PARTIAL
 
 _warned_folders: set[Path] = set()
 _HEX = "[0-9a-f]" * 20
-# Folder -> what it holds, and the names of vismt's own files. VISMT_CACHE may name a folder with files of the user's: only names
-# that end in a digest, or that a library makes, are surely not theirs.
+# Folder -> what it holds, and the names of vismt's own files. VISMT_CACHE may name a folder with files of the user. Only names
+# that end in a digest, or that a library makes, surely belong to vismt.
 STORES = {
     "pixels": ("decoded images, named by a digest", (f"*-{_HEX}*.npy", "tmp????????.part")),
     "features": ("features of frozen models, named by a digest", (f"{_HEX}*.safetensors",)),
     "experts": ("clusters of neurons, named by a digest", (f"{_HEX}*.safetensors",)),
+    "listings": ("lists of methods, named by a digest", (f"{_HEX}*.json",)),
     "robustbench": ("weights that RobustBench fetched", ("cifar10/*/*.pt", "cifar100/*/*.pt", "imagenet/*/*.pt")),
 }
-# Folders of downloads: each NAME has the lock file .NAME.lock of `scratch_beside` beside it.
+# Folders of downloads. Each NAME has the lock file .NAME.lock of `scratch_beside` beside it.
 DOWNLOADS = ("assets", "torchvision", "wheels")
 
 
 @dataclass(frozen=True)
 class Deletable:
-    """Files that vismt wrote into `folder`, and folders that it filled. why: what they are, and by what they are vismt's."""
+    """Files that vismt wrote into `folder`, and folders that it filled.
+
+    why: What the files are, and how vismt recognises them as its own.
+    """
 
     folder: Path
     paths: tuple[Path, ...]
@@ -38,12 +45,12 @@ class Deletable:
 
     @property
     def size(self) -> int:
-        """The bytes of all files."""
+        """Number of bytes of all files."""
         files = [file for path in self.paths for file in (path.rglob("*") if path.is_dir() else [path])]
         return sum(file.lstat().st_size for file in files)
 
     def delete(self) -> None:
-        """Delete the files and, where nothing else is in it, the folder. Raises UserError where the system refuses."""
+        """Delete the files, and the folder if nothing else is in it. Raise UserError if the system refuses."""
         for path in self.paths:
             try:
                 shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -82,15 +89,15 @@ def _inside(path: Path, root: Path) -> bool:
 
 
 def make_room(path: Path, size: int, limit: int) -> None:
-    """Delete vismt's files used longest ago from the folder of `path` until they can have `size` bytes within `limit` in all.
+    """Delete vismt's least recently used files from the folder of `path` until they can have `size` more bytes within `limit`.
 
-    Files that are being written have another suffix and are left alone, as are those of the user's.
+    Files that are being written have another suffix and are left alone. So are the user's files.
     """
     files = []
     for other in path.parent.glob(next(name for name in STORES[path.parent.name][1] if name.endswith(path.suffix))):
         try:
             about = other.stat()
-        except FileNotFoundError:  # deleted by another process
+        except FileNotFoundError:  # another process has deleted it
             continue
         if other != path:
             files.append((about.st_mtime_ns, about.st_size, other))
@@ -103,13 +110,13 @@ def make_room(path: Path, size: int, limit: int) -> None:
 
 
 def note_use(path: Path) -> None:
-    """Make a file the one used last, where it is still there and can be written."""
+    """Mark a file as the most recently used one, if it still exists and can be written."""
     with suppress(OSError):
         os.utime(path)
 
 
 def note_no_room(folder: Path, what: str, error: Exception) -> None:
-    """Print, once a process and folder, that a cache is not written, and how the run goes on."""
+    """Print that a cache is not written, and how the run goes on. The notice comes once for each process and folder."""
     if folder not in _warned_folders:
         _warned_folders.add(folder)
         console.stage("cache", f"{what}: {error}")

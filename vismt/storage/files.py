@@ -1,7 +1,7 @@
-"""Files that are written whole or not at all, and damaged ones that raise a one-line UserError when they are read.
+"""Files that are written whole or not at all. A damaged file raises a one-line UserError when it is read.
 
-A file is written beside its place under a name that ends in PARTIAL, synced, and renamed; then its folder is synced. What a
-killed process leaves are files of that ending, which `remove_partial` deletes at the next start.
+A file is written beside its place under a name that ends in PARTIAL, synced, and renamed. Then its folder is synced. A killed
+process leaves files of that ending, which `remove_partial` deletes at the next start.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ if TYPE_CHECKING:  # reading JSON, as `vismt list` does, does not need torch
 
 MOST_JSON = 2**26  # bytes of a JSON file
 PARTIAL = ".vismt-partial"
-Types = Mapping[str, Any]  # the type of the value of each key of a JSON object
+Types = Mapping[str, Any]  # type of the value of each key of a JSON object
 NO_TYPES: Types = {}
-_DIGEST = "sha256"  # the key of a JSON file with the digest of all other keys
-# The name in safetensors of each dtype of torch.
+_DIGEST = "sha256"  # key of a JSON file with the digest of all other keys
+# Name in safetensors of each dtype of torch.
 DTYPES = {
     "torch.float64": "F64",
     "torch.float32": "F32",
@@ -49,23 +49,24 @@ DTYPES = {
 
 
 def parse_json(text: str | bytes, strict: bool = False) -> Any:
-    """Return the content of JSON text. Raises ValueError, also for what is nested too deep or holds half a surrogate pair.
+    """Return the content of JSON text. Raise ValueError, also for deep nesting and for half a surrogate pair.
 
-    strict: also for a key given twice, a number that is not finite, and whole numbers of more than 64 bits.
+    strict: Whether to refuse a key given twice, a number that is not finite, and whole numbers of more than 64 bits too.
     """
     hooks: dict[str, Any] = {}
     if strict:
         hooks = {"object_pairs_hook": _unique, "parse_int": _whole, "parse_float": _finite, "parse_constant": _finite}
     try:
         content = json.loads(text, **hooks)
-        if "\\ud" in str(text).lower():  # an escape as json.dumps writes a pair, or half of one, which no file can hold
+        # an escape as json.dumps writes a pair, or half a pair, which no file can hold
+        if "\\ud" in str(text).lower():
             json.dumps(content, ensure_ascii=False).encode()
         return content
     except RecursionError as error:
         raise ValueError("it is nested too deep") from error
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -88,7 +89,10 @@ def _finite(text: str) -> float:
 
 
 def read_json(path: Path, what: str, strict: bool = False) -> Any:
-    """Return the content of a JSON file; a UserError names the file where it cannot be read. strict: as for `parse_json`."""
+    """Return the content of a JSON file. If it cannot be read, a UserError names the file.
+
+    strict: See `parse_json`.
+    """
     try:
         return parse_json(read_bytes(path, MOST_JSON).decode(), strict)
     except FileNotFoundError as error:
@@ -97,21 +101,22 @@ def read_json(path: Path, what: str, strict: bool = False) -> Any:
         raise UserError(f"{what}: '{path}' cannot be read as JSON ({error}).") from error
 
 
-def sealed(content: Mapping[str, Any], indent: int | None = None) -> str:
-    """Return JSON text of an object and its digest, by which `read_sealed` and `is_sealed` notice a changed file."""
+def sealed(content: Mapping[str, object], indent: int | None = None) -> str:
+    """Return JSON text of an object and its digest, from which `read_sealed` and `is_sealed` see whether a file was changed."""
     return json.dumps({**content, _DIGEST: _digest_of(content)}, indent=indent)
 
 
-def is_sealed(content: Mapping[str, Any]) -> bool:
-    """Return whether the content of a JSON file is that with which it was written."""
+def is_sealed(content: Mapping[str, object]) -> bool:
+    """Return whether a JSON file still has the content that was written."""
     return content.get(_DIGEST) == _digest_of(content)
 
 
 def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO_TYPES) -> dict[str, Any]:
     """Return the content of a JSON file that was written as `sealed`, without its digest.
 
-    needed, may: as for `misfit`. Raises UserError for a file that cannot be read, one that was changed after it was written, and
-    one with other content than a run writes.
+    needed, may: See `misfit`.
+
+    Raise UserError for a file that cannot be read, was changed after it was written, or has other content than a run writes.
     """
     content = read_json(path, what)
     if not isinstance(content, dict) or not is_sealed(content):
@@ -124,8 +129,8 @@ def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO
     return {name: value for name, value in content.items() if name != _DIGEST}
 
 
-def misfit(content: Mapping[str, Any], needed: Types, may: Types = NO_TYPES) -> str | None:
-    """Return what is wrong with an object of JSON, None for nothing.
+def misfit(content: Mapping[str, object], needed: Types, may: Types = NO_TYPES) -> str | None:
+    """Return what is wrong with an object of JSON. Return None if nothing is wrong.
 
     needed: Type of each key that it must have: float (also a whole number), int, str, bool, None, dict[str, T], list[T] or a
     union of these. may: Type of each key that may be missing.
@@ -139,7 +144,7 @@ def misfit(content: Mapping[str, Any], needed: Types, may: Types = NO_TYPES) -> 
     return None
 
 
-def _fits(value: object, hint: Any) -> bool:
+def _fits(value: object, hint: object) -> bool:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is UnionType:
         return any(_fits(value, member) for member in arguments)
@@ -152,13 +157,13 @@ def _fits(value: object, hint: Any) -> bool:
     return type(value) is hint
 
 
-def _digest_of(content: Mapping[str, Any]) -> str:
+def _digest_of(content: Mapping[str, object]) -> str:
     plain = {name: value for name, value in json.loads(json.dumps(content)).items() if name != _DIGEST}
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
-    """Return a safetensors file as bytes and tensors; a UserError names the file where it cannot be read."""
+    """Return a safetensors file as bytes and tensors. If it cannot be read, a UserError names the file."""
     import safetensors.torch
 
     try:
@@ -171,24 +176,25 @@ def read_tensors(path: Path, what: str) -> tuple[bytes, dict[str, Tensor]]:
 
 
 def atomic_write(path: Path, data: bytes | str) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+    """Write `data` to `path` so that a reader sees the old file or the whole new file, and never a part.
 
-    Raises UserError when the folder cannot be written or the disk is full; the old file is then kept.
+    Raise UserError if the folder cannot be written or the disk is full. The old file is then kept.
     """
     payload = data.encode("utf8") if isinstance(data, str) else data
     _write(Path(path), lambda file: file.write(payload))
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """Write a safetensors file atomically, tensor by tensor: no second copy of all tensors is made. Return its SHA-256 as text.
+    """Write a safetensors file atomically, tensor by tensor, without a second copy of all tensors. Return its SHA-256 as text.
 
-    "{digest}" in the file's name is replaced with the first 12 digits of it. Tied tensors are written under each of their names.
-    Raises UserError for a dtype that safetensors does not have, and a file that cannot be written; the old file is then kept.
+    "{digest}" in the file's name is replaced by the first 12 digits of the SHA-256. Tied tensors are written under each of
+    their names. Raise UserError for a dtype that safetensors does not have, and for a file that cannot be written. The old file
+    is then kept.
     """
     import torch
 
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    # The format wants wide numbers first, so that every tensor is aligned.
+    # The format needs wide numbers first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     offset = 0
     for name, value in ordered:
@@ -218,7 +224,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def file_digest(path: Path) -> str:
-    """Return the SHA-256 of a file in hexadecimal digits, read in pieces."""
+    """Return the SHA-256 of a file in hexadecimal digits. The file is read in pieces."""
     hasher = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(2**20):
@@ -227,7 +233,7 @@ def file_digest(path: Path) -> str:
 
 
 def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[str], str] = str) -> None:
-    """Let `write` fill a new file, and put it in the place of `path`, under the name that `name_of` makes of its name."""
+    """Let `write` fill a new file, and put it at `path`, under the name that `name_of` makes of the name of `path`."""
     try:
         with new_file(path, name_of) as file:
             write(file)
@@ -237,9 +243,9 @@ def _write(path: Path, write: Callable[[BinaryIO], object], name_of: Callable[[s
 
 @contextmanager
 def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[BinaryIO]:
-    """Yield a file to fill, which takes the place of `path`, whole and synced, at the end of the block; not after an error.
+    """Yield a file to fill. At the end of the block it replaces `path`, whole and synced. After an error it does not.
 
-    name_of: makes the file's name of that of `path`, at the end.
+    name_of: Function that makes the final name from the name of `path`.
     """
     check_name(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,7 +255,7 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
             yield file
             file.flush()
             os.fsync(file.fileno())
-        mask = os.umask(0)  # which can only be read by setting it
+        mask = os.umask(0)  # the mask can only be read by setting it
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path.with_name(name_of(path.name)))
@@ -261,15 +267,15 @@ def new_file(path: Path, name_of: Callable[[str], str] = str) -> Iterator[Binary
 
 @contextmanager
 def new_files(folder: Path, first: str) -> Iterator[Path]:
-    """Yield an empty folder to fill, whose files take their places in `folder` at the end of the block; not after an error.
+    """Yield an empty folder to fill. At the end of the block its files move to `folder`. After an error they do not.
 
-    They move when all are complete, the file `first` before the others. Raises UserError where they cannot be written.
+    They move when all are complete, the file `first` before the others. Raise UserError if they cannot be written.
     """
     check_name(folder)
     scratch = folder / f".new{PARTIAL}"
     added = not folder.exists()
     try:
-        shutil.rmtree(scratch, ignore_errors=True)  # of a killed process
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
         scratch.mkdir(parents=True)
         yield scratch
         names = sorted(path.relative_to(scratch) for path in scratch.rglob("*") if path.is_file())
@@ -287,7 +293,7 @@ def new_files(folder: Path, first: str) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Sync the names in a folder to the disk, where the system can."""
+    """Sync the names in a folder to the disk, if the system can."""
     with suppress(OSError):  # Windows opens no folder
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -297,7 +303,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_name(path: Path) -> None:
-    """Raise UserError for a path with a null character, which no file can have."""
+    """Raise UserError for a path with a null character. No file can have such a path."""
     if "\0" in str(path):
         shown = str(path).replace("\0", "\\0")
         raise UserError(f"'{shown}' has a null character, and no name of a file can have it; give another name.")
@@ -310,7 +316,7 @@ def cannot_write(path: Path, error: OSError) -> UserError:
 
 
 def remove_partial(folder: Path) -> None:
-    """Delete the files and folders that killed processes have not finished, in a folder and below it; hold its lock."""
+    """Delete the files and folders that killed processes have not finished, in a folder and below it. Hold its lock meanwhile."""
     for path in list(folder.rglob(f".*{PARTIAL}")):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

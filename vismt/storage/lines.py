@@ -1,10 +1,10 @@
-"""Line files: JSON objects, one a line, each with a checksum that continues the one of the line before.
+"""Line files: JSON objects, one a line. Each line has a checksum that continues the checksum of the line before.
 
     {"step": 1, "loss": 0.5, "checksum": "1f0c2d3e"}
 
-A last line without its newline was cut short and is dropped. A file that was written whole marks its last line by "last": true
-and is refused when it is cut. Everything else that differs from what was written, a changed, missing or moved line, is refused
-with the file's name and the line's number.
+A last line without its newline was cut short and is dropped. A file that was written whole marks its last line by "last": true.
+It is refused if it was cut. Every other difference from what was written (a changed, missing or moved line) is refused with the
+file's name and the line's number.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _LAST = b', "last": true'
 def read_lines(
     path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, whole: bool = False
 ) -> list[dict[str, Any]]:
-    """Return the rows of a line file; a missing file has none. whole: whether it was written whole, by `write_lines`.
+    """Return the rows of a line file. A missing file has none.
 
-    needed, may: as for `misfit`. Raises UserError for a file that cannot be read, a line that is not as it was written, a row
-    with other content than a run writes, and a `whole` file that was cut.
+    whole: Whether the file was written whole, by `write_lines`. needed, may: See `misfit`.
+
+    Raise UserError for a file that cannot be read, a line that is not as it was written, a row with other content than a run
+    writes, and a `whole` file that was cut.
     """
     try:
         *lines, _ = read_bytes(path).split(b"\n")
@@ -63,25 +65,25 @@ def read_lines(
     return rows
 
 
-def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Write the whole file atomically; the last line is marked, so that a cut file is noticed."""
+def write_lines(path: Path, rows: Iterable[Mapping[str, object]]) -> None:
+    """Write the whole file atomically. The last line is marked, so that a cut file is noticed."""
     lines, _ = _encoded(rows, b"")
     atomic_write(path, lines[:-2] + _LAST + lines[-2:] if lines else lines)
 
 
 class LineFile:
-    """A line file that grows: written with the rows it has, and then line by line.
+    """A line file that grows. It is written with the rows it has, and then line by line.
 
-    Raises UserError, here and in `add`, when the file cannot be written.
+    The constructor and `add` raise UserError if the file cannot be written.
     """
 
-    def __init__(self, path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(self, path: Path, rows: Iterable[Mapping[str, object]]) -> None:
         self.path = path
         lines, self._checksum = _encoded(rows, b"")
         atomic_write(path, lines)
 
-    def add(self, *rows: Mapping[str, Any]) -> None:
-        """Append rows in one call of the system; a line that a full disk cuts short is dropped when the file is read."""
+    def add(self, *rows: Mapping[str, object]) -> None:
+        """Append rows in one call of the system. If a full disk cuts a line short, the line is dropped when the file is read."""
         payload, self._checksum = _encoded(rows, self._checksum)
         try:
             with self.path.open("ab", buffering=0) as file:
@@ -98,8 +100,8 @@ class LineFile:
             raise cannot_write(self.path, error) from error
 
 
-def _encoded(rows: Iterable[Mapping[str, Any]], checksum: bytes) -> tuple[bytes, bytes]:
-    """Return rows as lines that continue a line with this checksum, and the checksum of the last of them."""
+def _encoded(rows: Iterable[Mapping[str, object]], checksum: bytes) -> tuple[bytes, bytes]:
+    """Return rows as lines that continue a line with this checksum, and the checksum of the last row."""
     lines = []
     for row in rows:
         text = json.dumps(row).encode()[:-1]

@@ -1,6 +1,6 @@
-"""Folders that one process at a time may fill: a run folder is locked while it is written, a download has a scratch folder.
+"""Locks of folders that one process at a time may fill: run folders while they are written, and scratch folders of downloads.
 
-The system frees a lock when its process ends, however it ends, so no lock outlives a killed process.
+The system frees a lock when its process ends in any way, so no lock outlives a killed process.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write, cannot_write, check_name, read_json
 
 LOCK, HOLDER = ".lock", ".lock-holder"
-# Seconds in which the worker processes of a killed process end, and with them its lock.
+# Seconds in which the worker processes of a killed process end. Their end frees its lock.
 WORKERS_END_S = 15
 
 
@@ -34,17 +34,17 @@ def is_locked(folder: Path) -> bool:
         FileLock(folder / LOCK).acquire(timeout=0).lock.release()
     except Timeout:
         return True
-    except OSError:  # a folder that this user cannot write
+    except OSError:  # this user cannot write to the folder
         return False
     return False
 
 
 @contextmanager
 def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
-    """Hold the lock of a folder, which one process at a time has; the folder is made if it does not exist.
+    """Hold the lock of a folder. One process at a time has it. A missing folder is made.
 
-    The holder's host and process are recorded beside it. Another process is waited for `wait_s` seconds, without a limit where
-    negative; then UserError names it.
+    The host and process of the holder are recorded beside the folder. Another holder is waited for `wait_s` seconds, or without
+    a limit if `wait_s` is negative. Then UserError names the holder.
     """
     from filelock import FileLock, Timeout
 
@@ -75,7 +75,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
 
 
 def _holder(folder: Path) -> dict[str, Any]:
-    """Return the recorded holder of a folder's lock, {} where the record is missing or incomplete."""
+    """Return the recorded holder of a folder's lock. Return {} if the record is missing or incomplete."""
     try:
         holder = read_json(folder / HOLDER, "holder")
     except UserError:
@@ -84,7 +84,7 @@ def _holder(folder: Path) -> dict[str, Any]:
 
 
 def _lives(pid: object) -> bool:
-    """Return whether a process of this host is running; True where that cannot be found out."""
+    """Return whether a process of this host is running. If that cannot be found out, return True."""
     if os.name != "posix" or not isinstance(pid, int) or pid < 1:
         return True
     try:
@@ -98,7 +98,8 @@ def _lives(pid: object) -> bool:
 def scratch_beside(folder: Path, stage: str) -> Iterator[Path]:
     """Hold the lock of `folder` and yield an empty scratch folder on its disk, so that moves into `folder` are atomic.
 
-    stage: of the line that is printed where another process holds the lock. Raises OSError where nothing can be written.
+    stage: Name of the stage in the line that is printed if another process holds the lock. Raise OSError if nothing can be
+    written.
     """
     from filelock import FileLock, Timeout
 
@@ -113,7 +114,7 @@ def scratch_beside(folder: Path, stage: str) -> Iterator[Path]:
         console.stage(stage, f"{folder.name}   another process is fetching it, waiting")
         lock.acquire()
     try:
-        # Of processes that were killed: no other process holds the lock.
+        # Left by killed processes, because no other process holds the lock.
         for leftover in root.glob(f".{escape(folder.name)}.part-*"):
             rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(dir=root, prefix=f".{folder.name}.part-") as scratch:

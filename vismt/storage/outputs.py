@@ -1,7 +1,7 @@
-"""What a command may write: no file of the user, none of its own inputs, and no file twice.
+"""Outputs of commands: no command writes over a file of the user or over one of its inputs, or writes a file twice.
 
-Commands ask `check_outputs` before their work begins. In a folder that the user names a command notes its files, in NOTE,
-before it writes the first of them. The same command may replace these files later, also after it was killed.
+Commands call `check_outputs` before their work begins. In a folder that the user names, a command lists its files in NOTE
+before it writes the first of them. The same command may replace these files later, even after it was killed.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.storage.files import PARTIAL, atomic_write, check_name, read_json
 
 NOTE = "vismt.json"
-LONGEST = 255 - len(f"..12345678{PARTIAL}")  # bytes of a file's name, which is longer until the file is whole
+LONGEST = 255 - len(f"..12345678{PARTIAL}")  # bytes of a file's name (the name is longer until the file is whole)
 
 
 def check_outputs(
@@ -26,16 +26,16 @@ def check_outputs(
     own: Collection[Path] = (),
     option: str = "--to",
 ) -> None:
-    """Raise UserError for an output that is another output or an input, or that exists and is not vismt's own.
+    """Raise UserError for an output that is another output or an input, or that exists and does not belong to vismt.
 
-    An output whose name is too long for a file is an error, too.
+    An output whose name is too long for a file is an error too.
 
     Args:
         command: Name of the command, for the message.
-        outputs: Each file that is to be written, with what it is made of ("" if the name says it).
+        outputs: Files that are to be written, each with its source ("" if the name says it).
         inputs: Files that the command reads.
         own: Files that vismt wrote before and may replace.
-        option: What names another place for the outputs.
+        option: Option that names another place for the outputs.
     """
     read = set(filter(None, map(_identity, inputs)))
     sources: dict[str, str] = {}
@@ -62,15 +62,20 @@ def check_outputs(
 
 
 def _identity(path: Path) -> tuple[int, int] | None:
-    """Return the device and the inode of a file, which are the same under each of its names. None for a missing file."""
-    with suppress(OSError, ValueError):  # the latter for a null character
+    """Return the device and the inode of a file, which are the same under each of its names. A missing file has None."""
+    with suppress(OSError, ValueError):  # a ValueError comes from a null character
         about = path.stat()
         return about.st_dev, about.st_ino
     return None
 
 
-def check_files(command: str, folder: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path] = ()) -> None:
-    """Check the outputs of a command in a folder, given by name as for `check_outputs`; it may replace those of its note."""
+def check_folder_outputs(
+    command: str, folder: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path] = ()
+) -> None:
+    """Check the outputs of a command in a folder, given by name as for `check_outputs`.
+
+    The command may replace the files of its note.
+    """
     own = {folder / name for name in _names(noted(folder), command)}
     check_outputs(command, [(folder / name, source) for name, source in outputs], inputs, own)
 
@@ -82,15 +87,15 @@ def check_folder(command: str, folder: Path, option: str = "--to") -> None:
         check_outputs(command, [(path, "") for path in found], option=option)
 
 
-def note(command: str, folder: Path, names: Iterable[str] = ()) -> None:
-    """Note in a folder, before the first of them is written, the files of a command; no names stand for the whole folder."""
+def note_outputs(command: str, folder: Path, names: Iterable[str] = ()) -> None:
+    """List the files of a command in a folder, before the first of them is written. No names stand for the whole folder."""
     held = noted(folder)
     content = {**held, command: sorted({*_names(held, command), *names})}
     atomic_write(folder / NOTE, json.dumps(content, indent=1) + "\n")
 
 
 def noted(folder: Path) -> dict[str, object]:
-    """Return the note of a folder, empty if it has none."""
+    """Return the note of a folder. It is empty if the folder has none."""
     path = folder / NOTE
     if folder.exists() and not folder.is_dir():
         raise UserError(f"'{folder}' is a file; name a folder.")

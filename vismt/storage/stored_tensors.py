@@ -1,9 +1,9 @@
-"""Functions of frozen weights and data, kept for later runs: a safetensors file for each in the cache folder.
+"""Results of frozen weights and data, kept for later runs: one safetensors file for each in the cache folder.
 
-The name of a file is a digest of everything that its tensors depend on (vismt/base/identity.py): for features the data, the
-model, our version and what decides the bits of a sum (precision, threads, instruction set). Files hold a digest of their
-tensors; a damaged file is deleted and its tensors are computed again. The files used longest ago are deleted when all together
-take more than LIMIT bytes. Where the folder cannot be written, one notice is given and the tensors stay in memory.
+The name of a file is a digest of everything that its tensors depend on (vismt/base/identity.py). For features these are the
+data, the model, our version, and what decides the bits of a sum (precision, threads, instruction set). Files hold a digest of
+their tensors. A damaged file is deleted, and its tensors are computed again. If all files together take more than LIMIT bytes,
+the least recently used files are deleted. If the folder cannot be written, one notice is given and the tensors stay in memory.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vismt.storage.cache import make_room, note_no_room, note_use
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import cache_root, regular_file
 
-LIMIT = 4 * 2**30  # bytes of all files
+LIMIT = 4 * 2**30  # bytes of all files together
 
 
 def path_of(data: str, model: Identity, machine: str) -> Path | None:
-    """Return the file of what a model in eval mode computes of `data`, a text that differs for any other data, on `machine`.
+    """Return the file for what a model in eval mode computes from `data` on `machine`.
 
-    None for code that is not a library's own, and unknown content.
+    data: Text that differs for any other data. Return None for code that belongs to no library, and for unknown content.
     """
     if model.unknown or model.foreign:
         return None
@@ -40,7 +40,7 @@ def path_of(data: str, model: Identity, machine: str) -> Path | None:
 
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
-    """Return whether a forward pass calls hooks: they may do more than change its result."""
+    """Return whether a forward pass calls hooks. Hooks may do more than change its result."""
     every: Any = nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
         return True
@@ -61,7 +61,7 @@ def machine(device: torch.device) -> str:
 
 
 def read_stored(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a file by name, on the CPU; None without a whole file."""
+    """Return the tensors of a file by name, on the CPU. Return None unless the file is whole."""
     try:
         with safe_open(regular_file(path), framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a mapping
@@ -80,7 +80,7 @@ def read_stored(path: Path) -> dict[str, Tensor] | None:
 
 
 def write_stored(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors on the CPU and delete the files used longest ago; give one notice where that fails."""
+    """Write tensors on the CPU, and delete the least recently used files. If that fails, give one notice."""
     payload = safetensors.torch.save(dict(tensors), {"digest": _digest(tensors)})
     if len(payload) > LIMIT:
         return

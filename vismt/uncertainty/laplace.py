@@ -71,7 +71,7 @@ class Curvature(nn.Module, ABC):
 class FullCurvature(Curvature):
     """The whole matrix H, rows in the order (c, i)."""
 
-    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+    def __init__(self, classes: int, width: int, **factory: object) -> None:
         super().__init__((classes * width, classes * width), **factory)
         self.classes = classes
 
@@ -91,7 +91,7 @@ class FullCurvature(Curvature):
 class RowCurvature(Curvature):
     """The diagonal blocks of H, one for each row of the head."""
 
-    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+    def __init__(self, classes: int, width: int, **factory: object) -> None:
         super().__init__((classes, width, width), **factory)
 
     def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:
@@ -105,7 +105,7 @@ class RowCurvature(Curvature):
 class KroneckerCurvature(Curvature):
     """Sums of phi phi^T (d, d) and of Lambda (k, k)."""
 
-    def __init__(self, classes: int, width: int, **factory: Any) -> None:
+    def __init__(self, classes: int, width: int, **factory: object) -> None:
         super().__init__((width, width), (classes, classes), **factory)
 
     def products(self, x: Tensor, p: Tensor, w: Tensor) -> list[Tensor]:

@@ -61,7 +61,7 @@ class VBLLHead(VBLLOptions):
 
 
 def make_head(
-    name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, Any]
+    name: str, rows: Tensor, bias: Tensor | None, num_train: int, seed: int, options: dict[str, object]
 ) -> nn.Module:
     """Return the head registered as `name`.
 
@@ -85,7 +85,7 @@ def is_variational(name: str) -> bool:
     return name == "vbll"
 
 
-def check_head(name: str, options: dict[str, Any]) -> None:
+def check_head(name: str, options: dict[str, object]) -> None:
     """Raise UserError for an unknown name or option, and for an option of another type."""
     known = [field.name for field in fields(HEADS[name])]
     require_known(f"head: '{name}' has no option", options, known)

@@ -34,11 +34,11 @@ _PAIRS = 2**25  # numbers of a temporary (b, k, k) of the probit
 SMALLEST = torch.finfo(torch.float32).tiny
 
 
-def full_precision(method: Callable[..., Any]) -> Callable[..., Any]:
+def full_precision(method: Callable[..., object]) -> Callable[..., Any]:
     """Run a method of a head outside autocast: v / 2 in a logsumexp and factorisations are not accurate in half precision."""
 
     @functools.wraps(method)
-    def run(self: GaussianHead, *args: Any, **options: Any) -> Any:
+    def run(self: GaussianHead, *args: object, **options: object) -> Any:
         device_type = self.mean.device.type
         available = torch.amp.is_autocast_available(device_type)
         with torch.autocast(device_type, enabled=False) if available else nullcontext():

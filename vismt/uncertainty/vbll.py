@@ -150,7 +150,7 @@ class VBLLOptions:
     start_std: float = 0.03
     start_noise: float = 0.37
 
-    def make_covariance(self, rows: int, width: int, device: Any) -> Covariance:
+    def make_covariance(self, rows: int, width: int, device: object) -> Covariance:
         """Return the covariance of that name; raise UserError for an unknown name or an impossible rank."""
         require_known("VBLLClassifier: no covariance", [self.covariance], COVARIANCES)
         if self.covariance == "lowrank":

@@ -14,8 +14,8 @@ from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import texts
 from vismt.lowrank.update import Update
 from vismt.verification.checkpoints import Located, equal, find_parameter, same_parameter, shape_of
-from vismt.verification.facts import MERGE_COMMAND, TABLES, Facts, Finding, names_of
-from vismt.verification.fit import Fit, fit
+from vismt.verification.facts import MERGE_COMMAND, TABLES, Facts, Finding, shorten_names
+from vismt.verification.fit import Fit, fit_merge
 from vismt.verification.weights import ModuleRow, tokenizers, update_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
@@ -35,7 +35,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         if update is None or W is None or M is None:
             still[path] = _same_values(base.facts, base.names[path], merged.facts, merged.names[path])
             continue
-        fits[path] = found = fit(W, M, update, module.rank or update.blocks[0].rank, rslora)
+        fits[path] = found = fit_merge(W, M, update, module.rank or update.blocks[0].rank, rslora)
         row = rows[path]
         row.fit, row.factor, row.residual = found.kind, found.factor, found.residual
         row.erased = found.lost / found.norm if found.norm else None
@@ -44,28 +44,28 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
             yield Finding("broken", "merged-not-finite", text, "merge in bf16 or fp32", (path,))
     absent = [path for path in base.names if merged.lacks(path)]
     if absent:
-        text = f"the checkpoint has no weight of {names_of(absent)}"
+        text = f"the checkpoint has no weight of {shorten_names(absent)}"
         yield Finding("broken", "not-in-merged", text, "merge into the same base", tuple(absent))
     both = {*base.names} & {*merged.names}
     still |= {path: False for path in facts.modules if path not in both and path not in absent and not base.lacks(path)}
     lost = _lost(base, merged)
     if lost:
-        text = f"the checkpoint lacks weights of the base: {names_of(lost)}"
+        text = f"the checkpoint lacks weights of the base: {shorten_names(lost)}"
         yield Finding("broken", "lacking", text, "save the whole model", tuple(lost[:20]))
     # Names that are not understood may be those of adapted modules.
     apart, another = _unadapted(facts, base, merged) if base.knows(facts) and merged.knows(facts) else ([], False)
     if another:
-        text = f"{names_of(apart)}: weights that the adapter does not touch differ from the base: it was merged into another one"
+        text = f"{shorten_names(apart)}: weights that the adapter does not touch differ from the base: it was merged into another"
         yield Finding("broken", "other-base", text, "give the base it was merged into", tuple(apart[:20]))
     elif apart:
-        text = f"{names_of(apart)}: differs from the base and belongs to no adapter"
+        text = f"{shorten_names(apart)}: differs from the base and belongs to no adapter"
         fix = "look where it was trained; name it in modules_to_save"
         yield Finding("suspicious", "foreign-change", text, fix, tuple(apart))
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"
         yield Finding("broken", "unmerged", text, f"merge the adapter into the base: {MERGE_COMMAND}", tuple(still))
     elif still:
-        text = f"{names_of([*still])}: not compared, as the files do not determine the update or the weight"
+        text = f"{shorten_names([*still])}: not compared, as the files do not determine the update or the weight"
         fix = "compare the answers of adapter and checkpoint on a probe"
         yield Finding("suspicious", "not-compared", text, fix, tuple(still))
     yield from _updates(facts, base, merged, fits, another)
@@ -83,7 +83,7 @@ def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fi
             groups[judged].append(path)
     for judged, paths in groups.items():
         every = "all" if len(paths) == len(fits) else f"{len(paths)} of {len(fits)}"
-        yield replace(judged, text=f"{judged.text} in {every} modules: {names_of(paths)}", modules=tuple(paths))
+        yield replace(judged, text=f"{judged.text} in {every} modules: {shorten_names(paths)}", modules=tuple(paths))
 
 
 def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> Finding | None:

@@ -182,7 +182,7 @@ def _library_of(facts: Facts, adapter: Facts | None) -> Library | None:
     return best[1] if best else None
 
 
-def _classes(config: Mapping[str, Any], adapter: Facts | None) -> list[str]:
+def _classes(config: Mapping[str, object], adapter: Facts | None) -> list[str]:
     """Return names of classes of transformers: those that an adapter was trained on first, then that of the checkpoint."""
     own = config.get("architectures")
     names: list[Any] = list(own) if isinstance(own, list) else []
@@ -194,7 +194,7 @@ def _classes(config: Mapping[str, Any], adapter: Facts | None) -> list[str]:
     return list(dict.fromkeys(name for name in names if isinstance(name, str)))
 
 
-def _of_task(task: object, config: Mapping[str, Any]) -> str | None:
+def _of_task(task: object, config: Mapping[str, object]) -> str | None:
     """Return the name of the class that peft's task type takes for a type of model."""
     try:
         from transformers.models.auto import modeling_auto
@@ -233,7 +233,7 @@ def _built(text: str, name: str) -> Library | None:
     return Library(model, shapes, tuple(frozenset(group) for group in groups.values()))
 
 
-def _plain(config: Any, key: str = "") -> Any:
+def _plain(config: object, key: str = "") -> Any:
     """Return a configuration without what fetches or runs something else; None where it cannot be built in a short time."""
     if isinstance(config, dict):
         if any(FETCHING.search(name) and value for name, value in config.items()):
@@ -347,7 +347,10 @@ class Located:
         return {re.sub(r"\d+", "*", name.removesuffix(".weight")) for name in self.facts.tensors}
 
     def lacks(self, path: str) -> bool:
-        """Return whether there is no such module. Without a library, the names of other layers have to show it."""
+        """Return whether the checkpoint has no module at a path.
+
+        If the library of the checkpoint is not known, a path is absent only if other layers have a module of its name.
+        """
         known = self.library is not None or re.sub(r"\d+", "*", path) in self.stems
         return path not in self.names and known
 

@@ -56,7 +56,7 @@ class Finding:
     modules: tuple[str, ...] = ()
 
 
-def names_of(modules: Sequence[str]) -> str:
+def shorten_names(modules: Sequence[str]) -> str:
     """Return the first three of these names and the number of the others, for a sentence."""
     rest = len(modules) - 3
     return ", ".join(f"'{name}'" for name in modules[:3]) + (f" and {rest} more" if rest > 0 else "")
@@ -134,7 +134,7 @@ def _read_vismt(facts: Facts) -> None:
     needed = layer_shapes([spec for spec in specs if spec.has_weight], facts.tensors)
     lacking = sorted((needed.keys() | trained - set(description.unchanged)) - facts.tensors.keys())
     if lacking and not facts.stored.reasons:
-        facts.reasons.append(f"'{file.name}' lacks {names_of(lacking)}")
+        facts.reasons.append(f"'{file.name}' lacks {shorten_names(lacking)}")
     held = {name: stored.shape for name, stored in facts.tensors.items()}
     facts.reasons += [
         f"'{name}' is {held[name]}, needed {shape}" for name, shape in needed.items() if held.get(name, shape) != shape

@@ -81,7 +81,7 @@ class _Sums:
     distance: list[float] = field(default_factory=list)
 
 
-def fit(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
+def fit_merge(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
     """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
     sums = _sums(W, M, update, Merge(), _chunks(W), 1, wide=False)
     if sums.dd == 0:

@@ -25,7 +25,7 @@ from vismt.lowrank.files.peft_folder import import_peft
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.storage.files import atomic_write, new_files, write_tensors
-from vismt.storage.outputs import NOTE, check_folder, note
+from vismt.storage.outputs import NOTE, check_folder, note_outputs
 from vismt.storage.wheels import one_line
 from vismt.verification.checkpoints import open_checkpoint, translated
 from vismt.verification.facts import MODEL_CONFIG, WEIGHTS, Facts, read_facts
@@ -71,7 +71,7 @@ def merge_adapter(folder: Path, base: str, target: Path) -> Verdict:
             model = _transformers_model(held, facts)
         merged = _merged(model, facts)
         with new_files(target, first=NOTE) as new:
-            note(COMMAND, new)
+            note_outputs(COMMAND, new)
             _write(merged, held, facts, new)
             verdict = verify(folder, base=place, merged=new)
             _need_sound(verdict, "the merged checkpoint")
@@ -133,8 +133,8 @@ def _transformers_model(base: Facts, adapter: Facts) -> Any:
     held = translated(base, adapter)
     if held.library is None:
         raise UserError(
-            f"merge: '{base.folder}' is no folder of a model that the installed transformers knows, and its {MODEL_CONFIG} names "
-            "no architecture of timm; load the model in Python and use vismt.import_peft and vismt.merge."
+            f"merge: the model in '{base.folder}' cannot be built: the installed transformers does not know it, and its "
+            f"{MODEL_CONFIG} names no architecture of timm. Load the model in Python and use vismt.import_peft and vismt.merge."
         )
     heads = ("score.weight", "classifier.weight", "classifier.out_proj.weight")
     rows = [tensor.shape[0] for tensor in adapter.with_role("saved") if tensor.path.endswith(heads)]
@@ -199,6 +199,6 @@ def _write(model: Any, base: Facts, adapter: Facts, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def _write_timm(model: nn.Module, about: dict[str, Any], folder: Path) -> None:
+def _write_timm(model: nn.Module, about: dict[str, object], folder: Path) -> None:
     write_tensors(folder / WEIGHTS, model.state_dict(), {"format": "pt"})
     atomic_write(folder / MODEL_CONFIG, json.dumps(about, indent=1))

@@ -23,8 +23,9 @@ from vismt.verification.checkpoints import (
     same_parameter,
     translated,
 )
-from vismt.verification.facts import LEVELS, Facts, Finding, names_of, read_facts
-from vismt.verification.libraries import Case, findings_of, readings
+from vismt.verification.facts import LEVELS, Facts, Finding, read_facts, shorten_names
+from vismt.verification.libraries import readings
+from vismt.verification.rules import FolderCase, findings_of
 from vismt.verification.weights import ModuleRow, against_base, examine_values
 
 EXIT_CODES = {"ok": 0, "suspicious": 3, "broken": 4}
@@ -132,20 +133,27 @@ def verify(
     probe: str | Path | None = None,
     readers: Sequence[str] = (),
 ) -> Verdict:
-    """Return the verdict on an adapter folder or a checkpoint. Nothing in it is run, and no values are changed.
+    """Return the verdict on an adapter folder or a checkpoint. Nothing in the folder is run, and no values are changed.
 
     Args:
-        folder: what vismt or peft wrote, or a checkpoint.
-        base: the model it was trained on: a folder or file, an asset, or a model on the hub, which is fetched.
-        merged: a checkpoint that holds the base with the adapter; needs `base`.
-        probe: examples to measure on: a .txt file, or a card or folder of labelled images; needs `base`.
-        readers: of peft, transformers, vllm, llama.cpp and timm: what these do with the folder counts in the status.
+        folder: Folder that vismt or peft wrote, or a checkpoint.
+        base: Model that the adapter was trained on: a folder, a file, an asset, or a model on the hub, which is fetched.
+        merged: Checkpoint that holds the base with the adapter. It needs `base`.
+        probe: Examples to measure on: a .txt file, or a card or folder of labelled images. They need `base`.
+        readers: Names among peft, transformers, vllm, llama.cpp and timm. What these libraries do with the folder counts in the
+            status.
 
     Returns:
-        The verdict; `.status` is ok, suspicious or broken.
+        The verdict. Its `.status` is "ok", "suspicious" or "broken". Printing it gives a table.
 
     Raises:
-        UserError: for a folder, base or merged checkpoint that is not there. What is wrong inside becomes a finding.
+        UserError: If the folder, the base or the merged checkpoint does not exist. A fault inside them becomes a finding.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "pissa", targets=["qkv"])
+        vismt.export_peft(model, "adapter")
+        print(vismt.verify("adapter"))
     """
     for name, given in (("merged", merged), ("probe", probe)):
         if given is not None and base is None:
@@ -165,7 +173,7 @@ def verify(
         stock = locate(facts, held)
     if facts.modules or not facts.is_adapter:
         try:
-            found += findings_of(Case(facts, stock, whole))
+            found += findings_of(FolderCase(facts, stock, whole))
         except UserError as error:  # an expression of the settings that takes too long
             facts.reasons.append(str(error))
             facts.settings = None
@@ -186,7 +194,7 @@ def verify(
     unseen = "; ".join(f"{check.name}: {check.text}" for check in verdict.checks if not check.done)
     verdict.about |= {UNSEEN: unseen} if unseen else {}
     found = [Finding("broken", "malformed", reason) for reason in facts.reasons + facts.stored.reasons] + found
-    read = readings(Case(facts, stock, whole), readers)
+    read = readings(FolderCase(facts, stock, whole), readers)
     verdict.readers = [reading.row for reading in read]
     verdict.answer = "; ".join(reading.line for reading in read)
     # The reader of this format counts where nothing else explains what it does.
@@ -289,7 +297,7 @@ def of_merged(facts: Facts, adapter: Facts, base: Translated) -> tuple[Translate
 def of_checkpoint(whole: Translated, what: str) -> list[Finding]:
     """Return what is wrong with a checkpoint alone. what: its name in messages."""
     reasons = [Finding("broken", "malformed", f"{what}: {reason}") for reason in whole.raw.stored.reasons]
-    found = findings_of(Case(whole.raw, whole=whole))
+    found = findings_of(FolderCase(whole.raw, whole=whole))
     return [*reasons, *(replace(one, text=f"{what}: {one.text}") for one in found)]
 
 
@@ -303,14 +311,14 @@ def configurations(base: Translated, merged: Translated) -> Iterable[Finding]:
         return
     differing = [key for key in _differing(ours, theirs) if DECIDES.search(key) and not DOES_NOT.search(key)]
     if differing:
-        text = f"config.json of the merged checkpoint differs from the base's in {names_of(differing)}"
+        text = f"config.json of the merged checkpoint differs from the base's in {shorten_names(differing)}"
         yield Finding("broken", "config", text, "take config.json from the base")
     if ours.get("tie_word_embeddings") and theirs.get("tie_word_embeddings") is False:
         text = "config.json of the merged checkpoint ties the head to the embedding, and the base's does not"
         yield Finding("suspicious", "config", text, "set tie_word_embeddings to false")
 
 
-def _differing(ours: Mapping[str, Any], theirs: Mapping[str, Any], before: str = "") -> Iterable[str]:
+def _differing(ours: Mapping[str, object], theirs: Mapping[str, object], before: str = "") -> Iterable[str]:
     for key in ours.keys() & theirs.keys():
         one, two = ours[key], theirs[key]
         if isinstance(one, dict) and isinstance(two, dict) and not key.startswith("rope"):

@@ -21,7 +21,7 @@ from vismt.lowrank.tensors import fits
 from vismt.lowrank.update import Update
 from vismt.storage.files import file_digest, parse_json
 from vismt.verification.checkpoints import Located, equal, find_parameter
-from vismt.verification.facts import Facts, Finding, Level, names_of
+from vismt.verification.facts import Facts, Finding, Level, shorten_names
 
 LARGEST_VOCABULARY = 2**26  # bytes of a tokenizer.json that is read
 _LARGEST = 1e3  # of the root mean square of an update: weights are below 1
@@ -112,13 +112,13 @@ def _findings_of(seen: dict[str, list[str]], facts: Facts) -> Iterable[Finding]:
     bad, edge, zero, large = (seen.pop(sign, []) for sign in ("bad", "edge", "zero", "large"))
     total = len(facts.modules)
     if bad:
-        text = f"{names_of(bad)}: NaN or infinite values ({len(bad)} of {total} modules)"
+        text = f"{shorten_names(bad)}: NaN or infinite values ({len(bad)} of {total} modules)"
         yield Finding("broken", "not-finite", text, SAVE_AGAIN, tuple(bad))
     if edge:
-        text = f"{names_of(edge)}: values at the largest number of their dtype, as an overflow leaves them"
+        text = f"{shorten_names(edge)}: values at the largest number of their dtype, as an overflow leaves them"
         yield Finding("suspicious", "overflow", text, SAVE_AGAIN, tuple(edge))
     if large:
-        text = f"{names_of(large)}: the update is larger than {_LARGEST:g} on average ({len(large)} of {total} modules)"
+        text = f"{shorten_names(large)}: the update is larger than {_LARGEST:g} on average ({len(large)} of {total} modules)"
         yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     kinds = Counter(_kind_of(facts.modules[path]) for path in facts.modules)
     whole = [
@@ -133,12 +133,12 @@ def _findings_of(seen: dict[str, list[str]], facts: Facts) -> Iterable[Finding]:
         )
     elif zero:
         level: Level = "suspicious" if any(whole) else "note"
-        every = f", every {names_of(whole)} among them" if any(whole) else ""
-        text = f"{names_of(zero)}: A or B is zero in {len(zero)} of {total} modules, which stay the base's{every}"
+        every = f", every {shorten_names(whole)} among them" if any(whole) else ""
+        text = f"{shorten_names(zero)}: A or B is zero in {len(zero)} of {total} modules, which stay the base's{every}"
         yield Finding(level, "zero-modules", text, modules=tuple(zero))
     for paths in seen.values():
         if len(paths) > 1:
-            text = f"{names_of(paths)}: the same factors, bit for bit"
+            text = f"{shorten_names(paths)}: the same factors, bit for bit"
             yield Finding("suspicious", "duplicate", text, "save the adapter again", tuple(paths))
 
 
@@ -153,7 +153,7 @@ def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> 
     yield from _same_base(facts, base, rows)
     large = [path for path, row in rows.items() if (row.ratio or 0.0) > LARGEST_RATIO]
     if large:
-        text = f"{names_of(large)}: the update is more than {LARGEST_RATIO:g} times as large as the weight"
+        text = f"{shorten_names(large)}: the update is more than {LARGEST_RATIO:g} times as large as the weight"
         yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     yield from _saved(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter")

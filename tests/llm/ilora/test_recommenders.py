@@ -10,7 +10,7 @@ import torch
 from helpers.tiny import holds
 from torch import nn
 
-from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, padded, popularity_scores
+from vismt.llm.ilora.recommenders import GRU4Rec, NextItem, SASRec, cosine_scores, pad_histories, popularity_scores
 
 NETS = pytest.mark.parametrize("make", [partial(GRU4Rec, 12), partial(SASRec, 12, 6)], ids=["gru4rec", "sasrec"])
 
@@ -51,7 +51,7 @@ def test_the_order_counts_and_padding_does_not(make: Callable[..., nn.Module]) -
 def test_what_follows_is_learned(make: Callable[..., nn.Module]) -> None:
     net = make(width=16, dropout=0.0)
     rows = [[(start + step) % 12 for step in range(3)] for start in range(12)]
-    batch = {"history": padded(rows), "next": torch.tensor([(row[-1] + 1) % 12 for row in rows])}
+    batch = {"history": pad_histories(rows), "next": torch.tensor([(row[-1] + 1) % 12 for row in rows])}
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     for _ in range(150):
         NextItem(net)(batch)["loss"].backward()

@@ -201,7 +201,7 @@ def test_one_clear_line_and_the_model_unchanged() -> None:
 def test_without_peft(monkeypatch) -> None:
     from vismt.llm.peft_tuners import method as file
 
-    file.hosted.cache_clear()
+    file.host_tuner.cache_clear()
     monkeypatch.setitem(sys.modules, "peft.mapping", None)
     with pytest.raises(UserError, match=r"the tuners of peft need peft .*: pip install peft"):
         vismt.adapt(tiny_vit(), "peft:dora")

@@ -8,7 +8,7 @@ import pytest
 from helpers.lm_parts import tokenizer
 
 from vismt.base.errors import UserError
-from vismt.llm.tasks import make_task
+from vismt.llm.tasks import make_text_task
 from vismt.llm.tasks.pieces import IGNORE
 
 TURN = "{% for m in messages %}<s>{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
@@ -30,7 +30,7 @@ def words(template: str | None = TEMPLATE) -> Any:
 
 def test_every_turn_of_the_assistant_is_counted_and_nothing_else() -> None:
     made = words()
-    (part,) = make_task("chat", "", {}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces
+    (part,) = make_text_task("chat", "", {}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces
     assert made.decode(part.ids) == "<s>u sky</s><s>a blue</s><s>u grass</s><s>a green one</s>"
     counted = [token if label != IGNORE else made.unk_token_id for token, label in zip(part.ids, part.labels)]
     unknown = "<unk>"
@@ -42,8 +42,8 @@ def test_turns_of_sharegpt_are_turns_of_messages() -> None:
     made, row = words(), turns("sky", "blue")
     named = {"user": "human", "assistant": "gpt"}
     shared = [{"from": named[turn["role"]], "value": turn["content"], "weight": 1} for turn in row["messages"]]
-    task = make_task("chat", "", {"messages": "conversations"})
-    assert task.encode("a", {"conversations": shared}, made) == make_task("chat", "", {}).encode("a", row, made)
+    task = make_text_task("chat", "", {"messages": "conversations"})
+    assert task.encode("a", {"conversations": shared}, made) == make_text_task("chat", "", {}).encode("a", row, made)
     system = {"from": "system", "value": "one"}
     assert made.decode(task.ask("a", {"conversations": [system, *shared]}, made).pieces[0].ids).startswith(
         "<s>s one</s>"
@@ -52,12 +52,14 @@ def test_turns_of_sharegpt_are_turns_of_messages() -> None:
 
 def test_a_long_chat_keeps_its_end() -> None:
     made = words()
-    (part,) = make_task("chat", "", {"length": 4}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces
+    (part,) = (
+        make_text_task("chat", "", {"length": 4}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces
+    )
     assert made.decode(part.ids) == "a green one</s>"
 
 
 def test_what_is_asked_ends_with_the_beginning_of_the_answer() -> None:
-    made, task = words(), make_task("chat", "", {})
+    made, task = words(), make_text_task("chat", "", {})
     for row in (turns("sky"), turns("sky", "blue")):  # the answer of a training row is not shown
         assert made.decode(task.ask("a", row, made).pieces[0].ids) == "<s>u sky</s><s>a"
 
@@ -75,10 +77,10 @@ def test_what_is_asked_ends_with_the_beginning_of_the_answer() -> None:
 )
 def test_rows_and_templates_that_do_not_fit(template: str | None, row: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        make_task("chat", "", {}).encode("a", row, words(template))
+        make_text_task("chat", "", {}).encode("a", row, words(template))
 
 
 def test_a_template_that_rewrites_serves_one_question() -> None:
-    assert make_task("chat", "", {}).encode("a", turns("sky", "one # blue"), words(REWRITING)).pieces[0].counted
+    assert make_text_task("chat", "", {}).encode("a", turns("sky", "one # blue"), words(REWRITING)).pieces[0].counted
     with pytest.raises(UserError, match="'chat' takes no prompt"):
-        make_task("chat", "{text}", {})
+        make_text_task("chat", "{text}", {})

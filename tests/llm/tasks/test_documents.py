@@ -16,7 +16,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.llm.net import LmNet, check_first_block
 from vismt.llm.tasks import documents
-from vismt.llm.tasks.pieces import Piece, collate, pack, piece, stem, tree
+from vismt.llm.tasks.pieces import Piece, collate_pieces, pack, piece, stem, tree
 
 SHAPE = language_models.SHAPE | {"vocab_size": 96, "num_hidden_layers": 3, "pad_token_id": 0, "initializer_range": 0.2}
 EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1}
@@ -86,8 +86,12 @@ def check_exact(net: LmNet, length: int = 16) -> None:
     )
     found = []
     for trees, packs in (([branches, shorter], [packed]), ([*answers, stem(shorter, 0)], texts)):
-        scores = net.branch_nll(collate(trees))[0].flatten() if trees[0].shared else net.token_nll(collate(trees))[0]
-        totals = net.token_nll(collate(packs))[0].sum()
+        scores = (
+            net.branch_nll(collate_pieces(trees))[0].flatten()
+            if trees[0].shared
+            else net.token_nll(collate_pieces(trees))[0]
+        )
+        totals = net.token_nll(collate_pieces(packs))[0].sum()
         (gradient,) = torch.autograd.grad(scores.sum() + totals, weight)
         found.append(torch.cat([scores[:4].detach(), totals.detach()[None], gradient.flatten()]))
     assert (found[0] - found[1]).norm() < 1e-4 * found[1].norm() and found[1][:5].min() > 1
@@ -123,7 +127,7 @@ def test_the_console_says_once_that_documents_run_one_by_one(monkeypatch: pytest
     nets = [LmNet(random_lm("mistral", sliding_window=24)), LmNet(random_lm("llama"))]
     for net in nets:
         for length in (16, 40, 40):
-            net.token_nll(collate([rows(length)[2]]))
+            net.token_nll(collate_pieces([rows(length)[2]]))
     (text,) = said
     assert text.startswith(
         "MistralForCausalLM reads answers and packed texts one by one where they have more than 24 tokens:"
@@ -142,9 +146,9 @@ def test_items_and_cached_states_go_with_their_document(first: int, monkeypatch:
     for together in (sys.maxsize, 0):
         monkeypatch.setattr(documents, "reach", lambda *_, together=together: together)
         lower = net.lower_states(trees) if first else None
-        found.append(net.branch_nll({**collate(trees, lower), "vectors": vectors})[0])
+        found.append(net.branch_nll({**collate_pieces(trees, lower), "vectors": vectors})[0])
     assert torch.allclose(*found, rtol=1e-4)
-    assert not torch.allclose(found[0], net.branch_nll(collate(trees, lower))[0], rtol=1e-2)  # vectors matter
+    assert not torch.allclose(found[0], net.branch_nll(collate_pieces(trees, lower))[0], rtol=1e-2)  # vectors matter
 
 
 @pytest.mark.parametrize("kind", ["falcon", "bloom", "mpt", "gpt_neo"])

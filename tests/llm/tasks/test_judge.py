@@ -13,9 +13,9 @@ from vismt.jobs.lm.data import ItemBatches
 from vismt.llm.ilora.hybrid import Hybrid, title_vectors
 from vismt.llm.ilora.recommenders import SASRec
 from vismt.llm.net import LmNet, stored_lower_states
-from vismt.llm.tasks import make_task
+from vismt.llm.tasks import make_text_task
 from vismt.llm.tasks.base import gather
-from vismt.llm.tasks.pieces import collate, prune, stem, tree
+from vismt.llm.tasks.pieces import collate_pieces, prune, stem, tree
 from vismt.methods import adapt
 from vismt.uncertainty.intervals import mean_interval
 
@@ -24,7 +24,7 @@ YES, NO = (tokenizer()(word, add_special_tokens=False)["input_ids"][0] for word 
 
 def task(**options):
     given = {"answer": "judge", "question": " and {candidate} is", "candidates": 4, "history": 3, "negatives": 2}
-    return make_task("recommendation", "the {history}", {"curriculum": 0, **given, **options})
+    return make_text_task("recommendation", "the {history}", {"curriculum": 0, **given, **options})
 
 
 def hybrid_net(kind: str = "llama", first: int = 0, **options) -> LmNet:
@@ -40,7 +40,7 @@ def by_hand(net: LmNet, piece) -> list[float]:
     """Return logit(" yes") - logit(" no") after each branch, from a forward pass of the whole LM for each prompt, unpadded."""
     scores = []
     for number in range(max(piece.documents)):
-        batch = collate([stem(piece, number)])
+        batch = collate_pieces([stem(piece, number)])
         if "items" in batch:
             batch["vectors"] = net.head.vectors(batch["items"][batch["items"] >= 0])
         with torch.no_grad():
@@ -102,7 +102,7 @@ def test_pruning_keeps_the_prompt_and_whole_branches():
     kept = prune(whole, [2, 0])
     assert kept.ids == (1, 2, 6, 7, 3, 4) and kept.documents == (0, 0, 1, 1, 2, 2) and kept.shared == 2
     assert kept.items == (8, -1, -1, 2, -1, 0)
-    batch = collate([kept])
+    batch = collate_pieces([kept])
     assert batch["positions"].tolist() == [[0, 1, 2, 3, 2, 3]]
 
 
@@ -203,7 +203,7 @@ def test_prompts_and_answers_that_cannot_be(monkeypatch):
     with pytest.raises(
         UserError, match=r"prompt: has the places \['history', 'candidates'\]; 'recommendation' needs {history}"
     ):
-        make_task("recommendation", "{history} {candidates}", {"answer": "judge", "question": "{candidate}?"})
+        make_text_task("recommendation", "{history} {candidates}", {"answer": "judge", "question": "{candidate}?"})
     net = hybrid_net()
     rows = [task().training(encoded(judge))[0] for judge in (task(), task(negatives=3))]
     rows[1] = task(negatives=3).training(encoded(task(negatives=3)))[0]

@@ -13,12 +13,12 @@ from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
 from vismt.llm.ilora.hybrid import GROUPS, random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
-from vismt.llm.ilora.recommenders import SASRec, padded
+from vismt.llm.ilora.recommenders import SASRec, pad_histories
 from vismt.llm.net import LmNet
-from vismt.llm.tasks import make_task
+from vismt.llm.tasks import make_text_task
 from vismt.llm.tasks.base import gather
 from vismt.llm.tasks.item_prompts import read_answer
-from vismt.llm.tasks.pieces import IGNORE, collate, stem, tree
+from vismt.llm.tasks.pieces import IGNORE, collate_pieces, stem, tree
 from vismt.lowrank.layers.gates import instance_gates
 from vismt.methods import adapt
 
@@ -27,7 +27,7 @@ KINDS = ("llama", "qwen2", "gpt2")
 
 
 def task(**options):
-    return make_task("recommendation", PROMPT, {"candidates": 4, "history": 3, **options})
+    return make_text_task("recommendation", PROMPT, {"candidates": 4, "history": 3, **options})
 
 
 def shaken(lm: nn.Module) -> nn.Module:
@@ -127,7 +127,7 @@ def test_a_tree_gives_what_each_answer_gives_alone(kind, first, form):
     for record, other, item in zip(records, cached, items):
         nats = []
         for number in range(4):  # one sequence for each answer, one forward pass for each, no padding
-            alone = collate([stem(item.pieces[0], number)])
+            alone = collate_pieces([stem(item.pieces[0], number)])
             vectors = {}
             if form == "hybrid":
                 vectors["vectors"] = net.head.vectors(alone["items"][alone["items"] >= 0])
@@ -199,7 +199,7 @@ def test_a_vector_replaces_the_input_embedding_of_its_slot(kind):
     lm = tiny_lm(kind).requires_grad_(False)
     net, (item,) = LmNet(lm, small_hybrid()).eval(), [piece.hybrid for piece in encoded(task(), ROWS[:1])]
     piece = stem(item.pieces[0], 0)
-    batch = collate([piece])
+    batch = collate_pieces([piece])
     places = batch["items"] >= 0
     vectors = net.head.vectors(batch["items"][places])
     embeddings = lm.get_input_embeddings()(batch["ids"]).clone()
@@ -217,7 +217,7 @@ def test_a_vector_replaces_the_input_embedding_of_its_slot(kind):
 def test_deeper_a_vector_weighs_what_it_would_weigh_in_the_embeddings():
     lm = tiny_lm().requires_grad_(False)
     net, (item,) = LmNet(lm, small_hybrid(), first=2).eval(), [row.hybrid for row in encoded(task(), ROWS[:1])]
-    batch = collate([stem(item.pieces[0], 0)])
+    batch = collate_pieces([stem(item.pieces[0], 0)])
     states: list[torch.Tensor] = []
     hook = lm.model.layers[2].register_forward_pre_hook(lambda module, inputs: states.append(inputs[0]))
     vectors = net.head.vectors(batch["items"][batch["items"] >= 0])
@@ -271,7 +271,7 @@ def test_gates_come_from_the_users_history():
     items = rec_task.training(encoded(rec_task))
     batch = gather(items)
     gates = net.head.gates(net.lm, batch)
-    users = net.head.recommender(padded([h[-3:] for h, _ in ROWS]))
+    users = net.head.recommender(pad_histories([h[-3:] for h, _ in ROWS]))
     assert torch.allclose(gates, gate_of(net.lm)(users)) and (gates[0] - gates[1]).abs().max() > 1e-3
     with torch.no_grad():
         loss = rec_task.loss(net, batch)["loss"]
@@ -384,7 +384,7 @@ def test_i12_ratios_are_of_all_rows():
 ])  # fmt: skip
 def test_settings_that_cannot_be(prompt, options, message):
     with pytest.raises(UserError, match=message):
-        make_task("recommendation", prompt, options)
+        make_text_task("recommendation", prompt, options)
 
 
 def test_rows_that_do_not_fit():

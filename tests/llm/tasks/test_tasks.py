@@ -19,7 +19,7 @@ from vismt.engine import loop, runtime
 from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.llm import net as net_file
 from vismt.llm.net import LmNet, check_logits, stored_lower_states
-from vismt.llm.tasks import make_task
+from vismt.llm.tasks import make_text_task
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
@@ -31,7 +31,7 @@ from vismt.llm.tasks.base import (
 )
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised, prompts_of
-from vismt.llm.tasks.pieces import IGNORE, Piece, collate, pack, piece, stem, windows
+from vismt.llm.tasks.pieces import IGNORE, Piece, collate_pieces, pack, piece, stem, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.last_layers import LinearAnswerHead, log_predictive, make_head
@@ -68,7 +68,7 @@ def naive(lm, part: Piece) -> list[float]:
 
 def test_the_answer_alone_is_counted():
     words = tokenizer()
-    task = make_task("causal", "Question: {question}\nAnswer:", {"answer": " {answer}", "length": 64})
+    task = make_text_task("causal", "Question: {question}\nAnswer:", {"answer": " {answer}", "length": 64})
     item = task.encode("a", {"question": "what is one", "answer": "two plus three"}, words)
     (part,) = item.pieces
     counted = [token for token, label in zip(part.ids, part.labels) if label != IGNORE]
@@ -102,8 +102,8 @@ def test_windows_count_every_token_once(count, context):
 def test_of_long_texts_the_first_windows_can_be_taken():
     words = tokenizer()
     row = {"text": "one two three one two three one two three"}
-    every = make_task("causal", "", {"answer": "{text}", "length": 4}).encode("a", row, words).pieces
-    first = make_task("causal", "", {"answer": "{text}", "length": 4, "windows": 2})
+    every = make_text_task("causal", "", {"answer": "{text}", "length": 4}).encode("a", row, words).pieces
+    first = make_text_task("causal", "", {"answer": "{text}", "length": 4, "windows": 2})
     assert len(every) > 2 and first.encode("a", row, words).pieces == every[:2]
     assert first.about == "the first 7 tokens of each text, context 4"
 
@@ -160,7 +160,7 @@ def test_an_answer_in_a_chat_ends_as_the_template_ends_a_turn(turn, end, monkeyp
     assert task.ask("a", {"text": "green \n\n"}, words) == task.ask("a", {"text": "green"}, words)
     stops: list[list[int]] = []
     monkeypatch.setattr("vismt.llm.tasks.causal.written", lambda *given: stops.append(given[-1]) or [""])
-    for kind in (task, make_task("chat", "", {})):
+    for kind in (task, make_text_task("chat", "", {})):
         kind.reply(None, {}, [{"text": "green"}], words, None)
     assert stops == [counted[-1:] if end in turn else []] * 2
 
@@ -185,16 +185,16 @@ def test_an_answer_has_the_tokens_that_it_has_after_its_prompt(kind):
     words, row = sentencepiece(kind), {"q": "sky", "a": "blue sky"}
     assert words.convert_ids_to_tokens(words("blue", add_special_tokens=False)["input_ids"]) == ["▁blue"]
     whole = words("Q sky: blue sky")["input_ids"]
-    (part,) = make_task("causal", "Q {q}:", {"answer": " {a}", "end": False}).encode("a", row, words).pieces
+    (part,) = make_text_task("causal", "Q {q}:", {"answer": " {a}", "end": False}).encode("a", row, words).pieces
     assert list(part.ids) == whole and part.counted == 2
     options = {"answers": {"0": " {a}", "1": " green!"}, "label": "0"}
-    (branches,) = make_task("answers", "Q {q}:", options).encode("a", row, words).pieces
+    (branches,) = make_text_task("answers", "Q {q}:", options).encode("a", row, words).pieces
     assert [list(stem(branches, n).ids) for n in (0, 1)] == [whole, words("Q sky: green!")["input_ids"]]
-    classes = make_task("classes", "Q {q}:", {"answers": {"0": " blue", "1": " green"}})
+    classes = make_text_task("classes", "Q {q}:", {"answers": {"0": " blue", "1": " green"}})
     assert words.convert_ids_to_tokens(classes.tokens(words)) == ["▁blue", "▁green"]
     catalogue = Catalogue(("0", "1", "2", "3", "4"), ("blue", "green", "sky", "no", "yes"))
     interactions = {"user": "u", "history": [0, 1], "next": 2, "catalogue": catalogue}
-    named = make_task("recommendation", "Q {history}: {candidates}!", {"candidates": 2, "slot": "Q"})
+    named = make_text_task("recommendation", "Q {history}: {candidates}!", {"candidates": 2, "slot": "Q"})
     item = named.encode("a", interactions, words)
     titles = [catalogue.titles[number] for number in item.listed.candidates]
     for number, title in enumerate(titles):
@@ -211,14 +211,16 @@ def test_the_turns_of_a_chat_have_the_tokens_that_they_have_in_the_whole_text(ki
     words.chat_template = "{% for m in messages %}{{ 'Q ' if m.role == 'user' else ' ' }}{{ m.content }}:{% endfor %}"
     texts = ("sky", "blue sky", "no", "green")
     turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts)]
-    (part,) = make_task("chat", "", {}).encode("a", {"messages": turns}, words).pieces
+    (part,) = make_text_task("chat", "", {}).encode("a", {"messages": turns}, words).pieces
     assert list(part.ids) == words("Q sky: blue sky:Q no: green:", add_special_tokens=False)["input_ids"]
 
 
 def test_where_a_token_reaches_over_the_border_the_answer_keeps_its_letters():
     for kind in ("normalizer", "metaspace"):
         words = sentencepiece(kind)
-        (part,) = make_task("causal", "Q:b", {"answer": "{a}", "end": False}).encode("a", {"a": "lue"}, words).pieces
+        (part,) = (
+            make_text_task("causal", "Q:b", {"answer": "{a}", "end": False}).encode("a", {"a": "lue"}, words).pieces
+        )
         assert words.convert_ids_to_tokens(part.ids) == ["<s>", "▁Q", ":", "b", "l", "u", "e"]
 
 
@@ -231,25 +233,25 @@ def test_a_prompt_that_ends_in_a_space_has_the_tokens_of_one_whose_answer_begins
         "answers": [{"answers": {"0": f"{start}{{a}}", "1": f"{start}{{b}}"}, "label": "0"} for start in ("", " ")],
     }
     for kind, (bare, spaced) in kinds.items():
-        wanted = make_task(kind, "Q {q}", spaced).encode("a", row, words)
+        wanted = make_text_task(kind, "Q {q}", spaced).encode("a", row, words)
         for prompt in ("Q {q} ", "Q {sky_}"):  # the space of the prompt, or of the row
-            found = make_task(kind, prompt, bare).encode("a", row, words)
+            found = make_text_task(kind, prompt, bare).encode("a", row, words)
             assert found.pieces == wanted.pieces and found.sizes == wanted.sizes
     named = [{"answers": {"0": f"{start}blue", "1": f"{start}green"}} for start in ("", " ")]
-    found, wanted = make_task("classes", "Q {q}: ", named[0]), make_task("classes", "Q {q}:", named[1])
+    found, wanted = make_text_task("classes", "Q {q}: ", named[0]), make_text_task("classes", "Q {q}:", named[1])
     assert found.tokens(words) == wanted.tokens(words)
     assert found.ask("a", row, words).pieces == wanted.ask("a", row, words).pieces
     with pytest.raises(UserError, match="begin it with one space, which may be the end of the prompt"):
-        make_task("classes", "Q: ", named[1]).tokens(words)
+        make_text_task("classes", "Q: ", named[1]).tokens(words)
 
 
 def test_a_written_answer_does_not_repeat_the_space_of_its_prompt(monkeypatch):
     monkeypatch.setattr("vismt.llm.tasks.causal.written", lambda *_: [" blue", "blue"])
-    task = make_task("causal", "Q {q}: ", {"answer": "{a}"})
+    task = make_text_task("causal", "Q {q}: ", {"answer": "{a}"})
     replies = task.reply(None, {}, [{"q": "sky"}] * 2, tokenizer(), None)
     assert [reply.text for reply in replies] == ["blue", "blue"]
     assert (
-        make_task("causal", "", {"answer": "{a}"}).reply(None, {}, [{"a": "sky "}] * 2, tokenizer(), None)[0].text
+        make_text_task("causal", "", {"answer": "{a}"}).reply(None, {}, [{"a": "sky "}] * 2, tokenizer(), None)[0].text
         == " blue"
     )
 
@@ -263,7 +265,7 @@ def test_logits_of_a_training_step_are_computed_in_chunks_with_equal_gradients(m
     lm = tiny_lm("llama")
     net = LmNet(lm)
     ids = torch.randint(3, 40, (4, 9), generator=torch.Generator().manual_seed(0))
-    batch = collate([Piece(tuple(row), tuple(row)) for row in ids.tolist()])
+    batch = collate_pieces([Piece(tuple(row), tuple(row)) for row in ids.tolist()])
     weight, seen = lm.get_output_embeddings().weight, []
     handle = lm.get_output_embeddings().register_forward_hook(lambda module, inputs, out: seen.append(len(out)))
     gradients = []
@@ -278,7 +280,7 @@ def test_logits_of_a_training_step_are_computed_in_chunks_with_equal_gradients(m
 
 
 def test_positions_begin_anew_and_attention_stays_within_a_document():
-    batch = collate([*pack([piece([1], [2, 3], 9), piece([4], [5], 9)], 9), piece([6], [7], 9)])
+    batch = collate_pieces([*pack([piece([1], [2, 3], 9), piece([4], [5], 9)], 9), piece([6], [7], 9)])
     assert batch["positions"].tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 1]]
     assert batch["mask"].shape == (2, 5, 5)
     assert batch["mask"][0].int().tolist() == [
@@ -295,12 +297,12 @@ def test_positions_begin_anew_and_attention_stays_within_a_document():
 
 def test_a_packed_piece_has_the_nll_of_its_documents(lm):
     net = LmNet(lm)
-    packed, tokens = net.token_nll(collate(pack(PIECES, 16)))
+    packed, tokens = net.token_nll(collate_pieces(pack(PIECES, 16)))
     alone = [sum(naive(lm, part)) for part in PIECES]
     assert float(packed) == pytest.approx(sum(alone), rel=1e-4) and int(tokens) == 8
     # another document before it changes nothing
     other = piece([30, 31, 32], [33, 34], 20)
-    changed = net.token_nll(collate(pack([other, *PIECES[1:]], 16)))[0]
+    changed = net.token_nll(collate_pieces(pack([other, *PIECES[1:]], 16)))[0]
     assert float(changed) == pytest.approx(sum(naive(lm, other)) + sum(alone[1:]), rel=1e-4)
 
 
@@ -309,17 +311,17 @@ def test_a_packed_piece_has_the_nll_of_its_documents(lm):
 
 def test_log_likelihood_is_that_of_a_loop_over_tokens(lm, monkeypatch):
     monkeypatch.setattr(net_file, "SCORED_AT_ONCE", 3)
-    nats, tokens = LmNet(lm).token_nll(collate(PIECES))
+    nats, tokens = LmNet(lm).token_nll(collate_pieces(PIECES))
     assert tokens.tolist() == [2, 5, 1]
     for value, part in zip(nats.tolist(), PIECES):
         assert value == pytest.approx(sum(naive(lm, part)), rel=1e-4)
-    none = LmNet(lm).token_nll(collate([Piece((1, 2), (IGNORE, IGNORE))]))
+    none = LmNet(lm).token_nll(collate_pieces([Piece((1, 2), (IGNORE, IGNORE))]))
     assert none[0].tolist() == [0.0] and none[1].tolist() == [0]
 
 
 def test_left_padding_changes_neither_features_nor_generation(lm):
     net, words = LmNet(lm), tokenizer()
-    task = make_task("generation", "Question: {q}", {"answer": "{a}", "gold": "a", "new_tokens": 6})
+    task = make_text_task("generation", "Question: {q}", {"answer": "{a}", "gold": "a", "new_tokens": 6})
     questions = ["what is one plus two", "sky", "the green grass is"]
     items = [task.encode(q, {"q": q, "a": "one"}, words) for q in questions]
     assert len({len(item.pieces[0].ids) for item in items}) == 3
@@ -331,14 +333,14 @@ def test_left_padding_changes_neither_features_nor_generation(lm):
         assert text == words.decode(generated[0, ids.shape[1] :], skip_special_tokens=True)
     prompts = [piece(item.pieces[0].ids, [], 99) for item in items]
     with torch.no_grad():
-        both = net.features(collate(prompts))
+        both = net.features(collate_pieces(prompts))
         for row, prompt in zip(both, prompts):
-            assert torch.allclose(row, net.features(collate([prompt]))[0], atol=1e-4)
+            assert torch.allclose(row, net.features(collate_pieces([prompt]))[0], atol=1e-4)
 
 
 def test_generation_is_greedy_whatever_the_checkpoint_asks_for():
     lm, words = tiny_lm().requires_grad_(False), tokenizer()
-    task = make_task("generation", "{q}", {"answer": "{a}", "gold": "a", "new_tokens": 8})
+    task = make_text_task("generation", "{q}", {"answer": "{a}", "gold": "a", "new_tokens": 8})
     prompt = words("the green grass is")["input_ids"]
     ids = list(prompt)
     for _ in range(8):
@@ -361,7 +363,7 @@ def test_a_written_answer_ends_where_the_checkpoint_ends_a_turn_and_its_prompt_i
     lm, words = tiny_lm().requires_grad_(False), tokenizer()
     row = {"q": "the green grass is very bright", "a": "one two three four five"}
     long, short = (
-        make_task("generation", "{q}", {"answer": " {a}", "gold": "a", "new_tokens": 6, "length": length})
+        make_text_task("generation", "{q}", {"answer": " {a}", "gold": "a", "new_tokens": 6, "length": length})
         for length in (64, 8)
     )
     net, item = LmNet(lm), long.encode("a", row, words)
@@ -375,7 +377,7 @@ def test_a_written_answer_ends_where_the_checkpoint_ends_a_turn_and_its_prompt_i
 
 def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
     words = tokenizer()
-    task = make_task("classes", "Review: {text}\nSentiment:", SENTIMENT)
+    task = make_text_task("classes", "Review: {text}\nSentiment:", SENTIMENT)
     tokens = task.tokens(words)
     assert words.convert_ids_to_tokens(tokens) == ["Ġnegative", "Ġpositive"]
     net = LmNet(lm)
@@ -398,7 +400,7 @@ def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
 def test_answers_are_scored_list_wise(lm, normalise):
     words, net = tokenizer(), LmNet(lm)
     options = {"answers": {"one": " {one}", "two": " {two}", "three": " {three}"}, "normalise": normalise}
-    task = make_task("answers", "Question: {q}", options)
+    task = make_text_task("answers", "Question: {q}", options)
     rows = [
         {"q": "sky", "one": "blue", "two": "very bright green", "answer": "two"},
         {"q": "grass is", "one": "green", "two": "blue", "three": "of the sky", "answer": "three"},
@@ -431,7 +433,7 @@ def test_answers_are_scored_list_wise(lm, normalise):
 
 def test_perplexity_is_counted_over_tokens():
     # 2 nats on one token and 6 on seven: 8 nats / 8 tokens = 1. A mean over rows would be (2 + 6 / 7) / 2 = 1.43.
-    causal = make_task("causal", "", {"answer": "{text}"})
+    causal = make_text_task("causal", "", {"answer": "{text}"})
     measures = causal.measures([{"id": "a", "nats": 2.0, "tokens": 1}, {"id": "b", "nats": 6.0, "tokens": 7}])
     nats, perplexity = measures["NLL in nats a token"], measures["perplexity"]
     assert nats.score == pytest.approx(1.0) and perplexity.score == pytest.approx(math.e)
@@ -442,7 +444,7 @@ def test_perplexity_is_counted_over_tokens():
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_perplexity_does_not_depend_on_the_batch(batch):
     lm, words = tiny_lm().requires_grad_(False), tokenizer()
-    task = make_task("causal", "", {"answer": "{text}", "length": 5, "end": False})
+    task = make_text_task("causal", "", {"answer": "{text}", "length": 5, "end": False})
     texts = ["a bad film", "the plot was very dull and the film was bad and dull", "the sky is blue", "green grass"]
     items = [task.encode(text, {"text": text}, words) for text in texts]
     chunks = [items[i : i + batch] for i in range(0, len(items), batch)]
@@ -481,13 +483,15 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
 
 
 def test_an_answer_that_is_null_is_not_a_choice():
-    task = make_task("answers", "{q}", {"answers": {"a": " {a}", "b": " {b}", "c": " {c}"}, "label": "{label}"})
+    task = make_text_task("answers", "{q}", {"answers": {"a": " {a}", "b": " {b}", "c": " {c}"}, "label": "{label}"})
     row = {"q": "sky", "a": "blue", "b": "green", "c": None, "label": "b"}
     assert list(task.choices_of(row)) == ["a", "b"] and len(task.encode("x", row, tokenizer()).sizes) == 2
 
 
 def test_generated_answers_are_read_and_compared():
-    task = make_task("generation", "{q}", {"answer": "{a}", "gold": "a", "pattern": r"#### ?(\S+)", "stop": "Question"})
+    task = make_text_task(
+        "generation", "{q}", {"answer": "{a}", "gold": "a", "pattern": r"#### ?(\S+)", "stop": "Question"}
+    )
     assert task.read("1 #### 4 and #### 1,250.00 Question #### 9") == "1,250.00" and task.read("none") == ""
     assert normalised("1,250.00") == normalised("$1250.") == "1250" and normalised("100") == "100"
     assert normalised("The  Sky, is Blue!") == "sky is blue" and normalised("nan") == "nan"
@@ -507,12 +511,12 @@ def test_generated_answers_are_read_and_compared():
     ],
 )
 def test_a_prompt_without_a_token_is_one_error(kind: str, options: dict[str, Any]) -> None:
-    task = make_task(kind, "{text}", options)
+    task = make_text_task(kind, "{text}", options)
     row = {"text": "", "label": "0", "answer": "a"}
     for encode in (task.encode, task.ask):
         with pytest.raises(UserError, match=r"row 'empty' has a prompt (or an answer )?without a token"):
             encode("empty", row, tokenizer())
-    assert make_task(kind, "{text}", options).encode("begun", row, tokenizer(bos=True)).pieces
+    assert make_text_task(kind, "{text}", options).encode("begun", row, tokenizer(bos=True)).pieces
 
 
 # ---- cached lower blocks ---------------------------------------------------------------------------------------------------
@@ -582,7 +586,7 @@ def test_stored_lower_states_belong_to_the_lm_as_it_runs(change, tmp_path, monke
 
 def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments():
     words = tokenizer()
-    task = make_task("classes", "Review: {text}\nSentiment:", SENTIMENT)
+    task = make_text_task("classes", "Review: {text}\nSentiment:", SENTIMENT)
     items = [
         task.encode(text, {"text": text, "label": label}, words) for text, label in (("a bad film", "0"), ("good", "1"))
     ]
@@ -659,29 +663,29 @@ def test_the_prior_of_a_vbll_head_is_centred_at_the_rows():
 ])  # fmt: skip
 def test_settings_that_do_not_go_together(kind, prompt, options, message):
     with pytest.raises(UserError, match=message):
-        make_task(kind, prompt, options)
+        make_text_task(kind, prompt, options)
 
 
 def test_rows_that_do_not_fit():
     words, row = tokenizer(), {"text": "good", "label": "2"}
     with pytest.raises(UserError, match=r"prompt 'Review: {txt}': no field 'txt'. Near: 'text'"):
-        make_task("causal", "Review: {txt}", {"answer": "{text}"}).encode("a", row, words)
+        make_text_task("causal", "Review: {txt}", {"answer": "{text}"}).encode("a", row, words)
     with pytest.raises(UserError, match=r"'Review: {text}': field 'text' of a row is null"):
-        make_task("causal", "Review: {text}", {"answer": "good"}).encode("a", {"text": None}, words)
+        make_text_task("causal", "Review: {text}", {"answer": "good"}).encode("a", {"text": None}, words)
     with pytest.raises(UserError, match="is not a template"):
-        make_task("causal", "Review: {text", {"answer": "{text}"}).encode("a", row, words)
+        make_text_task("causal", "Review: {text", {"answer": "{text}"}).encode("a", row, words)
     with pytest.raises(UserError, match="row 'a' has label '2'"):
-        make_task("classes", "{text}", SENTIMENT).encode("a", row, words)
+        make_text_task("classes", "{text}", SENTIMENT).encode("a", row, words)
     with pytest.raises(UserError, match=r"answer ' very good' is .*, needed one token"):
-        make_task("classes", "{text}", {"answers": {"0": " very good", "1": " bad"}}).tokens(words)
+        make_text_task("classes", "{text}", {"answers": {"0": " very good", "1": " bad"}}).tokens(words)
     with pytest.raises(UserError, match="share a token"):
-        make_task("classes", "{text}", {"answers": {"0": " bad", "1": " bad"}}).tokens(words)
+        make_text_task("classes", "{text}", {"answers": {"0": " bad", "1": " bad"}}).tokens(words)
     with pytest.raises(UserError, match="has label '2' and answers"):
-        make_task("answers", "{text}", {"answers": {"0": " {text}", "2": " {b}"}, "label": "{label}"}).encode(
+        make_text_task("answers", "{text}", {"answers": {"0": " {text}", "2": " {b}"}, "label": "{label}"}).encode(
             "a", row, words
         )
     with pytest.raises(UserError, match="has no token that is counted"):
-        make_task("causal", "{text}", {"answer": "{empty}", "end": False}).encode("a", {**row, "empty": ""}, words)
+        make_text_task("causal", "{text}", {"answer": "{empty}", "end": False}).encode("a", {**row, "empty": ""}, words)
 
 
 def test_an_lm_that_caps_its_logits_is_refused():
@@ -708,7 +712,7 @@ def step_of(task, batches, folder, **settings: Any) -> torch.Tensor:
 def test_a_step_of_several_batches_is_that_of_one_with_their_rows(kind, tmp_path):
     """Answers of 2 and 40 tokens: batches weigh by their tokens, not one as the other."""
     options = {"answer": " {a}", "end": False, "length": 99} | ({"gold": "a"} if kind == "generation" else {})
-    task = make_task(kind, "{q}", options)
+    task = make_text_task(kind, "{q}", options)
     rows = [{"q": "sky", "a": "blue sky"}, {"q": "grass is", "a": " ".join(["very green"] * 20)}]
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
     assert [item.pieces[0].counted for item in items] == [2, 40]
@@ -720,7 +724,7 @@ def test_a_step_of_several_batches_is_that_of_one_with_their_rows(kind, tmp_path
 
 
 def test_an_objective_gives_the_loss_of_its_task():
-    task = make_task("causal", "{q}", {"answer": " {a}"})
+    task = make_text_task("causal", "{q}", {"answer": " {a}"})
     lm = tiny_lm().requires_grad_(False)
     rows = [{"q": "sky", "a": "blue"}, {"q": "grass is", "a": "very green"}]
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
@@ -729,4 +733,6 @@ def test_an_objective_gives_the_loss_of_its_task():
     # A mean over tokens, not rows.
     assert float(loss) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=1e-4)
     packed = task.training(items)
-    assert len(packed) == 2 and len(make_task("causal", "{q}", {"answer": " {a}", "pack": True}).training(items)) == 1
+    assert (
+        len(packed) == 2 and len(make_text_task("causal", "{q}", {"answer": " {a}", "pack": True}).training(items)) == 1
+    )

@@ -163,7 +163,7 @@ def test_what_no_weights_hold_is_not_saved_as_weights(tmp_path: Path) -> None:
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "d").eval()
     assert torch.allclose(again(tokens()).logits, wanted, atol=2e-5)
     assert set(load_file(tmp_path / "d" / "model.safetensors")) <= set(tiny_lm("llama").state_dict())
-    assert vismt.lowrank.model.record.names_of(model) == ["one", "two"] and not any(
+    assert vismt.lowrank.model.record.adapter_names(model) == ["one", "two"] and not any(
         (tmp_path / name).exists() for name in "abc"
     )
     with pytest.raises(UserError, match=r"save_pretrained: .*Missing key"):

@@ -163,3 +163,14 @@ def test_inductor_where_a_compiler_exists() -> None:
     model = single("pissa").float()
     x = torch.randn(3, 5)
     assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
+def test_a_model_may_change_the_output_of_a_layer_in_place(shape: tuple[int, ...]) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    vismt.adapt(model, "lora", rank=2)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = model(x)
+    out += x
+    out.sum().backward()
+    assert model[0].lora_B.grad is not None

@@ -262,7 +262,7 @@ def test_queries_are_attacked_and_nothing_else(attacks: list[dict], monkeypatch:
     )
     call = attacks[0]
     assert call["epsilon"] == 2 / 255 and call["step_size"] == pytest.approx(0.2 / 255) and call["steps"] == 2
-    assert call["levels"] == ((4, 20.0), (8, 10.0), (None, 1.0)) and call["init"] == "uniform"
+    assert call["levels"] == ((4, 20.0), (8, 10.0), (None, 1.0))
     # Predictions against the prototypes of the clean support, without a way back into any parameter.
     with torch.no_grad():
         clean = proto(batch["support"], batch["support_labels"], batch["query"])
@@ -612,7 +612,6 @@ def test_switches_change_what_is_learned() -> None:
         "steps": {"steps": 1},
         "ratio": {"step_ratio": 0.1},
         "seed": {"seed": 1},
-        "init": {"init": "normal"},
     }
     marks = {}
     for name, change in settings.items():

@@ -107,6 +107,10 @@ def test_normalised_images_have_a_budget_in_pixels() -> None:
     # The same attack on pixels, normalisation inside of the model, is the same attack.
     inside = pyramid_attack(lambda x: logits((x - mean) / std), pixels, **call)
     assert torch.allclose(attacked * std + mean, inside, rtol=0, atol=1e-12)
+    in_l2 = {"epsilon": 0.3, "step_size": 0.1, "steps": 3, "levels": PLAIN, "norm": "l2"}
+    attacked = pyramid_attack(logits, normal, mean=MEAN, std=STD, **in_l2)
+    inside = pyramid_attack(lambda x: logits((x - mean) / std), pixels, **in_l2)
+    assert torch.allclose(attacked * std + mean, inside, rtol=0, atol=1e-6)
     # Three bounds, one a channel, all of them reached: eps / .25, eps / .2 and eps / .3.
     single = pyramid_attack(
         logits,
@@ -382,16 +386,6 @@ def test_an_l2_start_is_in_the_ball(init: str) -> None:
     assert start.max() <= 0.02 * 1.001
     if init == "uniform":  # lengths from nothing to all
         assert start.min() < 0.004 and start.max() > 0.016
-
-
-def test_normalised_images_have_an_l2_radius_in_pixels() -> None:
-    pixels = torch.rand(4, 3, 8, 8, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-    mean, std = (torch.tensor(values, dtype=torch.float64).view(1, 3, 1, 1) for values in (MEAN, STD))
-    logits = fixed(8, 8)
-    call = {"epsilon": 0.3, "step_size": 0.1, "steps": 3, "levels": PLAIN, "norm": "l2"}
-    attacked = pyramid_attack(logits, (pixels - mean) / std, mean=MEAN, std=STD, **call)
-    inside = pyramid_attack(lambda x: logits((x - mean) / std), pixels, **call)
-    assert torch.allclose(attacked * std + mean, inside, rtol=0, atol=1e-6)
 
 
 def test_labels_ask_for_the_cross_entropy() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.amt_parts import MEAN, STD, adapted, backbone, episode, same, saved, train
+from helpers.amt_parts import adapted, backbone, episode, same, saved, train
 from helpers.tiny import shake, snapshot
 from torch import Tensor
 
@@ -17,7 +17,6 @@ from vismt.metatune.amt.merging import PoolNet, trim
 from vismt.metatune.amt.method import Adversary
 from vismt.metatune.amt.pool import Expert, ExpertPool
 from vismt.metatune.amt.selection_rules import MergeSettings, expert_scores, mixture_weights
-from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import cosine_logits, prototypes
@@ -264,19 +263,6 @@ def test_all_experts_at_beta_zero_are_the_uniform_average(pool: ExpertPool) -> N
     )
 
 
-def test_shares_weigh_the_average(pool: ExpertPool) -> None:
-    first, last = pool.labels[0], pool.labels[-1]
-    net = PoolNet(pool, MergeSettings(strategy="average", shares={last: 0.7, first: 0.3}))
-    classifier, batch = task(pool, strategy="average", shares={last: 0.7, first: 0.3})
-    assert torch.allclose(classifier.mixture, torch.tensor([0.3, *[0.0] * (len(pool) - 2), 0.7]))
-    expected = net.task(classifier.mixture, batch["support"], batch["support_labels"])
-    equal, _ = task(pool, strategy="average")
-    logits = classifier(batch["query"])
-    assert torch.equal(logits, expected(batch["query"])) and not torch.allclose(
-        logits, equal(batch["query"]), atol=1e-4
-    )
-
-
 def test_a_pool_of_one(tmp_path: Path) -> None:
     single = ExpertPool(backbone(), saved(tmp_path, (3,)))
     for strategy in ("paper", "min_ce", "average"):
@@ -284,7 +270,7 @@ def test_a_pool_of_one(tmp_path: Path) -> None:
         assert classifier.mixture.tolist() == [1.0]
 
 
-def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> None:
+def test_one_shot_is_perfectly_compact(pool: ExpertPool) -> None:
     """The scored image is its class's prototype, so C is 1 for every expert and V alone decides."""
     batch = episode(4, shots=1)
     support, labels = batch["support"], batch["support_labels"]
@@ -293,23 +279,6 @@ def test_one_shot_is_perfectly_compact_unless_augmented(pool: ExpertPool) -> Non
     assert torch.allclose(compact, torch.ones(3), atol=1e-5) and divergent.max() < 0.99
     assert int(PoolNet(pool, MergeSettings(top_k=1)).classifier(support, labels).mixture.argmax()) == int(
         divergent.argmin()
-    )
-    net = PoolNet(pool, MergeSettings(augment=True, seed=1))
-    assert expert_scores(net.cosines(support, labels), labels)[1].max() < 0.999
-    # One augmented support for all experts; prototypes and the classifier stay those of the clean one.
-    views = diff_augment(support, torch.Generator().manual_seed(1), mean=MEAN, std=STD)
-    with torch.no_grad():
-        for index, cosines in enumerate(net.cosines(support, labels)):
-            expert = WithWeights(pool.backbone, pool.expert_weights(index))
-            assert torch.allclose(
-                cosines, cosine_logits(expert(views), prototypes(expert(support), labels), 1.0), atol=1e-5
-            )
-    augmented, zeta = net.classifier(support, labels), net.classifier(support, labels).mixture
-    merged = WithWeights(pool.backbone, pool.weights(zeta))
-    assert torch.allclose(augmented.prototypes, prototypes(merged(support).detach(), labels), atol=1e-5)
-    assert torch.equal(net.cosines(support, labels), net.cosines(support, labels))
-    assert not torch.equal(
-        net.cosines(support, labels), PoolNet(pool, MergeSettings(augment=True)).cosines(support, labels)
     )
 
 
@@ -400,8 +369,6 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "average", "shares": {"none": 1.0}}, "no expert 'none'"),
-        ({"shares": {"a": 0.5, "b": 0.4}}, r"sum to 0\.9; need 1"),
         ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'average'"),
         ({"beta": -1.0}, "merging.beta is -1.0"),
         ({"beta": float("inf")}, "beta is inf; a number must be finite"),

@@ -52,9 +52,9 @@ def test_each_image_of_a_larger_class_is_held_out_once_and_single_images_never()
 
 def test_the_best_rate_wins_and_the_smallest_of_a_tie():
     images = flat(LABELS)
-    assert choose_rate(tuner({1e-3}), images, LABELS, seed=0) == 1e-3
-    assert choose_rate(tuner({1e-2, 1e-4}), images, LABELS, seed=0) == 1e-4
-    assert choose_rate(tuner(set(RATES)), images, LABELS, seed=0) == 0 == choose_rate(tuner(()), images, LABELS, seed=0)
+    assert choose_rate(tuner({1e-3}), images, LABELS) == 1e-3
+    assert choose_rate(tuner({1e-2, 1e-4}), images, LABELS) == 1e-4
+    assert choose_rate(tuner(set(RATES)), images, LABELS) == 0 == choose_rate(tuner(()), images, LABELS)
 
 
 def test_tuning_never_sees_what_it_is_judged_on():
@@ -68,7 +68,7 @@ def test_tuning_never_sees_what_it_is_judged_on():
 
         return features
 
-    choose_rate(tune, images, LABELS, seed=0)
+    choose_rate(tune, images, LABELS)
     assert [rate for rate, _, _ in judged] == [rate for rate in RATES for _ in range(2)]
     for _, kept, batch in judged:
         assert not (batch[:, None] == kept[None]).flatten(2).all(2).any()
@@ -79,7 +79,7 @@ def test_tuning_never_sees_what_it_is_judged_on():
 
 def test_one_shot_judges_crops_of_the_images_it_tunes_on():
     labels, calls = torch.arange(3), []
-    assert choose_rate(tuner({1e-2}, calls), flat(labels, 0.1), labels, seed=0) == 1e-2
+    assert choose_rate(tuner({1e-2}, calls), flat(labels, 0.1), labels) == 1e-2
     assert calls == [(rate, [0, 1, 2], 3) for rate in RATES]
 
 
@@ -89,7 +89,7 @@ def test_a_rate_that_diverges_is_not_chosen():
             raise LossNotFinite("fine-tuning: the loss is nan")
         return colours if rate == 1e-4 else lambda batch: torch.ones(len(batch), 3)
 
-    assert choose_rate(tune, flat(LABELS), LABELS, seed=0) == 1e-4
+    assert choose_rate(tune, flat(LABELS), LABELS) == 1e-4
 
 
 def settings(**changes):

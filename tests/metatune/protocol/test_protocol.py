@@ -1,6 +1,7 @@
 """The protocol: the same episodes for every model, records that resume, the panel of an episode."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from weakref import WeakSet
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
+from vismt.evaluation.certify import Certify
 from vismt.metatune import EpisodeSampler, ProtoNet, features, run_protocol
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
@@ -121,7 +123,7 @@ def test_resume_continues_at_the_episode_where_it_stopped(tmp_path):
     whole = run(records)
     lines = records.read_text().splitlines(keepends=True)
     header, rows = json.loads(lines[0]), [json.loads(line) for line in lines[1:]]
-    assert len(header["protocol"]) == 16 and header["settings"]["data"] == "fake"
+    assert header["weights"] == "w1" and header["protocol"]["data"] == "fake"
     assert [row["episode"] for row in rows] == list(range(6)) and rows[2]["clean"] == float(whole["clean"][2])
     # Killed in the middle of writing episode 3.
     records.write_text("".join(lines[:4]) + lines[4][:9])
@@ -158,12 +160,9 @@ def test_the_quality_of_probabilities_is_on_record_and_resumes(tmp_path):
     assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], again[name]) for name in whole)
     with pytest.raises(UserError, match="of another run"):
         run(records, batch=7)
-    plain = run(tmp_path / "plain.jsonl")
-    begun = run(tmp_path / "plain.jsonl", probabilities=True)  # a file that has begun without them goes on without
-    assert list(begun) == list(plain) == ["clean", "dark"] and torch.equal(begun["dark"], plain["dark"])
 
 
-def test_records_have_every_answer_and_those_of_an_earlier_version_are_continued(tmp_path):
+def test_records_have_every_answer(tmp_path):
     records = tmp_path / "fake.jsonl"
     whole = run(records)
     header, *rows = read_lines(records)
@@ -171,11 +170,6 @@ def test_records_have_every_answer_and_those_of_an_earlier_version_are_continued
         for name in ("clean", "dark"):
             assert len(row[f"{name} right"]) == 20
             assert row[f"{name} right"].count("1") / 20 == pytest.approx(float(whole[name][row["episode"]]))
-    earlier = [{key: value for key, value in row.items() if not key.endswith(" right")} for row in rows]
-    write_lines(records, [header, *earlier[:4]])
-    again = run(records)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
-    assert read_lines(records)[1:] == [*earlier[:4], *rows[4:]]
     write_lines(records, [header, {**rows[0], "clean right": "012"}])
     with pytest.raises(UserError, match="'clean right' is '012'"):
         run(records)
@@ -211,7 +205,7 @@ def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
     options = {"probabilities": True, "temperature": 2.0, "batch": 7}
     resumed = run(records, ood={"against other": Outside()}, **options)
     assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for changes, key in (({"ood": {"against it": other}}, "ood"), ({"ood": None}, "settings")):
+    for changes, key in (({"ood": {"against it": other}}, "ood"), ({"ood": None}, "ood")):
         with pytest.raises(UserError, match=rf"\(different: {key}\)"):
             run(records, **options, **changes)
 
@@ -228,17 +222,6 @@ def test_episodes_of_different_parts_share_no_outside_image_and_no_group_of_them
         assert sum(map(len, seen)) == len(set().union(*seen)) > 5
     with pytest.raises(UserError, match="4 images against few, for episodes in 5 parts"):
         run(net=ProtoNet(Backbone()), sampler=sampler, attacks=[], ood={"against few": Outside(4)})
-
-
-def test_records_of_undivided_outside_sets_are_not_continued(tmp_path):
-    sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=3, seed=1, parts=5)
-    settings = {"sampler": sampler, "attacks": [], "ood": {"against other": Outside()}}
-    run(tmp_path / "fake.jsonl", **settings)
-    header, *rows = read_lines(tmp_path / "fake.jsonl")
-    assert header["settings"].pop("ood in parts") == 5
-    write_lines(tmp_path / "fake.jsonl", [{**header, "protocol": "another"}, *rows])
-    with pytest.raises(UserError, match=r"of another run.*\(different: ood in parts\)"):
-        run(tmp_path / "fake.jsonl", **settings)
 
 
 def test_features_of_outside_images_are_stored(monkeypatch):
@@ -270,7 +253,7 @@ def test_a_small_outside_set_is_drawn_whole():
 @pytest.mark.parametrize(
     ("changes", "key"),
     [
-        ({"fingerprint": "w2"}, "fingerprint"),
+        ({"fingerprint": "w2"}, "weights"),
         ({"data": "other"}, "data"),
         ({"attacks": [Darken(0.5)]}, "attacks"),
         ({"attacks": []}, "conditions, attacks"),
@@ -299,6 +282,7 @@ def test_another_protocol_is_refused_and_nothing_lost(tmp_path, changes, key):
         (lambda header, rows: rows[2].update({"episode": 0}), "line 4: episode 0 comes twice"),
         (lambda header, rows: rows[2].update({"episode": 2.0}), "line 4: episode is 2.0"),
         (lambda header, rows: header.update({"settings": 1}), "of another run"),
+        (lambda header, rows: header.pop("examples"), "different: header"),
     ],
 )
 def test_rows_that_no_evaluation_writes_are_named(tmp_path, damage, message):
@@ -474,16 +458,12 @@ def test_two_processes_write_the_records_of_one(tmp_path, monkeypatch):
     assert first == 2 * 8 and (tmp_path / "panel.npz").exists()  # the first block of two, support and query
 
 
+@dataclass
 class Certifier:
     """Certifies the answer to the images themselves: radius 0.3 for even places, an abstention for odd ones."""
 
-    label = "smoothed"
-
-    def settings(self):
-        return {"certify": 1}
-
-    def levels(self):
-        return {"at 0": 0.0, "at 0.25": 0.25, "at 0.5": 0.5}
+    sigma: float = 0.25
+    largest: float = 0.5
 
     def certify(self, logits, images, keys):
         even = torch.tensor([place % 2 == 0 for _, place in keys])
@@ -492,12 +472,12 @@ class Certifier:
 
 def test_certified_queries_are_recorded(tmp_path):
     sampler = EpisodeSampler(LABELS, ways=3, shots=2, queries=4, seed=0)
-    options = {"episodes": 3, "records": tmp_path / "records.jsonl", "smoothing": Certifier()}
+    options = {"episodes": 3, "records": tmp_path / "records.jsonl", "asked": [Certify(Certifier())]}
     found = run_protocol(ProtoNet(Plain()), Pixels(), sampler, **options)
-    assert found["smoothed"].tolist() == [0.5] * 3 and found["at 0.5"].tolist() == [0.0] * 3
-    assert torch.equal(found["at 0"], found["at 0.25"])
-    rows = read_lines(tmp_path / "records.jsonl")[1:]
-    for row, value in zip(rows, found["at 0.25"].tolist()):
-        even = row["clean right"][::2]
-        assert value == pytest.approx(even.count("1") / 12) and row["at 0.25 right"][1::2] == "0" * 6
-    assert torch.equal(run_protocol(ProtoNet(Plain()), Pixels(), sampler, **options)["at 0"], found["at 0"])
+    at = {radius: found[f"smoothed 0.25 certified l2 {radius:g} accuracy"] for radius in (0, 0.25, 0.5)}
+    assert found["smoothed 0.25 abstentions"].tolist() == [0.5] * 3 and at[0.5].tolist() == [0.0] * 3
+    assert torch.equal(at[0], at[0.25])
+    for row, value in zip(read_lines(tmp_path / "records.jsonl")[1:], at[0.25].tolist()):
+        assert value == pytest.approx(row["clean right"][::2].count("1") / 12)
+    again = run_protocol(ProtoNet(Plain()), Pixels(), sampler, **options)
+    assert all(torch.equal(again[name], found[name]) for name in found)

@@ -533,7 +533,7 @@ def test_scalarizers_of_torchjd_weigh_losses():
 
 def test_without_torchjd_its_methods_are_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchjd.aggregation", None)
-    torchjd_methods.hosted.cache_clear()
+    torchjd_methods.host_balancer.cache_clear()
     with pytest.raises(UserError, match=r'need torchjd 0.18 \(.*\): pip install "vismt\[torchjd\]"'):
         make("torchjd:UPGrad")
 

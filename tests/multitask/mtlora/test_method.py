@@ -24,7 +24,7 @@ from vismt.engine.sharding import check_sharded
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.methods import method_optimizer
 from vismt.multitask import merge_shared, task_features
-from vismt.multitask.heads import make_head
+from vismt.multitask.heads import make_map_head
 from vismt.multitask.mtlora.layers import TaskBlock, TaskLinear
 from vismt.multitask.nets import DenseNet
 
@@ -228,7 +228,7 @@ STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 def net(depth: int = 2, backbone: Backbone | Pyramid | None = None) -> DenseNet:
     backbone = backbone or Backbone(tiny_vit(num_classes=0, depth=depth), **STATISTICS)
-    heads = {task: make_head("segformer", backbone.widths[-2:], 3, hidden=8) for task in TASKS}
+    heads = {task: make_map_head("segformer", backbone.widths[-2:], 3, hidden=8) for task in TASKS}
     return DenseNet(backbone, heads, [backbone.depth - 2, backbone.depth - 1])
 
 
@@ -395,7 +395,7 @@ def test_merge_shared_keeps_the_features_of_all_tasks(make) -> None:
 @torch.no_grad()
 def test_a_graph_takes_any_batch() -> None:
     backbone = Pyramid(swin())
-    net = DenseNet(backbone, {task: make_head("linear", backbone.widths, 2) for task in TASKS}, [0, 1])
+    net = DenseNet(backbone, {task: make_map_head("linear", backbone.widths, 2) for task in TASKS}, [0, 1])
     vismt.adapt(net.stock, "mtlora", rank=2, tasks=TASKS)
     merge_shared(shake(net.stock, 0.2))
     net.eval().requires_grad_(False)

@@ -7,8 +7,8 @@ import pytest
 from scipy import stats
 
 from vismt.report.compare.pairs import GivenScores, paired_differences
-from vismt.report.compare.score_tables import Training
-from vismt.report.comparison import compare
+from vismt.report.compare.score_tables import TrainingValues
+from vismt.report.comparison import compare_results
 
 pytestmark = pytest.mark.slow
 DRAWS = 300
@@ -38,9 +38,9 @@ def draw(rng, n, seeds, size, binary, shift):
             listed = (values > 0).astype(float).tolist() if binary else values.tolist()
             ids = [str(i) for i in range(n)]
             named = [str(group) for group in groups] if size > 1 else []
-            trainings.append(Training("", model, "all", str(seed), ids, {"score": listed}, groups=named))
+            trainings.append(TrainingValues("", model, "all", str(seed), ids, {"score": listed}, groups=named))
     scores = GivenScores(trainings)
-    (pair,) = paired_differences(compare(scores.results, scores))
+    (pair,) = paired_differences(compare_results(scores.results, scores))
     spread = math.sqrt(3 + 0.7**2 + (0.15**2 if seeds > 1 else 0.0))
     return pair, stats.norm.cdf(shift / spread) - 0.5 if binary else shift
 

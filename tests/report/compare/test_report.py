@@ -10,7 +10,7 @@ from helpers.tiny_runs import refused
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.report.compare.report import compare_inputs, join
-from vismt.report.comparison import compare
+from vismt.report.comparison import compare_results
 from vismt.report.results import Score, read_results
 from vismt.storage.files import sealed
 from vismt.uncertainty.intervals import CLEAN
@@ -30,7 +30,7 @@ def run(parent, name, arms, examples="drawn", config="seed: 0\n"):
 
 def clean(folders, arms=()):
     joined = join(folders, arms)
-    return next(c for c in compare(joined.results, joined) if c.condition == "clean")
+    return next(c for c in compare_results(joined.results, joined) if c.condition == "clean")
 
 
 def test_arms_of_two_runs_are_paired_on_the_same_examples(tmp_path):

@@ -1,4 +1,4 @@
-"""APGD against a plain loop on one image at a time, written from the paper's algorithm, and against torchattacks."""
+"""APGD against a plain loop on one image at a time, written from the paper's algorithm; APGD and FAB against torchattacks."""
 
 from __future__ import annotations
 
@@ -125,12 +125,17 @@ def test_checkpoints_are_those_of_the_paper():
 
 
 @pytest.mark.parametrize(
-    ("name", "norm", "epsilon", "kind", "options"),
-    [("apgd_ce", "l2", 0.95, "APGD", {"loss": "ce"}), ("apgd_t", "linf", 0.07, "APGDT", {"n_classes": CLASSES})],
+    ("name", "norm", "epsilon", "steps", "kind", "options"),
+    [
+        ("apgd_ce", "l2", 0.95, 100, "APGD", {"loss": "ce"}),
+        ("apgd_t", "linf", 0.07, 100, "APGDT", {"n_classes": CLASSES}),
+        ("fab", "linf", 0.08, 20, "FAB", {"n_classes": CLASSES, "multi_targeted": True}),
+        ("fab", "l2", 1.1, 20, "FAB", {"n_classes": CLASSES, "multi_targeted": True}),
+    ],
 )
-def test_apgd_breaks_the_images_that_torchattacks_breaks(name, norm, epsilon, kind, options):
-    ours = survivors(AttackSpec(name, epsilon, norm=norm))
-    theirs = torchattacks_survivors(kind, norm=norm.capitalize(), eps=epsilon, steps=100, n_restarts=1, **options)
+def test_the_images_that_torchattacks_breaks_are_broken(name, norm, epsilon, steps, kind, options):
+    ours = survivors(AttackSpec(name, epsilon, norm=norm, steps=steps))
+    theirs = torchattacks_survivors(kind, norm=norm.capitalize(), eps=epsilon, steps=steps, n_restarts=1, **options)
     assert int((ours != theirs).sum()) <= 1 and 0 < ours.sum() < COUNT
 
 

@@ -13,6 +13,7 @@ from vismt.base.errors import UserError
 from vismt.base.norm_balls import size, within_budget
 from vismt.metatune import EpisodeSampler, ProtoNet, run_protocol
 from vismt.robustness.attacks.attacks import KINDS, AttackSpec, attack, robust_accuracy
+from vismt.robustness.conditions import AttackConfig
 
 CLASSES = 5
 NAMES = sorted(KINDS)
@@ -520,3 +521,10 @@ def test_a_worst_case_counts_queries_that_withstand_every_attack():
     result = run_protocol(ProtoNet(Colour()), Pixels(), sampler, episodes=4, attacks=specs, worst=worst)
     single = torch.minimum(result[str(specs[0])], result[str(specs[1])])
     assert bool((result["worst"] <= single).all()) and result["worst"].mean() < result["clean"].mean()
+
+
+def test_a_spec_reads_fractions_as_a_configuration_does():
+    spec = AttackSpec("pgd", "8/255", step_size="2/255")
+    assert spec == AttackSpec("pgd", 8 / 255, step_size=2 / 255) == AttackConfig("pgd", "8/255", "2/255").spec()
+    with pytest.raises(UserError, match=r"8/x. is neither a number nor a fraction"):
+        AttackSpec("pgd", "8/x")

@@ -15,7 +15,12 @@ from vismt.methods import list_methods
 DEPTHS = (2, 4, 8)
 
 
-@pytest.mark.parametrize("method", list_methods())
+QUICK = ("emtal", "lora", "s2ft")  # of three kinds of layers
+
+
+@pytest.mark.parametrize(
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in list_methods()]
+)
 def test_no_operation_grows_faster_than_the_number_of_layers(method: str) -> None:
     """Of a quadratic share the growth is 2: the limit finds one that makes a thirtieth of the calls at 4 layers."""
     depths = (DEPTHS[0], *DEPTHS)  # what is imported when it is first used comes before

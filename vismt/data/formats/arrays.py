@@ -15,22 +15,25 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import digest, fix, shown_path
+from vismt.data.copies import digest_files, fix, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
-MAX_BYTES = 4 * 2**30  # of the arrays of a file, which stay in memory; a kilobyte of a zip can stand for a megabyte
+# bytes of the arrays of a file, which stay in memory (a kilobyte of a zip can stand for a megabyte)
+MAX_BYTES = 4 * 2**30
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 
 
 @source_kind("arrays")
 @dataclass(frozen=True, kw_only=True)
 class ArraysSource(RootedSource, ImageSource):
-    """One npz file: `x_<split>`, `y_<split>`; for the single split 'all' `x`, `y`; bits of `x_packed` with `shape`; `classes`.
+    """One npz file: `x_<split>`, `y_<split>`, or `x`, `y` for the single split "all".
+
+    Bits are in `x_packed` with `shape`. Names of classes are in `classes`.
 
     Attributes:
-        file: the npz file.
-        invert: whether 255 - value is the image.
+        file: Name of the npz file.
+        invert: Whether 255 - value is the image.
     """
 
     file: RelativePath
@@ -40,7 +43,7 @@ class ArraysSource(RootedSource, ImageSource):
         return file_groups(base, [self.file])
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the arrays; grey images get three equal channels; ids are `<split>/<row>`."""
+        """Return the images of the arrays. Grey images get three equal channels. Ids are `<split>/<row>`."""
         path = base / self.file
         arrays, shown = _open(card, path), shown_path(path)
         classes = [str(name) for name in arrays.get("classes", np.arange(card.classes)).reshape(-1)]
@@ -62,7 +65,7 @@ class ArraysSource(RootedSource, ImageSource):
             return tensor.expand(3, -1, -1).contiguous() if tensor.ndim == 2 else tensor.permute(2, 0, 1).contiguous()
 
         hashed = [(self.file, path)]
-        return Listing(classes, rows, read, lambda: f"{digest(hashed).sha256}:{self.invert}")
+        return Listing(classes, rows, read, lambda: f"{digest_files(hashed).sha256}:{self.invert}")
 
 
 def _open(card: Card, path: Path) -> dict[str, np.ndarray]:
@@ -78,13 +81,13 @@ def _open(card: Card, path: Path) -> dict[str, np.ndarray]:
                 arrays[member.filename.removesuffix(".npy")] = array
                 left -= array.nbytes
             return arrays
-    except Exception as error:  # zipfile, zlib and NumPy raise whatever the damage leads to
+    except Exception as error:  # zipfile, zlib and NumPy may raise any error for damaged data
         reason = str(error) or type(error).__name__
         raise UserError(f"{shown_path(path)}: cannot be read as npz: {reason}. {fix(card)}") from error
 
 
 def _array(file: IO[bytes], most: int) -> np.ndarray:
-    """Return the array of a member, for which memory is taken as its bytes arrive, not as its header claims."""
+    """Return the array of a member. Memory is taken as its bytes arrive, not as its header claims."""
     version = np.lib.format.read_magic(file)
     if version not in HEADERS:
         raise ValueError(f"format {version} of an array; (1, 0) and (2, 0) are read")
@@ -101,7 +104,7 @@ def _array(file: IO[bytes], most: int) -> np.ndarray:
 
 
 def _images(arrays: Mapping[str, np.ndarray], key: str, shown: str) -> np.ndarray:
-    """uint8 (n, h, w) or (n, h, w, 3) under `key`, unpacked from `key_packed` and `shape` (bits become 0 and 255)."""
+    """Return uint8 (n, h, w) or (n, h, w, 3) under `key`, unpacked from `key_packed` and `shape` (bits become 0 and 255)."""
     if key in arrays:
         images = arrays[key]
     elif f"{key}_packed" in arrays and "shape" in arrays:

@@ -1,4 +1,4 @@
-"""Images with their labels in a csv table: a column with the text of the label, or one column per class with 0 and 1."""
+"""Images with their labels in a csv table: a column with the text of the label, or one column for each class with 0 and 1."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ class TableSource(RootedSource, ImageSource):
     """A csv table beside folders of images.
 
     Attributes:
-        table: one file for the one split 'all', or a file for each split; a .tsv file has tabs between its columns.
-        folders: searched in turn for the images; may hold `*`.
-        column: column of the file names, without their `suffix` when one is given.
-        keep: the classes in order; rows with another label are left out.
-        label: column of the label's text; null when the label is the one column of `keep` that is not 0.
-        suffix: of every file name.
-        only: for a split, the rows where a column holds a text: {test: {Usage: Private}}.
+        table: One file for the one split "all", or a file for each split. A .tsv file has tabs between its columns.
+        folders: Folders that are searched in turn for the images. They may hold `*`.
+        column: Column of the file names, without their `suffix` if one is given.
+        keep: Classes in order. Rows with another label are left out.
+        label: Column of the label's text. null if the label is the one column of `keep` that is not 0.
+        suffix: Suffix of every file name.
+        only: Rows of a split, as columns with the text that they hold: {test: {Usage: Private}}.
     """
 
     table: RelativePath | dict[str, RelativePath]
@@ -59,7 +59,7 @@ class TableSource(RootedSource, ImageSource):
         return file_groups(base, self.tables.values())
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the rows of the tables, labels in the order of `keep`; ids are paths relative to `base`."""
+        """Return the rows of the tables, labels in the order of `keep`. Ids are paths relative to `base`."""
         number = {name: label for label, name in enumerate(self.keep)}
         rows: dict[str, list[ImageRow]] = {}
         for split in splits:
@@ -73,7 +73,7 @@ class TableSource(RootedSource, ImageSource):
         return Listing(list(self.keep), rows, counted=len({row.label for part in rows.values() for row in part}))
 
     def _read_rows(self, card: Card, base: Path, split: str) -> list[tuple[str, str]]:
-        """Return (file name, class) of each row of the split with one class, where the class is in `keep`."""
+        """Return (file name, class) of each row of the split with one class, if the class is in `keep`."""
         path = base / self.tables[split]
         shown = shown_path(path)
         only = self.only.get(split, {})
@@ -94,7 +94,7 @@ class TableSource(RootedSource, ImageSource):
                     name = relative_path(_inside(row[self.column], base) + self.suffix, where)
                     label = row[self.label] if self.label else _one_hot(row, self.keep, where)
                     if label in kept:
-                        if not label:  # of a table without a card, whose labels are all kept
+                        if not label:  # a table without a card, whose labels are all kept
                             raise UserError(f"{where}: '{name}' has no label; give it one, or leave the row out.")
                         if (other := label_of.setdefault(Path(name), label)) != label:
                             raise UserError(
@@ -106,7 +106,7 @@ class TableSource(RootedSource, ImageSource):
         return rows
 
     def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
-        # Not Path.glob, which raises for some patterns (a**b), others in every version of Python.
+        # Path.glob raises for some patterns (a**b), and for others in every version of Python.
         found = (base / name for text in self.folders for name in glob(text, root_dir=base, recursive=True))
         folders = [path for path in found if path.is_dir()]
         paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]

@@ -1,4 +1,4 @@
-"""Images and maps in files that belong together by the id in their name: paths with placeholders, filled in."""
+"""Images and maps in files that belong together by the id in their names. Paths have placeholders, which are filled in."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import digest, fix, read_text, shown_path, verify_counts
+from vismt.data.copies import digest_files, fix, read_text, shown_path, verify_counts
 from vismt.data.decode import SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.image_set import readable_names
@@ -28,21 +28,21 @@ DERIVED = {"normals": ("depth",), "edge": ("semseg", "depth")}  # target -> what
 class DenseFilesSource(RootedSource, DenseSource):
     """Images with per-pixel maps.
 
-    `image` and the values of `maps` are paths without suffix: `{split}` and `{group}` name folders, `{id}` the image in the
-    file name; a path without {id} is a folder of such files, a list is searched in order.
+    `image` and the values of `maps` are paths without suffix. `{split}` and `{group}` name folders, and `{id}` names the image
+    in the file name. A path without {id} is a folder of such files. A list of paths is searched in order.
 
     Attributes:
-        image: path of the images.
-        maps: paths of the maps; the names say what the files hold (MAP_FORMS in dense_maps.py).
-        void: label of no class.
-        first: label of class 0.
-        listed: text file with one id a line, or one group a line where `image` has {group}.
-        partial: whether a sample may lack targets whose file is missing; else that is an error.
-        edge_above: share of the largest value from which a pixel is an edge; in npy files, the value.
-        axes: signs that turn stored normals to x right, y up, z towards the camera.
-        derive: maps a target that the set lacks to the one it is computed from ({edge: semseg}): edges at the size they are
-            used in, normals at that of the stored maps.
-        camera: fx, fy, cx, cy in pixels, for derived normals.
+        image: Path of the images.
+        maps: Paths of the maps. Their names say what the files hold (MAP_FORMS in dense_maps.py).
+        void: Label of no class.
+        first: Label of class 0.
+        listed: Text file with one id a line, or one group a line if `image` has {group}.
+        partial: Whether a sample may lack targets whose file is missing. Otherwise a missing file is an error.
+        edge_above: Share of the largest value from which a pixel is an edge. In npy files it is the value itself.
+        axes: Signs that turn stored normals to x right, y up, z towards the camera.
+        derive: Targets that the set lacks, each with the target that it is computed from ({edge: semseg}). Edges are computed
+            at the size they are used in, normals at the size of the stored maps.
+        camera: Values fx, fy, cx, cy in pixels, for derived normals.
         normal_classes: JSON file beside the card, see pascal_context.py.
     """
 
@@ -100,7 +100,7 @@ class DenseFilesSource(RootedSource, DenseSource):
             check_camera(self.camera, where)
 
     def list_files(self, base: Path) -> Files:
-        """Return every list, image and map file, one group a folder (`train/label`) or list."""
+        """Return every list, image and map file, with one group for each folder (`train/label`) or list."""
         groups: dict[str, list[tuple[str, Path]]] = {}
         paths = [self.image, *(path for value in self.maps.values() for path in _paths(value))]
         for split in self.splits:
@@ -117,7 +117,7 @@ class DenseFilesSource(RootedSource, DenseSource):
         return sum(len(_in_folder(base / folder, before, after)) for folder, before, after in places)
 
     def load(self, card: Card, base: Path, split: str) -> DenseSet:
-        """Return the samples of `split`; ids are the image's path inside the set."""
+        """Return the samples of `split`. Ids are the image's path inside the set."""
         parts = {name: self.pairs(card, base, name) for name in self.wanted(split)}
         verify_counts(card, self, base, {name: len(pairs) for name, pairs in parts.items()})
         paths = [pair for pairs in parts.values() for pair in pairs]
@@ -137,7 +137,7 @@ class DenseFilesSource(RootedSource, DenseSource):
 
         def content(i: int) -> str:
             files = [(path.relative_to(base).as_posix(), path) for path in paths[i].values()]
-            return f"{digest(files).sha256}:{settings}:{self.derive}"
+            return f"{digest_files(files).sha256}:{settings}:{self.derive}"
 
         return DenseSet(
             name=card.name,
@@ -154,11 +154,11 @@ class DenseFilesSource(RootedSource, DenseSource):
         )
 
     def pairs(self, card: Card, base: Path, split: str) -> list[dict[str, Path]]:
-        """Return one dict a sample: `image` and the maps it has, in the order of the list or of the names."""
+        """Return one dictionary for each sample: `image` and the maps it has, in the order of the list or of the names."""
         samples: list[dict[str, Path]] = []
         lines = _lines(card, base, self._list_of(split)) if self.listed else None
         listed: list[tuple[str, list[str] | None]]
-        if "{group}" in self.image:  # the list is one of groups
+        if "{group}" in self.image:  # the list is a list of groups
             listed = [(group, None) for group in (self._groups(base) if lines is None else lines)]
         else:
             listed = [("", lines)]
@@ -215,7 +215,7 @@ def _paths(value: str | list[str]) -> list[str]:
 
 
 def _in_folder(folder: Path, before: str = "", after: str = "") -> dict[str, Path]:
-    """Return {id: file} of a folder, sorted, empty for a missing folder. Raises UserError for an id with two files."""
+    """Return {id: file} of a folder, sorted. A missing folder is empty. Raise UserError for an id with two files."""
     files: dict[str, Path] = {}
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = path.stem
@@ -230,7 +230,7 @@ def _in_folder(folder: Path, before: str = "", after: str = "") -> dict[str, Pat
 
 
 def _find(base: Path, value: str | list[str], split: str, group: str) -> dict[str, Path]:
-    """Return {id: file} of an image or map; the first path that has an id gives its file."""
+    """Return {id: file} of an image or map. The first path that has an id gives its file."""
     files: dict[str, Path] = {}
     for path in _paths(value):
         folder, before, after = _fill(path, split, group)

@@ -15,24 +15,25 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import digest, fix
+from vismt.data.copies import digest_files, fix
 from vismt.data.decode import decode_file
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, PackagedSource, file_groups, source_kind
 from vismt.data.texts.text_set import TextRows, TextSource
 
-_DIGITS = "datasets/data/digits.csv.gz"  # in scikit-learn
+_DIGITS = "datasets/data/digits.csv.gz"  # file in scikit-learn
 HALVES = ("train", "test")
-# Powers of the inverse root of x^4 = x + 1: an additive sequence that fills the (position, position, size) cube evenly.
+# Powers of the inverse root of x^4 = x + 1. They give an additive sequence that fills the (position, position, size) cube
+# evenly.
 _STEPS = (0.8191725133961645, 0.6710436067037893, 0.5497004779019703)
 SIDE_FROM, SIDE_SPAN = 0.45, 0.4
 
 
 def crop_boxes(height: int, width: int, half: str, count: int) -> list[tuple[int, int, int]]:
-    """Return `count` boxes (top, left, side) inside one half of a photograph; 'train' and 'test' share no pixel.
+    """Return `count` boxes (top, left, side) inside one half of a photograph. "train" and "test" share no pixel.
 
-    The halves are left and right, or above and below in an upright photograph; an odd middle line is in neither. Sides
-    are 0.45 to 0.85 of the half's shorter side. The boxes are a fixed additive sequence: no random numbers.
+    The halves are left and right, or above and below in an upright photograph. An odd middle line is in neither. Sides are 0.45
+    to 0.85 of the half's shorter side. The boxes are a fixed additive sequence without random numbers.
     """
     upright = height > width
     rows, columns = (height // 2, width) if upright else (height, width // 2)
@@ -60,8 +61,8 @@ class DigitsSource(PackagedSource, ImageSource):
         return {"digits": file_groups(base, [_DIGITS])[_DIGITS]}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return all 1,797 digits as uint8 (3, 8, 8); the 17 grey levels 0..16 become round(level * 255 / 16)."""
-        # 64 grey levels and the digit; importing sklearn takes a second.
+        """Return all 1,797 digits as uint8 (3, 8, 8). The 17 grey levels 0..16 become round(level * 255 / 16)."""
+        # 64 grey levels and the digit. Importing sklearn would take a second.
         table = np.loadtxt(base / _DIGITS, delimiter=",")
         images = (torch.from_numpy(table[:, :-1]).reshape(-1, 8, 8) * 255 / 16).round().to(torch.uint8)
         digits = table[:, -1].astype(int).tolist()
@@ -79,8 +80,8 @@ class PhotoCropsSource(PackagedSource, ImageSource):
     """Square crops of the photographs that scikit-image ships.
 
     Attributes:
-        photographs: maps class name to file name.
-        crops_per_half: number of crops from either half of a photograph.
+        photographs: File name by class name.
+        crops_per_half: Number of crops from either half of a photograph.
     """
 
     photographs: dict[str, RelativePath]
@@ -94,7 +95,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
         return {name: groups[file] for name, file in self.photographs.items()}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the crops as uint8 (3, side, side), class = photograph; ids are `<split>/<photograph>/<crop>`."""
+        """Return the crops as uint8 (3, side, side) with class = photograph. Ids are `<split>/<photograph>/<crop>`."""
         groups = self.list_files(base)
         absent = next((name for name, entries in groups.items() if not entries), None)
         if absent is not None:
@@ -122,7 +123,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
             classes=list(paths),
             rows={half: crops(half) for half in splits},
             read=read,
-            content=lambda: f"{digest(paths.items()).sha256}:{self.crops_per_half}:{_STEPS}:{asked}",
+            content=lambda: f"{digest_files(paths.items()).sha256}:{self.crops_per_half}:{_STEPS}:{asked}",
         )
 
 
@@ -131,7 +132,7 @@ class PhotoCropsSource(PackagedSource, ImageSource):
 class PythonTopicsSource(PackagedSource, TextSource):
     """The topics of Python's language reference that `help()` shows: rows with the fields `topic` and `text`.
 
-    Of the topics in alphabetical order every fourth is a test text.
+    Every fourth topic in alphabetical order is a test text.
     """
 
     package: ClassVar[str | None] = "pydoc_data"
@@ -148,4 +149,4 @@ class PythonTopicsSource(PackagedSource, TextSource):
             parts["train" if number % 4 else "test"][topic] = {"topic": topic, "text": text.strip()}
         asked = "all" if len(splits) > 1 else splits[0]
         hashed = [("topics.py", base / "topics.py")]
-        return TextRows({split: parts[split] for split in splits}, lambda: f"{digest(hashed).sha256}:{asked}")
+        return TextRows({split: parts[split] for split in splits}, lambda: f"{digest_files(hashed).sha256}:{asked}")

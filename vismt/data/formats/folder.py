@@ -10,7 +10,7 @@ from typing import Annotated
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, RelativePath, relative_path
-from vismt.data.copies import digest, fix, shown_path
+from vismt.data.copies import digest_files, fix, shown_path
 from vismt.data.decode import is_image_name
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, source_kind
@@ -27,12 +27,12 @@ def _hidden(name: str) -> bool:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link to itself; reading it as an image names it
+    except OSError:  # a link to itself, which reading it as an image names
         return False
 
 
 def _class_folders(base: Path, deep: bool) -> list[Path]:
-    """Return the sub-folders of `base`; with `deep` only those at the bottom, at any depth."""
+    """Return the sub-folders of `base`. With `deep`, return only the folders at the bottom, at any depth."""
     if not deep:
         return sorted(Path(entry.path) for entry in os.scandir(base) if _is_folder(entry) and not _hidden(entry.name))
     bottom = []
@@ -60,8 +60,8 @@ class FolderSource(RootedSource, ImageSource):
     """Image files in class folders.
 
     Attributes:
-        layout: where the class folder is: `{class}`, `{split}/{class}`, or with `**/` before `{class}` at any depth.
-        lists: maps a split to a text file beside the card with one image path (relative to `root`) a line.
+        layout: Place of the class folder: `{class}`, `{split}/{class}`, or with `**/` before `{class}` at any depth.
+        lists: Text file beside the card for each split, with one image path (relative to `root`) a line.
     """
 
     layout: Annotated[str, Names(CLASS_FOLDERS, only=True)] = "{class}"
@@ -75,7 +75,7 @@ class FolderSource(RootedSource, ImageSource):
             raise UserError(f"{where}: layout '{self.layout}' has no {{split}}: name one split 'all', or give 'lists'.")
 
     def scan(self, base: Path) -> ClassFolders:
-        """Return every image under `base` by split and class folder; an empty class folder has an empty list."""
+        """Return every image under `base` by split and class folder. An empty class folder has an empty list."""
         deep = "**" in self.layout
         if "{split}" in self.layout:
             folders = {split: base / split for split in self.splits if (base / split).is_dir()}
@@ -96,9 +96,9 @@ class FolderSource(RootedSource, ImageSource):
         return sum(len(paths) for group, paths in groups if not by_split or group.split("/")[0] == split)
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the class folders; ids are paths relative to `base`.
+        """Return the images of the class folders. Ids are paths relative to `base`.
 
-        Classes are the sorted folder names over all splits, so a label means the same in each.
+        Classes are the sorted folder names over all splits, so a label means the same in each split.
         """
         folders = self.scan(base)
         _refuse_empty(card, self.layout, base, folders)
@@ -124,7 +124,7 @@ class FolderSource(RootedSource, ImageSource):
         hashed = [(row.name, base / row.name) for part in rows.values() for row in part]
         files = {name: len(paths) for name, paths in _groups(folders, base).items()}
         # The labels are in the names of the files.
-        return Listing(classes, rows, content=lambda: digest(hashed).sha256, files=files)
+        return Listing(classes, rows, content=lambda: digest_files(hashed).sha256, files=files)
 
     def _read_list(self, card: Card, split: str) -> list[str]:
         """Return the names of files in the split list, in its order, without blank lines and lines with #."""
@@ -140,7 +140,10 @@ class FolderSource(RootedSource, ImageSource):
 
 
 def _refuse_repeated(card: Card, base: Path, folders: ClassFolders) -> None:
-    """Raise UserError for class folders of one name at several places: of one class, or of others (alphabets' characters)?"""
+    """Raise UserError for class folders of one name at several places.
+
+    They may hold one class, or different classes (the characters of different alphabets).
+    """
     for classes in folders.values():
         seen: dict[str, Path] = {}
         for folder in classes:

@@ -16,7 +16,7 @@ from vismt.data.copies import fix, read_text, shown_path
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
-SPLIT_OF = {"1": "train", "0": "test"}  # values of the list `training`
+SPLIT_OF = {"1": "train", "0": "test"}  # split by value of the list `training`
 
 
 @source_kind("lists")
@@ -25,11 +25,11 @@ class LabelListSource(RootedSource, ImageSource):
     """Four text files with an id first on every line.
 
     Attributes:
-        folder: folder of the images.
-        paths: image id and path below `folder`.
-        labels: image id and class id.
-        training: image id and 1 (train) or 0 (test).
-        names: class id and class name; their order is that of the classes.
+        folder: Folder of the images.
+        paths: File with image id and path below `folder`.
+        labels: File with image id and class id.
+        training: File with image id and 1 (train) or 0 (test).
+        names: File with class id and class name, in the order of the classes.
     """
 
     folder: RelativePath
@@ -46,7 +46,7 @@ class LabelListSource(RootedSource, ImageSource):
         return file_groups(base, (self.paths, self.labels, self.training, self.names))
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images in the order of the list of paths; ids are paths relative to `base`."""
+        """Return the images in the order of the list of paths. Ids are paths relative to `base`."""
         places = [base / name for name in (self.paths, self.labels, self.training, self.names)]
         paths, labels, training, names = (_read_list(card, place) for place in places)
         for place, content in zip(places[1:3], (labels, training), strict=True):

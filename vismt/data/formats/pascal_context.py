@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from vismt.base.errors import UserError
-from vismt.data.decode import decoding, read_bytes
+from vismt.data.decode import decoding, read_image_bytes
 from vismt.data.maps.dense_sample import IGNORE, Sample
 from vismt.data.maps.derived_maps import edges_from_labels
 
@@ -34,11 +34,11 @@ PART_OF = {name: number for number, names in _OF_SIX.items() for name in names.s
 
 
 def load_mat(path: Path, key: str) -> Any:
-    """Return the variable `key` of a MATLAB file. Raises UserError when the file cannot be read or lacks it."""
+    """Return the variable `key` of a MATLAB file. Raise UserError if the file cannot be read or lacks it."""
     from scipy.io import loadmat
 
     with decoding(str(path), "Replace the file."):
-        variables = loadmat(io.BytesIO(read_bytes(path)))
+        variables = loadmat(io.BytesIO(read_image_bytes(path)))
     if key not in variables:
         names = sorted(name for name in variables if not name.startswith("__"))
         raise UserError(f"{path}: has no variable '{key}', holds {names}.")
@@ -50,7 +50,7 @@ def read_context(path: Path, normal_classes: dict[str, int]) -> Sample:
     labels = torch.from_numpy(np.asarray(load_mat(path, "LabelMap")).astype(np.int64))
     if labels.ndim != 2:
         raise UserError(f"{path}: LabelMap must be (h, w), is {tuple(labels.shape)}.")
-    # 255 is a class of PASCAL-Context ("money"), not a missing label: the shift avoids that number.
+    # 255 is a class of PASCAL-Context ("money") and not a missing label. The shift avoids that number.
     sample = {"edge": edges_from_labels(labels + IGNORE + 1)}
     if normal_classes:
         sample[NORMALS_COUNT] = torch.isin(labels, torch.tensor(sorted(normal_classes.values())))
@@ -58,7 +58,7 @@ def read_context(path: Path, normal_classes: dict[str, int]) -> Sample:
 
 
 def read_parts(path: Path) -> Sample:
-    """Return `parts`, int64 (h, w) of 0..6 (PARTS); an empty dict where no person has parts."""
+    """Return `parts`, int64 (h, w) of 0..6 (PARTS). Return an empty dictionary if no person has parts."""
     annotation = load_mat(path, "anno")
     parts: np.ndarray | None = None
     try:

@@ -17,13 +17,14 @@ from vismt.storage.paths import regular_file
 _SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
 _LABELS = ("label", "class", "category", "target", "label_name", "class_name")
-SPLIT = "split"  # the column with the split of a row
+SPLIT = "split"  # column with the split of a row
 
 
 def plain_card(path: Path) -> Card | None:
-    """Return the card of a folder of class folders or of a csv, tsv, jsonl or json file; None for any other path.
+    """Return the card of a folder of class folders or of a csv, tsv, jsonl or json file. Return None for any other path.
 
-    Folders with the names of splits hold the class folders of each. Raises UserError for a folder or table that cannot be read.
+    Folders with the names of splits hold the class folders of each split. Raise UserError for a folder or table that cannot be
+    read.
     """
     sources: list[DataSource] = []
     if path.is_dir():
@@ -50,8 +51,8 @@ def _of_folder(path: Path) -> list[DataSource]:
     return [_source("folder", root=str(path), layout=f"{'{split}/' * by_split}{deep}{{class}}", splits=splits)]
 
 
-def _source(kind: str, **values: Any) -> DataSource:
-    """Return a source of a kind, whose file is imported now: it may need cards itself."""
+def _source(kind: str, **values: object) -> DataSource:
+    """Return a source of a kind. Its file is imported now, because it may need cards itself."""
     make: Any = KINDS[kind]
     return make(**values)
 
@@ -61,7 +62,7 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _of_table(path: Path) -> list[DataSource]:
-    """Return the sources of a table: rows of text, and images where a column has their paths and another their labels."""
+    """Return the sources of a table: rows of text, and images if one column has their paths and another their labels."""
     try:
         with regular_file(path).open(newline="", encoding="utf-8-sig") as file:
             table = csv.DictReader(file, delimiter=DELIMITERS[path.suffix])

@@ -1,7 +1,7 @@
-"""Sets given as Python objects: torch and torchvision data sets, Hugging Face data sets, tables of pandas.
+"""Sets given as Python objects: torch and torchvision data sets, Hugging Face data sets, pandas tables.
 
-An object is opened where an entry of a configuration has its name (vismt/base/objects.py); a folder that Hugging Face's
-`save_to_disk` wrote is opened as its object, and hf/owner/name as the data set of the hub, its split after a colon.
+An object is opened if an entry of a configuration has its name (vismt/base/objects.py). A folder that Hugging Face's
+`save_to_disk` wrote is opened as its object. hf/owner/name is opened as the data set of the hub, with its split after a colon.
 """
 
 from __future__ import annotations
@@ -30,13 +30,14 @@ from vismt.storage.paths import regular_file
 from vismt.storage.wheels import one_line
 
 HUB = "hf/"  # start of the name of a data set on the hub
-SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}  # a file that `save_to_disk` writes -> a key in it
+# a file that `save_to_disk` writes -> a key in it
+SAVED = {"dataset_dict.json": "splits", "state.json": "_data_files"}
 _IMAGES = ("image", "img", "images", "pixel_values")
 _LABELS = ("label", "labels", "class", "target", "fine_label", "category")
 
 
 def python_object(card: str, split: str) -> Any:
-    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote; None for any other card.
+    """Return the object that an entry of a configuration names, or that `save_to_disk` wrote. Return None for any other card.
 
     Code in a repository of the hub is never run.
     """
@@ -46,7 +47,8 @@ def python_object(card: str, split: str) -> Any:
         load = _function("load_dataset" if hub else "load_from_disk", card)
         try:
             given = load(card.removeprefix(HUB))
-        except Exception as error:  # of the builders: no network, no access, unknown formats, several configurations
+        # builders may raise any error: no network, no access, unknown formats, several configurations
+        except Exception as error:
             what = "the hub's" if hub else "the saved"
             raise UserError(f"data '{card}': {what} data set cannot be loaded: {one_line(str(error))}") from error
     if isinstance(given, Mapping):  # a DatasetDict
@@ -56,9 +58,9 @@ def python_object(card: str, split: str) -> Any:
 
 
 def _is_saved(folder: Path) -> bool:
-    """Return whether `save_to_disk` wrote a folder; one of class folders may hold a file of such a name, too."""
+    """Return whether `save_to_disk` wrote a folder. A folder of class folders may also hold a file of such a name."""
     for name, key in SAVED.items():
-        with suppress(OSError, ValueError, TypeError):  # no such file, or another one
+        with suppress(OSError, ValueError, TypeError):  # the file is missing or has another format
             if key in parse_json(regular_file(folder / name).read_text(encoding="utf8")):
                 return True
     return False
@@ -66,7 +68,7 @@ def _is_saved(folder: Path) -> bool:
 
 def _function(name: str, card: str) -> Any:
     try:
-        # Not an import statement: in a checkout its folder datasets/ would be found, which lacks the name.
+        # An import statement would find the folder datasets/ of a checkout, which lacks the name.
         return getattr(importlib.import_module("datasets"), name)
     except (ImportError, AttributeError) as error:
         raise UserError(
@@ -77,9 +79,9 @@ def _function(name: str, card: str) -> Any:
 def images_of(given: Any, title: str, split: str) -> ImageSet:
     """Return a data set of (image, label) pairs, or of rows with an image and a label, as labelled images.
 
-    An image is one of Pillow, or a Tensor (3, h, w) or (1, h, w), uint8 or floating point in [0, 1], which is rounded to 1/255;
-    a label is a whole number from 0. Class names are those of the data set, else the numbers. Its content is not known before
-    every image is read, so `content` is the title.
+    An image is a Pillow image, or a Tensor (3, h, w) or (1, h, w), uint8 or floating point in [0, 1], which is rounded to
+    1/255. A label is a whole number from 0. Class names come from the data set, or are the numbers. Its content is not known
+    before every image is read, so `content` is the title.
     """
     _check_indexed(given, title, "(image, label)")
     image, label = _columns(given, title)
@@ -106,7 +108,8 @@ def images_of(given: Any, title: str, split: str) -> ImageSet:
 def features_of(given: Any, title: str, split: str) -> tuple[ImageSet, Tensor] | None:
     """Return a data set of (feature vector, label) pairs as a set without images, and the vectors, float32 (n, d).
 
-    None for a data set of anything else. Raises UserError for vectors of different lengths or with values that are not finite.
+    Return None for a data set of anything else. Raise UserError for vectors of different lengths or with values that are not
+    finite.
     """
     first = given[0] if isinstance(given, Dataset) and len(cast(Any, given)) else None
     if not isinstance(first, tuple) or len(first) != 2 or getattr(first[0], "ndim", 0) != 1:
@@ -136,7 +139,7 @@ def features_of(given: Any, title: str, split: str) -> tuple[ImageSet, Tensor] |
 
 
 def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
-    """Return the rows of a Hugging Face data set or a table of pandas, and a digest of them."""
+    """Return the rows of a Hugging Face data set or a pandas table, and a digest of them."""
     _check_indexed(given, title, "rows")
     if hasattr(given, "to_dict") and hasattr(given, "iloc"):
         rows = given.to_dict("records")
@@ -151,7 +154,7 @@ def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
     return rows, hashlib.sha256(json.dumps(rows, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _check_indexed(given: Any, title: str, of: str) -> None:
+def _check_indexed(given: object, title: str, of: str) -> None:
     if not hasattr(given, "__len__") or not hasattr(given, "__getitem__"):
         raise UserError(
             f"data '{title}': {type(given).__name__} has no length or no index; give a map-style data set of {of}."
@@ -160,7 +163,7 @@ def _check_indexed(given: Any, title: str, of: str) -> None:
         raise UserError(f"data '{title}': the data set is empty.")
 
 
-def _columns(given: Any, title: str) -> tuple[Any, Any]:
+def _columns(given: object, title: str) -> tuple[Any, Any]:
     names = getattr(given, "column_names", None)
     if not isinstance(names, Sequence):
         return 0, 1
@@ -175,7 +178,7 @@ def _columns(given: Any, title: str) -> tuple[Any, Any]:
 
 
 def _labels(given: Any, label: Any, title: str) -> list[int]:
-    """Return the label of every example, where possible without decoding the images."""
+    """Return the label of every example, if possible without decoding the images."""
     if isinstance(label, str):
         values = list(given[label])
     else:
@@ -198,8 +201,9 @@ def _labels(given: Any, label: Any, title: str) -> list[int]:
 
 
 def _stored_labels(given: Any) -> list[Any] | None:
-    """Return the labels that a data set has as a list, where nothing transforms them and about 16 examples agree."""
-    both = getattr(given, "transforms", None)  # of image and label: one function, or torchvision's pair of two
+    """Return the labels that a data set has as a list, if nothing transforms them and about 16 examples agree."""
+    # transforms of image and label: one function, or torchvision's pair of two
+    both = getattr(given, "transforms", None)
     changes = getattr(given, "target_transform", None), getattr(both, "target_transform", both)
     if changes != (None, None):
         return None
@@ -215,7 +219,7 @@ def _stored_labels(given: Any) -> list[Any] | None:
     return None
 
 
-def _classes(given: Any, label: Any, count: int) -> list[str]:
+def _classes(given: object, label: object, count: int) -> list[str]:
     names: Any = None
     if isinstance(label, str):
         names = getattr(getattr(given, "features", {}).get(label), "names", None)
@@ -228,8 +232,8 @@ def _classes(given: Any, label: Any, count: int) -> list[str]:
     return texts if len(texts) >= count and len(set(texts)) == len(texts) else [str(i) for i in range(count)]
 
 
-def _to_bytes(image: Any) -> Tensor:
-    """Return an image of Pillow, an array (h, w, 3) or a Tensor as uint8 (3, h, w). Raises ValueError for anything else."""
+def _to_bytes(image: object) -> Tensor:
+    """Return a Pillow image, an array (h, w, 3) or a Tensor as uint8 (3, h, w). Raise ValueError for anything else."""
     if isinstance(image, Image.Image):
         return to_rgb(image)
     if isinstance(image, np.ndarray):

@@ -1,7 +1,7 @@
 """Tiles of the stereo pair inside the scikit-image wheel: image, metric depth from the true disparity, normals, edges.
 
-Every split has its columns of the image, and its maps are derived from these columns alone, so no pixel, depth or edge of
-the test tiles is in a training tile or was used for one.
+Every split has its own columns of the image, and its maps are derived from these columns alone. No pixel, depth or edge of the
+test tiles is therefore in a training tile or was used for one.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.data.copies import digest, fix, shown_path, verify_counts
-from vismt.data.decode import decode_file, decoding, read_bytes
+from vismt.data.copies import digest_files, fix, shown_path, verify_counts
+from vismt.data.decode import decode_file, decoding, read_image_bytes
 from vismt.data.maps.dense_sample import Sample
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.maps.derived_maps import normals_from_depth
@@ -36,14 +36,14 @@ class StereoTilesSource(PackagedSource, DenseSource):
     depth = fx * baseline / (disparity + offset). Normals and edges are derived from the depth.
 
     Attributes:
-        image: file of the left image.
-        disparity: npz file of the disparity, pixels, not finite where unknown.
-        camera: fx, fy, cx, cy in pixels.
-        baseline: metres.
-        offset: pixels.
-        tile: height and width of a tile in pixels.
-        columns: maps each split to the columns [from, to) that it may see.
-        grid: maps each split to its rows and columns of tiles, which are spread evenly.
+        image: File of the left image.
+        disparity: File (npz) of the disparity in pixels, not finite if unknown.
+        camera: Values fx, fy, cx, cy in pixels.
+        baseline: Distance of the cameras in metres.
+        offset: Offset of the disparity in pixels.
+        tile: Height and width of a tile in pixels.
+        columns: Columns [from, to) that each split may see.
+        grid: Numbers of rows and columns of tiles of each split, which are spread evenly.
     """
 
     image: RelativePath
@@ -73,7 +73,7 @@ class StereoTilesSource(PackagedSource, DenseSource):
         return file_groups(base / "data", (self.image, self.disparity))
 
     def load(self, card: Card, base: Path, split: str) -> DenseSet:
-        """Return the tiles of `split`; ids are `<split>/<top>_<left>`."""
+        """Return the tiles of `split`. Ids are `<split>/<top>_<left>`."""
         absent = next((name for name, entries in self.list_files(base).items() if not entries), None)
         if absent is not None:
             raise UserError(f"{card.shown}: the installed scikit-image has no '{absent}'. {fix(card)}")
@@ -82,7 +82,7 @@ class StereoTilesSource(PackagedSource, DenseSource):
         def content() -> str:
             files = {name: base / "data" / name for name in (self.image, self.disparity)}
             about = (self.camera, self.baseline, self.offset, self.tile, self.columns, self.grid)
-            return f"{digest(files.items()).sha256}:{about}"
+            return f"{digest_files(files.items()).sha256}:{about}"
 
         @functools.cache
         def pair() -> Sample:
@@ -120,11 +120,11 @@ class StereoTilesSource(PackagedSource, DenseSource):
 
 
 def read_pair(source: StereoTilesSource, base: Path) -> Sample:
-    """Return `image` float32 (3, h, w) and `depth` float32 (h, w) in metres, 0 where the disparity is not finite."""
+    """Return `image` float32 (3, h, w) and `depth` float32 (h, w) in metres, 0 if the disparity is not finite."""
     path = base / "data" / source.disparity
     with (
         decoding(str(path), "Install scikit-image again."),
-        np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as archive,
+        np.load(io.BytesIO(read_image_bytes(path)), allow_pickle=False) as archive,
     ):
         disparity = archive[archive.files[0]].astype(np.float64)
     image = decode_file(base / "data" / source.image).to(torch.float32) / 255

@@ -1,8 +1,8 @@
 """Rows of text from jsonl files, csv tables, lines with separators and files of documents.
 
-Lines end with a line feed, a carriage return or both, also mixed in one file, and with nothing else. Quotes are those around
-a whole field: there are files in which half of the fields are quoted and the other half hold bare quotes, over which a csv
-reader swallows lines.
+Lines end with a line feed, a carriage return or both, also mixed in one file, and with nothing else. Only quotes around a whole
+field count as quotes. In some files half of the fields are quoted and the other half hold bare quotes, at which a csv reader
+would swallow lines.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Annotated, Any
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import Names, RelativePath
-from vismt.data.copies import digest, fix, read_text, shown_path
+from vismt.data.copies import digest_files, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, json_list
 
 _FORMS = ("jsonl", "csv", "lines", "documents")
-NAMED = ("jsonl", "csv")  # whose files name the fields
+NAMED = ("jsonl", "csv")  # forms whose files name the fields
 
 
 @source_kind("text")
@@ -32,16 +32,16 @@ class TextFilesSource(RootedSource, TextSource):
     """Rows of text, in one file for each split.
 
     Attributes:
-        files: maps each split to its file.
-        fields: names of the fields of a row; [], where the files name them, for all.
-        form: "jsonl": an object a line, or in a .json file a list of objects, which must have the `fields`. "csv": a table with
-            the names of its columns in the first line, tabs between them in a .tsv file. "lines": the `fields` of a line with
-            the `separators` between them; quotes around a whole field are removed. "documents": the one field holds all from
-            one match of the regular expression `starts` to the next.
-        separators: one fewer than `fields`, applied in turn from the left.
-        extract: maps a field to a regular expression that must match all of its text; the named groups are fields, too, where
+        files: File of each split.
+        fields: Names of the fields of a row. [] takes all fields, if the files name them.
+        form: Form of the files. "jsonl": an object a line, or in a .json file a list of objects, which must have the `fields`.
+            "csv": a table with the names of its columns in the first line, and tabs between columns in a .tsv file. "lines":
+            the `fields` of a line with the `separators` between them. Quotes around a whole field are removed. "documents": the
+            one field holds the text from one match of the regular expression `starts` to the next.
+        separators: Texts between fields, one fewer than `fields`, applied in turn from the left.
+        extract: Regular expressions by field, which must match all of the field's text. The named groups become fields too, if
             they take part in the match.
-        encoding: of the files.
+        encoding: Encoding of the files.
     """
 
     files: dict[str, RelativePath]
@@ -84,7 +84,7 @@ class TextFilesSource(RootedSource, TextSource):
         settings = repr((self.form, self.fields, self.separators, self.starts, self.extract, self.encoding))
         parts = {name: self._read(card, path) for name, (_, path) in zip(splits, hashed, strict=True)}
         rows = {name: {str(number): row for number, row in enumerate(part)} for name, part in parts.items()}
-        return TextRows(rows, lambda: f"{digest(hashed).sha256}:{settings}")
+        return TextRows(rows, lambda: f"{digest_files(hashed).sha256}:{settings}")
 
     def _read(self, card: Card, path: Path) -> list[dict[str, Any]]:
         shown = shown_path(path)

@@ -5,8 +5,8 @@ A file is a sequence of records (tensorflow/core/lib/io/record_writer.h):
     uint64 length, uint32 masked CRC of the length, byte data[length], uint32 masked CRC of the data    (little-endian)
     masked CRC = rotate right by 15 bits (CRC-32C) + 0xa282ead8
 
-The library's own reader goes through a file in order and checks no CRC. So records are read here, and their messages by the
-library.
+The library's own reader goes through a file in order and checks no CRC. Records are therefore read here, and the library reads
+their messages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = list[bytes] | list[int]
 
 
 def scan(path: Path) -> array[int]:
-    """Return the position of every record of a file; only lengths and their checksums are read. Raises UserError for damage."""
+    """Return the position of every record of a file. Only lengths and their checksums are read. Raise UserError for damage."""
     positions = array("Q")
     try:
         size = path.stat().st_size
@@ -45,7 +45,7 @@ def scan(path: Path) -> array[int]:
 
 
 def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
-    """Return the features of the record at `position`, the bytes or whole numbers of each; `number` is for errors."""
+    """Return the features of the record at `position`, the bytes or whole numbers of each. `number` is for errors."""
     try:
         with path.open("rb") as file:
             file.seek(position)

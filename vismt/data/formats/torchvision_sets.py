@@ -1,4 +1,4 @@
-"""The data classes of torchvision as one kind of source: how each names its splits, its labels and its classes."""
+"""The data classes of torchvision as one kind of source: how each class names its splits, its labels and its classes."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class DatasetLayout:
     """How a class of torchvision is used.
 
     Attributes:
-        splits: name of a split in cards -> constructor arguments.
-        labels: attribute of the labels, which may be (something, label) pairs; or a function of the data set.
-        classes: attribute of the names of the classes; or the names, where the class does not store them.
+        splits: Constructor arguments by the name of a split in cards.
+        labels: Attribute of the labels, which may be (something, label) pairs, or a function of the data set.
+        classes: Attribute of the names of the classes, or the names, if the class does not store them.
     """
 
     splits: dict[str, dict[str, Any]]
@@ -47,14 +47,15 @@ def _named(*names: str) -> dict[str, dict[str, Any]]:
 
 
 def _pcam_labels(dataset: Any) -> list[int]:
-    """Return the labels of PCAM, (n, 1, 1, 1) in an HDF5 file that indexing would reopen for each example."""
+    """Return the labels of PCAM, (n, 1, 1, 1). They are in an HDF5 file that indexing would reopen for each example."""
     with dataset.h5py.File(dataset._base_folder / dataset._FILES[dataset._split]["targets"][0]) as file:
         return [int(label) for label in file["y"][:, 0, 0, 0]]
 
 
 TRAIN_FLAG = {"train": {"train": True}, "test": {"train": False}}
 _DIGITS = tuple("0123456789")
-_ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "SVHN")  # whose pixels are the array `data`
+# classes whose pixels are the array `data`
+_ARRAYS = ("CIFAR10", "CIFAR100", "FashionMNIST", "KMNIST", "MNIST", "SVHN")
 LAYOUTS: dict[str, DatasetLayout] = {
     "CIFAR10": DatasetLayout(TRAIN_FLAG),
     "CIFAR100": DatasetLayout(TRAIN_FLAG),
@@ -88,9 +89,9 @@ class TorchvisionSource(ImageSource):
     """A class of torchvision.datasets, found in or downloaded to the cache folder.
 
     Attributes:
-        dataset: name of the class.
-        root: folder below the cache.
-        downloads: whether torchvision can still download the set.
+        dataset: Name of the class.
+        root: Folder below the cache.
+        downloads: Whether torchvision can still download the set.
         members: JSON file beside the card, for a part of the set: {split: {name of an image: digest of its pixels}}.
     """
 
@@ -118,9 +119,9 @@ class TorchvisionSource(ImageSource):
             self._construct(card, base, split, download=True)
 
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
-        """Return the images through torchvision; ids are `<split>/<row>`, or those of the members.
+        """Return the images through torchvision. Ids are `<split>/<row>`, or the ids of the members.
 
-        Classes of several splits are united by name (Omniglot's splits have different ones).
+        Classes of several splits are united by name (Omniglot's splits have different classes).
         """
         layout = LAYOUTS[self.dataset]
         parts = {split: self._construct(card, base, split) for split in self._published(splits)}
@@ -159,7 +160,7 @@ class TorchvisionSource(ImageSource):
         )
 
     def _published(self, splits: Sequence[str]) -> Sequence[str]:
-        """Return the published splits that hold `splits`: members may be in any."""
+        """Return the published splits that hold `splits`. Members may be in any of them."""
         return splits if self.members is None else list(LAYOUTS[self.dataset].splits)
 
     def _members(
@@ -200,7 +201,7 @@ class TorchvisionSource(ImageSource):
 
 
 class _NoPrograms:
-    """Blocks in which Pillow starts no Ghostscript: torchvision opens files with all formats, an EPS called x.jpg too."""
+    """Blocks in which Pillow starts no Ghostscript. torchvision opens files with all formats, even an EPS called x.jpg."""
 
     lock: ClassVar[threading.Lock] = threading.Lock()
     blocks: ClassVar[int] = 0
@@ -224,6 +225,6 @@ class _NoPrograms:
                     eps.gs_binary = cls.stock
 
 
-def _labels(dataset: Any, layout: DatasetLayout) -> list[int]:
+def _labels(dataset: object, layout: DatasetLayout) -> list[int]:
     stored = layout.labels(dataset) if callable(layout.labels) else getattr(dataset, layout.labels)
     return [int(item[1] if isinstance(item, (tuple, list)) else item) for item in stored]

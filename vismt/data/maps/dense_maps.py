@@ -1,6 +1,6 @@
 """Forms of map files, and how each becomes a target of the dense sample.
 
-    label          class index, `first` is class 0 and `void` is unlabelled: 8-bit image or npy of whole numbers
+    label class index, `first` is class 0 and `void` is unlabelled: 8-bit image or npy of whole numbers
     depth_mm       16-bit image of millimetres, 0 = none (8 bits, up to 255 mm, cannot hold the depth of a scene)
     depth_512      16-bit image of 1/512 m, 65535 = none (Taskonomy)
     depth_m        npy of metres
@@ -11,8 +11,8 @@
     saliency       the same with 1/2
     pascal_parts, pascal_context    MATLAB files, see pascal_context.py
 
-An npy file of normals holds the vectors (h, w, 3), whatever its name. Depth is missing where it is zero, negative or not finite.
-A normal is missing where the vector is far from unit length, as (0, 0, 0), white and the middle grey of an 8-bit image are.
+An npy file of normals holds the vectors (h, w, 3), whatever its name. Depth is missing if it is zero, negative or not finite. A
+normal is missing if the vector is far from unit length, as for (0, 0, 0), white and the middle grey of an 8-bit image.
 
 Maps belong to the stored pixels of their image, as the loaders of published sets pair them: the EXIF orientation of an image
 turns its maps, too. A map with an orientation of its own, or of the size that the image has after turning, is not turned again.
@@ -31,21 +31,21 @@ import torch
 from PIL import ImageOps
 
 from vismt.base.errors import UserError
-from vismt.data.decode import decoding, is_image_name, open_image, orientation_of, read_bytes, to_rgb
+from vismt.data.decode import decoding, is_image_name, open_image, orientation_of, read_image_bytes, to_rgb
 from vismt.data.formats.pascal_context import NORMALS_COUNT, read_context, read_parts
 from vismt.data.maps.dense_sample import IGNORE, Sample
 from vismt.data.maps.dense_transforms import turn, turned_vectors
 from vismt.data.maps.derived_maps import normals_from_depth
 
-UNIT_LENGTH = (0.5, 1.5)  # what an 8-bit or interpolated unit vector may have become
+UNIT_LENGTH = (0.5, 1.5)  # lengths that an 8-bit or interpolated unit vector may have
 
 
 @dataclass(frozen=True)
 class MapSettings:
-    """What a card says about the values of its map files, as of `DenseFilesSource`.
+    """What a card says about the values of its map files, see `DenseFilesSource`.
 
-    classes: number of classes of label maps. normal_classes: PASCAL-Context classes on which distilled normals count, name ->
-    number; empty for all. camera: in stored pixels; empty to derive no normals.
+    classes: Number of classes of label maps. normal_classes: PASCAL-Context classes on which distilled normals count, name ->
+    number. Empty for all classes. camera: Camera in stored pixels. Empty to derive no normals.
     """
 
     classes: int
@@ -58,13 +58,13 @@ class MapSettings:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """Return the raw values of an image or npy file without colour conversion. Raises UserError for a damaged file."""
+    """Return the raw values of an image or npy file without colour conversion. Raise UserError for a damaged file."""
     return _read(path)[0]
 
 
 def _read(path: Path) -> tuple[np.ndarray, int]:
-    """Return the raw values of a file, turned by its own EXIF orientation, and that orientation, 1 for none."""
-    data = read_bytes(path)
+    """Return the raw values of a file, turned by its own EXIF orientation, and that orientation (1 for none)."""
+    data = read_image_bytes(path)
     if path.suffix.lower() == ".npy":
         with decoding(str(path), "Replace the file."):
             return np.load(io.BytesIO(data), allow_pickle=False), 1
@@ -74,7 +74,7 @@ def _read(path: Path) -> tuple[np.ndarray, int]:
 
 
 def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
-    """Return (h, w) values of a dtype in `kinds`; an axis of length 1 before or after is dropped. `what` starts the error."""
+    """Return (h, w) values of a dtype in `kinds`. An axis of length 1 before or after is dropped. `what` starts the error."""
     values = read_array(path)
     shape = values.shape
     if values.ndim == 3 and 1 in (shape[0], shape[2]):
@@ -87,10 +87,10 @@ def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
 def read_image(path: Path) -> tuple[Sample, int]:
     """Return `image`, float32 (3, h, w) in [0, 1], of an image file or an npy (h, w, 3) of bytes or of values in [0, 1].
 
-    The second value is the EXIF orientation by which the image was turned, 1 for none.
+    The second value is the EXIF orientation by which the image was turned (1 for none).
     """
     if path.suffix.lower() != ".npy":
-        with open_image(read_bytes(path), str(path)) as image:
+        with open_image(read_image_bytes(path), str(path)) as image:
             orientation = orientation_of(image)
             return {"image": to_rgb(image).to(torch.float32) / 255}, orientation
     values = read_array(path)
@@ -176,7 +176,7 @@ def read_binary(name: str, path: Path, settings: MapSettings) -> Sample:
 
 
 class MapForm(NamedTuple):
-    """What the files of a map hold: the target that they become, and their reader, which gets the name of the form."""
+    """The content of the files of a map: the target that they become, and their reader, which gets the name of the form."""
 
     target: str
     read: Callable[[str, Path, MapSettings], Sample]
@@ -198,9 +198,9 @@ MAP_FORMS = {
 
 
 def read_maps(paths: dict[str, Path], settings: MapSettings) -> Sample:
-    """Return the sample of one image and those of its maps that are there, before edges are derived.
+    """Return the sample of one image and of its existing maps, before edges are derived.
 
-    paths: file of the "image" and of each map by its name in MAP_FORMS; errors name the file.
+    paths: File of the "image", and of each map by its name in MAP_FORMS. Errors name the file.
     """
     sample, orientation = read_image(paths["image"])
     size = sample["image"].shape[-2:]

@@ -1,4 +1,4 @@
-"""The dense sample: an image with any of the targets, maps or a class, and the value that means 'missing' in each of them.
+"""The dense sample: an image with any of the targets (maps or a class), and the value that means "missing" in each of them.
 
     image                            float32 (3, h, w) in [0, 1]
     semseg, parts, saliency, edge    int64 (h, w), 255 for unlabelled pixels; saliency and edge are 0 or 1
@@ -33,7 +33,7 @@ def is_class(target: str) -> bool:
 
 
 def blank(target: str, height: int, width: int) -> Tensor:
-    """Return a map of `target` without a valid pixel, and of a class the missing one, whatever the size."""
+    """Return a map of `target` without a valid pixel. For a class, return the missing class, for any size."""
     if is_class(target):
         return torch.tensor(NO_CLASS)
     if target in LABELS:
@@ -42,7 +42,7 @@ def blank(target: str, height: int, width: int) -> Tensor:
 
 
 def size_of(sample: Sample) -> tuple[int, int]:
-    """Return (h, w) of a sample. Raises UserError for an unknown target, and a map of another size than the image."""
+    """Return (h, w) of a sample. Raise UserError for an unknown target, and for a map of another size than the image."""
     if "image" not in sample:
         raise UserError(f"dense sample: has no 'image', holds {sorted(sample)}.")
     height, width = sample["image"].shape[-2:]
@@ -60,7 +60,7 @@ def size_of(sample: Sample) -> tuple[int, int]:
 
 
 def collate(samples: Sequence[Sample]) -> Sample:
-    """Return one batch of samples of one size; a target that is missing in some of them is blank there."""
+    """Return one batch of samples of one size. A target that some samples lack is blank there."""
     sizes = {size_of(sample) for sample in samples}
     if len(sizes) != 1:
         raise UserError(f"dense batch: the samples are of sizes {sorted(sizes)}; crop or resize them to one size.")

@@ -1,6 +1,6 @@
 """Images with per-pixel maps: the set that `open_dense` returns, the sources that load it, and checks that several share.
 
-A set of image classification can be opened as one, too: its samples hold the image and its class (`classified`).
+A set of image classification can also be opened as one. Its samples hold the image and its class (`classified`).
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ CAMERA = ("fx", "fy", "cx", "cy")
 
 @dataclass(frozen=True)
 class DenseSet:
-    """One split of a dense set; `read(i)` gives the sample of image i, see dense_sample.py.
+    """One split of a dense set. `read(i)` gives the sample of image i, see dense_sample.py.
 
     Attributes:
-        classes: names of the values of semseg.
-        targets: those that the samples may have.
-        ids: name of each image.
-        stored: the sample of image i without the derived edges.
-        parts: names of the values of parts.
-        inverse_depth: whether the depth target holds multiples of 1/depth.
-        where: the folder of the copy, as messages name it.
-        image_classes: names of the values of class.
-        labels: int64 (n,), the class of every image; None where images have none.
-        content: a text for image i that differs for any other content of the files that it is read from, or for another set; ""
-            where that is not known.
-        edges: the target that edges are derived from, "semseg" or "depth"; None when `stored` has all targets.
-        groups, group_unit: as of an ImageSet.
+        classes: Names of the values of semseg.
+        targets: Names of the targets that the samples may have.
+        ids: Name of each image.
+        stored: Function from i to the sample of image i without the derived edges.
+        parts: Names of the values of parts.
+        inverse_depth: Whether the depth target holds multiples of 1/depth.
+        where: Folder of the copy, as messages name it.
+        image_classes: Names of the values of class.
+        labels: Class int64 (n,) of every image. None if images have no class.
+        content: Function from i to a text that differs for any other content of the files of image i, or for another set. "" if
+            that is not known.
+        edges: Target that edges are derived from, "semseg" or "depth". None if `stored` has all targets.
+        groups, group_unit: Groups of images, see ImageSet.
     """
 
     name: str
@@ -71,7 +71,7 @@ class DenseSet:
     def read(self, i: int, change: Callable[[Sample], Sample] | None = None) -> Sample:
         """Return the sample of image i in its own size, or `change` of it.
 
-        Edges are derived from the changed map: resized ones would have gaps and lines of two pixels.
+        Edges are derived from the changed map, because resized edges would have gaps and lines of two pixels.
         """
         sample = self.stored(i) if change is None else change(self.stored(i))
         if self.edges is None or self.edges not in sample:
@@ -107,12 +107,13 @@ def open_dense(card: Card | str | Path, split: str = "all") -> DenseSet:
     """Return the samples of `split`, from the first of the card's sources that is on this machine.
 
     Args:
-        card: a card, its name, its file or its folder.
-        split: name of a split, or "all" for every split.
+        card: Card, its name, its file or its folder.
+        split: Name of a split, or "all" for every split.
 
     Raises:
-        UserError: a missing set, split or map of an image, and another number of images than the card says. Reading a sample
-            raises for a damaged file, a map of another size and values that the map cannot hold; the error names the file.
+        UserError: If a set, a split or a map of an image is missing, or the number of images differs from the card. Reading a
+            sample raises it for a damaged file, a map of another size, and values that the map cannot hold. The error names the
+            file.
     """
     card = card if isinstance(card, Card) else load_card(card)
     source, base = found_copy(card, DenseSource, split)
@@ -143,6 +144,6 @@ def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
 
 
 def open_samples(card: str | Path, split: str = "all", key: str = CLASS) -> DenseSet:
-    """Return the samples of any card, of maps or of classified images, whose class is named `key`."""
+    """Return the samples of any card of maps or of classified images. The class of classified images is named `key`."""
     loaded = load_card(card)
     return open_dense(loaded, split) if loaded.sources_of(DenseSource) else classified(open_images(loaded, split), key)

@@ -1,15 +1,15 @@
 """Joint transforms of dense samples: image and targets stay aligned, and the geometry in the values stays correct.
 
 - The x of a mirrored normal is negated.
-- An image enlarged by s looks as if taken s times nearer, so depth is divided by s (as the training pipelines of MTI-Net,
-  InvPT and LibMTL do); inverse depth is multiplied. Normals keep their direction there, as in those pipelines, though a plane
+- An image enlarged by s looks as if taken s times nearer, so depth is divided by s (as in the training pipelines of MTI-Net,
+  InvPT and LibMTL). Inverse depth is multiplied by s. Normals keep their direction, as in these pipelines, though a plane
   compressed in depth would strictly tilt.
-- Labels, depth and normals are never averaged: each target pixel is that of the source pixel at its centre.
-- Edges alone are drawn again, because lines would vanish or double: an edge is also where the centre of an edge pixel falls,
+- Labels, depth and normals are never averaged. Each target pixel has the value of the source pixel at its centre.
+- Edges alone are drawn again, because lines would vanish or double. An edge is also where the centre of an edge pixel falls,
   and the lines are thinned. Edges that are derived from another map are derived afterwards (DenseSet.read).
 - Pixels that padding adds are 255, depth 0, normals (0, 0, 0).
-- The class of an image never changes. A crop may lose the object, and a mirrored digit or word may be another one, for which
-  `mirror` should be off.
+- The class of an image never changes. A crop may lose the object. A mirrored digit or word may be another digit or word, so
+  `mirror` should be off for them.
 
 Every function leaves its input unchanged and returns a sample on the same device. The random ones draw from the generator or
 seed that they get, and from nothing else.
@@ -32,7 +32,7 @@ TURNS = {
     2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
     5: (True, False, False), 6: (True, False, True), 7: (True, True, True), 8: (True, True, False),
 }  # fmt: skip
-TRIES = 10  # crops drawn until no class dominates
+TRIES = 10  # number of crops that are drawn until no class dominates
 FILL = 0.5  # value of the image in padding
 
 
@@ -41,18 +41,18 @@ def _maps(sample: Sample, change: Callable[[Tensor], Tensor]) -> Sample:
 
 
 def flip(sample: Sample) -> Sample:
-    """Return the mirrored sample: left and right exchanged, the normals' x negated."""
+    """Return the mirrored sample, with left and right exchanged and the normals' x negated."""
     size_of(sample)
     out = _maps(sample, lambda values: values.flip(-1))
     if "normals" in out:
         x = -out["normals"][:1]
-        # No -0, which would make two flips differ from none in its bits.
+        # There is no -0, which would make two flips differ from none in its bits.
         out["normals"] = torch.cat([torch.where(x == 0, 0.0, x), out["normals"][1:]])
     return out
 
 
 def turn(sample: Sample, orientation: int) -> Sample:
-    """Return the maps of a sample as an EXIF orientation of TURNS shows them; normals point where the turned scene does."""
+    """Return the maps of a sample as an EXIF orientation of TURNS shows them. Normals point where the turned scene does."""
     swapped, upside_down, mirrored = TURNS[orientation]
     reversed_sides = [side for side, is_reversed in ((-2, upside_down), (-1, mirrored)) if is_reversed]
     out = _maps(sample, lambda values: (values.mT if swapped else values).flip(reversed_sides))
@@ -62,17 +62,17 @@ def turn(sample: Sample, orientation: int) -> Sample:
 
 
 def turned_vectors(normals: Tensor, orientation: int) -> Tensor:
-    """Return normals (3, h, w) in the axes of the turned image, x right and y up; they stay at their pixels."""
+    """Return normals (3, h, w) in the axes of the turned image, x right and y up. They stay at their pixels."""
     swapped, upside_down, mirrored = TURNS[orientation]
     x, y, z = normals
     if swapped:  # what went right goes down
         x, y = -y, -x
-    # No -0, as in `flip`.
+    # There is no -0, as in `flip`.
     return torch.stack([-x if mirrored else x, -y if upside_down else y, z]) + 0.0
 
 
 def _centres(old: int, new: int, device: torch.device) -> Tensor:
-    """Return int64 (new,): of `old` pixels along a side, the one at the centre of each of `new` pixels."""
+    """Return int64 (new,): for each of `new` pixels along a side, the one of `old` pixels at its centre."""
     return (torch.arange(new, device=device) * 2 + 1) * old // (2 * new)
 
 
@@ -82,11 +82,11 @@ def _nearest(values: Tensor, height: int, width: int) -> Tensor:
 
 
 def _drawn(edge: Tensor, height: int, width: int) -> Tensor:
-    """Return the lines of int64 (h, w) `edge` at another size, one pixel wide; 255 where the nearest pixel is 255."""
+    """Return the lines of int64 (h, w) `edge` at another size, one pixel wide. A pixel is 255 if the nearest pixel is 255."""
     if edge.shape == (height, width):
         return edge
     nearest = _nearest(edge, height, width)
-    lines = nearest == 1  # complete for an enlarged map; a shrunk one needs the lines below
+    lines = nearest == 1  # complete for an enlarged map (a shrunk map needs the lines below)
     rows, columns = (edge == 1).nonzero(as_tuple=True)
     down, right = (_centres(new, old, edge.device) for old, new in zip(edge.shape, (height, width)))
     lines[down[rows], right[columns]] = True
@@ -106,7 +106,10 @@ def _resample(sample: Sample, height: int, width: int) -> Sample:
 
 
 def scale(sample: Sample, s: float, *, inverse_depth: bool = False) -> Sample:
-    """Return the sample s times as large, sides rounded and at least 1; depth is divided by s, inverse depth multiplied by it."""
+    """Return the sample s times as large, with sides rounded and at least 1.
+
+    Depth is divided by s, and inverse depth is multiplied by s.
+    """
     if not s > 0:
         raise UserError(f"dense transform: scale {s} must be above 0.")
     height, width = (max(1, round(side * s)) for side in size_of(sample))
@@ -148,10 +151,10 @@ def random_crop(
     *,
     cat_max_ratio: float = 0.75,
 ) -> Sample:
-    """Return a random window of `size` (h, w) of the sample, which is padded first where it is smaller.
+    """Return a random window of `size` (h, w) of the sample. A smaller sample is padded first.
 
     With semseg a window is drawn again, up to 10 times in all, while one class has `cat_max_ratio` or more of its labelled
-    pixels or no pixel is labelled; the last window is returned in any case.
+    pixels or no pixel is labelled. The last window is returned in any case.
     """
     padded = pad(sample, size)
     height, width = size_of(padded)
@@ -168,9 +171,9 @@ def random_crop(
 
 
 def photometric(sample: Sample, generator: torch.Generator, *, strength: float = 0.4, hue: float = 0.05) -> Sample:
-    """Return the sample with random colours; the image stays in [0, 1], the targets do not change.
+    """Return the sample with random colours. The image stays in [0, 1], and the targets do not change.
 
-    strength: brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength. hue: largest shift, as a
+    strength: Brightness, contrast and saturation are each multiplied by 1 - strength to 1 + strength. hue: Largest shift, as a
     share of the circle.
     """
     from torchvision.transforms.v2 import functional as V
@@ -182,10 +185,10 @@ def photometric(sample: Sample, generator: torch.Generator, *, strength: float =
     return {**sample, "image": image.clamp(0, 1)}
 
 
-def fit(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Return the sample resized to the largest size inside `size` (h, w) with the same aspect ratio; for evaluation.
+def fit_sample(sample: Sample, size: tuple[int, int]) -> Sample:
+    """Return the sample resized to the largest size inside `size` (h, w) with the same aspect ratio, for evaluation.
 
-    Depth stays in metres: with all images of a set fitted alike, the network sees one camera, and errors keep their unit.
+    Depth stays in metres. If all images of a set are fitted alike, the network sees one camera, and errors keep their unit.
     """
     native = size_of(sample)
     fitted = fitting(native, size)
@@ -194,7 +197,7 @@ def fit(sample: Sample, size: tuple[int, int]) -> Sample:
 
 def resize(sample: Sample, size: tuple[int, int]) -> Sample:
     """Return the sample fitted into `size` (h, w) and padded below and to the right."""
-    return pad(fit(sample, size), size)
+    return pad(fit_sample(sample, size), size)
 
 
 def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
@@ -204,7 +207,7 @@ def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
-def augment(
+def augment_sample(
     sample: Sample,
     seed: int,
     size: tuple[int, int] | None = None,
@@ -218,9 +221,9 @@ def augment(
 ) -> Sample:
     """Return an augmented training sample, a function of sample and seed alone: scaled, cropped, mirrored, recoloured.
 
-    The draws do not depend on the content of the sample, except for the repeated crops of random_crop. size: (h, w) of the
-    crop; None for that of the sample. scales: smallest and largest factor. mirror: with probability 1/2. cat_max_ratio: see
-    random_crop. strength, hue: see photometric; strength 0 leaves the colours unchanged.
+    The draws do not depend on the content of the sample, except for the repeated crops of random_crop. size: Size (h, w) of the
+    crop. None for the size of the sample. scales: Smallest and largest factor. mirror: Whether to mirror with probability 1/2.
+    cat_max_ratio: See random_crop. strength, hue: See photometric. strength 0 leaves the colours unchanged.
     """
     size = size or size_of(sample)
     if not 0 < scales[0] <= scales[1]:

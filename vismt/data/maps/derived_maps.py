@@ -1,9 +1,9 @@
 """Targets derived from others: normals from depth, edges from class labels or from jumps of the depth.
 
-Depth is z along the optical axis. A plane is linear in 1/z over the image, whatever its tilt, so a pixel where 1/z bends
-is on a crease or a jump and gets no normal.
+Depth is z along the optical axis. A plane is linear in 1/z over the image, with any tilt. A pixel where 1/z bends is therefore
+on a crease or a jump, and gets no normal.
 
-Edges are thinned like the predictions that they are compared with: a thinned prediction cannot match all of a line two pixels
+Edges are thinned like the predictions that they are compared with. A thinned prediction cannot match all of a line two pixels
 wide, or of a staircase whose pixels share sides.
 """
 
@@ -17,16 +17,18 @@ from torch import Tensor
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.data.maps.edge_thinning import thin
 
-BEND = 0.02  # largest relative deviation of 1/z from a plane, where there is a normal
+BEND = 0.02  # largest relative deviation of 1/z from a plane at a pixel with a normal
 
 
 def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int = 2) -> Tensor:
     """Return the unit normals of a depth map: the cross product of the differences between back-projected points.
 
-    Float32 (3, h, w), x right, y up, z towards the camera; (0, 0, 0) where one of the five depths is missing, within `step`
-    pixels of the border, and where 1/z at the middle differs from the mean of two opposite ones by more than BEND of itself.
-    depth: float32 (h, w), 0 where missing. camera: in pixels fx along the rows, fy along the columns, and the principal point
-    cx, cy.
+    The result is float32 (3, h, w), x right, y up, z towards the camera. It is (0, 0, 0) if one of the five depths is missing,
+    within `step` pixels of the border, and if 1/z at the middle differs from the mean of two opposite values by more than BEND
+    of itself.
+
+    depth: Depth float32 (h, w), 0 if missing. camera: In pixels fx along the rows, fy along the columns, and the principal
+    point cx, cy.
     """
     height, width = depth.shape
     normals = torch.zeros(3, height, width)
@@ -43,21 +45,21 @@ def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int 
         return left, values[..., rows, 2 * step :], above, values[..., 2 * step :, columns]
 
     left, right_of, above, below = around(points)
-    # In camera axes y points down and z away: this order of the cross product faces the camera.
+    # In camera axes y points down and z away. This order of the cross product faces the camera.
     normal = torch.linalg.cross(below - above, right_of - left, dim=0) * torch.tensor([1.0, -1.0, -1.0])[:, None, None]
     inverse = torch.where(depth > 0, 1 / depth, torch.nan)
     middle = inverse[rows, columns]
     pair = around(inverse)
     bent = torch.maximum(((pair[0] + pair[1]) / 2 - middle).abs(), ((pair[2] + pair[3]) / 2 - middle).abs())
-    good = bent <= BEND * middle  # False where a depth is missing: nan compares so
+    good = bent <= BEND * middle  # False if a depth is missing, because nan compares so
     normals[:, rows, columns] = torch.where(good, torch.nn.functional.normalize(normal, dim=0), 0.0).to(torch.float32)
     return normals
 
 
 def edges_from_labels(labels: Tensor) -> Tensor:
-    """Return int64 (h, w): 1 where the pixel to the right or below has another class, thinned; 255 for unlabelled pixels.
+    """Return int64 (h, w): 1 if the pixel to the right or below has another class, thinned, and 255 for unlabelled pixels.
 
-    labels: int64 (h, w), 255 for unlabelled pixels. A border with unlabelled pixels is not an edge.
+    labels: Labels int64 (h, w), 255 for unlabelled pixels. A border with unlabelled pixels is not an edge.
     """
     labelled = labels != IGNORE
     edge = torch.zeros_like(labelled)
@@ -69,14 +71,14 @@ def edges_from_labels(labels: Tensor) -> Tensor:
 def edges_from_depth(depth: Tensor, *, jump: float = 0.05) -> Tensor:
     """Return int64 (h, w): 1 at the nearer pixel of neighbours whose depths differ by more than `jump` of the smaller, thinned.
 
-    depth: float (h, w), 0 where missing; the edge map is 255 there. A gap without depth counts as the farther of its two ends
-    in the row or column: what only one camera of a pair sees is behind.
+    depth: Depth float (h, w), 0 if missing. The edge map is 255 there. A gap without depth counts as the farther of its two
+    ends in the row or column, because what only one camera of a pair sees is behind.
     """
     return _thinned(_jumps(depth, jump) | _jumps(depth.mT, jump).mT, depth > 0)
 
 
 def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
-    """Return int64 (h, w): the thinned lines of bool `edge`, 255 where `valid` is False."""
+    """Return int64 (h, w): the thinned lines of bool `edge`, and 255 if `valid` is False."""
     return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~valid, IGNORE)
 
 
@@ -84,7 +86,7 @@ def _jumps(depth: Tensor, jump: float) -> Tensor:
     """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than `jump`, across gaps."""
     valid = depth > 0
     columns = torch.arange(depth.shape[-1]).expand_as(depth)
-    ends = []  # the nearest depth at or left of each pixel, then at or right of it; 0 where there is none
+    ends = []  # the nearest depth at or left of each pixel, then at or right of it, 0 if there is none
     for values in (depth, depth.flip(-1)):
         at = torch.where(values > 0, columns, -1).cummax(-1).values
         ends.append(torch.where(at >= 0, values.gather(-1, at.clamp_min(0)), 0.0))

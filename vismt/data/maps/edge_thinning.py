@@ -1,4 +1,4 @@
-"""Morphological thinning of many binary maps at once, 64 pixels of a row to a word.
+"""Morphological thinning of many binary maps at once, with 64 pixels of a row in a word.
 
 The two-subiteration algorithm A1 of Lam, Lee and Suen (IEEE PAMI 14(9), 1992) until nothing changes, which is what Matlab's
 bwmorph(map, 'thin', Inf) does. The conditions are Boolean functions of the 8 neighbours x1 (east) to x8, counter-clockwise:
@@ -18,7 +18,10 @@ from vismt.base.compiled import Compiled
 
 
 def thin(maps: np.ndarray) -> np.ndarray:
-    """Return the thinned maps, bool (..., h, w); maps: bool (..., h, w)."""
+    """Return the thinned maps, bool (..., h, w).
+
+    maps: Maps bool (..., h, w).
+    """
     flat = maps.reshape(-1, *maps.shape[-2:])
     count, height, width = flat.shape
     # Pixel x of a row is bit x mod 64 of its word x // 64.
@@ -35,7 +38,7 @@ def thin(maps: np.ndarray) -> np.ndarray:
 
 @Compiled
 def _thinned(now: np.ndarray) -> np.ndarray:
-    """Return the thinned map of a map as words (h + 2, w + 2), with a border of one row and one word; `now` is overwritten."""
+    """Return the thinned map of a map as words (h + 2, w + 2), with a border of one row and one word. `now` is overwritten."""
     one, last = np.uint64(1), np.uint64(63)  # numba makes floats of uint64 and int
     after = np.zeros_like(now)
     step, changed = 0, 0  # the last step that changed something

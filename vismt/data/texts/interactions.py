@@ -15,7 +15,10 @@ from vismt.data.texts.text_set import TextSet
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The items of a set in the order of their file. ids: as in the files; titles: as people know them."""
+    """The items of a set in the order of their file.
+
+    ids: Ids as in the files. titles: Titles as people know them.
+    """
 
     ids: tuple[str, ...] = ()
     titles: tuple[str, ...] = ()
@@ -31,7 +34,7 @@ class Catalogue:
 class InteractionSet(TextSet):
     """One split.
 
-    rows: {"user": a name, "history": numbers of items, the oldest first, "next": number, "catalogue": the items}.
+    rows: Rows {"user": a name, "history": numbers of items, the oldest first, "next": number, "catalogue": the items}.
     """
 
     @property
@@ -41,7 +44,7 @@ class InteractionSet(TextSet):
 
     @property
     def users(self) -> list[int]:
-        """The number of each row's user, in the order in which the users come."""
+        """Number of each row's user, in the order in which the users come."""
         return numbered([row["user"] for row in self.rows])
 
 
@@ -54,9 +57,9 @@ def numbered(names: Sequence[str]) -> list[int]:
 def draw_candidates(
     catalogue: Catalogue, history: Sequence[int], target: int, count: int, name: str, seed: int = 0
 ) -> list[int]:
-    """Return `count` items of different titles in random order: the target once, none of the history.
+    """Return `count` items of different titles in random order: the target once, and no item of the history.
 
-    A function of the row's `name`, which tells users apart, and the seed.
+    The result is a function of the row's `name`, which tells users apart, and the seed.
     """
 
     def title(number: int) -> str:

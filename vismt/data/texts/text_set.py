@@ -18,7 +18,7 @@ from vismt.data.set_entries import row_name
 from vismt.data.source_types import DataSource
 from vismt.storage.files import parse_json
 
-# str.splitlines takes more; files mix these three.
+# str.splitlines takes more line ends. Files mix these three.
 LINE_ENDS = re.compile("\r\n|\r|\n")
 T = TypeVar("T", bound="TextSet")
 
@@ -28,10 +28,10 @@ class TextSet:
     """One split.
 
     Attributes:
-        rows: the fields of each row by name, texts or what the JSON holds.
-        ids: "split:number" of each row, in the file's order.
-        content: a text that differs for any other rows.
-        where: the folder of the copy, as messages name it.
+        rows: Fields of each row by name, as texts or as the JSON holds them.
+        ids: Ids "split:number" of each row, in the file's order.
+        content: Text that differs for any other rows.
+        where: Folder of the copy, as messages name it.
     """
 
     name: str
@@ -56,7 +56,10 @@ class TextSet:
 
 
 class TextRows(NamedTuple):
-    """The rows of some splits of a copy. rows: {split: {name of a row: its fields}}; content: as of a TextSet."""
+    """The rows of some splits of a copy.
+
+    rows: Rows {split: {name of a row: its fields}}. content: See TextSet.
+    """
 
     rows: dict[str, dict[str, dict[str, Any]]]
     content: Callable[[], str]
@@ -90,7 +93,7 @@ class TextSource(DataSource):
 
 
 def check_encoding(encoding: str, where: str) -> None:
-    """Raise UserError for an encoding of text that Python does not know. It also has codecs that decode no text, as rot13."""
+    """Raise UserError for an encoding of text that Python does not know, or whose codec decodes no text (rot13)."""
     try:
         b"text".decode(encoding)
     except (LookupError, ValueError) as error:
@@ -98,7 +101,7 @@ def check_encoding(encoding: str, where: str) -> None:
 
 
 def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, fields) of each line that is not empty; fields is empty for JSON other than an object."""
+    """Yield (where, fields) of each line that is not empty. fields is empty for JSON other than an object."""
     for number, line in enumerate(LINE_ENDS.split(text), 1):
         if line.strip():
             where = f"{shown}: line {number}"
@@ -110,7 +113,7 @@ def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_list(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (where, fields) of each entry of a JSON list; fields is empty for an entry other than an object."""
+    """Yield (where, fields) of each entry of a JSON list. fields is empty for an entry other than an object."""
     try:
         entries = parse_json(text)
     except ValueError as error:
@@ -127,12 +130,12 @@ def open_texts(card: Card | str | Path, split: str = "all") -> TextSet:
     """Return the rows of `split`, from the first of the card's sources that is on this machine and has that split.
 
     Args:
-        card: a card, its name, its file or its folder; a csv, jsonl or json file; the name of a Python object.
-        split: name of a split, or "all" for every split.
+        card: Card, its name, its file or its folder, a csv, jsonl or json file, or the name of a Python object.
+        split: Name of a split, or "all" for every split.
 
     Raises:
-        UserError: an unknown card or split, a card without texts, a set that is not on this machine, rows that the card does
-            not describe, and another number of rows than the card says.
+        UserError: If the card or split is unknown, the card has no texts, the set is not on this machine, a row does not fit
+            the card, or the number of rows differs from the card.
     """
     given = None if isinstance(card, Card) else python_object(str(card), split)
     if given is not None:

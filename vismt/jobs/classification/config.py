@@ -12,6 +12,7 @@ from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
+from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
@@ -27,7 +28,7 @@ from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.robustness.smoothing import Smoothing
+from vismt.uncertainty.features import PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 
@@ -59,6 +60,7 @@ class AugmentConfig:
     flip: bool = True
 
 
+@evaluate_section(PROBABILITIES, PIXELS)
 @dataclass
 class MultitaskEvaluateConfig:
     """Evaluation.
@@ -79,7 +81,6 @@ class MultitaskEvaluateConfig:
             net's features.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
-        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
     """
 
     split: Split = "test"
@@ -92,7 +93,6 @@ class MultitaskEvaluateConfig:
     neighbours: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
-    certify: Smoothing | None = None
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
@@ -146,8 +146,6 @@ class MultitaskConfig(StudyConfig):
             {name: vbll}.
         label_smoothing: share of the label that is spread over all classes, in [0, 1).
         class_weights: weights of the classes by their training counts (vismt.multitask.class_loss); null for none.
-        logit_adjustment: tau of the log prior that is added to the logits in training.
-        focal: exponent of the focal loss; 0 for the cross-entropy.
         batch: images of a training batch.
         augment: augmentation of training images.
         fade: the fading of routers; null leaves them at their start value.
@@ -167,8 +165,6 @@ class MultitaskConfig(StudyConfig):
     head: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] | HeadConfig = "union"
     label_smoothing: Annotated[float, within(0, below=1)] = 0.1
     class_weights: str | None = None
-    logit_adjustment: float = 0.0
-    focal: float = 0.0
     batch: Count = 32
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     fade: FadeConfig | None = field(default=None, metadata=SCHEDULED)
@@ -193,12 +189,7 @@ class MultitaskConfig(StudyConfig):
 
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
     """Return the loss over the classes; counts: training images of each class of the union."""
-    return ClassLoss(
-        class_weights=config.class_weights,
-        logit_adjustment=config.logit_adjustment,
-        focal=config.focal,
-        class_counts=counts,
-    )
+    return ClassLoss(class_weights=config.class_weights, class_counts=counts)
 
 
 def check(config: MultitaskConfig) -> None:
@@ -301,10 +292,8 @@ def _check_head(config: MultitaskConfig) -> None:
         return
     if head.labels != "union":
         raise UserError(f"head: vbll with labels '{head.labels}'; its bound is over all classes: set labels to union.")
-    if config.class_weights is not None or config.logit_adjustment or config.focal:
-        raise UserError(
-            "head: vbll is trained on a bound of the cross-entropy; leave class_weights, logit_adjustment and focal out."
-        )
+    if config.class_weights is not None:
+        raise UserError("head: vbll is trained on a bound of the cross-entropy; leave class_weights out.")
 
 
 CONFIG = MultitaskConfig

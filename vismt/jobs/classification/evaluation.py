@@ -42,8 +42,9 @@ from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.evaluate import Form
-from vismt.robustness.smoothing import Smoothing
 from vismt.storage.lines import read_lines
+from vismt.storage.records import SHARE, Header, Records, Row
+from vismt.uncertainty.features import Feature
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure
 from vismt.uncertainty.laplace import STRUCTURES
 from vismt.uncertainty.last_layers import laplace_head
@@ -64,13 +65,6 @@ class FittedOutputs:
     temperature: list[float]
     tau: float
     n: int
-
-
-@dataclass(frozen=True)
-class Neighbours:
-    """1 for each image, by id, whose neighbours have its class, 0 for the others."""
-
-    right: dict[str, float]
 
 
 class Evaluation:
@@ -98,18 +92,18 @@ class Evaluation:
         records: Path,
         forms: Mapping[Condition, Form] | None = None,
         risk: bool = False,
-        smoothing: Smoothing | None = None,
+        features: Sequence[Feature] = (),
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the quality of the probabilities of forms.
 
         records: the folder of records. risk: whether conformal sets and selective prediction are evaluated, too
-        (vismt/jobs/risk.py). smoothing: certificates.
+        (vismt/jobs/risk.py). features: of the evaluation.
         """
         scores, model = [], net()
         for number, task in enumerate(self.data.union.tasks):
             thresholds = self.thresholds(model, training, number) if risk else None
             path = records / f"{split}-{task}.jsonl"
-            about: dict[str, Any] = {"forms": forms, "thresholds": thresholds, "smoothing": smoothing}
+            about: dict[str, Any] = {"forms": forms, "thresholds": thresholds, "features": features}
             scores += self._scores_of(model, training, split, number, path, specs, **about)
         return scores
 
@@ -293,7 +287,8 @@ class Evaluation:
                         self._classifier(net, training, number),
                         others,
                         records / f"{record_stem('ood', task, row_name(name))}.jsonl",
-                        {"data": name, "task": task, "fingerprint": net.fingerprint()},
+                        net.fingerprint(),
+                        {"data": name, "task": task},
                         f"{row_name(name)} against {task}, {training.arm} seed {training.seed}",
                     )
                 protocol = f"{settings.split} images, detection"
@@ -308,21 +303,24 @@ class Evaluation:
         """Return the k-NN accuracy of every set of evaluate.neighbours in the features of a net."""
         scores = []
         for entry in self.config.evaluate.neighbours:
-            name = row_name(entry)
-            path = records / f"{record_stem('neighbours', name, training.arm)}.json"
-            images = self.data.outside(entry)
-            fit = partial(self._neighbours, net, images, f"neighbours in {name}, {training.arm} seed {training.seed}")
-            evaluated = " ".join(filter(None, (net.fingerprint(), names_digest(images), images.content)))
-            right = fitted_once(path, Neighbours, evaluated, fit).right
+            name, images = row_name(entry), self.data.outside(entry)
+            header = Header(net.fingerprint(), images.content, {"data": name, "images": names_digest(images)})
+            path = records / f"{record_stem('neighbours', name, training.arm)}.jsonl"
+            log, label = Records(path, header, {"right": SHARE}), f"neighbours in {name}, {training.arm}"
+            known = all(image in log for image in images.ids)
+            found = [] if known else ranks.on_first(partial(self._neighbours, net, images, label))
+            rows = log.complete([images.ids], [found].__getitem__, label)  # one batch
+            right = {row["id"]: row["right"] for row in rows}
             groups = InOrder(images, self.config.evaluate.batch).groups
             measure = in_groups(Measure("k-NN accuracy", right, counts=True), *groups)
-            scores.append(Score(_TASK, name, "features", measure, CLEAN, examples=images.content))
+            scores.append(Score(_TASK, name, "features", measure, CLEAN, examples=log.examples))
         return scores
 
-    def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> Neighbours:
+    def _neighbours(self, net: PixelNet, images: Gathered, label: str) -> list[Row]:
+        """Return a row for each image, with 1 where its nearest neighbours have its class and 0 where they have another."""
         features = torch.cat(self._features(net, images, label)).cpu()
-        right = neighbour_classes(features, images.labels) == images.labels
-        return Neighbours(dict(zip(images.ids, right.double().tolist(), strict=True)))
+        right = (neighbour_classes(features, images.labels) == images.labels).double().tolist()
+        return [{"id": name, "right": value} for name, value in zip(images.ids, right, strict=True)]
 
     def _features(self, net: PixelNet, images: Gathered, label: str) -> list[Tensor]:
         """Return the features (b, d) of each batch of images, on the device of this process."""

@@ -18,7 +18,7 @@ from vismt.jobs.classification.data import TaskData
 from vismt.report.arm_figures import LETTER
 from vismt.report.confusion import write_confusion
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
-from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.plotting import MUTED, RIGHT, WRONG, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.tables import Picture, Section
@@ -130,7 +130,7 @@ def examples_figure(panel: Path, path: Path) -> Path:
             for row in range(len(arms)):
                 mark, color = ("✓", RIGHT) if arrays["predictions"][row, i] == arrays["truth"][i] else ("✗", WRONG)
                 write(figure, x, below + row * line, f"{mark} {answers[row][i]}", va="top", color=color, fontsize=8.5)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 CAPTION = (

@@ -25,19 +25,20 @@ from vismt.data.image_set import ImageSource
 from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
-from vismt.engine.study import Training
+from vismt.engine.study import Training, validates
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
-from vismt.jobs.classification.merging import check_arms, merge_section, merged_net, write_interference
+from vismt.jobs.classification.merging import check_merging_arms, merge_section, merged_net, write_interference
 from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
-from vismt.jobs.risk import check_thresholds, check_unused
+from vismt.jobs.risk import check_threshold_examples, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.lowrank.model.record import count_parameters
@@ -94,12 +95,13 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         merges = [arm.merge for arm in self.study.arms.values() if arm.merge is not None]
         # Where several rules merge the same arms, with the first of them.
         if config.merge is not None and config.merge == next(m for m in merges if m.arms == config.merge.arms):
-            check_arms(self, self.data, config)
+            check_merging_arms(self, self.data, config)
 
     def train_one(self, training: Training) -> None:
         config = self.study.config_of(training)
         if config.merge is None or training_files.read_done(training) is not None:
             super().train_one(training)
+            self._features.close()
         else:
             ranks.on_first(lambda: self._merge_arms(training, config))
 
@@ -122,11 +124,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             self.data.check_part(task, self.split)
             for name in (*settings.ood, *settings.neighbours):
                 self.data.outside(name)
-            if self.config.tune is not None or tuned:
+            if validates(self.config) or tuned:
                 self.data.check_part(task, "validation")
             if settings.risk:
                 labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
-                check_thresholds(labels, self.config.tune, groups)
+                check_threshold_examples(labels, self.config.tune, groups)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
@@ -175,7 +177,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
         training_files.write_state(net.heads, folder / HEAD)
-        self._features.close()
 
     def loaded(self, training: Training) -> PixelNet:
         return load_head(self.fresh(self.study.config_of(training)), training)
@@ -188,8 +189,8 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         forms = self.evaluation.forms(net, training, split) if split == self.split else None
         specs = conditions(chosen, corruptions)
         risk = self.config.evaluate.risk and split == self.split
-        certify = settings.certify if forms is not None and attacks is None else None
-        scores = self.evaluation.scores(lambda: net, training, split, specs, records, forms, risk, certify)
+        features = asked_features(settings) if forms is not None and attacks is None else ()
+        scores = self.evaluation.scores(lambda: net, training, split, specs, records, forms, risk, features)
         if forms is not None and attacks is None:
             scores += self.evaluation.detection(net, training, records)
             scores += self.evaluation.neighbours(net, training, records)

@@ -37,7 +37,7 @@ from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.model.merge import merge
 from vismt.methods import schedules
-from vismt.report.plotting import MUTED, axes_at, new_figure, save, short, write
+from vismt.report.plotting import MUTED, axes_at, new_figure, save_figure, short, write
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.files import atomic_write, read_sealed, sealed
 
@@ -62,7 +62,7 @@ CAPTION = (
 )
 
 
-def check_arms(job: Job, data: TaskData, config: MultitaskConfig) -> None:
+def check_merging_arms(job: Job, data: TaskData, config: MultitaskConfig) -> None:
     """Raise UserError, before any training, for arms whose adapters or heads cannot be merged; config: of a merged arm."""
     section: Any = config.merge
     for name in section.arms:
@@ -206,4 +206,4 @@ def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:
     bar = figure.colorbar(drawn, cax=axes_at(figure, x, top, 0.12, min(height, 1.5)), format="%.1f")
     bar.outline.set_visible(False)
     bar.ax.tick_params(colors=MUTED, labelsize=8.5, length=0)
-    return save(figure, path)
+    return save_figure(figure, path)

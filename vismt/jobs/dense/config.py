@@ -12,6 +12,7 @@ from vismt.config.typed import Names, build, within
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
+from vismt.evaluation.sections import asked_features, evaluate_section
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
@@ -24,10 +25,11 @@ from vismt.jobs.task_sections import (
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import DenseRetaining
-from vismt.multitask.heads import check_head
+from vismt.multitask.heads import check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
+from vismt.uncertainty.features import PIXELS, PROBABILITIES
 
 _MODES = ("slide", "whole")
 _SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
@@ -67,12 +69,12 @@ class DenseHeadConfig:
     labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "separate"
 
     def __post_init__(self) -> None:
-        check_head(self.name, self.options)
+        check_map_head(self.name, self.options)
 
 
 @dataclass
 class DenseAugmentConfig:
-    """Augmentation of training images and maps, see vismt.data.maps.dense_transforms.augment.
+    """Augmentation of training images and maps, see vismt.data.maps.dense_transforms.augment_sample.
 
     Args:
         scales: smallest and largest factor of the size.
@@ -93,6 +95,7 @@ class DenseAugmentConfig:
             raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
+@evaluate_section(PROBABILITIES, PIXELS)
 @dataclass
 class DenseEvaluateConfig:
     """Evaluation.
@@ -246,9 +249,10 @@ def _check_values(config: DenseConfig) -> None:
         raise UserError(
             "evaluate.adjust_logits: its prior is over the classes of one task; set head.labels to separate."
         )
-    if (config.evaluate.risk or config.evaluate.ood) and not image_tasks(all_tasks(config)):
-        key = "risk" if config.evaluate.risk else "ood"
-        raise UserError(f"evaluate.{key}: no task is of whole images; add the task classify, or leave the key out.")
+    asked = {"risk": config.evaluate.risk, "ood": config.evaluate.ood}
+    keys = [key for key, value in asked.items() if value] + [feature.key for feature in asked_features(config.evaluate)]
+    if keys and not image_tasks(all_tasks(config)):
+        raise UserError(f"evaluate.{keys[0]}: no task is of whole images; add the task classify, or leave the key out.")
     tasks = [task.name for task in all_tasks(config)]
     trained = [task.name for task in trained_tasks(config)]
     check_tasks(config, tasks)

@@ -20,7 +20,7 @@ from vismt.data.image_set import named_groups
 from vismt.data.maps import dense_transforms as transforms
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet, open_samples
-from vismt.data.near_duplicates import groups_of, picture, with_groups
+from vismt.data.near_duplicates import groups_of, load_picture, with_groups
 from vismt.data.set_entries import card_and_split
 from vismt.engine.parts import PartsConfig, shares
 from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tasks, own_parts, trained_tasks
@@ -61,14 +61,12 @@ class Rows:
         """The sets' names, joined by +."""
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
-    @cached_property
-    def content(self) -> str:
-        """A digest of the samples in their own sizes; those that were not read yet are read for it."""
-        missing = [number for number in range(len(self)) if number not in self._digests]
-        for number in console.track(missing, "data", f"{self.name}: what the samples are", len(missing)):
+    def content(self, number: int) -> str:
+        """Return a digest of a sample in its own size, which is read for it if it was not read yet."""
+        if number not in self._digests:
             images, i = self.entries[number]
             self._note(number, images.stored(i))
-        return digest(" ".join(self._digests[number] for number in range(len(self))).encode())
+        return self._digests[number]
 
     @cached_property
     def files(self) -> str:
@@ -90,7 +88,7 @@ class Rows:
 
         def fitted(sample: Sample) -> Sample:
             self._note(number, sample)
-            return transforms.fit(sample, size)
+            return transforms.fit_sample(sample, size)
 
         return images.read(i, fitted)
 
@@ -263,7 +261,7 @@ class DenseBatches:
         settings, (images, i) = self.config.augment, self.rows.entries[row]
 
         def augmented(sample: Sample) -> Sample:
-            return transforms.augment(
+            return transforms.augment_sample(
                 transforms.resize(sample, self.canvas),
                 seed,
                 (self.config.size[0], self.config.size[1]),
@@ -291,7 +289,7 @@ def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int
     for name in parts.train:
         images = with_groups(_open(name, key)) if shares(parts) else _open(name, key)
         strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-        groups = groups_of(images, strata, partial(picture, images)) if shares(parts) else None
+        groups = groups_of(images, strata, partial(load_picture, images)) if shares(parts) else None
         for part, index in divide(strata, shares(parts), images.name, groups, images.image_classes).items():
             found[part] += [(images, i) for i in index.tolist()]
     for part in ("validation", "test"):

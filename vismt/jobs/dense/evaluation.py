@@ -18,11 +18,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import compress, product
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -40,7 +40,7 @@ from vismt.engine.study import Study, Training
 from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore, Scored, State, Undefined, read_scored
+from vismt.jobs.dense.pooled_score import PooledScore, Undefined
 from vismt.jobs.image_scores import confidences, detection_score, form_measures, in_groups
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.jobs.risk import Thresholds, image_measures, thresholds_file, thresholds_of, validation_parts
@@ -55,10 +55,14 @@ from vismt.report.results import RECORDS, Score
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
-from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.files import atomic_write, sealed
+from vismt.storage.records import Field, Header, Records, Row
+from vismt.uncertainty.features import Feature
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
 
-UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # keys of a record, each by task
+NUMBERS = ".numbers.json"  # ending of the file beside a record with what the metrics compute
+UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # of this file, by task
+CONTENT = "content"  # of a row, what tells its sample from others of its name
 ADJUSTMENT = "adjustment.json"
 _LEAST = 1e-6  # lower bound of a score before its logarithm
 
@@ -83,19 +87,35 @@ class Evaluation:
     def _trained(self, training: Training) -> list[Task]:
         return trained_tasks(self.study.config_of(training))
 
-    def as_scores(self, scored: Mapping[str, Scored], split: str, condition: Condition = CLEAN) -> list[Score]:
-        """Return the scores of the tasks of a training under a condition, each followed by the further numbers of the task."""
-        scores = []
-        for name, task_score in scored.items():
+    def as_scores(
+        self, pools: Mapping[str, PooledScore], training: Training, split: str, condition: Condition = CLEAN
+    ) -> list[Score]:
+        """Return the scores of the tasks of a training under a condition, each followed by the further numbers of the task.
+
+        A file beside the record of the pools has everything that the metrics compute.
+        """
+        scores, numbers, undefined = [], {}, {}
+        for name, pool in pools.items():
             task = self.tasks[name]
-            for key, values in {task.measure: task_score.images, **task_score.further}.items():
-                if split == "validation" and task_score.answers:
-                    chooses, _ = self._halves(task_score.answers)
+            try:
+                scored = pool.result()
+            except Undefined as error:
+                console.stage("eval", f"{training}   {error}")
+                undefined[name] = str(error)
+                continue
+            numbers[name] = scored.numbers
+            for key, values in {task.measure: scored.images, **scored.further}.items():
+                if split == "validation" and pool.answers:
+                    chooses, _ = self._halves(pool.answers)
                     values = dict(compress(values.items(), chooses.tolist()))
                 number = task.numbers[key]
                 scale, better = SHARE if number.share else NUMBER, LOWER if number.lower_is_better else HIGHER
                 measure = Measure(number.name, values, scale, better, further=key != task.measure)
-                scores.append(self._score(name, split, measure, condition, task_score.examples))
+                scores.append(self._score(name, split, measure, condition, scored.examples))
+        path = next(iter(pools.values())).path.with_suffix(NUMBERS)
+        names = {name: task.shown_names for name, task in self.tasks.items() if isinstance(task, Segmentation)}
+        content = {"numbers": numbers, UNDEFINED: undefined, CLASS_NAMES: names}
+        ranks.on_first(lambda: atomic_write(path, sealed(content)))
         return scores
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
@@ -147,22 +167,15 @@ class Evaluation:
         risk: whether the measures of `evaluate.risk` of tasks of whole images and the quality of their probabilities are among
         them.
         """
-        thresholds = self.thresholds(net, training, records) if risk else {}
-        quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
-        clean = self.task_scores(net, training, split, records / f"{split}.jsonl", quantiles=quantiles)
-        scores, found = self.as_scores(clean, split), [clean]
+        clean = self.pooled(net, training, split, records, risk=risk)
+        scores, found = self.as_scores(clean, training, split), [clean]
         touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(self._trained(training))]
         for spec in touching:
-            key = digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]
-            path = records / f"{split}-{key}.jsonl"
-            found.append(self.task_scores(net, training, split, path, spec, quantiles))
-            scores += self.as_scores(found[-1], split, condition_of(spec))
-        for task, fitted in thresholds.items():
+            found.append(self.pooled(net, training, split, records, spec, risk))
+            scores += self.as_scores(found[-1], training, split, condition_of(spec))
+        for task, fitted in (self.thresholds(net, training, records) if risk else {}).items():
             rows = [
-                {
-                    "id": image,
-                    **{name: value for scored in found for name, value in scored[task].answers[image].items()},
-                }
+                {"id": image, **{name: value for pools in found for name, value in pools[task].answers[image].items()}}
                 for image in clean[task].answers
             ]
             groups, _ = self.data.part(split).groups()
@@ -174,18 +187,14 @@ class Evaluation:
 
     def constant_scores(self, training: Training, split: str) -> list[Score]:
         """Return the scores of the best constant predictions of the training part. training: the placeholder of this model."""
+        trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
+        tasks = [task for name, task in self.tasks.items() if name in trained]
+        if self.config.head.labels == "union":
+            tasks = unite(tasks)
+        pools = {task.name: PooledScore(task) for task in tasks}
         path = training.folder / RECORDS / f"{split}.jsonl"
-        scored = self.recorded_scores(path, training, split)
-        if scored is None:
-            trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
-            tasks = [task for name, task in self.tasks.items() if name in trained]
-            if self.config.head.labels == "union":
-                tasks = unite(tasks)
-            constants = self.data.constants(tasks)
-            tasks = [task for task in tasks if task.name in constants]
-            pools = self._pooled(constants, tasks, split, {name: (name, 0.0) for name in constants}, training.arm)
-            scored = self._written(pools, training, split, path, {})
-        return self.as_scores(scored, split)
+        self._fill(pools, lambda: self.data.constants(tasks), training, split, path)
+        return self.as_scores({name: pool for name, pool in pools.items() if pool.filled}, training, split)
 
     def thresholds(self, net: Callable[[], DenseNet], training: Training, records: Path) -> dict[str, Thresholds]:
         """Return the thresholds of a training's tasks of whole images, fitted on their validation images.
@@ -194,8 +203,7 @@ class Evaluation:
         """
 
         def fit(task: Task) -> Thresholds:
-            pools = self._pooled(net(), [task], "validation", {task.name: (task.name, 0.0)}, f"{training}   thresholds")
-            answers = pools[task.name].answers
+            answers = self.pooled(net, training, "validation", records)[task.name].answers
             kept = [row for row, gives in zip(answers.values(), self._halves(answers)[1].tolist()) if gives]
             nlls, confidences = (
                 torch.tensor([row[f"{CLEAN.label} {name}"] for row in kept], dtype=torch.float64)
@@ -206,7 +214,12 @@ class Evaluation:
         fitted_on = self._fitted_on(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
         return {
             task.name: fitted_once(
-                records / thresholds_file(task.name), Thresholds, fitted_on, partial(fit, task), shared=True
+                records / thresholds_file(task.name),
+                Thresholds,
+                fitted_on,
+                partial(fit, task),
+                examples=self._files("validation"),
+                shared=True,
             )
             for task in image_tasks(self._trained(training))
         }
@@ -218,15 +231,16 @@ class Evaluation:
         """
         settings, scores = self.config.evaluate, []
         tasks = image_tasks(self._trained(training)) if settings.ood else []
-        scored = self.task_scores(net, training, split, records / f"{split}.jsonl") if tasks else {}
+        pools = self.pooled(net, training, split, records, risk=settings.risk) if tasks else {}
         for task, name in product([task.name for task in tasks], settings.ood):
-            inside = {image: row["clean confidence"] for image, row in scored[task].answers.items()}
+            inside = {image: row["clean confidence"] for image, row in pools[task].answers.items()}
             others = InOrder(self.data.outside(name), settings.batch)
             outside = confidences(
                 partial(self._answers, net, task),
                 others,
                 records / f"{record_stem('ood', task, row_name(name))}.jsonl",
-                {"data": name, "task": task, "fingerprint": fingerprint(training)},
+                fingerprint(training),
+                {"data": name, "task": task},
                 f"{row_name(name)} against {task}, {training}",
             )
             about = (task, self.data.part(split).name, f"{self._protocol(split)}, detection")
@@ -234,28 +248,50 @@ class Evaluation:
             scores.append(detection_score(inside, outside, row_name(name), about, groups=groups))
         return scores
 
-    def task_scores(
+    def pooled(
         self,
         net: Callable[[], DenseNet],
         training: Training,
         split: str,
-        path: Path,
+        records: Path,
         spec: DensePerturbation | None = None,
-        quantiles: Mapping[str, float] | None = None,
-    ) -> dict[str, Scored]:
-        """Return the scores of every task of one training, clean or under a condition, from `path` where they are on record.
+        risk: bool = False,
+    ) -> dict[str, PooledScore]:
+        """Return the images of every task of one training, clean or under a condition, from their record where they are there.
 
-        quantiles: largest -log p of a class in a conformal set, by task. Other arguments as for `scores`.
+        Arguments as for `scores`.
         """
-        about = {"quantiles": dict(quantiles)} if quantiles else {}
-        scored = self.recorded_scores(path, training, split, about)
-        if scored is None:
-            tasks = self._trained(training)
-            plain = {task.name: (task.name, 0.0) for task in tasks}
-            label = str(training) if spec is None else f"{training}   {spec.label}"
-            pools = self._pooled(net(), tasks, split, plain, label, spec, quantiles)
-            scored = self._written(pools, training, split, path, about, spec)
-        return scored
+        condition = CLEAN.label if spec is None else spec.label
+        thresholds = self.thresholds(net, training, records) if risk else {}
+        quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
+        pools = {
+            task.name: PooledScore(task, condition=condition, quantile=quantiles.get(task.name))
+            for task in self._trained(training)
+        }
+        key = "" if spec is None else f"-{digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]}"
+        self._fill(pools, net, training, split, records / f"{split}{key}.jsonl", spec)
+        return pools
+
+    def asked_scores(
+        self,
+        net: Callable[[], DenseNet],
+        training: Training,
+        split: str,
+        records: Path,
+        features: Sequence[Feature],
+    ) -> list[Score]:
+        """Return what features ask of the tasks of whole images. Other arguments as for `scores`."""
+        tasks = image_tasks(self._trained(training))
+        pools = {task.name: PooledScore(task, features=features) for task in tasks}
+        if not pools or not features:
+            return []
+        self._fill(pools, net, training, split, records / f"{split}-features.jsonl")
+        scores = []
+        for name, pool in pools.items():
+            rows = [{"id": image, **row} for image, row in pool.answers.items()]
+            found = [pair for feature in features for pair in feature.measures(rows)]
+            scores += [self._score(name, split, measure, condition, pool.examples) for condition, measure in found]
+        return scores
 
     def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, split: str, records: Path
@@ -264,150 +300,122 @@ class Evaluation:
 
         Arguments as for `scores`.
         """
-        path, about = records / f"{split}-adjusted.jsonl", {"fitted_on": self._fitted_on(training)}
-        scored = self.recorded_scores(path, training, split, about)
         tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
-        if scored is None and tasks:
-            taus = self._taus(net(), training, tasks)
-            variants = {name: (name, tau) for name, tau in taus.items()}
-            pools = self._pooled(net(), tasks, split, variants, f"{training}   {ADJUSTED.label}")
-            scored = self._written(pools, training, split, path, about)
-        return self.as_scores(scored or {}, split, ADJUSTED)
+        if not tasks:
+            return []
+        pools = {task.name: PooledScore(task) for task in tasks}
+        taus = self._taus(net, training, tasks, records)
+        self._fill(pools, net, training, split, records / f"{split}-adjusted.jsonl", taus=taus)
+        return self.as_scores(pools, training, split, ADJUSTED)
 
-    def _taus(self, net: DenseNet, training: Training, tasks: Sequence[Task]) -> dict[str, float]:
+    def _taus(
+        self, net: Callable[[], DenseNet], training: Training, tasks: Sequence[Task], records: Path
+    ) -> dict[str, float]:
         """Return each task's best tau on the validation images (ties: the smallest)."""
 
         def fit() -> Adjustment:
-            variants = {f"{task.name} {tau:g}": (task.name, tau) for task in tasks for tau in TAUS}
-            pools = self._pooled(net, tasks, "validation", variants, f"{training}   tau")
+            tried = {f"{task.name} {tau:g}": (task, tau) for task in tasks for tau in TAUS}
+            pools = {name: PooledScore(task, name) for name, (task, _) in tried.items()}
+            taus = {name: tau for name, (_, tau) in tried.items()}
+            self._fill(pools, net, training, "validation", records / "validation-taus.jsonl", taus=taus)
             values = {name: pool.value() for name, pool in pools.items()}
-            taus = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
-            return Adjustment(taus, values)
+            best = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
+            return Adjustment(best, values)
 
-        path = training.folder / ADJUSTMENT
-        return fitted_once(path, Adjustment, self._fitted_on(training), fit, shared=True).taus
+        path, examples = training.folder / ADJUSTMENT, self._files("validation")
+        return fitted_once(path, Adjustment, self._fitted_on(training), fit, examples=examples, shared=True).taus
 
-    def _pooled(
+    def _fill(
         self,
-        net: DenseNet | dict[str, Tensor],
-        tasks: Sequence[Task],
+        pools: Mapping[str, PooledScore],
+        net: Callable[[], DenseNet | dict[str, Tensor]],
+        training: Training,
         split: str,
-        variants: Mapping[str, tuple[str, float]],
-        label: str,
+        path: Path,
         spec: DensePerturbation | None = None,
-        quantiles: Mapping[str, float] | None = None,
-    ) -> dict[str, PooledScore]:
-        """Return the pooled scores of variants of the outputs by name.
+        taus: Mapping[str, float] | None = None,
+    ) -> None:
+        """Add the images of a part to pools, from the record in `path` where they are there.
 
-        net: the evaluated net, or constant predictions (channels,) by task. variants: (task, tau of its logits, 0 for none).
+        net: returns the evaluated net, or constant predictions (channels,) by task. taus: of the logits by pool, 0 for none.
         """
-        by_name = {task.name: task for task in tasks}
-        condition = CLEAN.label if spec is None else spec.label
-        pools = {
-            name: PooledScore(by_name[task], condition, (quantiles or {}).get(task))
-            for name, (task, _) in variants.items()
-        }
+        part = self.data.part(split)
+        log = Records(path, self._header(pools, training, split, spec, taus or {}), _fields(pools))
+        starts, ids = self._starts(split), part.ids
+        batches = [ids[start : start + starts.step] for start in starts]
+        evaluated = net() if any(name not in log for name in ids) else {}  # here, as all processes make it together
+        device = runtime.processes().device
 
-        def states(start: int) -> list[tuple[str, str, State, dict[str, float]]]:
-            """Return (variant, image, state, answer) of a batch's images."""
-            names, samples, batch = self._batch(split, start)
+        def rows_of(number: int) -> list[Row]:
+            names, samples, batch = self._batch(split, starts[number])
             if isinstance(spec, CorruptionSpec):
-                changed = [
-                    corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
-                    for name, sample in zip(names, samples)
-                ]
-                batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
-            elif spec is not None and not isinstance(net, dict):
-                batch["image"] = self._attacked(net, tasks, names, samples, batch, spec)
-            logits = self.logits(net, batch)
-            found = []
-            for variant, pool in pools.items():
-                name, tau = variants[variant]
-                task = self.tasks[name]
-                outputs = adjusted(logits[name], self.data.class_counts(task), tau) if tau else logits[name]
-                for place, (image, sample) in enumerate(zip(names, samples)):
+                batch["image"] = self._corrupted(names, samples, spec)
+            elif spec is not None and not isinstance(evaluated, dict):
+                tasks = [pool.task for pool in pools.values()]
+                batch["image"] = self._attacked(evaluated, tasks, names, samples, batch, spec)
+            logits = self.logits(evaluated, batch)
+            rows: list[Row] = [
+                {"id": name, CONTENT: part.content(starts[number] + place)} for place, name in enumerate(names)
+            ]
+            for name, pool in pools.items():
+                task, tau = self.tasks[pool.task.name], (taus or {}).get(name, 0.0)
+                if task.name not in logits:  # no constant prediction
+                    continue
+                outputs = logits[task.name]
+                outputs = adjusted(outputs, self.data.class_counts(task), tau) if tau else outputs
+                answer = partial(
+                    self._answers, lambda: cast("DenseNet", evaluated), task.name
+                )  # of pools with features
+                for place, sample in enumerate(samples):
                     if task.key in sample:
                         # Without the padding, from which odsF would compute too large an image diagonal.
                         prediction = _inside(task, outputs[place : place + 1], size_of(sample))
-                        target = sample[task.key][None]
-                        found.append((variant, image, pool.state(prediction, target), pool.answer(prediction, target)))
-            return found
+                        image = batch["image"][place : place + 1].to(device)
+                        rows[place] |= pool.columns(prediction, sample[task.key][None], answer, image, names[place])
+            return rows
 
-        starts = self._starts(split)
-        for found in console.track(ranks.share(starts, states), "eval", f"{split} {label}", len(starts)):
-            for variant, image, state, answer in found:
-                pools[variant].add(image, state, answer)
-        return pools
+        what = "" if spec is None else f"   {spec.label}"
+        rows = log.complete(batches, rows_of, f"{split} {training}{what}")
+        for pool in pools.values():
+            pool.path = path
+            pool.examples = digest(" ".join(row[CONTENT] for row in rows).encode())
+            for row in rows:
+                pool.add(row)
 
-    def _written(
+    def _header(
         self,
         pools: Mapping[str, PooledScore],
         training: Training,
         split: str,
-        path: Path,
-        about: Mapping[str, Any],
-        spec: DensePerturbation | None = None,
-    ) -> dict[str, Scored]:
-        scored, undefined = {}, {}
-        examples = ranks.on_first(lambda: self.data.part(split).content)
-        for name, pool in pools.items():
-            try:
-                scored[name] = replace(pool.result(), examples=examples)
-            except Undefined as error:
-                undefined[name] = str(error)
-                console.stage("eval", f"{training}   {error}")
-        row: dict[str, Any] = {**self._scored_on(training, split), **about}
-        if spec is not None:
-            row["condition"] = spec.settings()
-        absent = self._absent(pools)
-        if absent:
-            row["absent"] = absent
-        if undefined:
-            row[UNDEFINED] = undefined
-        of_classes = {name: self.tasks[pool.task.name] for name, pool in pools.items()}
-        names = {name: task.shown_names for name, task in of_classes.items() if isinstance(task, Segmentation)}
-        if names:
-            row[CLASS_NAMES] = names
-        row["tasks"] = {name: score.record() for name, score in scored.items()}
-        ranks.on_first(lambda: write_lines(path, [row]))
-        return scored
+        spec: DensePerturbation | None,
+        taus: Mapping[str, float],
+    ) -> Header:
+        settings = {
+            "condition": None if spec is None else spec.settings(),
+            "quantiles": {name: pool.quantile for name, pool in pools.items() if pool.quantile is not None},
+            "taus": taus,
+            "features": {of.key: of.settings() for pool in pools.values() for of in pool.features},
+        }
+        return Header(self._weights(training), self._files(split), {"images": self._protocol(split)}, settings)
 
-    def recorded_scores(
-        self, path: Path, training: Training, split: str, about: Mapping[str, Any] | None = None
-    ) -> dict[str, Scored] | None:
-        """Return the scores of these weights and images that are on record, None where there are none.
-
-        about: what else the scores depend on.
-        """
-        lines = ranks.on_first(
-            lambda: read_lines(path, {"fingerprint": str, "tasks": dict}, {UNDEFINED: dict}, whole=True)
-        )
-        scored_on = {**self._scored_on(training, split), **(about or {})}
-        if not lines or any(lines[0].get(name) != value for name, value in scored_on.items()):
-            return None
-        tasks = [*lines[0]["tasks"], *lines[0].get(UNDEFINED, ())]
-        if lines[0].get("absent", {}) != self._absent(tasks):
-            return None  # scored before the option was changed
-        return {task: read_scored(values, f"'{path}': {task}") for task, values in lines[0]["tasks"].items()}
-
-    def _scored_on(self, training: Training, split: str) -> dict[str, str]:
-        part = self.data.part(split)
-        files = ranks.on_first(lambda: part.files)
-        known = {"files": files} if files else {}
+    def _weights(self, training: Training) -> str:
         if training.arm == CONSTANT and training.arm not in self.study.arms:
-            rows = self.data.parts["train"]
-            weights = f"{Identity(rows.ids)} {ranks.on_first(lambda: rows.files)}"
-        else:
-            weights = fingerprint(training)
-        return {"fingerprint": weights, "images": str(Identity(part.ids)), **known}
+            return f"{Identity(self.data.parts['train'].ids)} {self._files('train')}"
+        return fingerprint(training)
+
+    def _files(self, part: str) -> str:
+        return ranks.on_first(lambda: self.data.part(part).files)
 
     def _fitted_on(self, training: Training) -> str:
-        return " ".join(self._scored_on(training, "validation").values())
+        return f"{self._weights(training)} {Identity(self.data.part('validation').ids)}"
 
-    def _absent(self, names: Iterable[str]) -> dict[str, str]:
-        """Return how tasks count classes that do not occur, where it is not by zero; names: of tasks."""
-        options = {name: getattr(self.tasks[name], "absent", "zero") for name in names}
-        return {name: option for name, option in options.items() if option != "zero"}
+    def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
+        """Return the images (b, 3, h, w) of samples corrupted before the padding."""
+        changed = [
+            corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+            for name, sample in zip(names, samples)
+        ]
+        return torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
 
     def _attacked(
         self,
@@ -474,6 +482,14 @@ class Evaluation:
             plain_logits = self.logits(plain, batch)
             for task, value in merged_logits.items():
                 yield task, value, plain_logits[task], self.tasks[task].predicts_classes
+
+
+def _fields(pools: Mapping[str, PooledScore]) -> dict[str, Field]:
+    """Return the fields of the row of an image."""
+    return {
+        CONTENT: Field(text=True),
+        **{key: values for pool in pools.values() for key, values in pool.fields().items()},
+    }
 
 
 def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:

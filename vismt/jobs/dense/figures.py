@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -19,19 +19,19 @@ from vismt.engine.log import record_stem
 from vismt.engine.study import ARMS, Training
 from vismt.jobs.dense.config import PANELS
 from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.evaluation import CLASS_NAMES, UNDEFINED
+from vismt.jobs.dense.evaluation import CLASS_NAMES, NUMBERS, UNDEFINED
 from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import Scored
+from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER
 from vismt.report.confusion import confusion_figure
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
-from vismt.report.plotting import MUTED, axes_at, legend, legend_rows, new_figure, save, short, show_image, write
+from vismt.report.plotting import MUTED, axes_at, legend, legend_rows, new_figure, save_figure, short, show_image, write
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
-from vismt.storage.lines import read_lines
+from vismt.storage.files import read_sealed
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
 _MOST_CLASSES = 40  # of a matrix that is drawn
@@ -55,7 +55,7 @@ def write_predictions(
     split: str,
     trainings: Sequence[Training],
     logits: Callable[[Training, Sample], Mapping[str, Tensor]],
-    scored: Callable[[Training], Mapping[str, Scored]],
+    pooled: Callable[[Training], Mapping[str, PooledScore]],
 ) -> Path | None:
     """Write _SHOWN evaluated images, evenly over their split, not chosen by result, with what every training predicts.
 
@@ -69,7 +69,7 @@ def write_predictions(
         trainings (a,): digests of the trainings.
         classes, colors (c,): of the truth in the pictures, the commonest first, at most _MOST_CLASSES of a task.
 
-    logits: returns the outputs of a training on a batch by task. scored: returns the scores of a training by task.
+    logits: returns the outputs of a training on a batch by task. pooled: returns the images of a training by task.
     """
     tasks = [task for task in data.tasks.values() if isinstance(task, MapTask)]
     if not tasks:
@@ -87,12 +87,17 @@ def write_predictions(
     colors = [pair for task in tasks if task.key in sample for pair in task.legend(sample[task.key])[:_MOST_CLASSES]]
     predictions, trained, scores = [], [], []
     for training in trainings:
-        outputs, scores_of = logits(training, sample), scored(training)
+        outputs, pools = logits(training, sample), pooled(training)
         trained.append([task.name in outputs for task in tasks])
         predictions.append(
             np.stack([_pictures(task, outputs.get(task.name), sample["image"], sample.get(task.key)) for task in tasks])
         )
-        scores.append([[_alone(scores_of.get(task.name), rows.ids[i]) for i in numbers] for task in tasks])
+        scores.append(
+            [
+                [pools[task.name].alone(rows.ids[i]) if task.name in pools else math.nan for i in numbers]
+                for task in tasks
+            ]
+        )
     return write_panel(
         path,
         "maps",
@@ -111,11 +116,6 @@ def write_predictions(
             "colors": np.array([color for _, color in colors], dtype=str),
         },
     )
-
-
-def _alone(scored: Scored | None, name: str) -> float:
-    score = None if scored is None else scored.alone.get(name)
-    return math.nan if score is None else score
 
 
 def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
@@ -158,7 +158,7 @@ def predictions_figure(panel: Path, path: Path) -> Path:
     for number in range(count):
         down, right = divmod(number, across)
         _block(figure, arrays, number, 0.1 + right * wide, top + down * high, size)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _block(
@@ -201,14 +201,23 @@ def confusions(folder: Path, trainings: Sequence[Training], split: str) -> Secti
     """Return the section of the confusion matrices of pixels, one for each training and task with classes."""
     pictures = []
     for training in trainings:
-        for line in read_lines(training.folder / RECORDS / f"{split}.jsonl", may={CLASS_NAMES: dict[str, list[str]]}):
-            for task, names in line.get(CLASS_NAMES, {}).items():
-                matrix = line["tasks"].get(task, {}).get("numbers", {}).get("confusion")
-                if matrix is not None and len(names) <= _MOST_CLASSES:
-                    path = folder / "figures" / f"{record_stem('confusion', task, training.arm)}.svg"
-                    drawn = confusion_figure(np.array(matrix), names, names, path)
-                    pictures.append(Picture(drawn, f"{task}, answers of {training.arm}", CONFUSION_CAPTION))
+        path = training.folder / RECORDS / f"{split}{NUMBERS}"
+        if not path.exists():
+            continue
+        found = read_numbers(path)
+        for task, names in found[CLASS_NAMES].items():
+            matrix = found["numbers"].get(task, {}).get("confusion")
+            if matrix is not None and len(names) <= _MOST_CLASSES:
+                target = folder / "figures" / f"{record_stem('confusion', task, training.arm)}.svg"
+                drawn = confusion_figure(np.array(matrix), names, names, target)
+                pictures.append(Picture(drawn, f"{task}, answers of {training.arm}", CONFUSION_CAPTION))
     return Section("Confusion of pixels", pictures=pictures, folded=True)
+
+
+def read_numbers(path: Path) -> dict[str, Any]:
+    """Return the numbers, the undefined scores and the names of the classes of an evaluation, by task."""
+    types = {"numbers": dict, UNDEFINED: dict[str, str], CLASS_NAMES: dict[str, list[str]]}
+    return read_sealed(path, f"'{path}'", types)
 
 
 def sections(folder: Path) -> list[Section]:
@@ -219,9 +228,8 @@ def sections(folder: Path) -> list[Section]:
         pictures.append(Picture(path, "Predictions", CAPTION))
     images = Section("Images", pictures=[*pictures, *router_pictures(folder)], folded=True)
     rows = []
-    for path in sorted((folder / ARMS).glob(f"*/*/{RECORDS}/*.jsonl")):
-        training = path.parent.parent.relative_to(folder / ARMS)
-        for line in read_lines(path, may={UNDEFINED: dict[str, str]}):
-            rows += [[str(training), path.stem, task, reason] for task, reason in line.get(UNDEFINED, {}).items()]
+    for path in sorted((folder / ARMS).glob(f"*/*/{RECORDS}/*{NUMBERS}")):
+        training, name = path.parent.parent.relative_to(folder / ARMS), path.name.removesuffix(NUMBERS)
+        rows += [[str(training), name, task, reason] for task, reason in read_numbers(path)[UNDEFINED].items()]
     table = Table("Scores that are undefined", ["Training", "Evaluation", "Task", "Reason"], rows, set(), texts=4)
     return [Section("Undefined scores", [(table, UNDEFINED_NOTE)]), images] if rows else [images]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from string import Template
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, place, quoted, set_name
+from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, path_below, quoted, set_name, template
 
 VOID = 255  # the usual label of pixels without a class
 PATCH = 14  # of the model in the configuration
@@ -22,39 +21,6 @@ _SIZES = (
     "# Height and width of training and evaluation, multiples of the patch of {1}. Your images are {0}.\n"
     "# Images and maps are fitted into this size without changing their shape, then padded. Scores are of maps in this size."
 )
-MAPS_CARD = Template("""\
-# Images with maps of the same name in folders beside them. Only name and sources are needed.
-name: $name
-sources:
-  - kind: dense
-    root: $root
-    image: $image            # the folder of the images
-    maps: {$maps}            # {form: folder}; forms: label (PNG, class numbers), depth_mm, depth_m, normal, edge, saliency
-    splits: {all: null}
-$more$classes""")
-TEMPLATE = Template("""\
-# Dense prediction on $about.
-#
-#   vismt run $config
-task: $job
-title: $title
-seed: 0
-model: {name: vit_small_patch14_imgfocus, position: onnx}
-adapt: {method: lora, rank: 4}                    # `vismt list methods` has the names
-# arms:                                           # compared with each other on the same images
-#   lora: {adapt.method: lora}
-#   head: {adapt.method: head}                    # the heads alone
-#   full: {adapt.method: full, train.rates: {heads: 1, ".": 0.03}}   # all weights, at 0.03 of each rate
-# tune: {rates: [3.0e-4, 1.0e-3, 3.0e-3]}         # every arm keeps its best rate
-data: $data
-$sizes
-size: $size
-tasks: $tasks                                     # `vismt config dense tasks` lists their options
-head: {name: linear}                              # or segformer
-batch: 2
-train: {steps: 40, lr: 1.0e-3, warmup: 4}
-evaluate: {split: test, batch: 2}
-""")
 
 
 def _files(job: str, folder: Path, images: Path | None) -> Files:
@@ -66,7 +32,8 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     found, size = _size(images / "images")
     sizes = _SIZES.format(found, PATCH)
     name = set_name(images)
-    card = MAPS_CARD.substitute(name=quoted(name), root=place(images, folder), image="images", maps=maps, **more)
+    values = {"name": quoted(name), "root": path_below(images, folder), "image": "images", "maps": maps, **more}
+    card = template(job, "start_card.yaml").substitute(values).rstrip() + "\n"
     return {CARD: card} | _config(
         job, name, f"{{train: [{OWN_CARD}], validation_share: 0.1, test_share: 0.2}}", tasks, sizes, size
     )
@@ -74,18 +41,18 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
 
 def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:
     title = f"Dense prediction, {about}"
-    return config(job, TEMPLATE, about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
+    return config(job, about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
 
 
 def _size(folder: Path) -> tuple[str, list[int]]:
     """Return the commonest size of the images as text, and the size of training: multiples of PATCH, no side above _LONGEST."""
-    from vismt.data.decode import is_image_name, open_image, orientation_of, read_bytes
+    from vismt.data.decode import is_image_name, open_image, orientation_of, read_image_bytes
     from vismt.data.maps.dense_maps import read_image
 
     sizes: Counter[tuple[int, int]] = Counter()
     for path in sorted(folder.iterdir()):
         if is_image_name(path.name):
-            with open_image(read_bytes(path), str(path)) as image:
+            with open_image(read_image_bytes(path), str(path)) as image:
                 turned = orientation_of(image) > 4
                 sizes[image.size if turned else image.size[::-1]] += 1
         elif path.suffix.lower() == ".npy":

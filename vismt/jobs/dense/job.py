@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from vismt.backbones import timm_models
 from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
-from vismt.engine.study import Training
+from vismt.engine.study import Training, validates
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.dense import models
 from vismt.jobs.dense.config import (
     DELTA,
@@ -35,12 +36,12 @@ from vismt.jobs.dense.data import DenseBatches, DenseData
 from vismt.jobs.dense.delta import deltas
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import confusions, sections, write_predictions
-from vismt.jobs.dense.pooled_score import Scored
+from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, check_target, image_files
-from vismt.jobs.risk import check_thresholds, check_unused
+from vismt.jobs.risk import check_threshold_examples, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.methods import METHODS, needs
 from vismt.multitask.emtal.retain import DenseRetaining
@@ -94,8 +95,8 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def check_data(self) -> None:
         settings = self.config.evaluate
-        validates = self.config.tune is not None or settings.adjust_logits or settings.risk
-        splits = {self.split, "validation"} if validates else {self.split}
+        validated = validates(self.config) or settings.adjust_logits or settings.risk
+        splits = {self.split, "validation"} if validated else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
                 raise UserError(f"data: one {split} image; an interval needs two or more.")
@@ -162,10 +163,10 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def loaded(self, training: Training) -> DenseNet:
         return models.loaded(self.study.config_of(training), training, window_of(self.config))
 
-    def scored(self, training: Training, split: str) -> dict[str, Scored]:
-        """Return the clean pooled scores of every task of a training, read from its folder where they are on record."""
-        path = training.folder / RECORDS / f"{split}.jsonl"
-        return self.evaluation.task_scores(lambda: self.final(training), training, split, path)
+    def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
+        """Return the images of every task of a training, clean, read from its folder where they are on record."""
+        net, risk = (lambda: self.final(training)), self.config.evaluate.risk and split == self.split
+        return self.evaluation.pooled(net, training, split, training.folder / RECORDS, risk=risk)
 
     def described(self, arm: str) -> str:
         if arm in self.references:
@@ -189,6 +190,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         if settings.adjust_logits and attacks is None:
             scores += self.evaluation.adjusted_scores(net, training, split, records)
         if evaluated and attacks is None:
+            scores += self.evaluation.asked_scores(net, training, split, records, asked_features(settings))
             scores += self.evaluation.detection(net, training, split, records)
         return scores
 
@@ -204,7 +206,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
     def _check_thresholds(self) -> None:
         for task in image_tasks(all_tasks(self.config)):
             labels, groups = self.data.classes("validation", task), self.data.class_groups("validation", task)
-            check_thresholds(labels, self.config.tune, groups)
+            check_threshold_examples(labels, self.config.tune, groups)
 
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
@@ -242,7 +244,7 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             self.split,
             first,
             logits=lambda training, sample: self.evaluation.logits(self.final(training), sample),
-            scored=lambda training: self.scored(training, self.split),
+            pooled=lambda training: self.pooled(training, self.split),
         )
         rows, size = self.data.part(self.split), (self.config.size[0], self.config.size[1])
         self.write_router_maps(

@@ -21,7 +21,7 @@ from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.dense.config import DenseConfig, trained_tasks
 from vismt.lowrank.model.record import record_of
-from vismt.multitask.heads import Head, make_head, make_pooled_head
+from vismt.multitask.heads import Head, make_map_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import UnionClassification
@@ -43,7 +43,7 @@ def fresh(config: DenseConfig) -> DenseNet:
 def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
     seed = mix_seed(config.seed, "head", task.name)
     if isinstance(task, MapTask):
-        return make_head(config.head.name, widths, task.channels, seed=seed, **config.head.options)
+        return make_map_head(config.head.name, widths, task.channels, seed=seed, **config.head.options)
     return make_pooled_head(widths, task.channels, seed=seed)
 
 
@@ -110,4 +110,5 @@ def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> De
 
 def fingerprint(training: Training) -> str:
     """Return the weight fingerprint of a training: the digest of its heads, which are always trained."""
+    training_files.check_files(training.folder)
     return digest(read_tensors(training.folder / HEADS, f"run '{training.folder}': {HEADS}")[0])

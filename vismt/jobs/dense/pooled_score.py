@@ -15,19 +15,24 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.multitask.tasks import Task
 from vismt.multitask.tasks.classes import Classification
 from vismt.robustness.evaluate import probability_columns
+from vismt.storage.records import Field, array_of, array_text
+from vismt.uncertainty.features import Answers, Feature
 from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.probability_metrics import example_fields
 
-# Numbers of a state kept for each image; the histogram of angles has more, and no score is read from it.
+# Numbers of a state kept in memory for each image. The histogram of angles has more, and no score is read from it.
 _LARGEST = 100_000
 
 
@@ -35,7 +40,7 @@ class Undefined(UserError):
     """A score that is not a finite number."""
 
 
-State = dict[str, Tensor]  # what a metric has counted on one image, by the metric's names; empty for an image left out
+State = dict[str, Tensor]  # what a metric has counted on one image, by the metric's names
 
 
 @dataclass(frozen=True)
@@ -43,87 +48,121 @@ class Scored:
     """A pooled score.
 
     Args:
-        value: the score of all images.
-        numbers: everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
+        value: Score of all images.
+        numbers: Everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
         images: psi by image.
         further: psi by image of the other numbers of the task, by their keys. A number that is undefined, also without one
             image (the IoU of a class that a single image has), is left out.
-        alone: score of each image as if it were the whole set, None where it has none.
-        answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
-        examples: as in `vismt.report.results.Result`.
+        examples: As in `vismt.report.results.Result`.
     """
 
     value: float
     numbers: dict[str, Any]
     images: dict[str, float]
-    further: dict[str, dict[str, float]]
-    alone: dict[str, float | None]
-    answers: dict[str, dict[str, float]] = field(default_factory=dict)
+    further: dict[str, dict[str, float]] = field(default_factory=dict)
     examples: str = ""
-
-    def record(self) -> dict[str, Any]:
-        """Return the fields as they are recorded; tasks of maps have no answers."""
-        return {name: value for name, value in asdict(self).items() if name not in ("answers", "examples") or value}
-
-
-def read_scored(values: Any, what: str) -> Scored:
-    """Return a score from its fields as they were recorded. Raises UserError for others, and for values not finite."""
-    try:
-        scored = Scored(**values)
-        psi = [value for values in (scored.images, *scored.further.values()) for value in values.values()]
-        numbers = [scored.value, *psi, *(v for v in scored.alone.values() if v is not None)]
-        finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
-    except (TypeError, AttributeError):
-        finite = False
-    if not finite:
-        raise UserError(
-            f"{what} does not hold a score of finite numbers; move the file away, and it is evaluated again."
-        )
-    return scored
 
 
 class PooledScore:
-    """Collects the images of one task under a condition; images without a valid pixel are left out.
+    """Collects the rows of the images of one task under a condition; images without a valid pixel are left out.
 
-    quantile: largest -log p of a class in a conformal set; None for no sets.
+    name: of the task or of a variant of its outputs, which begins the fields of its rows. quantile: largest -log p of a class in
+    a conformal set; None for no sets. features: of the evaluation, of a task of whole images.
+
+    Attributes:
+        answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
+        path, examples: the record of the images, and as in `Scored`; set by the evaluation that reads the record.
     """
 
-    def __init__(self, task: Task, condition: str = CLEAN.label, quantile: float | None = None) -> None:
-        self.task, self.condition, self.quantile = task, condition, quantile
+    def __init__(
+        self,
+        task: Task,
+        name: str = "",
+        condition: str = CLEAN.label,
+        quantile: float | None = None,
+        features: Sequence[Feature] = (),
+    ) -> None:
+        self.features = features
+        self.task, self.name, self.condition, self.quantile = task, name or task.name, condition, quantile
         self.answers: dict[str, dict[str, float]] = {}
+        self.path, self.examples = Path(), ""
+        self._empty = cast("State", task.metric().metric_state)
         self._states: dict[str, State] = {}
         self._total: State = {}
+        self._fields = self.fields()
 
-    def state(self, prediction: Tensor, target: Tensor) -> State:
-        """Return the state of one image, with a batch dimension of 1, at the target's size.
+    def fields(self) -> dict[str, Field]:
+        """Return the fields of the row of an image; one without a valid pixel has none of them."""
+        fields = {f"{self.name} {key}": Field(array=value.numpy(), optional=True) for key, value in self._empty.items()}
+        if isinstance(self.task, Classification):
+            found = {"label": Field(whole=True), self.condition: Field(whole=True), **example_fields(self.condition)}
+            found |= {} if self.quantile is None else {f"{self.condition} set": Field(0, whole=True)}
+            for feature in self.features:
+                found |= feature.fields(self.task.channels)
+            fields |= {f"{self.name} {key}": replace(values, optional=True) for key, values in found.items()}
+        return fields
 
-        Arguments and errors as Task.update.
+    def columns(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        net: Callable[[Tensor], Tensor] | None = None,
+        image: Tensor | None = None,
+        name: str = "",
+    ) -> dict[str, Any]:
+        """Return the fields of one image, with a batch dimension of 1, at the target's size.
+
+        net, image, name: of a pool with features, what answers images, the image and its name. Other arguments and errors as
+        Task.update.
         """
         if not bool(self.task.valid(target).any()):
             return {}
         metric = self.task.metric()
         self.task.update(metric, prediction, target)
-        return {key: value.clone() for key, value in cast("State", metric.metric_state).items()}
+        state = cast("State", metric.metric_state)
+        found: dict[str, Any] = {key: array_text(value.numpy()) for key, value in state.items()}
+        if isinstance(self.task, Classification):
+            place = self.task.placed(target)
+            values = probability_columns(self.condition, prediction.double(), place, self.quantile)
+            found |= {"label": int(place), **{key: value[0] for key, value in values.items()}}
+            answers = Answers(prediction.double(), place, net, image, [(name,)])
+            for feature in self.features:
+                found |= {key: value.tolist()[0] for key, value in feature.columns(answers).items()}
+        return {f"{self.name} {key}": value for key, value in found.items()}
 
-    def answer(self, prediction: Tensor, target: Tensor) -> dict[str, float]:
-        """Return the entry of `answers` of one image, {} for a map and for an image without a label; arguments as of `state`."""
-        if not isinstance(self.task, Classification) or not bool(self.task.valid(target).any()):
-            return {}
-        place = self.task.placed(target)
-        columns = probability_columns(self.condition, prediction.double(), place, self.quantile)
-        return {"label": int(place), **{name: values[0] for name, values in columns.items()}}
-
-    def add(self, name: str, state: State, answer: dict[str, float] | None = None) -> None:
-        if answer:
-            self.answers[name] = answer
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Add the row of an image, with its id."""
+        name, mine = row["id"], f"{self.name} "
+        found = {key.removeprefix(mine): value for key, value in row.items() if key in self._fields}
+        state = {
+            key: torch.from_numpy(array_of(found.pop(key), like.numpy()))
+            for key, like in self._empty.items()
+            if key in found
+        }
+        if found:
+            self.answers[name] = found
         if state:
             self._total = {key: value + self._total.get(key, 0) for key, value in state.items()}
             self._states[name] = {key: value for key, value in state.items() if value.numel() <= _LARGEST}
+
+    @property
+    def filled(self) -> bool:
+        """Whether there is an image with a value."""
+        return bool(self._states)
 
     def value(self) -> float:
         """Return the score of all images without more; -1 where it is not finite."""
         score = self.task.score(self._compute(self._total)) if self._states else math.nan
         return score if math.isfinite(score) else -1.0
+
+    def alone(self, name: str) -> float:
+        """Return the score of an image as if it were the whole set, NaN where it has none (no boundary in it, say)."""
+        if name not in self._states:
+            return math.nan
+        try:
+            return self.task.score(self._compute({**self._total, **self._states[name]}))
+        except UserError:
+            return math.nan
 
     def result(self) -> Scored:
         """Return the score. Raises Undefined for one that is not finite, UserError for one that rests on less than two images."""
@@ -132,14 +171,13 @@ class PooledScore:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")
         numbers = self._compute(self._total)
         values, measure = self.task.values(numbers), self.task.measure
-        without, alone = {}, {}
-        for name, states in self._states.items():
+        without = {}
+        for name, state in self._states.items():
             try:
-                rest = self._compute({key: total - states.get(key, 0) for key, total in self._total.items()})
+                rest = self._compute({key: total - state.get(key, 0) for key, total in self._total.items()})
             except UserError as error:
                 raise UserError(f"evaluate: {self.task.name} rests on image '{name}' alone ({error}).") from error
             without[name] = self.task.values(rest)
-            alone[name] = self._alone(states)
         effects = {
             key: _pseudo_values(value, {name: others[key] for name, others in without.items()})
             for key, value in values.items()
@@ -152,7 +190,7 @@ class PooledScore:
                 "class that is nowhere takes the whole mean along; use 'zero' or 'skip'."
             )
         writable = {key: _writable(number) for key, number in numbers.items()}
-        return Scored(value, writable, effects.pop(measure), effects, alone, self.answers)
+        return Scored(value, writable, effects.pop(measure), effects, self.examples)
 
     def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
         metric = self.task.metric()
@@ -162,14 +200,6 @@ class PooledScore:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The ``compute`` method of metric")  # its states come without an update
             return metric.compute()
-
-    def _alone(self, states: Mapping[str, Tensor]) -> float | None:
-        """Return the score of an image as if it were the whole set, None where it has none (no boundary in it, say)."""
-        try:
-            score = self.task.score(self._compute({**self._total, **states}))
-        except UserError:
-            return None
-        return score if math.isfinite(score) else None
 
 
 def _pseudo_values(value: float, without: Mapping[str, float]) -> dict[str, float]:

@@ -40,7 +40,7 @@ from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification, UnionClassification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.panels import write_arrays
-from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save, short, show_image, write
+from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.storage.files import atomic_write
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
@@ -150,7 +150,7 @@ def predict_images(
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
         rows += _class_rows(path, outputs, tasks, classes, quantiles, options.top)
         shown = image[:, :height, :width]
-        written.append(picture(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
+        written.append(draw_predictions(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
         if options.maps:
             _write_maps(shown, outputs, tasks, target, path.stem)
     return Predictions(rows, [write_rows(rows, target), *written] if rows else written)
@@ -241,7 +241,7 @@ def named_tasks(config: DenseConfig) -> dict[str, Task]:
     return tasks
 
 
-def picture(
+def draw_predictions(
     image: Tensor,
     predictions: Mapping[str, Tensor],
     tasks: Mapping[str, Task],
@@ -273,7 +273,7 @@ def picture(
         for column, panel in enumerate(band):
             _draw(figure, panel, 0.15 + column * (_WIDTH + 0.15), top, tall)
         top += tall + room + 0.3
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw(figure: Figure, panel: Panel, left: float, top: float, tall: float) -> None:

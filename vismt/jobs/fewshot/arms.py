@@ -38,23 +38,22 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
     planned = planned_experts(config)
     if config.pool.clean and CLEAN not in planned:
         planned = {CLEAN: PlannedExpert(tuple(config.source.data), None), **planned}
-    return {label: _expert_config(config, expert, config.pool.rates.get(label)) for label, expert in planned.items()}
+    return {label: _expert_config(config, expert) for label, expert in planned.items()}
 
 
-def _expert_config(config: FewShotConfig, expert: PlannedExpert, lr: float | None = None) -> ExpertConfig:
+def _expert_config(config: FewShotConfig, expert: PlannedExpert) -> ExpertConfig:
     values = {item.name: getattr(config, item.name) for item in fields(FewShotConfig)}
     values |= {"arms": {}, "seeds": [], "tune": None, "source": replace(config.source, data=list(expert.sources))}
-    values["train"] = config.training if lr is None else replace(config.training, lr=lr)
     return ExpertConfig(**values, adversary=expert.adversary, copy=expert.copy)
 
 
 def _only_expert(arm: FewShotConfig, name: str) -> PlannedExpert:
     planned = list(planned_experts(arm).values())
     pool = arm.pool
-    if pool is not None and (pool.folder or pool.clean or pool.rates or len(planned) != 1):
+    if pool is not None and (pool.folder or pool.clean or len(planned) != 1):
         raise UserError(
-            f"arms.{name}: pool: an arm is trained as one expert, and this section has {len(planned)}, or folder, clean or "
-            "rates; give it one level, or make the section the run's own, without arms."
+            f"arms.{name}: pool: an arm is trained as one expert, and this section has {len(planned)}, or folder or clean; "
+            "give it one level, or make the section the run's own, without arms."
         )
     return planned[0]
 

@@ -6,16 +6,17 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from vismt.base.errors import UserError
-from vismt.config.sections import HASH_DEFAULT, Episodes, Jitter, ModelConfig, OnBadSample, Seed
+from vismt.config.sections import HASH_DEFAULT, Episodes, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names, within
 from vismt.engine.study import ALONE, StudyConfig
+from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
-from vismt.metatune.amt.selection_rules import SELECT, MergeSettings
+from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
-from vismt.robustness.smoothing import Smoothing
+from vismt.uncertainty.features import PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 FROZEN = "frozen"
@@ -40,10 +41,7 @@ class SourceConfig:
         ways: classes of an episode.
         shots: support images of a class.
         queries: query images of a class.
-        augment: whether training images are augmented.
-        crop: smallest area of a random crop; 1 for none.
-        jitter: strength of colour changes.
-        flip: whether images are mirrored at random.
+        augment: whether training images are cropped, changed in colour and mirrored at random.
         hierarchy: draw the ways within one superclass.
         scale: of the cosine classifier's logits at the start; it is trained.
         labels: episode classifies queries by the prototypes of their episode; set classifies all images of an episode by
@@ -55,9 +53,6 @@ class SourceConfig:
     shots: int = 5
     queries: int = 15
     augment: bool = True
-    crop: Annotated[float, within(above=0, most=1)] = 0.35
-    jitter: Jitter = 0.4
-    flip: bool = True
     hierarchy: bool = False
     scale: Annotated[float, within(above=0)] = 10.0
     labels: Annotated[str, Names(("episode", "set"), only=True)] = "episode"
@@ -71,8 +66,6 @@ class PoolConfig(AdversaryForm):
         levels: short for experts of source.data under linf: budget of the input attack in 1/255, 0 for none; a list in
             place of a number is one expert with a budget drawn for each episode.
         clean: also train a reference on the same episodes without either attack (the model clean).
-        rates: {label: peak learning rate} where it is not train.lr; labels are those of the experts, the levels' texts,
-            and clean.
         folder: an assembled pool to evaluate; nothing is trained.
         experts: in place of levels: source, threat and level of each. A repeated expert is another one with another
             seed.
@@ -82,7 +75,6 @@ class PoolConfig(AdversaryForm):
     levels: list[float | list[float]] = field(default_factory=lambda: list(_LEVELS))
     pyramid: list[tuple[int | None, float]] = field(default_factory=lambda: list(PYRAMID))
     clean: bool = False
-    rates: dict[str, Annotated[float, within(above=0)]] = field(default_factory=dict)
     folder: str | None = None
     experts: list[ExpertSpec] = field(default_factory=list)
     select: Annotated[str, Names(tuple(SELECT), only=True)] = "paper"
@@ -114,6 +106,7 @@ class FewShotHeadConfig:
             raise UserError(f"head: '{self.name}' has no options; finetune has its own section, the others have none.")
 
 
+@evaluate_section(PROBABILITIES, PIXELS)
 @dataclass
 class EvaluateConfig:
     """Test episodes.
@@ -136,7 +129,6 @@ class EvaluateConfig:
             5, 1 is the AMT paper's 5-way 1-shot.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
-        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}; null for none.
         masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: episodes of each set for `masking`.
         probabilities: also report the ECE, NLL and Brier score of the probabilities after each model's temperature, fitted
@@ -167,7 +159,6 @@ class EvaluateConfig:
     max_contribution: int = 100
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
-    certify: Smoothing | None = None
     masking: bool = False
     masking_episodes: Episodes = 10
     probabilities: bool = False
@@ -198,21 +189,17 @@ class SelectConfig:
 
     Args:
         data: sets for the choice, none of them evaluated.
-        class_share: in place of data: the share of the classes of every evaluated set.
         episodes: number of episodes of each set.
         shots: support images of a class.
         queries: query images of a class.
-        seed: of the episodes.
         attack: the criterion is the mean of clean accuracy and accuracy under this attack; null for clean accuracy
             alone.
     """
 
     data: list[str] = field(default_factory=list)
-    class_share: Annotated[float, within(0, below=1)] = 0.0
     episodes: Episodes = 20
     shots: int = 5
     queries: int = 5
-    seed: Seed = 2
     attack: AttackConfig | None = None
 
 
@@ -231,7 +218,6 @@ class FewShotConfig(StudyConfig):
         meta: MAML in place of prototypes; null for prototypes.
         pool: the pool of AMT experts; null for none.
         select: the validation episodes; null for none.
-        merging: how a pool is merged for a task.
         finetune: fine-tuning on a task, of models with +finetune.
         head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.
         calibration: images that a method computes options from before the training; null for none.
@@ -245,7 +231,6 @@ class FewShotConfig(StudyConfig):
     meta: MamlSettings | None = None
     pool: PoolConfig | None = None
     select: SelectConfig | None = None
-    merging: MergeSettings = field(default_factory=MergeSettings)
     finetune: FineTuneSettings = field(default_factory=FineTuneSettings)
     head: FewShotHeadConfig = field(default_factory=FewShotHeadConfig)
     calibration: ImageCalibrationConfig | None = None

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import replace
 
-from vismt.base.errors import UserError, near, require_known
+from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.study import ALONE, check_arms
+from vismt.engine.study import ALONE, check_arms, validates
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN
-from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.robustness.conditions import check_conditions
 
 
@@ -35,14 +34,17 @@ def check(config: FewShotConfig) -> None:
     check_arms(
         config,
         lambda arm: _check_arm(replace(arm, pool=None), config.arms),
-        ("select", "merging", "finetune", "head", "on_bad_sample", "download"),
+        ("select", "finetune", "head", "on_bad_sample", "download"),
         () if trains else ("model",),
     )
     _check_arm_keys(config)
     for name, arm in resolve_experts(config).items():  # raises for an arm that is not one expert
         _check_labels(arm, "" if name == ALONE else f" of '{name}'")
-    if config.tune is not None and not (config.select is not None and config.select.data):
-        raise UserError("tune: the rates are judged on validation tasks; name their sets in select.data.")
+    if validates(config) and not (config.select is not None and config.select.data):
+        key = "train.validate" if config.tune is None else "tune"
+        raise UserError(
+            f"{key}: trainings are judged on validation tasks; name the sets of these tasks in select.data."
+        )
 
 
 def check_sets(config: FewShotConfig) -> None:
@@ -80,14 +82,7 @@ def _check_arm_keys(config: FewShotConfig) -> None:
 
 
 def _check_values(config: FewShotConfig, trains: bool) -> None:
-    source = config.source
-    for key in ("strategy", "expert"):
-        if getattr(config.merging, key) != getattr(MergeSettings(), key):
-            raise UserError(
-                f"merging.{key}: the names in evaluate.models say how experts are mixed (merged:RULE, average, "
-                "expert:LABEL), pool.select the rule of merged; leave it out."
-            )
-    if trains and not source.data:
+    if trains and not config.source.data:
         raise UserError("source.data: names no set to train on; add a card, or set train to null to evaluate only.")
     if config.meta is not None and config.train is not None and config.train.compile:
         raise UserError(
@@ -137,7 +132,7 @@ def _check_evaluation(config: FewShotConfig) -> None:
     if config.select is not None and config.select.attack is not None:
         if config.select.attack.source is not None:
             raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
-        check_conditions([config.select.attack], [], min(map(settings.ways_in, config.select.data or settings.data)))
+        check_conditions([config.select.attack], [], min(map(settings.ways_in, config.select.data)))
 
 
 def _check_ways(config: FewShotConfig) -> None:
@@ -156,10 +151,6 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
     planned = planned_experts(config)
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
     known = [*SINGLE, *arms] if pool is None else [*POOLED, *experts]
-    labels = [*planned, CLEAN]
-    require_known("pool.rates: no expert", pool.rates if pool is not None else (), labels)
-    if experts:
-        require_known("merging.shares: no expert", config.merging.shares, planned)
     sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
@@ -201,8 +192,6 @@ def _check_selection(config: FewShotConfig) -> None:
             "select: the episodes of a pool's settings, of rates or of temperatures; add pool or tune, set "
             "evaluate.probabilities, or leave it out."
         )
-    if bool(select.data) == bool(select.class_share):
-        raise UserError(f"select: data {select.data}, class_share {select.class_share:g}; give one of them.")
-    if select.class_share and config.evaluate.rule != "uniform":
-        raise UserError("select.class_share: needs evaluate.rule uniform; for variable episodes give select.data.")
+    if not select.data:
+        raise UserError("select.data: names no set; add one that is neither trained on nor evaluated.")
     check_apart({"select.data": select.data}, {"evaluate.data": config.evaluate.data})

@@ -24,10 +24,12 @@ from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
+from vismt.uncertainty.features import PIXELS
 
 
 class Vectors:
@@ -128,10 +130,10 @@ class FewShotData:
     def _check_vectors(self, name: str, values: Tensor) -> None:
         """Raise UserError for a model and conditions that need pixels."""
         settings = self.config.evaluate
-        if settings.attacks or settings.corruptions or settings.certify is not None or settings.masking:
-            raise UserError(
-                f"data '{name}': it has features and no pixels; leave attacks, corruptions and certificates out."
-            )
+        of_pixels = [feature.key for feature in asked_features(settings) if PIXELS in feature.needs]
+        if settings.attacks or settings.corruptions or settings.masking or of_pixels:
+            asked = ", ".join(["attacks", "corruptions", *of_pixels])
+            raise UserError(f"data '{name}': it has features and no pixels; leave out {asked}.")
         if self.config.train is not None:
             raise UserError(f"data '{name}': it has features, and training needs images; set train to null.")
         try:
@@ -175,31 +177,26 @@ class FewShotData:
             )
             for pixels in sets
         ]
-        change = None
-        if source.augment:
-
-            def change(images: Tensor, number: int) -> Tensor:
-                return augment(images, number, crop=(source.crop, 1.0), jitter=source.jitter, flip=source.flip)
-
         pairs = [(pixels.__getitem__, sampler.__getitem__) for pixels, sampler in zip(sets, samplers)]
-        return EpisodeBatches(pairs, seed=seed, augment=change, classes=source.labels == "set")
+        return EpisodeBatches(
+            pairs, seed=seed, augment=augment if source.augment else None, classes=source.labels == "set"
+        )
 
-    def samplers(self, name: str, classes: list[int] | None) -> list[EpisodeSampler | VariableSampler]:
-        """Return the test episodes of a set, a sampler for each number of shots; classes: their ids, None for all."""
+    def samplers(self, name: str) -> list[EpisodeSampler | VariableSampler]:
+        """Return the test episodes of a set, a sampler for each number of shots."""
         settings = self.config.evaluate
         pixels = self.open(name)
         common: dict[str, Any] = {
             "seed": settings.seed,
             "names": pixels.classes,
             "superclass": pixels.images.superclass if settings.hierarchy else None,
-            "classes": classes,
             "groups": self.groups(name),
         }
         if settings.rule == "variable":
             nodes = pixels.images.nodes if settings.hierarchy else None
             bounds = {name: getattr(settings, name) for name in ("min_ways", "max_ways", "max_contribution")}
             return [VariableSampler(pixels.labels, nodes=nodes, **bounds, **common)]
-        ways = settings.ways_in(name, len(pixels.labels.unique() if classes is None else classes))
+        ways = settings.ways_in(name, len(pixels.labels.unique()))
         make: type[EpisodeSampler] = EpisodeSampler
         if settings.sampling == "without_replacement":
             make = DisjointSampler

@@ -28,12 +28,13 @@ from vismt.data.set_entries import row_name, shown_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
 from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
-from vismt.metatune.protocol.protocol import clean_logits, run_protocol
+from vismt.metatune.protocol.protocol import EpisodeQuestions, clean_logits, run_protocol
 from vismt.report.results import Score
 from vismt.robustness.conditions import (
     AttackConfig,
@@ -44,9 +45,8 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
-from vismt.storage.records import begun_on
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
-from vismt.uncertainty.probability_metrics import group_fields, group_measures
+from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
+from vismt.uncertainty.probability_metrics import group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
 _TASK = "few-shot"
@@ -80,13 +80,13 @@ class Evaluation:
         keep the first episode of each set as a panel.
         """
         settings = self.config.evaluate
+        configured = self._conditions(models, settings.attacks, with_corruptions=True)
+        specs = configured if attacks is None else self._conditions(models, attacks, with_corruptions=False)
+        settings_text = _settings(specs)
+        ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
         scores = []
         for name in settings.data:
-            configured = self._conditions(models, name, settings.attacks, with_corruptions=True)
-            specs = configured if attacks is None else self._conditions(models, name, attacks, with_corruptions=False)
-            settings_text = _settings(specs)
-            ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
-            for sampler in self.data.samplers(name, models.settings.classes(name, "test")):
+            for sampler in self.data.samplers(name):
                 scores += self._score_set(models, arm, name, sampler, specs, ending, with_panel and not ending)
         return scores
 
@@ -106,42 +106,34 @@ class Evaluation:
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
         outside = {against(row_name(entry)): self.data.outside(entry) for entry in settings.ood}
-        smoothing = None if ending else settings.certify
-        examples = begun_on(records, self.data.open(name).content)
+        features = () if ending else asked_features(settings)
         worst = worst_cases(specs, sampler.min_ways)
-        results = run_protocol(
-            models.task(arm, name),
-            self.data.open(name),
+        questions = EpisodeQuestions(
             sampler,
-            episodes=settings.episodes,
-            attacks=specs,
-            records=records,
-            panel=panel,
-            data=name,
-            fingerprint=models.fingerprint(arm, name),
-            examples=examples,
-            label=f"{shown} {protocol} {arm}",
-            model=arm,
-            worst={case.condition.label: case.attacks for case in worst},
+            specs,
+            {case.condition.label: case.attacks for case in worst},
             probabilities=True,
-            temperature=temperature(self.folder, models, arm, name) if tempered else None,
+            temperature=temperature(self.folder, models, arm) if tempered else None,
             ood={condition.label: images for condition, images in outside.items()},
-            smoothing=smoothing,
+            asked=features,
+            data=name,
         )
+        pixels = self.data.open(name)
+        log = questions.records(records, models.fingerprint(arm), pixels.content)
+        title = f"{shown} {protocol} {arm}"
+        results = questions.answered(models.task(arm), pixels, log, settings.episodes, title, panel, arm)
         labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
         chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
-        drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{examples}".encode())
+        drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{log.examples}".encode())
         measures = [(label, accuracy(results[label.label], chance)) for label in labels]
         usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
         for form, label in _FORMS.items():
-            if all(name in results for name in group_fields([form])):
+            if form in questions.forms:
                 names = [str(number) for number in range(settings.episodes)]
                 found = group_measures(names, form, results, _parts_of(names, sampler))
                 measures += [(label, measure) for measure in found]
-        if smoothing is not None:
-            measures += [(label, accuracy(results[label.label], None)) for label in smoothing.conditions()]
-            abstained = Measure("abstentions", _by_episode(results[smoothing.label]), better=LOWER)
-            measures.append((smoothing.abstention, abstained))
+        for of in (of for feature in features for of in feature.quantities()):
+            measures.append((of.condition, of.measure(_by_episode(results[of.field]), counts=False)))
         for label in outside:
             measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
@@ -163,7 +155,7 @@ class Evaluation:
                 episodes=select.episodes,
                 attacks=specs,
                 records=path,
-                examples=begun_on(path, pixels.content),
+                examples=pixels.content,
                 data=name,
                 fingerprint=models.fingerprint_of(net),
                 label=f"{shown_name(name)} {training}",
@@ -174,10 +166,10 @@ class Evaluation:
         return scores
 
     def _conditions(
-        self, models: Models, data: str, attacks: Sequence[AttackConfig], *, with_corruptions: bool
+        self, models: Models, attacks: Sequence[AttackConfig], *, with_corruptions: bool
     ) -> Sequence[Perturbation]:
         def source(model: str) -> TransferSource:
-            return TransferSource(model, models.task(model, data), models.fingerprint(model, data))
+            return TransferSource(model, models.task(model), models.fingerprint(model))
 
         corruptions = self.config.evaluate.corruptions if with_corruptions else []
         return few_shot_conditions(attacks, corruptions, source)
@@ -186,18 +178,18 @@ class Evaluation:
         """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
         for name in self.config.evaluate.data:
-            sampler = self.data.samplers(name, models.settings.classes(name, "test"))[0]
+            sampler = self.data.samplers(name)[0]
             shown, protocol = shown_name(name), str(sampler)
             path, pixels = self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl", self.data.open(name)
             result = check_episodes(
-                models.task(arm, name),
+                models.task(arm),
                 pixels,
                 sampler,
                 episodes=self.config.evaluate.masking_episodes,
                 records=path,
-                examples=begun_on(path, pixels.content),
+                examples=pixels.content,
                 data=name,
-                fingerprint=models.fingerprint(arm, name),
+                fingerprint=models.fingerprint(arm),
                 label=f"{shown} {protocol} {arm} by radius",
             )
             about = {"data": shown, "protocol": protocol, "model": arm, "config_hash": config_hash}
@@ -245,18 +237,17 @@ def _by_episode(values: Tensor) -> dict[str, float]:
     return {str(number): value for number, value in enumerate(values.tolist())}
 
 
-def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
-    """Return the temperature of a model on an evaluated set."""
+def temperature(folder: Path, models: Models, arm: str) -> float:
+    """Return the temperature of a model."""
     select = models.config.selection
-    names = select.data or [data]
-    samplers = {name: models.settings.sampler(name) for name in names}
+    samplers = {name: models.settings.sampler(name) for name in select.data}
 
     def fit() -> Temperature:
         pairs = [
             pair
             for name, sampler in samplers.items()
             for pair in clean_logits(
-                models.task(arm, data),
+                models.task(arm),
                 models.data.open(name),
                 sampler,
                 select.episodes,
@@ -270,11 +261,11 @@ def temperature(folder: Path, models: Models, arm: str, data: str) -> float:
         return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
 
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
-    text = json.dumps([models.fingerprint(arm, data), episodes], sort_keys=True)
+    text = json.dumps([models.fingerprint(arm), episodes], sort_keys=True)
     fingerprint = digest(text.encode())
-    stem = record_stem("temperature", "all" if select.data else shown_name(data), arm)
+    stem = record_stem("temperature", "all", arm)
     path = folder / "episodes" / f"seed-{models.seed}" / f"{stem}.json"
-    examples = joint_content(models.data.open(name) for name in names)
+    examples = joint_content(models.data.open(name) for name in samplers)
     return fitted_once(path, Temperature, fingerprint, fit, examples=examples).temperature
 
 

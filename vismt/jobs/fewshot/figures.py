@@ -21,7 +21,7 @@ from vismt.report.plotting import (
     legend,
     legend_rows,
     new_figure,
-    save,
+    save_figure,
     short,
     show_image,
     write,
@@ -75,7 +75,7 @@ def mixture_bars(
         axes.spines["bottom"].set_visible(False)
         axes.set_yticklabels([_row(*key) for key in panel], fontsize=9, color=INK)
         axes.tick_params(length=0, labelbottom=place == len(shares) - 1)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _row(data: str, note: str) -> str:
@@ -122,7 +122,7 @@ def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
             if len(at):
                 _cell(figure, box, panel, kind, int(at[0]), gain)
         offset += step - over
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def _cell(figure: Figure, box: tuple[float, float, float], panel: Mapping, kind: str, at: int, gain: float) -> None:

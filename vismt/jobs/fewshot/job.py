@@ -37,14 +37,12 @@ from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.graphs import Graph, Named, image_graph
-from vismt.jobs.predict import fitted
+from vismt.jobs.predict import fit_few_shot
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.jobs.training_job import TrainingJob
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import check_mergeable
-from vismt.lowrank.model.record import need_record
-from vismt.lowrank.model.targets import match_patterns
 from vismt.metatune.amt.method import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
@@ -108,13 +106,13 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         super().check()
 
     def check_data(self) -> None:
-        settings = self.models(self.study.seeds[0]).settings
         for name in self.config.evaluate.data:
-            self.data.samplers(name, settings.classes(name, "test"))
+            self.data.samplers(name)
         for name in self.config.evaluate.ood:
             self.data.open(name)
         if self.config.select is not None:
-            for name in self.config.select.data or self.config.evaluate.data:
+            settings = self.models(self.study.seeds[0]).settings
+            for name in self.config.select.data:
                 settings.sampler(name)
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
@@ -132,9 +130,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 images = self.data.gathered(config.calibration.data or config.source.data)
                 settings = self.calibrations.on_images(backbone, settings, config.calibration, images)
             self.adapt(backbone.vit, settings, config.seed)
-            if self.config.pool is not None:  # before the training: fixing it later would need another one
-                paths = [spec.path for spec in need_record(backbone.vit, "merging.trim").layers]
-                match_patterns("merging.trim", self.config.merging.trim, paths)
         return make_net(backbone, config)
 
     def check_arm(self, config: FewShotConfig) -> None:
@@ -351,8 +346,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         name, seed = self._evaluated(options.arm)
         what = f"model '{name}' of the run '{self.folder}'"
         images = images_for(inputs, target, options)
-        model, size = self.models(seed, name).task(name, None), self._data(name).size
-        net, classes = fitted(model, options.support, size, what)
+        model, size = self.models(seed, name).task(name), self._data(name).size
+        net, classes = fit_few_shot(model, options.support, size, what)
         return predict_classes(net, size, [classes], images, target, options, label=name)
 
     def _evaluated(self, text: str | None) -> tuple[str, int]:

@@ -22,6 +22,7 @@ from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
+from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
 from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
@@ -48,7 +49,7 @@ def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlN
 
 
 class Models:
-    """Evaluated models by name and set; frozen, in eval mode, on the process's device, built once.
+    """Evaluated models by name; frozen, in eval mode, on the process's device, built once.
 
     seed: of the trainings from which the models are built.
     """
@@ -63,15 +64,14 @@ class Models:
         self._models: dict[str, EvaluatedModel] = {}
         self._pool: ExpertPool | None = None
 
-    def task(self, name: str, data: str | None) -> EvaluatedModel:
-        """Return the model `name` with its settings for the set `data`; None for a set that the run does not evaluate."""
+    def task(self, name: str) -> EvaluatedModel:
+        """Return the model `name`."""
         stem, head = split_head(name)
-        chosen = self.settings.chosen(data) if stem == MERGED else (self.config.merging, self.config.finetune)
-        key = f"{name} {chosen if stem == MERGED else ''}"
-        if key not in self._models:
+        chosen = self.settings.chosen() if stem == MERGED else (MergeSettings(), self.config.finetune)
+        if name not in self._models:
             model: EvaluatedModel
             if head:
-                net = self.task(stem, data)
+                net = self.task(stem)
                 options = self.config.head.options if head == self.config.head.name else {}
                 model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
             elif self.config.pool is None or stem in (FROZEN, CLEAN):
@@ -80,12 +80,12 @@ class Models:
                 expert = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
                 strategy = strategy_of(self.config, stem)
                 model = PoolNet(self.pool(), replace(chosen[0], strategy=strategy, expert=expert))
-            self._models[key] = model.requires_grad_(False).eval().to(runtime.processes().device)
-        return self._models[key]
+            self._models[name] = model.requires_grad_(False).eval().to(runtime.processes().device)
+        return self._models[name]
 
-    def fingerprint(self, name: str, data: str) -> str:
-        """Return the fingerprint of the model `name` with its settings for the set `data`."""
-        return self.fingerprint_of(self.task(name, data))
+    def fingerprint(self, name: str) -> str:
+        """Return the fingerprint of the model `name` with its settings."""
+        return self.fingerprint_of(self.task(name))
 
     def fingerprint_of(self, model: EvaluatedModel) -> str:
         """Return a digest of base weights, adapters, and settings of merging and fine-tuning."""
@@ -129,8 +129,7 @@ def _describe(model: FewShotModel) -> str:
         return f"{_describe(model.proto)}{model.describe()}"
     if isinstance(model, PoolNet):
         pool = model.pool
-        shares = dict(model.settings.shares) or ""
-        return f"{pool.labels} {pool.scale} {model.settings} {pool.identity()}{shares}"
+        return f"{pool.labels} {pool.scale} {model.settings} {pool.identity()}"
     if isinstance(model, MamlNet):
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):

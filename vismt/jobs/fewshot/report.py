@@ -15,7 +15,7 @@ from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.evaluation import MASKING, episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.metatune.amt.pool import read_pool
-from vismt.report.comparison import shown_name
+from vismt.report.comparison import arm_title
 from vismt.report.panels import DAMAGE, read_arrays
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
@@ -70,7 +70,7 @@ def masking_tables(folder: Path) -> list[tuple[Table, str]]:
     for row in sorted(lines, key=lambda row: models.index(row["model"])):
         values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
         where = f"{row['data']}, {row['protocol']}"
-        rows.append([shown_name(row["model"], ["clean"]), where, *values, str(row["n"]), row["verdict"]])
+        rows.append([arm_title(row["model"], ["clean"]), where, *values, str(row["n"]), row["verdict"]])
     columns = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]
     heads = ["Model", "Data", *columns, "chance", "n (episodes)", "Verdict"]
     if any(len(row) != len(heads) for row in rows):

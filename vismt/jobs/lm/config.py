@@ -10,9 +10,11 @@ from vismt.config.sections import Count, Dtype, ModelSection
 from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
+from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.task_sections import Split, check_risk_split
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
-from vismt.llm.tasks import make_task
+from vismt.llm.tasks import make_text_task
+from vismt.uncertainty.features import PROBABILITIES
 from vismt.uncertainty.last_layers import check_head
 
 if TYPE_CHECKING:  # tasks are loaded when one is made
@@ -40,7 +42,6 @@ class LmModelConfig(ModelSection):
         dtype: type of the weights; null for that of the checkpoint.
         first_block: the blocks below it are frozen, and their output on each text is computed once and kept in memory,
             and in the cache folder for later runs.
-        cache_mb: largest size of that output in MB.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -48,7 +49,6 @@ class LmModelConfig(ModelSection):
     gguf_file: str | None = None
     dtype: Dtype | None = None
     first_block: int = 0
-    cache_mb: Annotated[int, within(0)] = 1024
 
 
 @dataclass
@@ -153,29 +153,22 @@ class LmRecommenderConfig:
 
     Args:
         width: of item and user vectors.
-        blocks: number of blocks.
-        heads: attention heads of a block.
-        dropout: share of dropped values in training.
         steps: optimiser steps.
         batch: rows of a training batch.
         lr: learning rate.
-        weight_decay: weight decay.
         cross_fit: whether the recommender is fitted to half of the training users, and the LM to the others.
         baselines: further recommenders that are evaluated on the same candidates.
     """
 
     width: Count = 64
-    blocks: Count = 1
-    heads: Count = 1
-    dropout: Annotated[float, within(0, below=1)] = 0.1
     steps: Count = 2000
     batch: Count = 256
     lr: Annotated[float, within(above=0)] = 1e-3
-    weight_decay: Annotated[float, within(0)] = 0.0
     cross_fit: bool = False
     baselines: Annotated[list[str], Names(BASELINES, only=True)] = field(default_factory=list)
 
 
+@evaluate_section(PROBABILITIES)
 @dataclass
 class LmEvaluateConfig:
     """Evaluation.
@@ -243,7 +236,7 @@ class LmConfig(StudyConfig):
 
 def task_of(config: LmTaskConfig) -> LmTask:
     """Return the task that a section describes."""
-    task: LmTask = make_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
+    task: LmTask = make_text_task(config.kind, config.prompt, config.options, f"tasks: {config.name}")
     task.chat = config.chat
     return task
 

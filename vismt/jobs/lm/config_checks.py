@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vismt.base.errors import UserError, require_known
 from vismt.engine.parts import check_parts
-from vismt.engine.study import check_arms, resolve_arms
+from vismt.engine.study import check_arms, resolve_arms, validates
 from vismt.jobs.lm.config import (
     FROZEN,
     KIND,
@@ -94,12 +94,13 @@ def _check_trained_task(config: LmConfig) -> None:
     if config.evaluate.risk and not task_of(trained).head:
         raise UserError(f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'.")
     evaluate = config.evaluate
-    validates = config.tune is not None or evaluate.temperature or evaluate.laplace or evaluate.risk
-    if trained.rotate and config.tune is not None:
+    validated = validates(config) or evaluate.temperature or evaluate.laplace or evaluate.risk
+    if trained.rotate and validates(config):
+        key = "train.validate" if config.tune is None else "tune"
         raise UserError(
-            f"tune: validation users of one fold of '{trained.name}' are test users of another; leave tune or rotate out."
+            f"{key}: validation users of one fold of '{trained.name}' are test users of another; leave {key} or rotate out."
         )
-    if validates and not (trained.validation or trained.validation_share):
+    if validated and not (trained.validation or trained.validation_share):
         raise UserError(
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
         )

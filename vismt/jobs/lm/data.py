@@ -20,13 +20,15 @@ from vismt.data.texts.text_set import TextSet, open_texts
 from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet, stored_lower_states
-from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill, gather
+from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather
 from vismt.llm.tasks.classes import Classes
-from vismt.llm.tasks.pieces import collate, piece
+from vismt.llm.tasks.pieces import collate_pieces, piece
 from vismt.llm.tasks.recommendation import listed_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+CACHE_MB = 1024  # of the stored output of frozen blocks
 
 
 class LmData:
@@ -142,21 +144,19 @@ class LmData:
 
     def fingerprint(self, task: str, part: str, name: str) -> str:
         """Return a digest of the rows of a set and of the task that is set on them."""
-        contents = [texts.content() for texts in self._sets[task][part][name]]
+        return digest(repr((self.content(task, part, name), self.protocol(task))).encode())
+
+    def protocol(self, task: str) -> dict[str, Any]:
+        """Return how the rows of a task are asked."""
         section = self._sections[task]
-        # Records of versions with other tokens, which had these settings, too, are not taken for these.
-        marks = [
-            *(["chat", "end of turn"] if section.chat else []),
-            *(["spaces"] if section.prompt.endswith(" ") else []),
-        ]
-        settings = (
-            section.kind,
-            section.prompt,
-            sorted(section.options.items(), key=str),
-            self._limit(task, "test"),
-            *marks,
-        )
-        return digest(repr((contents, settings, self.tokenizer.name_or_path)).encode())
+        return {
+            "kind": section.kind,
+            "prompt": section.prompt,
+            "options": section.options,
+            "chat": section.chat,
+            "limit": self._limit(task, "test"),
+            "tokenizer": self.tokenizer.name_or_path,
+        }
 
     def content(self, task: str, part: str, name: str) -> str:
         """Return a digest of the rows of a set, whatever is asked of them."""
@@ -166,13 +166,15 @@ class LmData:
         """Return arguments of the LM's forward pass, one dict for each batch of the texts that a section names."""
         rows = _named_rows([self._open(name) for name in settings.data])
         chosen = limited(torch.zeros(len(rows)), [row_id for row_id, _ in rows], settings.rows)
-        texts = [fill(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
+        texts = [fill_template(settings.text, rows[i][1], "calibration: text") for i in chosen.tolist()]
         pieces = [piece(context_tokens(self.tokenizer, text), [], settings.length) for text in texts]
         if not all(part.ids for part in pieces):
             raise UserError(
                 f"calibration: text '{settings.text}' gives rows without a token; leave them out, or add to the text."
             )
-        batches = [collate(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)]
+        batches = [
+            collate_pieces(pieces[start : start + settings.batch]) for start in range(0, len(pieces), settings.batch)
+        ]
         return [
             {"input_ids": b["ids"], "attention_mask": b["mask"].long(), "position_ids": b["positions"]} for b in batches
         ]
@@ -184,7 +186,7 @@ class LmData:
         return digest(repr((fingerprints, limit)).encode())
 
     def cache(self, items: Sequence[Item], net: LmNet, label: str) -> None:
-        """Store the output of the net's frozen lower blocks in the items that lack it, if it fits into model.cache_mb.
+        """Store the output of the net's frozen lower blocks in the items that lack it, if it fits into CACHE_MB.
 
         label: name of the items in the console.
         """
@@ -193,11 +195,7 @@ class LmData:
         tokens = sum(len(ids) for ids, _ in texts)
         lm = lm_of(net)
         size = tokens * int(lm.config.hidden_size) * lm.dtype.itemsize
-        if (
-            not net.first
-            or not missing
-            or (self._cached_bytes + size) > self.config.model.cache_mb * 2**20 / self.folds
-        ):
+        if not net.first or not missing or self._cached_bytes + size > CACHE_MB * 2**20 / self.folds:
             return
         self._cached_bytes += size
         console.stage(

@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from itertools import compress
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from vismt.base import console, ranks
-from vismt.base.errors import UserError
+from vismt.base import ranks
 from vismt.base.seeds import mix_seed
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.image_scores import detection_score, in_groups
 from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
@@ -32,7 +32,6 @@ from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validat
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import (
     Item,
-    LmTask,
     Record,
     averaged_records,
     choices,
@@ -44,14 +43,21 @@ from vismt.llm.tasks.base import (
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.report.results import Score
-from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import CLEAN, Condition
+from vismt.storage.records import Field, Header, Records
+from vismt.uncertainty.features import Answers
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure
 from vismt.uncertainty.last_layers import laplace_head, laplace_structure
 
-# Changes where rows get other scores, so that records of other scores are not used.
-SCORING, SCORING_WRITTEN = "2", "3"
 MEANS = Condition("means of the head", "variant", "means")
 DROPOUT = "dropout"  # the variant of records that are the mean of passes with dropout
+LOG_P = Field(most=1e-6, several=True, optional=True)
+FIELDS = {
+    "label": Field(0, whole=True, optional=True),
+    "log_p": LOG_P,
+    "mean_log_p": LOG_P,
+    "nats": Field(0, optional=True),
+    "tokens": Field(0, whole=True, optional=True),
+}
 CHECKED_ROWS = 4
 """Rows of each set on which the merged LM is compared with the unmerged one, both without the cached states of frozen blocks."""
 
@@ -73,9 +79,10 @@ class Evaluation:
         scores = []
         folds = trained_task(self.config).folds
         for task_name, name in self._sets(training, split):
-            task, examples = self.data.tasks[task_name], self.data.content(task_name, split, name)
+            task = self.data.tasks[task_name]
+            clean, examples = self._records(training, task_name, split, name)
             risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
-            for condition, records in self._conditions(training, task_name, split, name):
+            for condition, records in self._conditions(training, task_name, split, name, clean):
                 tokens = sum(record.get("tokens", 0) for record in records)
                 counted = f", {tokens:,} tokens" if tokens else ""
                 measures = list(task.measures(records).values())
@@ -83,20 +90,31 @@ class Evaluation:
                     names, groups = [str(row["id"]) for row in records], users_of(records)
                     found = choice_measures(*choices(records), names, self.thresholds(training), groups)
                     measures += [in_groups(measure, groups, "users") for measure in found]
-                for measure in measures:
+                asked = [(condition, measure) for measure in measures]
+                if condition == CLEAN and "log_p" in records[0]:
+                    asked += self._asked(records)
+                for at, measure in asked:
                     users = len(measure.values) < len(records)  # and not rows, which are several of a user
                     rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
                     if folds > 1:  # which have other numbers of rows, and one score
                         rows = f"{split} rows of {folds} folds"
                     unit = "users" if users else "rows"
-                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, condition, unit, examples))
+                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, at, unit, examples))
         return scores + self._detection(training, split)
+
+    def _asked(self, records: Sequence[Record]) -> list[tuple[Condition, Measure]]:
+        """Return what the features of the evaluation ask of records with log-probabilities of choices."""
+        users, answers = users_of(records), Answers(*choices(records))
+        ids = [str(record["id"]) for record in records]
+        features = asked_features(self.config.evaluate)
+        found = [pair for feature in features for pair in feature.measures(feature.rows(ids, answers))]
+        return [(condition, in_groups(measure, users, "users")) for condition, measure in found]
 
     def _detection(self, training: Training, split: str) -> list[Score]:
         if split == "validation" or not self.config.evaluate.ood:
             return []
         task, outside = self.data.trained, [row_name(name) for name in self.config.evaluate.ood]
-        records = {name: self._records(training, task, split, name) for name in self.data.names(task, split)}
+        records = {name: self._records(training, task, split, name)[0] for name in self.data.names(task, split)}
         sure = {name: {str(row["id"]): math.exp(max(row["log_p"])) for row in rows} for name, rows in records.items()}
         protocol = f"{self.data.tasks[task].about}, detection"
         contents = {name: self.data.content(task, split, name) for name in sure}
@@ -142,9 +160,10 @@ class Evaluation:
         return [(task, name) for task in tasks for name in self.data.names(task, split)]
 
     def _conditions(
-        self, training: Training, task: str, split: str, name: str
+        self, training: Training, task: str, split: str, name: str, records: list[Record]
     ) -> Iterator[tuple[Condition, list[Record]]]:
-        records = self._records(training, task, split, name)
+        if not records:  # an ensemble on a task without choices
+            return
         yield CLEAN, records
         if task != self.data.trained or "log_p" not in records[0]:
             return
@@ -153,7 +172,7 @@ class Evaluation:
         arm, passes = self.study.arms.get(training.arm), self.config.evaluate.passes
         if passes and arm is not None and arm.adapt is not None and arm.adapt.options.get("dropout"):
             condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
-            yield condition, self._records(training, task, split, name, DROPOUT)
+            yield condition, self._records(training, task, split, name, DROPOUT)[0]
         if split == "validation":  # the rows that the others are fitted on
             return
         if self.config.evaluate.temperature:
@@ -161,7 +180,7 @@ class Evaluation:
         if self.config.evaluate.laplace and arm is not None and self.data.tasks[task].head:
             classes = len(self.data.classes.tokens(self.models.tokenizer))
             structure = laplace_structure(arm.head.name, classes, self.models.width)
-            yield LAPLACE[structure], self._records(training, task, split, name, structure)
+            yield LAPLACE[structure], self._records(training, task, split, name, structure)[0]
 
     def temperature(self, training: Training) -> float:
         """Return the temperature with the smallest NLL on the validation rows of the trained task."""
@@ -170,80 +189,72 @@ class Evaluation:
     def _validation(self, training: Training) -> list[Record]:
         task = self.data.trained
         names = self.data.names(task, "validation")
-        return [record for name in names for record in self._records(training, task, "validation", name)]
+        return [record for name in names for record in self._records(training, task, "validation", name)[0]]
 
-    def _records(self, training: Training, task: str, split: str, name: str, variant: str = "") -> list[Record]:
-        """Return a record for each row, read from the training's folder where it was evaluated before.
+    def _records(
+        self, training: Training, task: str, split: str, name: str, variant: str = ""
+    ) -> tuple[list[Record], str]:
+        """Return a record for each row, from the training's folder where it is there, and what tells the rows from others.
 
-        variant: structure of a Laplace approximation around the head, DROPOUT, or "" for the net as it is.
+        variant: structure of a Laplace approximation around the head, DROPOUT, or "" for the net as it is. An ensemble has no
+        records on a task without choices.
         """
         members = self.members(training.arm)
         if members:
-            return averaged_records([self._records(member, task, split, name, variant) for member in members])
+            parts, contents = zip(*(self._records(member, task, split, name, variant) for member in members))
+            return averaged_records(parts) if "log_p" in parts[0][0] else [], contents[0]
         stem = record_stem(split, task, name) + ({"": "", DROPOUT: "-dropout"}.get(variant, "-laplace"))
         path = training.folder / "records" / f"{stem}.jsonl"
-        key = self._fingerprint(training, task, split, name, variant)
-        lines = ranks.on_first(lambda: read_lines(path, whole=True))
-        if lines and lines[0].get("fingerprint") == key:
-            _check_records(path, lines[1:])
-            return lines[1:]
+        log = Records(path, self._header(training, task, split, name, variant), FIELDS, further=True)
         items = self.data.rows(task, split, name)
-        if training.arm in RECOMMENDERS:
-            records = self._recommender().records(training.arm, items)
-        else:
-            net = self._laplace(training) if variant not in ("", DROPOUT) else self.net(training)
-            score = self._dropped if variant == DROPOUT else self._scored
-            records = score(net, self.data.tasks[task], items, f"{name} {training.arm} seed {training.seed}")
-        order = {item.id: place for place, item in enumerate(items)}
-        records.sort(key=lambda record: order[record["id"]])
-        path.parent.mkdir(parents=True, exist_ok=True)
-        ranks.on_first(lambda: write_lines(path, [{"fingerprint": key}, *records]))
-        return records
+        if any(item.id not in log for item in items):
+            self._complete(log, training, task, items, variant, f"{name} {training.arm} seed {training.seed}")
+        return [log[item.id] for item in items], log.examples
 
-    def _fingerprint(self, training: Training, task: str, split: str, name: str, variant: str) -> list[str | int]:
+    def _header(self, training: Training, task: str, split: str, name: str, variant: str) -> Header:
         weights = "" if training.arm in REFERENCES else fingerprint(training)
         if training.arm in RECOMMENDERS:
             weights = self._recommender().fingerprint(training.arm)
-        around = ""
+        settings: dict[str, object] = {"variant": variant}
         if variant == DROPOUT:
-            around = f"{self.config.evaluate.passes} passes"
+            settings["passes"] = self.config.evaluate.passes
         elif variant:
-            fitted_on = [self.data.fingerprint(task, "validation", of) for of in self.data.names(task, "validation")]
-            around = " ".join((self.data.training_fingerprint(), *fitted_on, variant))
-        scoring = SCORING if self.data.tasks[task].reads else SCORING_WRITTEN
-        return [self.data.fingerprint(task, split, name), weights, scoring, around]
-
-    def _recommender(self) -> Recommender:
-        assert self.recommender is not None, "the trained task is not a recommendation"
-        return self.recommender
+            validation = [self.data.fingerprint(task, "validation", of) for of in self.data.names(task, "validation")]
+            settings["fitted on"] = [self.data.training_fingerprint(), *validation]
+        return Header(weights, self.data.content(task, split, name), self.data.protocol(task), settings)
 
     @torch.no_grad()
-    def _scored(
-        self, net: LmNet, task: LmTask, items: Sequence[Item], label: str, seed: int | None = None
-    ) -> list[Record]:
-        """Return records of all rows; seed: of a pass with dropout, whose numbers are a function of it and the batch."""
+    def _complete(
+        self, log: Records, training: Training, name: str, items: Sequence[Item], variant: str, label: str
+    ) -> None:
+        """Add the records of all rows, in batches of rows of similar length, which need little padding."""
+        if training.arm in RECOMMENDERS:
+            names, recommender = [item.id for item in items], self._recommender()
+            log.complete([names], lambda _: recommender.records(training.arm, items), label)
+            return
+        task = self.data.tasks[name]
+        net = self._laplace(training) if variant not in ("", DROPOUT) else self.net(training)
         shown = task.shown(net, items)
         if task.reads:
             self.data.cache(shown, net, label)
         chunks = self._chunks(shown)
 
-        def records(chunk: list[Item]) -> list[Record]:
-            if seed is not None:
+        def records(number: int) -> list[Record]:
+            chunk = chunks[number]
+            if variant != DROPOUT:
+                return task.score(net, self.batch(chunk, net), chunk)
+            parts = []
+            for seed in range(self.config.evaluate.passes):  # the numbers of a pass are a function of it and the batch
                 torch.manual_seed(mix_seed(seed, "dropout", chunk[0].id))
-            return task.score(net, self.batch(chunk, net), chunk)
+                parts.append(task.score(net, self.batch(chunk, net), chunk))
+            return averaged_records(parts)
 
-        parts = ranks.share(chunks, records)
-        return [record for part in console.track(parts, "eval", label, len(chunks)) for record in part]
+        with _dropping(net) if variant == DROPOUT else nullcontext():
+            log.complete([[item.id for item in chunk] for chunk in chunks], records, label)
 
-    def _dropped(self, net: LmNet, task: LmTask, items: Sequence[Item], label: str) -> list[Record]:
-        for module in net.lm.modules():
-            module.train(isinstance(module, AdapterModule))
-        parts = []
-        with torch.random.fork_rng():
-            for number in range(self.config.evaluate.passes):
-                parts.append(self._scored(net, task, items, f"{label}, pass {number + 1}", number))
-        net.eval()
-        return averaged_records(parts)
+    def _recommender(self) -> Recommender:
+        assert self.recommender is not None, "the trained task is not a recommendation"
+        return self.recommender
 
     def _laplace(self, training: Training) -> LmNet:
         net = self.net(training)
@@ -302,25 +313,14 @@ class Evaluation:
         return net
 
 
-def _check_records(path: Path, records: Sequence[Record]) -> None:
-    seen: set[str] = set()
-    for number, record in enumerate(records, 2):
-        name = record.get("id")
-        if not isinstance(name, str) or name in seen or not _is_sound(record):
-            raise UserError(f"records '{path}' line {number} is not a new row of this task; move the file away.")
-        seen.add(name)
-
-
-def _is_sound(record: Record) -> bool:
-    values = [v for value in record.values() for v in (value if isinstance(value, list) else [value])]
-    log_p = [v for key in ("log_p", "mean_log_p") for v in record.get(key, ())]
-    label = record.get("label", 0)
-    return (
-        all(math.isfinite(value) for value in values if isinstance(value, float))
-        and max(log_p, default=0) <= 1e-6
-        and min(record.get("nats", 0), record.get("tokens", 0)) >= 0
-        and 0 <= label < len(record.get("log_p", [None]))  # a record without choices has no label
-    )
+@contextmanager
+def _dropping(net: LmNet) -> Iterator[None]:
+    """Let the adapters drop within the block, and nothing else."""
+    for module in net.lm.modules():
+        module.train(isinstance(module, AdapterModule))
+    with torch.random.fork_rng():
+        yield
+    net.eval()
 
 
 @torch.no_grad()

@@ -10,7 +10,18 @@ from pathlib import Path
 
 from vismt.engine.study import Study
 from vismt.jobs.lm.config import FROZEN, REFERENCES, LmConfig, trained_task
-from vismt.report.plotting import MUTED, axes_at, color_of, dress, legend, legend_rows, new_figure, note, save, short
+from vismt.report.plotting import (
+    MUTED,
+    axes_at,
+    color_of,
+    dress,
+    legend,
+    legend_rows,
+    new_figure,
+    save_figure,
+    short,
+    write_note,
+)
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, scale_text
 from vismt.uncertainty.intervals import SHARE
@@ -54,7 +65,7 @@ def forgetting_figure(
             perplexity_mean = math.fsum(point.perplexity for point in at_rate) / len(at_rate)
             means.append((score_mean, perplexity_mean))
             box = {"boxstyle": "square,pad=0.05", "facecolor": "white", "edgecolor": "none", "alpha": 0.7}
-            note(axes, f"{lr:g}", means[-1], (5, 4), fontsize=8.5, zorder=4, bbox=box)
+            write_note(axes, f"{lr:g}", means[-1], (5, 4), fontsize=8.5, zorder=4, bbox=box)
         axes.plot(*zip(*means, strict=True), color=color, linewidth=1.6, marker="s", markersize=4, zorder=2)
     axes.margins(0.09)
     if frozen is not None:
@@ -66,7 +77,7 @@ def forgetting_figure(
                 line(value, color=MUTED, linewidth=1.0, linestyle=(0, (3, 3)), zorder=1)
     axes.set_xlabel(score, color=MUTED, fontsize=9)
     axes.set_ylabel(perplexity, color=MUTED, fontsize=9)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 CAPTION = (

@@ -21,7 +21,7 @@ from vismt.base.seeds import mix_seed
 from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
-from vismt.engine.study import Training
+from vismt.engine.study import Training, validates
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
@@ -42,11 +42,11 @@ from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.predictions import Options, Predictions, Row, check_target, choice_row, note_target
-from vismt.jobs.risk import check_thresholds
+from vismt.jobs.risk import check_threshold_examples
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
-from vismt.llm.tasks.base import LmObjective, Writing, names_of
+from vismt.llm.tasks.base import LmObjective, Writing, item_names
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
@@ -151,14 +151,14 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def check_data(self) -> None:
         for task in self.data.tasks:
-            validates = task == self.data.trained and self.config.tune is not None
-            for split in {self.split, "validation"} if validates else {self.split}:
+            validated = task == self.data.trained and validates(self.config)
+            for split in {self.split, "validation"} if validated else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
         if self.config.evaluate.risk:
             rows = self.data.all_rows("validation")
-            users = [str(names_of(row).get("user", row.id)) for row in rows]
-            check_thresholds(torch.tensor([row.label for row in rows]), self.config.tune, users)
+            users = [str(item_names(row).get("user", row.id)) for row in rows]
+            check_threshold_examples(torch.tensor([row.label for row in rows]), self.config.tune, users)
         for config in self.study.arms.values():
             self.batches(config)
 

@@ -129,5 +129,6 @@ def load_trained(net: LmNet, training: Training) -> LmNet:
 
 def fingerprint(training: Training) -> str:
     """Return the weight fingerprint of a training: the digest of the adapter's description and of the head."""
+    training_files.check_files(training.folder)
     files = (training.folder / training_files.ADAPTER / DESCRIPTION, training.folder / HEAD)
     return digest(b"".join(path.read_bytes() for path in files if path.is_file()))

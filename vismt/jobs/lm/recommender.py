@@ -37,7 +37,7 @@ from vismt.llm.ilora.recommenders import (
     NextItem,
     SASRec,
     cosine_scores,
-    padded,
+    pad_histories,
     popularity_scores,
 )
 from vismt.llm.tasks.answers import choice_records
@@ -65,15 +65,13 @@ class Recommender:
     @cached_property
     def net(self) -> SASRec:
         """SASRec, frozen and in evaluation mode, on the CPU."""
-        settings = self.settings
-        sizes = (settings.width, settings.blocks, settings.heads, settings.dropout)
-        return self._trained(RECOMMENDER, SASRec(len(self.data.catalogue), self.history, *sizes, self.config.seed))
+        net = SASRec(len(self.data.catalogue), self.history, self.settings.width, seed=self.config.seed)
+        return self._trained(RECOMMENDER, net)
 
     @cached_property
     def gru(self) -> GRU4Rec:
         """GRU4Rec, likewise."""
-        settings = self.settings
-        return self._trained(GRU, GRU4Rec(len(self.data.catalogue), settings.width, settings.dropout, self.config.seed))
+        return self._trained(GRU, GRU4Rec(len(self.data.catalogue), self.settings.width, seed=self.config.seed))
 
     def _trained(self, name: str, net: Net) -> Net:
         folder, file = (self.folder / _FILES[name][0], _FILES[name][1])
@@ -109,7 +107,7 @@ class Recommender:
     def records(self, arm: str, items: Sequence[Item]) -> list[Record]:
         """Return a record for each row with the log-probabilities of its candidates under SASRec or a baseline."""
         listed = [listed_of(item) for item in items]
-        histories = padded([row.history for row in listed])
+        histories = pad_histories([row.history for row in listed])
         return choice_records(items, self._scores(arm, histories, torch.tensor([row.candidates for row in listed])))
 
     def _scores(self, arm: str, histories: Tensor, candidates: Tensor) -> Tensor:
@@ -128,15 +126,13 @@ class Recommender:
         rows = self.data.interactions()
         order = sorted(range(len(rows)), key=lambda i: mix_seed(self.config.seed, "other user", i))[:OTHERS]
         net = self.net
-        return net(padded([rows[i][0][-self.history :] for i in order]))
+        return net(pad_histories([rows[i][0][-self.history :] for i in order]))
 
     def _train(self, net: ItemRecommender, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
         console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")
-        config = TrainConfig(
-            steps=settings.steps, lr=settings.lr, weight_decay=settings.weight_decay, log_every=50, checkpoint_every=500
-        )
+        config = TrainConfig(steps=settings.steps, lr=settings.lr, log_every=50, checkpoint_every=500)
         loop.train(
             NextItem(net),
             _Histories(rows, settings.batch, self.history, self.config.seed),
@@ -164,5 +160,5 @@ class _Histories:
 
     def __call__(self, number: int) -> dict[str, Any]:
         chosen = [self.rows[i] for i in self._passes(number).tolist()]
-        histories = padded([history[-self.length :] for history, _ in chosen])
+        histories = pad_histories([history[-self.length :] for history, _ in chosen])
         return {"history": histories, "next": torch.tensor([target for _, target in chosen])}

@@ -45,7 +45,7 @@ class Layout:
     unused: list[str] = field(default_factory=list)
 
 
-class Table:
+class RowTable:
     """Rows with the names of all their fields. what: Begins every error."""
 
     def __init__(self, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -97,7 +97,7 @@ def layout_of(what: str, rows: Sequence[Mapping[str, Any]]) -> Layout:
 
     Raises UserError, which begins with `what`, for fields of no known layout or of two, and a row that does not fit the others.
     """
-    table = Table(what, rows)
+    table = RowTable(what, rows)
     for make in (_chat, _choices, _answer, _label, _text):
         found = make(table)
         if found is not None:
@@ -110,7 +110,7 @@ def layout_of(what: str, rows: Sequence[Mapping[str, Any]]) -> Layout:
     )
 
 
-def _chat(table: Table) -> Layout | None:
+def _chat(table: RowTable) -> Layout | None:
     from vismt.llm.tasks.chat import ASSISTANT, Chat
 
     name = table.one(*CHATS)
@@ -128,7 +128,7 @@ def _chat(table: Table) -> Layout | None:
     return Layout("the assistant's turns", {"kind": "chat", **options}, [name])
 
 
-def _prompt(table: Table) -> list[str]:
+def _prompt(table: RowTable) -> list[str]:
     """Return the fields of the prompt. Raises UserError for a row in which all of them are empty."""
     main = table.one(*PROMPTS)
     names = [*([main] if main else []), *table.named(ABOUT)]
@@ -138,7 +138,7 @@ def _prompt(table: Table) -> list[str]:
     return names
 
 
-def _choices(table: Table) -> Layout | None:
+def _choices(table: RowTable) -> Layout | None:
     """Return the task of rows with choices. Columns count as choices only if they have the answer of every row."""
     name, right = table.one(*CHOICES), table.one(*_ANSWERS) or table.one(*_RIGHT)
     columns = [] if name else _columns(table)
@@ -173,7 +173,7 @@ def _choices(table: Table) -> Layout | None:
     return Layout("the right choice", task, read, [f"'{right}' counts the choices {way}"])
 
 
-def _columns(table: Table) -> list[str]:
+def _columns(table: RowTable) -> list[str]:
     """Return the columns of the choices, in order; [] where they do not begin with A or 1 or leave one out."""
     matches = {match[1]: name for name in table.fields if (match := CHOICE.fullmatch(name.lower()))}
     found = "".join(sorted(matches))
@@ -181,7 +181,7 @@ def _columns(table: Table) -> list[str]:
     return [matches[place] for place in found] if counted else []
 
 
-def _listed(table: Table, name: str) -> tuple[list[str], list[list[Any]]]:
+def _listed(table: RowTable, name: str) -> tuple[list[str], list[list[Any]]]:
     """Return a template of each choice in a field, and the labels of the choices of each row, None for those without a label."""
     values = table.values(name, (list, dict), "a list of texts")
     labelled = all(isinstance(value, dict) and {"text", "label"} <= value.keys() for value in values)
@@ -195,7 +195,7 @@ def _listed(table: Table, name: str) -> tuple[list[str], list[list[Any]]]:
     return templates, [[*map(str, value["label"])] if labelled else [None] * len(value) for value in values]
 
 
-def _answer(table: Table) -> Layout | None:
+def _answer(table: RowTable) -> Layout | None:
     answer = table.one(*_ANSWERS)
     asked = _prompt(table) if answer else []
     if answer is None or not asked:
@@ -205,7 +205,7 @@ def _answer(table: Table) -> Layout | None:
     return Layout("the answer", task, [*asked, answer], _named_empty(table, answer))
 
 
-def _label(table: Table) -> Layout | None:
+def _label(table: RowTable) -> Layout | None:
     read, label = table.texts(), table.one(*_LABELS)
     if not read or label is None:
         return None
@@ -226,7 +226,7 @@ def _label(table: Table) -> Layout | None:
     return Layout("the label", task, [*read, label], _named_empty(table, *read))
 
 
-def _text(table: Table) -> Layout | None:
+def _text(table: RowTable) -> Layout | None:
     read = table.texts()
     task = {"kind": "causal", "options": {"answer": _joined(read)}}
     return Layout("every token", task, read, _named_empty(table, *read)) if read else None
@@ -236,7 +236,7 @@ def _joined(names: Sequence[str]) -> str:
     return "\n\n".join(f"{{{name}}}" for name in names)
 
 
-def _named_empty(table: Table, *names: str) -> list[str]:
+def _named_empty(table: RowTable, *names: str) -> list[str]:
     """Return a line about the rows in which all these fields are empty, if there are some."""
     rows = table.empty(*names)
     title = " and ".join(f"'{name}'" for name in names)

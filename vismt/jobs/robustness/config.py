@@ -10,8 +10,9 @@ from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, 
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
+from vismt.evaluation.sections import asked_features, evaluate_section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.robustness.smoothing import Smoothing
+from vismt.uncertainty.features import PIXELS, PROBABILITIES
 
 
 @dataclass
@@ -46,6 +47,7 @@ class ClassifierConfig:
     task: str | None = None
 
 
+@evaluate_section(PROBABILITIES, PIXELS)
 @dataclass
 class RobustnessEvaluateConfig:
     """Evaluation.
@@ -57,7 +59,6 @@ class RobustnessEvaluateConfig:
         batch: images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
-        certify: certified accuracy by randomised smoothing on cards, {sigma, samples, alpha}; null for none.
         keep_images: also write the attacked images of cards to the folder `adversarial` of the run folder.
         masking: also run the first attack at growing radii, on cards.
         baseline: the error under corruptions is also given relative to this arm; null for none.
@@ -69,7 +70,6 @@ class RobustnessEvaluateConfig:
     batch: Count = 32
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
-    certify: Smoothing | None = None
     keep_images: bool = False
     masking: bool = False
     baseline: str | None = None
@@ -130,11 +130,12 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
-    elif any((settings.images is not None, settings.keep_images, settings.masking, settings.certify is not None)):
-        raise UserError(
-            "data: [] takes all images of the runs' own; evaluate.images, evaluate.keep_images, evaluate.masking and "
-            "evaluate.certify are for cards."
-        )
+        return
+    of_cards = {"images": settings.images is not None, "keep_images": settings.keep_images, "masking": settings.masking}
+    asked = [key for key, used in of_cards.items() if used] + [feature.key for feature in asked_features(settings)]
+    if asked:
+        keys = ", ".join(f"evaluate.{key}" for key in asked)
+        raise UserError(f"data: [] takes all images of the runs' own; leave out what is for cards: {keys}.")
 
 
 def _check_classifier(config: RobustnessConfig) -> None:

@@ -20,7 +20,7 @@ from vismt.report.results import Score
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import error_under_corruptions
 from vismt.robustness.evaluate import Keep
-from vismt.robustness.smoothing import Smoothing
+from vismt.uncertainty.features import Feature
 from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
 
 _TASK = "robustness"
@@ -42,13 +42,13 @@ def score_set(
     data: str,
     arm: str,
     for_thresholds: InOrder | None = None,
-    smoothing: Smoothing | None = None,
+    features: Sequence[Feature] = (),
     keep: Keep | None = None,
 ) -> list[Score]:
     """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
 
     for_thresholds: clean images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
-    smoothing: certificates. keep: as for `evaluate_examples`.
+    features: of the evaluation. keep: as for `evaluate_examples`.
     """
 
     @torch.no_grad()
@@ -75,7 +75,7 @@ def score_set(
         records=records_path(folder, data),
         forms={CLEAN: lambda logits: logits},
         thresholds=thresholds,
-        smoothing=smoothing,
+        features=features,
         trained=False,
         data=data,
         fingerprint=fingerprint,

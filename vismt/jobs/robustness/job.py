@@ -11,12 +11,14 @@ import numpy as np
 
 from vismt.base import console, ranks
 from vismt.data.set_entries import card_and_split, row_name, shown_name
+from vismt.engine.log import record_stem
 from vismt.engine.study import Training
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
-from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, load
+from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, make_classifier
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
 from vismt.jobs.task_sections import check_risk_split
 from vismt.report.panels import to_bytes, write_arrays, write_panel
@@ -57,7 +59,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def classifier_of(self, arm: str, data: str) -> Classifier:
         """Return an arm's classifier for a card, kept once loaded."""
         if arm not in self._classifiers:
-            self._classifiers[arm] = load(self.study.arms[arm].classifier)
+            self._classifiers[arm] = make_classifier(self.study.arms[arm].classifier)
         return self.cards.classifier(data, self._classifiers[arm])
 
     def trainings(self, arm: str) -> list[Training]:
@@ -102,7 +104,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 data=data,
                 arm=training.arm,
                 for_thresholds=for_thresholds,
-                smoothing=self.config.evaluate.certify if attacks is None else None,
+                features=asked_features(self.config.evaluate) if attacks is None else (),
                 keep=partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None,
             )
         return scores
@@ -125,7 +127,18 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             for data in self.config.data:
                 classifier = self.classifier_of(arm, data)
                 batches = self.cards.batches(data, classifier)
-                result = check_masking(classifier.net, batches, spec, num_classes=classifier.num_classes)
+                (training,) = self.trainings(arm)
+                result = check_masking(
+                    classifier.net,
+                    batches,
+                    spec,
+                    num_classes=classifier.num_classes,
+                    records=training.folder / RECORDS / f"{record_stem('masking', row_name(data), 'images')}.jsonl",
+                    data=data,
+                    fingerprint=classifier.fingerprint(),
+                    examples=batches.images.content,
+                    label=f"{arm} on {row_name(data)} by radius",
+                )
                 lines.append({"arm": arm, "data": row_name(data), **vars(result), "verdict": result.verdict()})
                 console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
         ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))

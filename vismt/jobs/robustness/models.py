@@ -65,7 +65,7 @@ def check_exists(config: ClassifierConfig) -> None:
         checkpoint_file(name)
 
 
-def load(config: ClassifierConfig) -> Classifier:
+def make_classifier(config: ClassifierConfig) -> Classifier:
     """Return the classifier of a configuration on the device of this process, quantised where it asks for that."""
     classifier = replace(_load(config), task=config.task)
     if config.quantise is not None:

@@ -13,7 +13,7 @@ from vismt.engine.study import Study
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
-from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save, short, show_image, write
+from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.results import RESULTS, Result, read_results
 from vismt.report.tables import Picture, Section, Table
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
@@ -133,7 +133,7 @@ def broken_figure(panel: Path, path: Path) -> Path:
                 color = RIGHT if right else WRONG
                 text = f"{'✓' if right else '✗'} {short(str(answers[column]), 16)}"
                 write(figure, x, top + side + 0.05, text, va="top", color=color, fontsize=8.5)
-    return save(figure, path)
+    return save_figure(figure, path)
 
 
 def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:

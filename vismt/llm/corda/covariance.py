@@ -2,15 +2,14 @@
 
     C = 1/N sum_s X_s^T X_s / max|X_s|^2       X_s (n, i): the valid tokens of sample s, N samples
 
-CorDA (Yang et al., arXiv 2406.05223) calls C the covariance, although no mean is subtracted. Convention: one divisor per
-sample and layer, the largest absolute value over the valid tokens of the sample. The sum is over tokens, the mean over
-samples. At batch size one this is the intention of the released code, which divides by |max X| (the signed maximum, small for
-a mostly negative input) and whose own version divides by 256 whatever N is. A sample gives the same C in any batch and with
-any padding. A sample of zeros counts in N and adds nothing. The scale of C cancels in CorDA's product B A, but not in its raw
-factors.
+CorDA (Yang et al., arXiv 2406.05223) calls C the covariance, although no mean is subtracted. Convention: one divisor per sample
+and layer, the largest absolute value over the valid tokens of the sample. The sum is over tokens, the mean over samples. At
+batch size one this is the intention of the released code, which divides by |max X| (the signed maximum, small for a mostly
+negative input) and whose own version divides by 256 for any N. A sample gives the same C in any batch and with any padding. A
+sample of zeros counts in N and adds nothing. The scale of C cancels in CorDA's product B A, but not in its raw factors.
 
-All sums are in memory at once. An input shared by several layers (q, k and v; gate and up) is summed once. A forward pass ends
-at the last observed layer, so no logits are computed for inner layers after the first batch. Left out: fp16 sums, which
+All sums are in memory at once. An input that several layers share (q, k and v, or gate and up) is summed once. A forward pass
+ends at the last observed layer, so no logits are computed for inner layers after the first batch. Left out: fp16 sums, which
 overflow within one or two samples.
 
 `save_covariances` writes covariances.safetensors, then covariances.json with its digest. A tensor is written once, under the
@@ -50,21 +49,21 @@ def collect_covariance(
 ) -> dict[str, Tensor]:
     """Collect the covariance of the input of every target layer.
 
-    Batches are moved to the device of the model, which is in eval mode meanwhile.
+    Batches are moved to the device of the model. The model is in eval mode meanwhile.
 
     Args:
-        model: a stock model. Raises for an adapted one.
-        batches: dicts of keyword arguments (input_ids, attention_mask (b, n), ...; labels are ignored), tensors of images, or
-            sequences that begin with one of these. Any batch size; the first dimension counts samples, and tokens that the
-            attention mask leaves out do not count.
-        targets: as in `adapt`.
-        exclude: as in `adapt`.
+        model: Stock model. An adapted model is refused.
+        batches: Dictionaries of keyword arguments (input_ids, attention_mask (b, n), ...), tensors of images, or sequences that
+            begin with one of these. Labels are ignored. Any batch size is possible. The first dimension counts samples, and
+            tokens that the attention mask leaves out do not count.
+        targets: Layers, as in `adapt`.
+        exclude: Layers to leave out, as in `adapt`.
 
     Returns:
-        {module path: covariance (i, i) fp32 on the CPU}; layers that share an input share a tensor.
+        Covariances by module path, (i, i) fp32 on the CPU. Layers that share an input share a tensor.
 
     Raises:
-        UserError: a layer gets no input or one that is not finite, or a mask does not fit.
+        UserError: If a layer gets no input, an input is not finite, or a mask does not fit.
     """
     refuse_adapted(model)
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
@@ -81,7 +80,7 @@ def collect_covariance(
 
 
 def observed_modules(model: nn.Module, targets: Targets, exclude: Sequence[str] | str = ()) -> dict[str, nn.Module]:
-    """Return the target layers by path; UserError for one whose inputs have no covariance."""
+    """Return the target layers by path. Raise UserError for a layer whose inputs have no covariance."""
     found, _ = find_targets(model, targets, exclude, prequantized=True)
     for path, module in found.items():
         in_groups = getattr(module, "groups", 1) > 1
@@ -94,20 +93,20 @@ def observed_modules(model: nn.Module, targets: Targets, exclude: Sequence[str] 
 
 
 def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> Path:
-    """Write covariances to a folder; a tensor shared by several paths is written once.
+    """Write covariances to a folder. A tensor that several paths share is written once.
 
     Args:
-        covariances: {path: (i, i)}, from `collect_covariance` or computed elsewhere.
-        folder: is created where it does not exist.
+        covariances: Covariances (i, i) by path, from `collect_covariance` or computed elsewhere.
+        folder: Folder to write to. It is made if it is missing.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: a value is not a square matrix, or the folder cannot be written.
+        UserError: If a value is not a square matrix, or the folder cannot be written.
     """
     folder = Path(folder)
-    first: dict[int, str] = {}  # the path under which a tensor is written
+    first: dict[int, str] = {}  # path under which a tensor is written
     for path, value in covariances.items():
         if not isinstance(value, Tensor) or value.ndim != 2 or value.shape[0] != value.shape[1]:
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
@@ -120,9 +119,9 @@ def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> P
 
 
 def load_covariances(folder: str | Path) -> dict[str, Tensor]:
-    """Return the covariances {path: (i, i)} of a folder, memory-mapped from its file.
+    """Return the covariances of a folder by path, (i, i), memory-mapped from its file.
 
-    Raises UserError where a file is missing, damaged or changed.
+    Raise UserError if a file is missing, damaged or changed.
     """
     folder = Path(folder)
     what = f"covariances '{folder}'"
@@ -140,14 +139,14 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
 
 
 class _PassComplete(Exception):
-    """Raised at the last observed layer: the rest of the forward pass is not needed."""
+    """Signal from the last observed layer: the rest of the forward pass is not needed."""
 
 
 class _Moments:
     """Running sums of X^T X of observed layers.
 
-    leaders: path -> first layer that receives the same tensor, found in the first batch. sums (i, i) and tokens: by leader.
-    calls: number of calls of each layer in a forward pass, of the first batch.
+    leaders: Path of a layer -> first layer that receives the same tensor, found in the first batch. sums: Sums (i, i) by
+    leader. tokens: Numbers of tokens by leader. calls: Number of calls of each layer in a forward pass of the first batch.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
@@ -159,9 +158,9 @@ class _Moments:
         self.samples = 0
 
     def add(self, model: nn.Module, batch: Batch) -> None:
-        """Run a forward pass and add X^T X of each layer. Raises UserError where a layer does not get what it got before."""
+        """Run a forward pass and add X^T X of each layer. Raise UserError if a layer does not get what it got before."""
         positional, named, mask, count = _arguments(model, batch)
-        latest: dict[str, weakref.ref] = {}  # the tensor that a leader received last
+        latest: dict[str, weakref.ref] = {}  # tensor that a leader received last
         calls: Counter[str] = Counter()
 
         def observe(path: str, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -190,7 +189,10 @@ class _Moments:
         self.samples += count
 
     def _leader(self, path: str, x: Tensor, latest: Mapping[str, weakref.ref]) -> str:
-        """Return the layer whose sum counts for the input `x` of a layer: itself, or one that received the same tensor."""
+        """Return the layer whose sum counts for the input `x` of a layer.
+
+        This is the layer itself, or a layer that received the same tensor.
+        """
         if path not in self.leaders:
             module = self.modules[path]
             same = [leader for leader in latest if latest[leader]() is x]
@@ -226,7 +228,7 @@ def _not_always_shared(path: str, leader: str) -> UserError:
 
 
 def _arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, Any], Tensor | None, int]:
-    """Return positional and named arguments of the forward pass, attention mask (b, n) bool or None, number of samples.
+    """Return positional arguments, named arguments, the attention mask (b, n) bool or None, and the number of samples.
 
     Arguments are moved to the device and dtype of the model. Labels are left out.
     """

@@ -1,28 +1,27 @@
-"""CorDA: PiSSA in the coordinates of the layer's inputs; the first or last components of W C' are trained (arXiv 2406.05223).
+"""CorDA: PiSSA in the coordinates of the layer's inputs (arXiv 2406.05223). The first or last components of W C' are trained.
 
     W C' = U S V^T      s B0 A0 = U_J U_J^T W      y = W x + s (B A - B0 A0) x       C' = C + d mean(diag C) I
     ipm   J the first r: adapt the components that matter for the task of the covariance C (instruction-previewed)
     kpm   J the last r: leave those components unchanged (knowledge-preserved)
     cut   J the last r, left out: B = 0, y = (W - U_J U_J^T W) x at the start, the paper's truncation experiment
 
-Yang et al., NeurIPS 2024, write s B A = U_J S_J (V^T C'^-1)_J. Since U_J^T W C' = S_J V_J^T that is U_J U_J^T W, and no inverse
-is needed. The released code inverts C' in fp32 and doubles the damping until |C' C'^-1 - I| < 0.05, a test that depends on
-rounding and never ends for a NaN. In both, d = 0.01 at first. Here d is doubled while C' is not positive definite.
+Yang et al., NeurIPS 2024, write s B A = U_J S_J (V^T C'^-1)_J. Since U_J^T W C' = S_J V_J^T, this equals U_J U_J^T W, and no
+inverse is needed. The released code inverts C' in fp32 and doubles the damping until |C' C'^-1 - I| < 0.05, a test that depends
+on rounding and never ends for a NaN. Both begin with d = 0.01. Here d is doubled as long as C' is not positive definite.
 
-The last components are found exactly, by the eigenvectors of the smaller Gram matrix in fp64. On a CPU only the needed ones are
-computed (LAPACK's syevr by scipy, a quarter of the time of all of them at n = 1376, r = 16).
+The last components are found exactly, from the eigenvectors of the smaller Gram matrix in fp64. On a CPU only the needed
+eigenvectors are computed (LAPACK's syevr by scipy, a quarter of the time of all of them at n = 1376, r = 16).
 
-As with 'pissa', W stays whole and the start is subtracted, biases stay frozen (the released code
-trains them), a file carries A0 and B0, and dropout is refused. Paper and released code differ in the default mode (the
-release: kpm, here: ipm).
+As with "pissa", W stays whole and the start is subtracted, biases stay frozen (the released code trains them), a file carries
+A0 and B0, and dropout is refused. Paper and released code differ in the default mode: kpm in the release, ipm here.
 
-The published factors are not balanced: with kpm |A| / |B| reaches hundreds and depends on the scale of C, and an optimiser
-step changes B A that much more. `balanced` takes the same product with |A| = |B|, and is the default for kpm; raw factors
-are the default for ipm and one switch away for kpm.
+The published factors are not balanced. With kpm, |A| / |B| reaches hundreds and depends on the scale of C, and an optimiser
+step changes B A by that much more. `balanced` takes the same product with |A| = |B|. It is the default for kpm. Raw factors are
+the default for ipm, and can be switched on for kpm.
 
-`orientation` chooses the matrix beside W, for the comparison of the truncation: covariance is C'; activations is diag(C)^(1/4),
-ASVD's scales (Yuan et al., arXiv 2312.05821, alpha 1/2) with the root mean square of an input in place of its mean absolute
-value; none is the identity, the plain SVD.
+`orientation` chooses the matrix beside W, for the comparison of the truncation. covariance is C'. activations is diag(C)^(1/4),
+ASVD's scales (Yuan et al., arXiv 2312.05821, alpha 1/2) with the root mean square of an input instead of its mean absolute
+value. none is the identity, which gives the plain SVD.
 """
 
 from __future__ import annotations
@@ -72,10 +71,12 @@ def corda(
 ) -> AdaptReport:
     """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
 
-    mode: ipm, kpm or cut. orientation: covariance, activations or none.
-    covariances: (i, i) by module path, of the targets and possibly other modules; or a folder of them.
-    balanced: None means for all but ipm. solver: exact or randomized (ipm only); None means randomized for ipm, else exact.
-    Further options: those of `inject`. Raises UserError for a covariance that is missing, misshapen or not finite.
+    mode: "ipm", "kpm" or "cut". orientation: "covariance", "activations" or "none". covariances: Covariances (i, i) by module
+    path, for the targets and possibly other modules, or a folder with them. balanced: Whether |A| = |B|. None means yes, except
+    for ipm. solver: "exact" or "randomized" (ipm only). None means randomized for ipm and exact otherwise.
+
+    Further options are the options of `inject`. Raise UserError for a covariance that is missing, not finite or of a wrong
+    shape.
     """
     from threadpoolctl import threadpool_limits
 
@@ -100,9 +101,10 @@ def corda(
     dead: list[str] = []
     start = partial(_start, orientation=orientation, smallest=mode != "ipm", balanced=even, solver=solver, dead=dead)
     starts = {path: partial(start, path, by_path[path]) for path in modules}
-    with threadpool_limits(1, user_api="blas"):  # scipy's; as with torch, one thread for each module is fastest
+    with threadpool_limits(1, user_api="blas"):  # for scipy (as with torch, one thread for each module is fastest)
         report = inject(model, "corda", starts, offset=True, targets=targets, seed=seed, **options)
     if mode == "cut":
+        layer: Any
         for layer in adapter_layers(model).values():
             layer.lora_B.data.zero_()
     if dead:
@@ -154,11 +156,12 @@ def corda_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return factors of the part of `weight` (o, i) that the first or last `rank` components of W C' span.
 
-    C' is the damped covariance. covariance: (i, i), finite, symmetric.
-    smallest: the last components (knowledge-preserved) instead of the first.
-    balanced: |A| = |B| by the SVD of the product, whatever the scale of the covariance. Raw: the published
-    A = sqrt(S/s) V^T C'^-1 and B = U sqrt(S/s), where c C gives B sqrt(c) and A / sqrt(c).
-    solver: "exact", or "randomized" for the first components. Raises UserError where no damping makes C' positive definite.
+    C' is the damped covariance. covariance: Matrix (i, i), finite and symmetric. smallest: Whether to take the last components
+    (knowledge-preserved) instead of the first. balanced: Whether to make |A| = |B| by the SVD of the product, for any scale of
+    the covariance. Raw factors are the published A = sqrt(S/s) V^T C'^-1 and B = U sqrt(S/s). With them, c C gives B sqrt(c)
+    and A / sqrt(c). solver: "exact", or "randomized" for the first components.
+
+    Raise UserError if no damping makes C' positive definite.
     """
     matrix = weight.detach().to(working_dtype(weight))
     exact = solver == "exact"
@@ -176,7 +179,7 @@ def corda_factors(
         A, B = even.A / math.sqrt(scale), even.B / math.sqrt(scale)
     else:
         root = (S / scale).sqrt()
-        # S_J V_J^T C'^-1 = U_J^T W, so sqrt(S/s) V^T C'^-1 = U^T W / sqrt(S s); a vanishing component has no direction.
+        # S_J V_J^T C'^-1 = U_J^T W, so sqrt(S/s) V^T C'^-1 = U^T W / sqrt(S s). A vanishing component has no direction.
         A = torch.where(S > 0, 1 / (S * scale).clamp_min(1e-300 if exact else 1e-30).sqrt(), 0)[:, None] * rows
         B = U * root
     return A.to(weight.device, working_dtype(weight)), B.to(weight.device, working_dtype(weight))
@@ -185,8 +188,8 @@ def corda_factors(
 def damped(covariance: Tensor) -> Tensor:
     """Return C + d mean(diag C) I, (i, i), with the first d of 0.01, 0.02, 0.04, ... that makes it positive definite.
 
-    The identity where C is zero: an input that was always zero prefers no direction. Raises UserError after 20
-    doublings, and at once where C has values that are not finite.
+    A zero C gives the identity, because an input that was always zero prefers no direction. Raise UserError after 20 doublings,
+    and at once if C has values that are not finite.
     """
     if not bool(covariance.isfinite().all()):
         raise UserError("covariance: it has values that are infinite or NaN; collect it again.")
@@ -204,7 +207,7 @@ def damped(covariance: Tensor) -> Tensor:
 def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the left singular vectors U (o, r) of the `rank` smallest singular values, and these values (r,), in fp64.
 
-    There are min(o, i) singular values; both results descend. Where o > i, a column with a vanishing singular value is zero,
+    There are min(o, i) singular values, and both results descend. If o > i, a column with a vanishing singular value is zero,
     since nothing defines it.
     """
     matrix = double(matrix)
@@ -214,7 +217,7 @@ def last_left(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
         from scipy.linalg import LinAlgError, eigh
         from scipy.linalg.blas import dsyrk
 
-        gram = dsyrk(1.0, short.numpy(), lower=1)  # one triangle, for half of a product's work
+        gram = dsyrk(1.0, short.numpy(), lower=1)  # one triangle, for half the work of a product
         try:
             ascending = eigh(gram, lower=True, subset_by_index=(0, rank - 1), driver="evr")[1]
         except LinAlgError as error:
@@ -264,7 +267,10 @@ def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor]
 def calibrate(
     model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the covariances of the inputs of the layers to adapt, unless some are given; once for equal layers and data."""
+    """Return the covariances of the inputs of the layers to adapt, unless some are given.
+
+    They are collected once for equal layers and data.
+    """
     if not _needs(options):
         return {}
     excluded, batches = options.get("exclude", ()), calibration.batches()
@@ -273,15 +279,15 @@ def calibrate(
         folder = calibration.folder / key
         if is_locked(folder):
             console.stage("wait", "corda   another process collects the covariances")
-        with locked(folder, wait_s=-1):  # of several processes in one run folder, the first one collects
+        with locked(folder, wait_s=-1):  # of several processes in one run folder, the first collects
             if not (folder / DESCRIPTION).exists():
                 save_covariances(collect_covariance(model, batches, targets, exclude=excluded), folder)
             calibration.results[key] = load_covariances(folder)
     return {"covariances": calibration.results[key]}
 
 
-def _needs(options: Mapping[str, Any]) -> dict[str, str]:
-    """Return the need for data where no covariances are given."""
+def _needs(options: Mapping[str, object]) -> dict[str, str]:
+    """Return the need for data if no covariances are given."""
     if options.get("covariances") is not None:
         return {}
     reason = "'corda' needs covariances; name texts here, or a folder of them in adapt.options.covariances"

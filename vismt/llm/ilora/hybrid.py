@@ -1,14 +1,14 @@
-"""What a frozen recommender gives to a language model (LLaRA, arXiv 2312.02445; iLoRA, arXiv 2408.10159).
+"""The parts that a frozen recommender gives to a language model (LLaRA, arXiv 2312.02445; iLoRA, arXiv 2408.10159).
 
     vector of item i = W2 gelu(W1 e_i), or W e_i      replaces the embedding of the token after the title of the item
     gates of a row   = gate network(user)             user = the recommender's representation of the history of the row
 
-The recommender stays in evaluation mode when the surrounding net trains; in the released code it is a submodule that trains
-with dropout. With "text" gates, user = the mean over the history of vectors of the titles. Two controls measure whether gates
-depend on the user: "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
-training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for
-each of GROUPS groups, the users nearest to one of as many users of training rows: similar users share an adapter, and no gate
-network chose it.
+The recommender stays in evaluation mode when the surrounding net trains. In the released code it is a submodule that trains
+with dropout. With "text" gates, the user is the mean over the history of vectors of the titles. Two controls measure whether
+gates depend on the user. "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
+training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for each of GROUPS
+groups. A group consists of the users nearest to one of GROUPS users of training rows. Similar users then share an adapter, and
+no gate network chose it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vismt.llm.tasks.base import answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
 
 GATES = ("user", "text", "random", "group", "shuffled-user")
-DRAWN = ("random", "group")  # without a gate network
+DRAWN = ("random", "group")  # kinds of gates without a gate network
 WITH_OTHERS = ("group", "shuffled-user")
 GROUPS = 16
 PROJECTORS = ("mlp", "linear")
@@ -38,18 +38,20 @@ class Hybrid(nn.Module):
     """Item vectors and gates from a frozen recommender.
 
     Args:
-        recommender: is frozen in place.
-        width: hidden width of the LM; None for an LM that reads titles alone.
-        gates: one of GATES, see the module's docstring.
-        others: representations (n, d) of users of training rows, for "shuffled-user" and "group".
-        texts: vectors (items, d) of the titles, for "text".
+        recommender: Recommender, which is frozen in place.
+        width: Hidden width of the LM. None for an LM that reads only titles.
+        gates: Kind of gates, one of GATES, see the module's docstring.
+        others: Representations (n, d) of users of training rows, for "shuffled-user" and "group".
+        texts: Vectors (items, d) of the titles, for "text".
         projector: "mlp" (LLaRA's) or "linear".
-        seed: of the projector.
+        seed: Seed of the projector.
 
     Raises:
-        UserError: an unknown value of `gates`, "shuffled-user" or "group" without other users, or "text" without vectors of
-            titles.
+        UserError: If the value of `gates` is unknown, other users are missing for "shuffled-user" or "group", or vectors of
+            titles are missing for "text".
     """
+
+    others: Tensor
 
     def __init__(
         self,
@@ -80,15 +82,15 @@ class Hybrid(nn.Module):
         if gates == "text" and texts is None:
             raise UserError("gates: 'text' needs vectors of the titles.")
         self.texts: Tensor | None
-        self.register_buffer("texts", texts, persistent=False)  # a function of the frozen LM and the catalogue
+        self.register_buffer("texts", texts, persistent=False)  # follow from the frozen LM and the catalogue
 
     @property
     def user_width(self) -> int:
-        """Width of what the gate network reads."""
+        """Width of the vectors that the gate network reads."""
         return self.recommender.width if self.texts is None else self.texts.shape[1]
 
     def train(self, mode: bool = True) -> Hybrid:
-        """Set the mode of the projector; the recommender stays in evaluation mode."""
+        """Set the mode of the projector. The recommender stays in evaluation mode."""
         super().train(mode)
         self.recommender.eval()
         return self
@@ -98,9 +100,9 @@ class Hybrid(nn.Module):
         return self.projector(self.recommender.item(items))
 
     def gates(self, lm: nn.Module, batch: Batch) -> Tensor | None:
-        """Return the gates (b, e) for the rank groups of the LM, or None for an LM without gates.
+        """Return the gates (b, e) for the rank groups of the LM. Return None for an LM without gates.
 
-        batch: has "history" (b, n) and "key" (b,), both int64.
+        batch: Batch with "history" (b, n) and "key" (b,), both int64.
         """
         part = gate_part(lm)
         if part is None:
@@ -121,7 +123,10 @@ class Hybrid(nn.Module):
 
 @contextmanager
 def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
-    """Yield a batch with the vectors of its items, within the gates of its users; as it is for a net without a recommender."""
+    """Yield a batch with the vectors of its items, inside the gates of its users.
+
+    For a net without a recommender the batch is unchanged.
+    """
     if not isinstance(net.head, Hybrid):
         yield batch
         return
@@ -136,8 +141,8 @@ def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tensor:
-    """Return a vector (items, d) fp32 of each title: the mean of the LM's input embeddings over its tokens.
+def title_vectors(lm: Any, tokenizer: Any, titles: Sequence[str]) -> Tensor:
+    """Return one vector for each title, (items, d) fp32: the mean of the LM's input embeddings over its tokens.
 
     Each coordinate has mean 0 and variance 1 over the items.
     """
@@ -151,7 +156,7 @@ def title_vectors(lm: nn.Module, tokenizer: Any, titles: Sequence[str]) -> Tenso
 
 
 def random_gates(keys: Tensor, rank_groups: int) -> Tensor:
-    """Draw gates (b, rank_groups) uniformly from the simplex, a function of the key int64 (b,) of each row."""
+    """Draw gates (b, rank_groups) uniformly from the simplex, as a function of the key int64 (b,) of each row."""
     uniform = [
         torch.rand(rank_groups, generator=torch.Generator().manual_seed(key)).clamp_min(1e-12) for key in keys.tolist()
     ]

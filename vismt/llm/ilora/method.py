@@ -2,16 +2,16 @@
 
     y_b = W x_b + s sum_e g_be B_e A_e x_b        A_e (r/E, i), B_e (o, r/E),  s = alpha / (r/E),  g_b = softmax(W_g u_b)
 
-One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is
-((x A^T) * spread(g)) B^T: plain LoRA and one multiplication of the hidden width, where the released code builds an output
-for each group, which it calls an expert. A uniform gate is plain LoRA with alpha / r; "balance" in the paper means that rank,
+One gate g (b, E) of the user's representation u (b, width) serves all layers, tokens and generation steps. The product is ((x
+A^T) * spread(g)) B^T, which is plain LoRA and one multiplication of the hidden width. The released code builds an output for
+each group, which it calls an expert. A uniform gate is plain LoRA with alpha / r. "Balance" in the paper means this rank and
 not a balancing loss.
 
-Paper and released code differ: the paper's gate is linear (the default here), every shipped script uses a 1-D ResNet-20
-("cnn"). Its batch norms mix the samples of a batch while training; their running statistics are saved here; the released
-code drops them and reloads other gates. There, merging ignores the gate and every error returns zeros; here merging and
-export take one user's gates or are refused, and gates that do not match the batch are an error.
-Left out: gates per layer and top-k, noisy or MLP gates, which the released code builds and never uses.
+Paper and released code differ. The paper's gate is linear (the default here). Every shipped script uses a 1-D ResNet-20
+("cnn"), whose batch norms mix the samples of a batch while training. Their running statistics are saved here. The released code
+drops them, so that it reloads other gates. In the released code, merging ignores the gate and every error returns zeros. Here
+merging and export take one user's gates or are refused, and gates that do not match the batch are an error. Left out: gates per
+layer and top-k, noisy or MLP gates, which the released code builds and never uses.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "r
 
 _PATH = "instance_gate"
 _KINDS = ("linear", "cnn")
-_LARGEST = 2**20  # number of rank groups, and width of a user's representation
+_LARGEST = 2**20  # largest number of rank groups, and largest width of a user's representation
 
 
 def ilora(
@@ -50,12 +50,13 @@ def ilora(
     user_width: int = 64,
     **options: Any,
 ) -> AdaptReport:
-    """Add gated factors with kaiming A and zero B: under any gates the function is unchanged until the first step.
+    """Add gated factors with kaiming A and zero B. Under any gates the function is unchanged until the first step.
 
-    n_experts: number E of rank groups, a divisor of the rank. gate: "linear" or "cnn", the network `gate_of(model)` from user
-    representations (b, user_width) to gates; None where the gates come from elsewhere.
-    user_width: width of the user representations. Further options: those of `inject`.
-    The adapted model runs under `with instance_gates(gates):` only.
+    n_experts: Number E of rank groups, a divisor of the rank. gate: Kind of the network `gate_of(model)`, "linear" or "cnn",
+    from user representations (b, user_width) to gates. None if the gates come from elsewhere. user_width: Width of the user
+    representations. Further options are the options of `inject`.
+
+    The adapted model runs only inside `with instance_gates(gates):`.
     """
     refuse_adapted(model)
     about = GateSettings(gate, n_experts, user_width)
@@ -72,7 +73,7 @@ def ilora(
 
 
 def gate_of(model: nn.Module) -> InstanceGate:
-    """Return the gate network of an adapted model; UserError where it has none."""
+    """Return the gate network of an adapted model. Raise UserError if the model has none."""
     gate = gate_part(model)
     if gate is None or gate.network is None:
         raise UserError("gate_of: this model has no gate network; adapt it with 'ilora' and gate='linear' or 'cnn'.")
@@ -80,14 +81,17 @@ def gate_of(model: nn.Module) -> InstanceGate:
 
 
 def gate_part(model: nn.Module) -> InstanceGate | None:
-    """Return the InstanceGate of an adapted model, with or without a network; None for a model of another method."""
+    """Return the InstanceGate of an adapted model, with or without a network. Return None for a model of another method."""
     gate = getattr(model, _PATH, None)
     return gate if isinstance(gate, InstanceGate) else None
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """Settings of the gate network. kind: "linear" or "cnn", None for no network."""
+    """Settings of the gate network.
+
+    kind: "linear" or "cnn", None for no network.
+    """
 
     kind: str | None
     n_experts: int
@@ -96,9 +100,10 @@ class GateSettings:
 
 @register_module("instance_gate")
 class InstanceGate(AdapterModule):
-    """User representations (b, width) -> gates (b, E), not negative, each row of sum one.
+    """Network from user representations (b, width) to gates (b, E). Gates are not negative, and each row sums to one.
 
-    Runs in the dtype of its weights, fp32 (fp64 in an fp64 model) until the model is cast. kind None: no network.
+    It runs in the dtype of its weights, which is fp32 (fp64 in an fp64 model) until the model is cast. Without a kind there is
+    no network.
     """
 
     Settings = GateSettings
@@ -116,7 +121,7 @@ class InstanceGate(AdapterModule):
 
     @classmethod
     def check(cls, path: str, base: nn.Module | None, settings: GateSettings) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `tensors()`; raise UserError for wrong settings, and where the path is taken."""
+        """Return the shapes of `tensors()`. Raise UserError for wrong settings, and if the path is taken."""
         kind, rank_groups, user_width = settings.kind, settings.n_experts, settings.user_width
         if path != _PATH:
             raise UserError(f"ilora: the gate network of a model lies at '{_PATH}', not at '{path}'.")
@@ -139,7 +144,7 @@ class InstanceGate(AdapterModule):
         super().check_tensors(what, spec, {name: value for name, value in tensors.items() if name not in counts})
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> InstanceGate:
+    def build(cls, base: object, spec: LayerSpec, **how: object) -> InstanceGate:
         return cls(spec.settings.kind, spec.settings.n_experts, spec.settings.user_width)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -167,14 +172,17 @@ class InstanceGate(AdapterModule):
 
 
 def network(kind: str | None, rank_groups: int, user_width: int) -> nn.Module | None:
-    """Return the network (b, user_width) -> logits of the gates (b, E); None without a kind."""
+    """Return the network (b, user_width) -> logits of the gates (b, E). Return None without a kind."""
     if kind is None:
         return None
     return nn.Linear(user_width, rank_groups) if kind == "linear" else ConvGate(rank_groups)
 
 
 class ConvGate(nn.Module):
-    """The shipped gate: ResNet-20 along the user's vector as one channel; 16, 32, 64 channels, mean over the length."""
+    """The gate of the released scripts: ResNet-20 along the user's vector as one channel.
+
+    It has 16, 32 and 64 channels, and takes the mean over the length.
+    """
 
     def __init__(self, rank_groups: int) -> None:
         super().__init__()
@@ -189,7 +197,7 @@ class ConvGate(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut without weights: every stride-th position, zeros for the new channels."""
+    """Two convolutions beside a shortcut without weights, which takes every stride-th position and zeros for new channels."""
 
     def __init__(self, inner: int, outer: int, stride: int) -> None:
         super().__init__()

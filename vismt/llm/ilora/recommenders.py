@@ -2,8 +2,8 @@
 
     user = net(history)       score of item i = user . item_i       loss = -log softmax over all items at the next one
 
-SASRec (Kang & McAuley, arXiv 1808.09781) feeds iLoRA and LLaRA: its users are the input of iLoRA's gates, its item embeddings
-become item vectors of the LM. The others are compared with it.
+SASRec (Kang & McAuley, arXiv 1808.09781) feeds iLoRA and LLaRA. Its user vectors are the input of iLoRA's gates, and its item
+embeddings become item vectors of the LM. The other recommenders are compared with it.
 
     SASRec        S = dropout(item + position), user = LN(S) at the last item; in each block
                   Q = LN(S), A = Q + attention(Q, S, S; causal), S = LN(A) + W2 relu(W1 LN(A))
@@ -12,9 +12,9 @@ become item vectors of the LM. The others are compared with it.
     recency       cos(e_c, e_last)                            the last item of the history alone, e the item vectors of SASRec
     mean-item     cos(e_c, mean over the history of e_i)
 
-SASRec's paper draws one negative item for each position and uses a binary loss, GRU4Rec's samples negatives from the batch and
-ranks them by a pairwise loss, with one-hot inputs; here items are embedded and the softmax runs over all items, which is exact
-and cheap for catalogues of some ten thousand items. Histories are padded on the right with -1.
+SASRec's paper draws one negative item for each position and uses a binary loss. GRU4Rec's paper samples negatives from the
+batch and ranks them by a pairwise loss, with one-hot inputs. Here items are embedded and the softmax runs over all items, which
+is exact and cheap for catalogues of some ten thousand items. Histories are padded on the right with -1.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ ITEM_BASELINES = ("popularity", "recency", "mean-item")
 
 
 class ItemRecommender(nn.Module):
-    """A net whose forward maps histories int64 (b, n), -1 after the last item, to users (b, d). item: the item vectors."""
+    """A net that maps histories int64 (b, n), with -1 after the last item, to users (b, d).
+
+    item: Item vectors.
+    """
 
     item: nn.Embedding
 
@@ -53,16 +56,16 @@ class SASRec(ItemRecommender):
     """Self-attentive sequential recommendation.
 
     Args:
-        items: number of items in the catalogue.
-        length: of the longest history.
-        width: of item and user vectors; a multiple of `heads`.
-        blocks: number of attention blocks.
-        heads: attention heads in a block.
-        dropout: in [0, 1).
-        seed: determines the start values; the global generator is left alone.
+        items: Number of items in the catalogue.
+        length: Number of items of the longest history.
+        width: Width of item and user vectors, a multiple of `heads`.
+        blocks: Number of attention blocks.
+        heads: Number of attention heads in a block.
+        dropout: Probability of dropout, in [0, 1).
+        seed: Seed of the start values. The global generator is left alone.
 
     Raises:
-        UserError: a size below 1, heads that do not divide the width, or a dropout outside [0, 1).
+        UserError: If a size is below 1, the heads do not divide the width, or the dropout is outside [0, 1).
     """
 
     def __init__(
@@ -94,7 +97,7 @@ class SASRec(ItemRecommender):
     def forward(self, history: Tensor) -> Tensor:
         """Return users (b, d), the state at the last item of each history.
 
-        history: int64 (b, n), item numbers, -1 after the last. Raises UserError for a history that is empty or too long.
+        history: Item numbers int64 (b, n), -1 after the last. Raise UserError for a history that is empty or too long.
         """
         present = history >= 0
         n = history.shape[1]
@@ -122,7 +125,7 @@ class _Block(nn.Module):
         self.outer = nn.Linear(width, width)
 
     def forward(self, states: Tensor, causal: Tensor) -> Tensor:
-        """Map states (b, n, d) to (b, n, d); the causal mask (n, n) also hides the padding after the last item."""
+        """Map states (b, n, d) to (b, n, d). The causal mask (n, n) also hides the padding after the last item."""
         queries = self.query_norm(states)
         query, key, value = (
             projected.unflatten(2, (self.heads, -1)).transpose(1, 2)
@@ -140,10 +143,10 @@ class GRU4Rec(ItemRecommender):
     """A recurrent recommender.
 
     Args:
-        items: number of items in the catalogue.
-        width: of item and user vectors and of the recurrent state.
-        dropout: in [0, 1).
-        seed: determines the start values; the global generator is left alone.
+        items: Number of items in the catalogue.
+        width: Width of item vectors, user vectors and the recurrent state.
+        dropout: Probability of dropout, in [0, 1).
+        seed: Seed of the start values. The global generator is left alone.
     """
 
     def __init__(self, items: int, width: int = 64, dropout: float = 0.1, seed: int = 0) -> None:
@@ -171,7 +174,7 @@ def last_states(states: Tensor, history: Tensor) -> Tensor:
 class NextItem(nn.Module):
     """Objective of a recommender: batch {"history" (b, n), "next" (b,)} -> {"loss", "first"}.
 
-    loss: cross-entropy over all items. first: share of rows where the next item has the highest score.
+    loss: Cross-entropy over all items. first: Share of rows whose next item has the highest score.
     """
 
     def __init__(self, recommender: ItemRecommender) -> None:
@@ -184,8 +187,8 @@ class NextItem(nn.Module):
         return {"loss": F.cross_entropy(scores, batch["next"]), "first": first}
 
 
-def padded(histories: list[list[int]]) -> Tensor:
-    """Return histories as int64 (b, longest), -1 after the last item of each."""
+def pad_histories(histories: list[list[int]]) -> Tensor:
+    """Return histories as int64 (b, longest), with -1 after the last item of each history."""
     return pad_sequence([torch.tensor(history, dtype=torch.int64) for history in histories], True, -1)
 
 
@@ -196,13 +199,13 @@ def popularity_scores(next_items: Sequence[int], candidates: Tensor, items: int)
 
 
 def cosine_scores(vectors: Tensor, histories: Tensor, candidates: Tensor, last: bool) -> Tensor:
-    """Return the cosines (b, c) between candidates int64 (b, c) and the mean vector of their histories, or their last item's.
+    """Return the cosines (b, c) between candidates int64 (b, c) and the mean vector of their histories, or of the last item.
 
     Args:
-        vectors: (items, d).
-        histories: int64 (b, n), -1 after the last item.
-        candidates: int64 (b, c).
-        last: whether the last item counts alone.
+        vectors: Item vectors (items, d).
+        histories: Item numbers int64 (b, n), -1 after the last item.
+        candidates: Item numbers int64 (b, c).
+        last: Whether only the last item counts.
     """
     present = histories >= 0
     if last:

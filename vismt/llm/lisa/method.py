@@ -1,16 +1,16 @@
-"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps; everything outside always trains.
+"""LISA: layerwise uniform sampling. gamma of L layers train at a time, for K optimiser steps. Everything outside always trains.
 
     at steps jK .. jK + K - 1:  AdamW on theta_outside and on theta_l, l in S_j;   S_j = gamma of {0 .. L-1}, drawn uniformly
     Adam state = 2 (|E| + |H| + |F| + gamma |layer|)     E input embeddings, H head, F final norm; tied E = H counts once
 
-Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance, but nothing is estimated or reweighted: layers are
-drawn uniformly. Paper and released code differ. The paper's algorithm draws each layer independently with probability
-gamma / L, the code draws exactly gamma, as is done here. The paper ran each interval as a separate job and so lost every Adam
-state at a switch ("reset_all"); the code drops none, so that its state grows to that of full training ("keep"). The default
-"drop" frees the state of the layers that leave. The code switches at multiples of K only, from NumPy's global stream: a
-resumed run trains all layers, and ranks may draw differently. Here the layers are a function of (seed, step // K).
+Pan et al., NeurIPS 2024, arXiv 2403.17919. The name says importance, but nothing is estimated or reweighted. Layers are drawn
+uniformly. Paper and released code differ. The paper's algorithm draws each layer independently with probability gamma / L. The
+code draws exactly gamma layers, as is done here. The paper ran each interval as a separate job, and so lost every Adam state at
+a switch ("reset_all"). The code drops no state, so its state grows to the size of full training ("keep"). The default "drop"
+frees the state of the layers that leave. The code switches only at multiples of K, and draws from NumPy's global stream. A
+resumed run then trains all layers, and ranks may draw different layers. Here the layers are a function of (seed, step // K).
 
-A state that was dropped starts again: Adam's first step moves every weight by about the rate, so a small K wants a smaller
+A state that was dropped starts again. Adam's first step moves every weight by about the rate, so a small K needs a smaller
 rate. Left out: a warm-up inside each interval, and any change of the rate (the global schedule sets it).
 """
 
@@ -38,31 +38,32 @@ POLICIES = ("drop", "keep", "offload", "reset_all")
 
 
 class LISA:
-    """The schedule of one model and its optimiser: sets requires_grad, and frees optimiser state that is not in use.
+    """The schedule of one model and its optimiser. It sets requires_grad, and frees optimiser state that is not in use.
 
-    A layer without a parameter to train, because of `exclude`, is not drawn. DistributedDataParallel: wrap before this, with
-    find_unused_parameters=True and without static_graph; its buckets are those of all layers. FSDP2 (fully_shard) needs
-    nothing else, with the optimiser made after sharding.
+    A layer without a parameter to train, because of `exclude`, is not drawn. With DistributedDataParallel, wrap the model
+    before this, with find_unused_parameters=True and without static_graph, because its buckets cover all layers. FSDP2
+    (fully_shard) needs nothing else if the optimiser is made after sharding.
 
     Args:
-        model: any module with a stack of like layers.
-        optimizer: any that skips parameters without a gradient; None where it is made later and set as lisa.optimizer.
+        model: Any module with a stack of similar layers.
+        optimizer: Optimiser that skips parameters without a gradient. None if it is made later and set as lisa.optimizer.
             Parameters that it lacks, because it was made while layers were frozen, are added at once to the group of the same
-            parameters in other layers, so that a saved optimiser state can be loaded after that.
-        layers: None finds the stack of like layers (model.layers, transformer.h, blocks, ...); else the path of that stack,
-            or the layers themselves, as modules or paths.
-        active: gamma, 0 to L.
-        interval: K, in optimiser steps.
-        seed: of the draws.
-        state_policy: for layers that stop training: "drop" their state, "keep" it, "offload" it to CPU memory, or
-            "reset_all" (the state of all parameters).
-        train_embeddings: False freezes the input embeddings (and a tied head; for a ViT patches, tokens, positions).
-        cover: draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers.
-        exclude: parameters and modules that are never trained (full-path regex or suffix), "lm_head" where the vocabulary
-            is large.
+            parameters in other layers. A saved optimiser state can then be loaded.
+        layers: Path of the stack, or the layers as modules or paths. None finds the stack of similar layers (model.layers,
+            transformer.h, blocks, ...).
+        active: Number gamma of layers that train, 0 to L.
+        interval: Number K of optimiser steps.
+        seed: Seed of the draws.
+        state_policy: What happens to the state of layers that stop training: "drop" it, "keep" it, "offload" it to CPU memory,
+            or "reset_all" (the state of all parameters).
+        train_embeddings: Whether the input embeddings train. False also freezes a tied head. For a ViT the embeddings are
+            patches, tokens and positions.
+        cover: Whether to draw from a shuffled deck, so that ceil(L / gamma) intervals visit all layers.
+        exclude: Parameters and modules that are never trained (full-path regex or suffix), for example "lm_head" for a large
+            vocabulary.
 
     Raises:
-        UserError: for a model without such a stack, and values out of range.
+        UserError: If the model has no such stack, or a value is out of range.
     """
 
     def __init__(
@@ -98,7 +99,7 @@ class LISA:
 
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
-        """The optimiser with the state to manage; setting it adds the parameters that it lacks."""
+        """Optimiser with the state to manage. Setting it adds the parameters that it lacks."""
         return self._optimizer
 
     @optimizer.setter
@@ -113,22 +114,25 @@ class LISA:
         return list(self._active)
 
     def layers_at(self, step: int) -> list[int]:
-        """Return the layers of optimiser step 0, 1, ...: a function of (seed, step // interval), the same on every rank."""
+        """Return the layers of optimiser step 0, 1, ...
+
+        They are a function of (seed, step // interval), the same on every rank.
+        """
         numbers, count, turn = list(self._layers), len(self._layers), step // self.interval
         if not self.cover or not self.active:
             drawn = np.random.default_rng([self.seed, turn]).choice(count, self.active, replace=False)
         else:
             hands = -(-count // self.active)
             deck = np.random.default_rng([self.seed, turn // hands]).permutation(count)
-            # The last hand is filled from the top of the same deck, so no layer is in it twice.
+            # The last hand is filled from the top of the same deck, so that it holds no layer twice.
             drawn = deck[(turn % hands * self.active + np.arange(self.active)) % count]
         return sorted(numbers[layer] for layer in drawn)
 
     def on_step(self, step: int) -> None:
-        """Get ready for optimiser step number `step`, counted from 0: call it before that step's first forward pass.
+        """Prepare optimiser step number `step`, counted from 0. Call it before the first forward pass of that step.
 
-        Between switches it does nothing, so micro-batches of one step may all call it. The first call may be at any step:
-        a run that resumes loads its optimiser state and calls on_step with the number of finished steps.
+        Between switches it does nothing, so all micro-batches of one step may call it. The first call may be at any step. A
+        resumed run loads its optimiser state and calls on_step with the number of finished steps.
         """
         if not isinstance(step, Integral) or step < 0:
             raise UserError(f"LISA.on_step: {shown_value(step)}; it takes the number of finished optimiser steps.")
@@ -141,7 +145,7 @@ class LISA:
         self._open = step // self.interval
         self._show(self.layers_at(step))
         _add_parameters(self.optimizer, self._trained)  # the optimiser may be new since the last switch
-        # The state of layers that left is freed or moved; a checkpoint that was loaded may also have brought it.
+        # The state of layers that left is freed or moved. A loaded checkpoint may also have brought such a state.
         state = self.optimizer.state
         for parameter in {parameter for layer in self._layers.values() for parameter in layer} & set(state):
             frozen = parameter not in self._awake
@@ -150,16 +154,17 @@ class LISA:
             elif self.state_policy == "offload":
                 where = torch.device("cpu") if frozen else parameter.device
                 for name, value in state[parameter].items():
-                    if isinstance(value, Tensor) and value.ndim:  # step counters are where the optimiser wants them
+                    # step counters are already where the optimiser wants them
+                    if isinstance(value, Tensor) and value.ndim:
                         state[parameter][name] = value.to(where)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what the schedule depends on, for a checkpoint; the state dict of the optimiser holds the rest."""
+        """Return what the schedule depends on, for a checkpoint. The state dict of the optimiser holds the rest."""
         names = ("seed", "interval", "active", "cover", "state_policy")
         return {"layers": len(self._layers), **{name: getattr(self, name) for name in names}}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Raise UserError where a checkpoint is of another schedule."""
+    def load_state_dict(self, state: Mapping[str, object]) -> None:
+        """Raise UserError if a checkpoint belongs to another schedule."""
         for name, value in self.state_dict().items():
             if state.get(name) != value:
                 raise UserError(
@@ -179,8 +184,8 @@ class LISA:
 
 
 @dataclass(frozen=True)
-class Options:
-    """What an adapted model records of its schedule, and an adapter file holds: arguments of `LISA`."""
+class LisaOptions:
+    """Arguments of `LISA` that an adapted model records and an adapter file holds."""
 
     layers: list[str]
     active: int
@@ -192,10 +197,10 @@ class Options:
     exclude: str | list[str]
 
 
-def _schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: Any = None) -> LISA:
-    """Return the schedule that an adapted model carries, on its optimiser; UserError for settings that a file made up."""
+def _schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int = 0, settings: object = None) -> LISA:
+    """Return the schedule that an adapted model carries, on its optimiser. Raise UserError for invalid settings in a file."""
     saved = build(
-        Options, need_record(model, "LISA").options, JsonFile("LISA: the settings of the adapter cannot be read")
+        LisaOptions, need_record(model, "LISA").options, JsonFile("LISA: the settings of the adapter cannot be read")
     )
     return LISA(model, optimizer, **vars(saved))
 
@@ -215,17 +220,18 @@ def lisa(
     cover: bool = False,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train layers in turn, embeddings, head and norm always; no factors. Options: those of `LISA`.
+    """Train layers in turn, and embeddings, head and norm always. There are no factors.
 
-    Everything that may train is marked trainable; a training loop gives the schedule its optimiser (the engine's does). The
-    original weights are kept, large ones in a temporary file, for unadapt and for saving only what changed.
+    The options are the arguments of `LISA`. Everything that may train is marked trainable. A training loop gives the schedule
+    its optimiser (the engine's loop does). The original weights are kept, large ones in a temporary file, for unadapt and for
+    saving only what changed.
     """
     refuse_adapted(model)
     shares = find_shares(model, layers, train_embeddings, exclude)
     count = len(shares.drawn)
     check_settings(count, active, interval, seed, state_policy)
     excluded = exclude if isinstance(exclude, str) else list(exclude)
-    settings = Options(list(shares.layers), active, interval, seed, state_policy, train_embeddings, cover, excluded)
+    settings = LisaOptions(list(shares.layers), active, interval, seed, state_policy, train_embeddings, cover, excluded)
     install(model, "lisa", [], asdict(settings), shares.all())
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
@@ -242,13 +248,16 @@ def check_settings(count: int, active: int, interval: int, seed: int, state_poli
 
 
 def _freeze(parameter: Tensor) -> None:
-    """Freeze a parameter and drop its gradient, which would still be stepped, and decayed."""
+    """Freeze a parameter and drop its gradient. The optimiser would still step with that gradient, and decay the weight."""
     parameter.requires_grad_(False)
     parameter.grad = None
 
 
 def _add_parameters(optimizer: torch.optim.Optimizer, trained: Mapping[str, Tensor]) -> None:
-    """Add parameters that the optimiser lacks to the group of the same name in another layer, else of matrices or not."""
+    """Add parameters that the optimiser lacks to the group of the same name in another layer.
+
+    Without such a group, they join the group of matrices or the group of other parameters.
+    """
     home = {parameter: group for group in optimizer.param_groups for parameter in group["params"]}
     groups = {_kind(name): home[parameter] for name, parameter in trained.items() if parameter in home}
     ranks = {parameter.ndim > 1: group for parameter, group in home.items()}

@@ -1,4 +1,4 @@
-"""The parameters that LISA may train: those of each of a stack of equal layers, and those outside that always train."""
+"""The parameters that LISA may train: the parameters of each of a stack of equal layers, and the parameters outside."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vismt.lowrank.layers.base import AdapterModule
 from vismt.lowrank.model.record import count_parameters
 from vismt.lowrank.model.targets import containers, head_paths, match_patterns
 
-# Parameters before the first layer, in addition to those of an nn.Embedding.
+# Names of parameters before the first layer, in addition to parameters of an nn.Embedding.
 EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
 
 Layers = str | Sequence[str] | Sequence[nn.Module] | None
@@ -23,7 +23,7 @@ Layers = str | Sequence[str] | Sequence[nn.Module] | None
 class Shares:
     """Names of the parameters that LISA may train.
 
-    layers: by path of the layer. always: parameters outside the layers, which are trained at every step.
+    layers: Names by path of the layer. always: Names of parameters outside the layers, which are trained at every step.
     """
 
     layers: dict[str, list[str]]
@@ -31,16 +31,16 @@ class Shares:
 
     @property
     def drawn(self) -> dict[int, list[str]]:
-        """Return {number: names} of the layers with trainable parameters; a layer that is wholly excluded is not drawn."""
+        """Return {number: names} of the layers with trainable parameters. A layer that is wholly excluded is not drawn."""
         return {number: names for number, names in enumerate(self.layers.values()) if names}
 
     def all(self) -> list[str]:
-        """Return every name once; layers may share parameters."""
+        """Return every name once. Layers may share parameters."""
         return list(dict.fromkeys([*self.always, *(name for names in self.layers.values() for name in names)]))
 
 
 def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclude: str | Sequence[str]) -> Shares:
-    """Sort the parameters that LISA may train; one shared between a layer and another module is always trained."""
+    """Sort the parameters that LISA may train. A parameter that a layer shares with another module is always trained."""
     paths = find_layers(model, layers)
     patterns = need_names("LISA.exclude:", exclude)
     first = {id(parameter): name for name, parameter in model.named_parameters()}
@@ -69,15 +69,16 @@ def find_shares(model: nn.Module, layers: Layers, train_embeddings: bool, exclud
 
 
 def find_layers(model: nn.Module, layers: Layers) -> list[str]:
-    """Return the paths of the layers in order; raise UserError where they cannot be determined."""
+    """Return the paths of the layers in order. Raise UserError if they cannot be determined."""
     path_of = {id(module): path for path, module in model.named_modules()}
     if layers is None:
         layers = _blocks(model)
     elif isinstance(layers, str):
+        parent = layers
         try:
-            layers = list(model.get_submodule(layers).children())
+            layers = list(model.get_submodule(parent).children())
         except AttributeError as error:
-            raise UserError(f"LISA.layers: no module '{layers}'.{near(layers, path_of.values())}") from error
+            raise UserError(f"LISA.layers: no module '{parent}'.{near(parent, path_of.values())}") from error
     elif isinstance(layers, nn.Module):
         layers = list(layers.children())
     module_paths = set(path_of.values())
@@ -96,7 +97,10 @@ def find_layers(model: nn.Module, layers: Layers) -> list[str]:
 
 
 def stacks(model: nn.Module) -> dict[str, int]:
-    """Return the numbers of parameters of the outermost ModuleLists and Sequentials of children of one class, largest first."""
+    """Return the numbers of parameters of the outermost ModuleLists and Sequentials whose children have one class.
+
+    The largest come first.
+    """
     sizes: dict[str, int] = {}
     for path, module in model.named_modules():
         is_stack = (
@@ -114,7 +118,10 @@ def _kind(child: nn.Module) -> type[nn.Module]:
 
 
 def _blocks(model: nn.Module) -> list[nn.Module]:
-    """Return the equal layers that have the most parameters: of one stack, or of stages `layer1`, `layer2`, ... of a ResNet."""
+    """Return the equal layers that have the most parameters.
+
+    They belong to one stack, or to the stages `layer1`, `layer2`, ... of a ResNet.
+    """
     sizes, groups = stacks(model), dict[tuple[str, type], list[str]]()
     for path, module in model.named_modules():
         if path in sizes:

@@ -1,9 +1,10 @@
-"""Layers around a tuner layer of the installed peft: its forward, its tensors and its merge in the place of a stock module.
+"""Layers around a tuner layer of the installed peft, with its forward, its tensors and its merge.
 
-peft builds its tuners on the stock model as a whole, since some of them share tensors among layers. Its tuner layers are then
-taken out, and each becomes part of a `HostedLayer`, which holds the base weight under its stock name and hands it to the
-tuner. So targets, freezing, files and undoing are those of every other layer. A tensor that several tuners share is saved with
-the first of them; what peft computes from its settings and the base (tensors outside of state dicts) is computed again.
+peft builds its tuners on the stock model as a whole, since some tuners share tensors among layers. Its tuner layers are then
+taken out. Each becomes part of a `HostedLayer`, which holds the base weight under its stock name and hands it to the tuner.
+Targets, freezing, files and undoing are therefore the same as for every other layer. A tensor that several tuners share is
+saved with the first of them. What peft computes from its settings and the base (tensors outside of state dicts) is computed
+again.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ Shapes = dict[str, tuple[int, ...]]
 class HostedSettings:
     """Settings of a tuner.
 
-    tuner: peft's type, "OFT". options: arguments of its configuration beside the targets. seed: of the start values. trained,
-    fixed: shapes of the tensors that peft made for this layer, by name; filled when the layer is placed.
+    tuner: Type of peft, "OFT". options: Arguments of its configuration beside the targets. seed: Seed of the start values.
+    trained, fixed: Shapes of the tensors that peft made for this layer, by name. They are filled in when the layer is placed.
     """
 
     tuner: str
@@ -65,7 +66,9 @@ class HostedLayer(AdapterLayer):
     has_factors = False
     takes_prequantized = True
 
-    tuner: nn.Module
+    tuner: Any  # a layer of peft
+    inner: nn.Module
+    elsewhere: frozenset[str]
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__(base)
@@ -74,7 +77,7 @@ class HostedLayer(AdapterLayer):
     def adopt(self, base: Any) -> None:
         super().adopt(base)
         self.__dict__["inner"] = inner_module(base)
-        if "tuner" in self._modules:  # of an adapter that becomes active again
+        if "tuner" in self._modules:  # an adapter that becomes active again has one
             self.tuner.__dict__[_BASE] = self.inner
 
     # ---- the layer as data
@@ -102,7 +105,7 @@ class HostedLayer(AdapterLayer):
 
     @classmethod
     def prepare(cls, model: nn.Module, specs: Sequence[LayerSpec]) -> Finish | None:
-        """Let peft build the tuners of all `specs`; the model is as it was afterwards."""
+        """Let peft build the tuners of all `specs`. Afterwards the model is as it was."""
         with as_peft(model, specs) as hosted:
             tuners = {spec.path: hosted.get_submodule(f"base_model.model.{spec.path}") for spec in specs}
 
@@ -117,7 +120,10 @@ class HostedLayer(AdapterLayer):
         return finish
 
     def host(self, tuner: nn.Module, seen: set[int]) -> None:
-        """Take a tuner in. seen: ids of the tensors that layers before this one save; those of this one are added."""
+        """Take a tuner in.
+
+        seen: Ids of the tensors that earlier layers save. The tensors of this layer are added.
+        """
         tuner._modules.pop(_BASE)
         tuner.__dict__[_BASE] = self.inner
         self.tuner = tuner.train(self.training)
@@ -126,7 +132,7 @@ class HostedLayer(AdapterLayer):
         seen.update(id(value) for value in named.values())
 
     def check_shapes(self, spec: LayerSpec) -> None:
-        """Fill in the shapes of a new layer; UserError where a file has others, written with another peft."""
+        """Fill in the shapes of a new layer. Raise UserError if a file has other shapes, because another peft wrote it."""
         shapes: tuple[Shapes, Shapes] = ({}, {})
         for name, value in self.tensors().items():
             shapes[not value.requires_grad][name] = tuple(value.shape)
@@ -146,7 +152,7 @@ class HostedLayer(AdapterLayer):
         return dense_weight(self.inner)
 
     def linked(self) -> Any:
-        """Return the tuner on the present weight and bias, which conversions and functional calls may have replaced."""
+        """Return the tuner with the present weight and bias. Conversions and functional calls may have replaced them."""
         present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
         self.inner._parameters.update(present)
         return self.tuner
@@ -180,7 +186,7 @@ class HostedLayer(AdapterLayer):
 
     @classmethod
     def peft_files(cls, model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str]) -> dict[str, bytes]:
-        layers = {spec.path: model.get_submodule(spec.path) for spec in specs}
+        layers: dict[str, Any] = {spec.path: model.get_submodule(spec.path) for spec in specs}
         with as_peft(model, specs, saved) as hosted, tempfile.TemporaryDirectory() as folder:
             for path, layer in layers.items():
                 fresh, own = tensors_of(hosted.get_submodule(f"base_model.model.{path}")), tensors_of(layer.tuner)
@@ -193,7 +199,7 @@ class HostedLayer(AdapterLayer):
 def tensors_of(tuner: nn.Module) -> dict[str, Tensor]:
     """Return the tensors that a tuner layer needs in a file: of its state dict, and of plain tables such as indices.
 
-    Names have ":" for the dots, which stand for modules in an adapter file.
+    Names have ":" instead of dots, because dots separate modules in an adapter file.
     """
     named = {
         name: value for name, value in tuner.state_dict(keep_vars=True).items() if not name.startswith(f"{_BASE}.")
@@ -205,9 +211,11 @@ def tensors_of(tuner: nn.Module) -> dict[str, Tensor]:
 
 
 def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequence[str] = ()) -> Any:
-    """Return peft's configuration of a tuner on exactly these modules. saved: whole modules that are trained beside it.
+    """Return peft's configuration of a tuner on exactly these modules.
 
-    Raises UserError for a tuner or options that the installed peft does not have, and a start that moves the base weights.
+    saved: Whole modules that are trained beside the tuner.
+
+    Raise UserError for a tuner or options that the installed peft does not have, and for a start that moves the base weights.
     """
     peft = installed("peft")
     known = {
@@ -222,7 +230,7 @@ def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequenc
             f"{', '.join(STARTS)}."
         )
     targets = "|".join(re.escape(path) for path in paths)
-    beside = {"modules_to_save": list(saved)} if saved else {}  # not every configuration has the field
+    beside = {"modules_to_save": list(saved)} if saved else {}  # not every configuration has this field
     try:
         return known[settings.tuner](**settings.options, target_modules=targets, **beside)
     except (TypeError, ValueError) as error:
@@ -231,7 +239,7 @@ def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequenc
 
 @contextmanager
 def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] = ()) -> Iterator[Any]:
-    """Within the block, let `model` be a PeftModel with fresh tuners; restore modules and flags afterwards."""
+    """Make `model` a PeftModel with fresh tuners inside the block. Restore modules and flags afterwards."""
     settings = specs[0].settings
     others = [
         spec.path
@@ -251,7 +259,7 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             with torch.random.fork_rng():
                 torch.manual_seed(settings.seed)
                 hosted = installed("peft").get_peft_model(model, config)
-        except Exception as error:  # peft raises what the tuner's code raises
+        except Exception as error:  # the tuner's code may raise any error
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(f"adapt: peft cannot build {config.peft_type.value} here: {reason}") from error
         yield hosted
@@ -265,7 +273,7 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
 
 
 def installed(module: str) -> Any:
-    """Return a module of peft; UserError where it is not installed."""
+    """Return a module of peft. Raise UserError if peft is not installed."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

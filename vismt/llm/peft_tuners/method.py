@@ -1,10 +1,11 @@
 """Any tuner of the installed peft as a method, for baselines: `adapt(model, "peft:dora")`, "peft:oft", "peft:vera", ...
 
-The update is peft's own (vismt.llm.peft_tuners.layer); targets, freezing, `also_train` and seeds are those of every method. The
-name after the colon is peft's type in lower case, or "dora", which is LoRA with use_dora. `rank` is the option r, and alpha the
-option alpha or *_alpha; alpha None keeps the ratio of alpha to r in peft's defaults. Other options are the fields of peft's
-configuration; names of modules in them are patterns as in `targets`. Left out: prompt methods, which have no layers, single
-tokens, and tuners that need more than a forward (AdaLoRA's budget, X-LoRA's gates, Poly's task ids, Shadow's second model).
+The update is peft's own (vismt.llm.peft_tuners.layer). Targets, freezing, `also_train` and seeds work as for every method. The
+name after the colon is peft's type in lower case, or "dora", which is LoRA with use_dora. `rank` is the option r, and `alpha`
+is the option alpha or *_alpha. alpha None keeps the ratio of alpha to r in peft's defaults. Other options are the fields of
+peft's configuration. Names of modules in them are patterns, as in `targets`. Left out: prompt methods, which have no layers,
+single tokens, and tuners that need more than a forward (AdaLoRA's budget, X-LoRA's gates, Poly's task ids, Shadow's second
+model).
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import functools
 import importlib
 import inspect
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,13 +26,13 @@ from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import spec_of
 from vismt.lowrank.model.inject import also_trained, check_options, install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
-from vismt.lowrank.model.targets import find_targets
+from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import METHODS, Method
 
 _PREFIX = "peft"
 _VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
 _LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
-# What `adapt` decides, besides the fields that every configuration of peft has: no options.
+# Fields that `adapt` decides, besides the fields that every configuration of peft has. They are not options of the method.
 DECIDED = {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
 DECIDED |= {"modules_to_save", "target_modules", "target_parameters"}
 
@@ -40,12 +41,12 @@ def host(
     model: nn.Module,
     *,
     tuner: str,
-    targets: Any,
+    targets: Targets,
     rank: int,
     alpha: float | None,
     seed: int,
-    exclude: Any = (),
-    also_train: Any = (),
+    exclude: str | Sequence[str] = (),
+    also_train: str | Sequence[str] = (),
     **options: Any,
 ) -> AdaptReport:
     """Put a tuner of peft on the targets."""
@@ -60,8 +61,8 @@ def host(
     known = importlib.import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_IA3_FEEDFORWARD_MODULES_MAPPING
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     if "feedforward_modules" in fields and model_type not in known:
-        # IA3 scales the inputs of these, the hidden units of an FFN, and the outputs of the other targets; peft has lists of
-        # them for some types of models.
+        # IA3 scales the inputs of these modules, the hidden units of an FFN, and the outputs of the other targets. peft
+        # has lists of such modules for some types of models.
         last = {structure.parts["d"].path for structure in structures(model).values() if "d" in structure.parts}
         options.setdefault("feedforward_modules", [path for path in modules if path in last])
     for name, value in options.items():
@@ -75,7 +76,7 @@ def host(
 
 
 def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
-    """Return r and alpha as options; without a default of r, another option sets the size."""
+    """Return r and alpha as options. If a tuner has no default of r, another option sets its size."""
     if "rank" in _unread(fields):
         return {}
     sizes: dict[str, Any] = {"r": rank}
@@ -85,14 +86,17 @@ def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[st
     return sizes
 
 
-def _unread(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Return what a tuner with these fields does not read, and why: without a default of r, another option sets the size."""
+def _unread(fields: Mapping[str, object]) -> dict[str, str]:
+    """Return which arguments a tuner with these fields does not read, and why.
+
+    If a tuner has no default of r, another option sets its size.
+    """
     own = "takes its size from options of its own: set these"
     alphas = [name for name, value in fields.items() if _is_alpha(name, value)]
     return {name: own for name in ("rank", "alpha") if not fields.get("r") or (name == "alpha" and not alphas)}
 
 
-def _is_alpha(name: str, value: Any) -> bool:
+def _is_alpha(name: str, value: object) -> bool:
     return (name == "alpha" or name.endswith("_alpha")) and isinstance(value, (int, float))
 
 
@@ -104,7 +108,7 @@ def _fields(kind: str) -> dict[str, Any]:
 
 
 def tuners() -> list[str]:
-    """Return the names of the tuners of the installed peft that can be hosted. Raises UserError without peft."""
+    """Return the names of the tuners of the installed peft that can be hosted. Raise UserError without peft."""
     mapping, base = installed("peft.mapping"), installed("peft.tuners.tuners_utils").BaseTuner
     kinds = {
         str(kind.value)
@@ -115,8 +119,8 @@ def tuners() -> list[str]:
 
 
 @functools.cache
-def hosted(tuner: str) -> Method:
-    """A tuner of the installed peft (peft:dora, peft:oft, peft:vera, ...); options: the fields of peft's configuration."""
+def host_tuner(tuner: str) -> Method:
+    """Use a tuner of the installed peft (peft:dora, peft:oft, peft:vera, ...). Options are the fields of peft's configuration."""
     require_known("adapt: peft has no tuner", [tuner], tuners())
     kind = _VARIANTS.get(tuner, (tuner.upper(), {}))[0]
     adapt = functools.partial(host, tuner=tuner)
@@ -127,4 +131,4 @@ def hosted(tuner: str) -> Method:
     return Method(f"{_PREFIX}:{tuner}", adapt, layers=(HostedLayer,), exports=False, unread=_unread(_fields(kind)))
 
 
-METHODS.family(_PREFIX, hosted)
+METHODS.family(_PREFIX, host_tuner)

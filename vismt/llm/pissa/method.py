@@ -1,15 +1,15 @@
 """PiSSA: s B A starts as the best rank-r approximation of W, and W x + s (B A - B0 A0) x is trained (arXiv 2404.02948).
 
-The paper freezes W_res = W - s B0 A0 and trains s B A, the same function of A and B. Here W stays whole and the
-start is subtracted as two thin products (2r columns instead of r): the user's weights are never changed, unadapting is
-exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading.
-Dropout is refused: it would act on the principal part of W, not on a perturbation of zero.
+The paper freezes W_res = W - s B0 A0 and trains s B A, which is the same function of A and B. Here W stays whole and the start
+is subtracted as two thin products (2r columns instead of r). The user's weights are therefore never changed, unadapting is
+exact, and W_res is not rounded in bf16. An adapter file carries A0 and B0, so nothing is recomputed on loading. Dropout is
+refused, because it would act on the principal part of W and not on a perturbation of zero.
 
-QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead, the function at the start is Q + s B0 A0, nearer to W than
-nf4(W) is. Alternate L = top_r(W - Q), Q = nf4(W - L) from Q = 0; the released code keeps the last of its iterates, here the
-one is kept with the smallest |W - Q - L|_F. Q has the values that 4 bits can hold, in W's dtype, and is kept beside W
-(vismt.llm.pissa.quantized); a file loads on W. Merging gives Q + s B A; an export as a plain LoRA is refused, for it would be put
-on W.
+QPiSSA (quantize="nf4") trains on Q = nf4(W - s B0 A0) instead. The function at the start is Q + s B0 A0, which is nearer to W
+than nf4(W) is. The rounds alternate L = top_r(W - Q) and Q = nf4(W - L), from Q = 0. The released code keeps the last round.
+Here the round with the smallest |W - Q - L|_F is kept. Q has values that 4 bits can hold, in W's dtype, and is kept beside W
+(vismt.llm.pissa.quantized). A file loads on W. Merging gives Q + s B A. An export as a plain LoRA is refused, because it would
+be applied to W.
 """
 
 from __future__ import annotations
@@ -35,10 +35,11 @@ SOLVERS = ("exact", "randomized")
 def pissa(
     model: nn.Module, *, solver: str = "exact", quantize: str | None = None, iterations: int = 5, **options: Any
 ) -> AdaptReport:
-    """Add principal factors of each weight (of each q, k, v block with split_qkv). Further options: those of `inject`.
+    """Add principal factors of each weight (of each q, k and v block with split_qkv).
 
-    solver: exact or randomized. iterations: rounds of QPiSSA. quantize: "nf4" for QPiSSA: 4-bit weights below the factors until
-    unadapted; "bitsandbytes" for its kernels of the same levels, where it is installed; None for the original weights.
+    solver: "exact" or "randomized". iterations: Number of rounds of QPiSSA. quantize: "nf4" for QPiSSA, which puts 4-bit
+    weights below the factors until the model is unadapted. "bitsandbytes" uses its kernels of the same levels, if it is
+    installed. None keeps the original weights. Further options are the options of `inject`.
     """
     refuse_dropout("pissa", options)
     require_known("adapt.solver: 'pissa' has no solver", [solver], SOLVERS)
@@ -73,7 +74,7 @@ def quantized_principal(
     return best
 
 
-def refuse_dropout(method: str, options: Mapping[str, Any]) -> None:
+def refuse_dropout(method: str, options: Mapping[str, object]) -> None:
     """Raise UserError for dropout with a method that has a part of W in its factors."""
     if options.get("dropout"):
         raise UserError(

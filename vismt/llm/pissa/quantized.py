@@ -1,4 +1,4 @@
-"""Adapter layers on 4-bit values of W less the start of the update (QPiSSA, QLoRA): quantised by rule, W kept beside them.
+"""Adapter layers on 4-bit values of W minus the start of the update (QPiSSA, QLoRA). W is kept beside them.
 
     y = Q x + b + s B A x        Q = grid(W - s B0 A0), A0 and B0 the start as it is stored (LoRA's B0 = 0), grid one of GRIDS
 
@@ -6,21 +6,21 @@ NF4 (QLoRA, arXiv 2305.14314) stores 16 levels and the largest absolute value of
 
     q = |block|_max * level[nearest(w / |block|_max)]
 
-The levels are quantiles of a standard normal, eight below zero, zero, and seven above, scaled to [-1, 1]; blocks run over the
-matrix row by row, the last one may be shorter. A value that is a level stays, so quantising twice changes nothing. This is what
-bitsandbytes stores without its quantised block maxima ("double quantisation"), with which the second rounding would move the
-weights again. Its own kernels are the grid "bitsandbytes": they find a level to fp32, so that a tie may fall the other way, and
-get whole blocks as rows here (0.50.2 on a CPU gives other values for rows of other lengths).
+The levels are quantiles of a standard normal, scaled to [-1, 1]: eight below zero, zero, and seven above. Blocks run over the
+matrix row by row, and the last block may be shorter. A value that is a level stays, so quantising twice changes nothing.
+bitsandbytes stores the same without its quantised block maxima ("double quantisation"), with which the second rounding would
+move the weights again. Its own kernels are the grid "bitsandbytes". They find a level to fp32, so a tie may fall the other way,
+and they get whole blocks as rows here (0.50.2 on a CPU gives other values for rows of other lengths).
 
-Q is a function of W, A0 and B0, a frozen parameter of W's dtype beside W. An adapter file carries the start, so a layer on the
-original W computes the same Q again; fp64 before the rounding keeps the order of a BLAS's sums from deciding which level is
-nearer. Against W the update has no low rank: it is merged, not exported.
+Q is a function of W, A0 and B0, and a frozen parameter of W's dtype beside W. An adapter file carries the start, so a layer on
+the original W computes the same Q again. The arithmetic before the rounding is in fp64, so that the order of a BLAS's sums does
+not decide which level is nearer. Relative to W the update has no low rank. It can be merged but not exported.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,7 +37,7 @@ from vismt.lowrank.svd import double, working_dtype
 
 GRIDS = ("nf4", "bitsandbytes")
 _BLOCK = 64
-# Of the released code: the outermost quantile, the mean of 1 - 1/30 and 1 - 1/32.
+# From the released code: the outermost quantile, the mean of 1 - 1/30 and 1 - 1/32.
 OUTERMOST = 0.9677083
 
 _MERGE = "against the original weights its update is not a pair of factors; merge the model and save it whole"
@@ -45,7 +45,10 @@ _MERGE = "against the original weights its update is not a pair of factors; merg
 
 @dataclass(frozen=True)
 class QuantizedSettings(LowRankSettings):
-    """Settings of a low-rank update on a quantised weight. grid: one of GRIDS."""
+    """Settings of a low-rank update on a quantised weight.
+
+    grid: Name of the grid, one of GRIDS.
+    """
 
     grid: str = "nf4"
 
@@ -57,10 +60,10 @@ class QuantizedSettings(LowRankSettings):
 
 @register_module("quantized")
 class QuantizedLayer(LowRankLayer):
-    """Base of the layers on Q, in values of `grid`.
+    """Base class of the layers on Q, whose values lie on `grid`.
 
-    Buffers start_A (g*r, i), start_B (o, r): what was subtracted from W before the rounding. Parameter quantized: Q in W's shape,
-    None until the start is set.
+    The buffers start_A (g*r, i) and start_B (o, r) hold what was subtracted from W before the rounding. The parameter
+    `quantized` holds Q in W's shape. It is None until the start is set.
     """
 
     start_A: Tensor
@@ -78,7 +81,7 @@ class QuantizedLayer(LowRankLayer):
         self.grid = grid
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
         self.register_buffer("start_B", torch.zeros_like(self.lora_B, requires_grad=False))
-        # Not a buffer: DistributedDataParallel would send it from process to process in every step.
+        # It is not a buffer, because DistributedDataParallel would send it from process to process in every step.
         self.register_parameter("quantized", None)
 
     @classmethod
@@ -129,11 +132,11 @@ class QuantizedLayer(LowRankLayer):
         if self._parameters.get("quantized") is not None:  # the model may have been cast while this layer was shelved
             self.quantize()
 
-    def _apply(self, fn: Any, recurse: bool = True) -> QuantizedLayer:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLayer:
         dtype = self.weight.dtype
         super()._apply(fn, recurse)
         if self.weight.dtype != dtype:
-            self.quantize()  # as a reader of the adapter's file does with the weight in this dtype
+            self.quantize()  # a reader of the adapter's file does the same with the weight in this dtype
         return self
 
 
@@ -146,9 +149,9 @@ class QuantizedConv(QuantizedLayer, LowRankConv):
 
 
 def quantized_layer(model: nn.Module, grid: str | None) -> dict[str, Any]:
-    """Return the arguments of `inject` for layers on weights quantised to `grid`; {} for None.
+    """Return the arguments of `inject` for layers on weights quantised to `grid`. Return {} for None.
 
-    Raises UserError for an unknown grid, bitsandbytes where it is not installed, and a model without values.
+    Raise UserError for an unknown grid, a missing bitsandbytes, and a model without values.
     """
     if grid is None:
         return {}
@@ -177,7 +180,10 @@ def nf4(matrix: Tensor) -> Tensor:
 
 
 def on_grid(matrix: Tensor, grid: str) -> Tensor:
-    """Return the nearest values of a grid of GRIDS, as `nf4` does; UserError where bitsandbytes is not installed."""
+    """Return the nearest values of a grid of GRIDS, as `nf4` does.
+
+    Raise UserError if bitsandbytes is needed and not installed.
+    """
     if grid == "nf4":
         return nf4(matrix)
     functional = need_bitsandbytes()
@@ -186,7 +192,7 @@ def on_grid(matrix: Tensor, grid: str) -> Tensor:
 
 
 def need_bitsandbytes() -> Any:
-    """Return the functions of bitsandbytes; UserError where it is not installed."""
+    """Return the functions of bitsandbytes. Raise UserError if it is not installed."""
     try:
         return importlib.import_module("bitsandbytes").functional
     except ImportError as error:

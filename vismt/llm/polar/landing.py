@@ -1,8 +1,8 @@
-"""Landing: an optimiser around another that holds the X and Y of PoLAR near orthonormal columns (arXiv 2506.03133).
+"""Landing: an optimiser around another optimiser that holds the X and Y of PoLAR near orthonormal columns (arXiv 2506.03133).
 
-Once a step, after unscaling and clipping, it puts the landing field of vismt/llm/polar/stiefel.py in the place of the
-gradients of X and Y; Theta keeps its plain gradient. As in the released code the pull is therefore not clipped. Tensor hooks
-are not used: they run once a micro-batch, before unscaling and clipping, and would add up the pull.
+Once a step, after unscaling and clipping, it replaces the gradients of X and Y by the landing field of
+vismt/llm/polar/stiefel.py. Theta keeps its plain gradient. As in the released code, the pull is therefore not clipped. Tensor
+hooks are not used. They run once a micro-batch, before unscaling and clipping, and would add up the pull.
 
 constraint  landing    the field, as released: no retraction, Adam's scaling acts on tangent and pull together
             euclidean  plain gradient and pull (the released ablation)
@@ -30,7 +30,7 @@ from vismt.lowrank.tensors import whole, write_whole
 FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}
 CONSTRAINTS = (*FIELDS, "decoupled", *RETRACTIONS)
-STACK = 2**22  # numbers in one stack of factors: few launches, and a bound on what a step allocates
+STACK = 2**22  # numbers in one stack of factors (few launches, and a bound on what a step allocates)
 
 Views = list[tuple[Tensor, ...]]
 
@@ -45,17 +45,19 @@ class Landing(torch.optim.Optimizer):
     """An optimiser around `optimizer` that holds the factors of PoLAR near the manifold, see the header.
 
     Args:
-        optimizer: any torch optimiser over (some of) the parameters of `model`; this one shows its groups and state, so
+        optimizer: Any torch optimiser over (some of) the parameters of `model`. `Landing` shows its groups and state, so
             schedules, checkpoints and gradient scalers work as with it. Wrap before `accelerator.prepare`.
-        model: holds updates of method 'polar'. Factors without a gradient are not touched.
-        attraction: >= 0, in the convention of the released code; for "decoupled" the share of the pull, at most 1.
-        constraint: one of CONSTRAINTS.
+        model: Model with updates of method "polar". Factors without a gradient are not touched.
+        attraction: Strength of the pull, >= 0, in the convention of the released code. For "decoupled" it is the share of the
+            pull, at most 1.
+        constraint: Name of the constraint, one of CONSTRAINTS.
 
     Raises:
-        UserError: for a model without such updates, and an optimiser that holds none of their factors.
+        UserError: If the model has no such updates, or the optimiser holds none of their factors.
     """
 
-    _step_supports_amp_scaling = False  # a fused optimiser also has to get unscaled gradients: the pull has no scale
+    # a fused optimiser also needs unscaled gradients, because the pull has no scale
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -78,32 +80,32 @@ class Landing(torch.optim.Optimizer):
     state, param_groups, defaults = (_forwarded(name) for name in ("state", "param_groups", "defaults"))
 
     def __getattr__(self, name: str) -> Any:
-        if name == "optimizer":  # not set yet, while unpickling
+        if name == "optimizer":  # it is not set yet while unpickling
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        # Without the wrapper that a schedule puts around `step`.
+        # This leaves out the wrapper that a schedule puts around `step`.
         return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "layers")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state of the wrapped optimiser: landing keeps none."""
+        """Return the state of the wrapped optimiser. Landing has no state."""
         return self.optimizer.state_dict()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
         self.optimizer.load_state_dict(state_dict)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self.optimizer.zero_grad(set_to_none=set_to_none)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def add_param_group(self, param_group: dict[str, object]) -> None:
         self.optimizer.add_param_group(param_group)
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Take one step of the wrapped optimiser on the field; `.grad` of the factors then holds the field."""
+    def step(self, closure: Callable[[], object] | None = None) -> Any:
+        """Take one step of the wrapped optimiser on the field. The `.grad` of the factors then holds the field."""
         if closure is None:
             moved = self._turn()
             loss = self.optimizer.step()
@@ -124,7 +126,7 @@ class Landing(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _turn(self) -> list[Tensor]:
-        """Replace the gradients of X and Y. Returns where they start, for what follows the step."""
+        """Replace the gradients of X and Y. Return where X and Y start, for what follows the step."""
         ends = self.constraint in FIELDS  # nothing follows the step
         field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
         points = []
@@ -153,9 +155,9 @@ class Landing(torch.optim.Optimizer):
 
     @contextmanager
     def _live(self, written: int) -> Iterator[Views]:
-        """Yield tall views (n, r) of each factor that this optimiser moves, and of its gradient, to change one of the two.
+        """Yield tall views (n, r) of each factor that this optimiser moves and of its gradient. One of the two is to be changed.
 
-        Of sharded tensors the views are of gathered copies; that of number `written` is spread again when the block ends.
+        For sharded tensors, the views are of gathered copies. The copy of number `written` is spread again when the block ends.
         """
         optimized = self._optimized()
         rows: Views = []
@@ -187,12 +189,12 @@ class Landing(torch.optim.Optimizer):
 
 @torch.no_grad()
 def orthonormalize_(model: nn.Module) -> nn.Module:
-    """Put X and Y of every update exactly on the manifold, and the rest into Theta: the model computes the same.
+    """Put X and Y of every update exactly on the manifold. The rest goes into Theta, so the model computes the same.
 
-    For the end of a training: the moments of an optimiser are not changed.
+    Call it at the end of a training. The moments of an optimiser are not changed.
     """
     for layer in polar_layers(model):
-        factors = [factor.detach() for factor in (layer.lora_B, layer.lora_C, layer.lora_A)]
+        factors = _factors(layer)
         gathered = [whole(factor) for factor in factors]
         for update in _blocks(layer, *gathered):
             for tensor, new in zip(update, stiefel.orthonormalize(*update)):
@@ -203,7 +205,7 @@ def orthonormalize_(model: nn.Module) -> nn.Module:
 
 
 def polar_layers(model: nn.Module) -> list[LowRankLayer]:
-    """Return the layers of a model with X, Theta and Y; UserError where there are none."""
+    """Return the layers of a model with X, Theta and Y. Raise UserError if there are none."""
     layers = [
         layer
         for layer in adapter_layers(model).values()
@@ -225,8 +227,16 @@ def right(layer: LowRankLayer, tensor: Tensor) -> list[Tensor]:
 
 
 def updates(layer: LowRankLayer) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Return the views X (o_j, r), Theta (r, r) or (r,), Y (i, r), one triple for each block; of sharded ones gathered copies."""
-    return _blocks(layer, *(whole(factor.detach()) for factor in (layer.lora_B, layer.lora_C, layer.lora_A)))
+    """Return the views X (o_j, r), Theta (r, r) or (r,), and Y (i, r), one triple for each block.
+
+    Sharded tensors give gathered copies.
+    """
+    return _blocks(layer, *map(whole, _factors(layer)))
+
+
+def _factors(layer: LowRankLayer) -> list[Tensor]:
+    """Return lora_B, lora_C and lora_A without their graph."""
+    return [factor.detach() for factor in (layer.lora_B, layer.lora_C, layer.lora_A) if factor is not None]
 
 
 def _blocks(layer: LowRankLayer, x: Tensor, theta: Tensor, y: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -235,7 +245,7 @@ def _blocks(layer: LowRankLayer, x: Tensor, theta: Tensor, y: Tensor) -> Iterato
 
 
 def _stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:
-    """Yield rows with tensors of like shapes, dtypes and devices together, at most about STACK numbers at a time."""
+    """Yield rows whose tensors have the same shapes, dtypes and devices together, at most about STACK numbers at a time."""
     alike: dict[tuple, Views] = {}
     for row in rows:
         alike.setdefault(tuple((tensor.shape, tensor.dtype, tensor.device) for tensor in row), []).append(row)
@@ -245,7 +255,7 @@ def _stacks(rows: Iterable[tuple[Tensor, ...]]) -> Iterator[Views]:
 
 
 def check_constraint(where: str, attraction: Any, constraint: Any) -> None:
-    """Raise UserError for an attraction out of range and an unknown constraint."""
+    """Raise UserError for an attraction out of range and for an unknown constraint."""
     require_known(f"{where}.constraint:", [constraint], CONSTRAINTS)
     number = isinstance(attraction, Real) and not isinstance(attraction, bool) and math.isfinite(attraction)
     if not number or attraction < 0 or (constraint == "decoupled" and attraction > 1):

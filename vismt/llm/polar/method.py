@@ -2,14 +2,15 @@
 
     X (o, r), Y (i, r): X^T X = Y^T Y = I;   Theta (r, r) = 0 at the start;   s = alpha / r
 
-A layer holds lora_B = X, lora_C = Theta, lora_A = Y^T; with split_qkv each block has its own. Nothing in the forward pass
-keeps X and Y on the manifold: `Landing` (landing.py) does, an optimiser around another, which the training loop adds for an
-adapted model.
+A layer holds lora_B = X, lora_C = Theta and lora_A = Y^T. With split_qkv each block has its own. The forward pass does not keep
+X and Y near the manifold. The optimiser `Landing` (landing.py), which wraps any other optimiser, does. The training loop adds
+it for an adapted model.
 
-Code and paper differ in constants, see vismt/llm/polar/stiefel.py: the code is followed, so its attractions hold (5e-3; on
-GLUE 1). With Adam and 5e-3 the factors do leave the manifold: the infeasibility is logged, and the update's stable rank is
-not Theta's. A diagonal Theta starts at zero here; in the released code it does not, and training begins at another
-function. Published rates are about ten times those of LoRA (4e-3 against 4e-4). Left out: Theta = I, whose start is not W.
+Code and paper differ in constants, see vismt/llm/polar/stiefel.py. The code is followed, so its attractions can be used (5e-3,
+and 1 on GLUE). With Adam and 5e-3 the factors do leave the manifold. The infeasibility is logged, and the stable rank of the
+update differs from the stable rank of Theta. A diagonal Theta starts at zero here. In the released code it does not, so that
+training begins at another function. Published rates are about ten times LoRA's (4e-3 against 4e-4). Left out: Theta = I, whose
+start is not W.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from vismt.llm.polar import stiefel
 from vismt.llm.polar.landing import Landing, check_constraint
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
-from vismt.lowrank.model.record import AdaptReport, record_of
+from vismt.lowrank.model.record import AdaptReport, need_record
 from vismt.lowrank.svd import working_dtype
 from vismt.methods import Method, register_method
 
@@ -34,9 +35,10 @@ THETAS = ("full", "diagonal")
 def polar(
     model: nn.Module, *, theta: str = "full", attraction: float = 5e-3, constraint: str = "landing", **options: Any
 ) -> AdaptReport:
-    """Add orthonormal X and Y with zero Theta: the function is unchanged until the first step.
+    """Add orthonormal X and Y with zero Theta. The function is unchanged until the first step.
 
-    theta: "full" or "diagonal". Of the optimiser `Landing`, attraction and constraint. Further options: those of `inject`.
+    theta: "full" or "diagonal". Further options are the options of `inject`, and attraction and constraint of the optimiser
+    `Landing`.
     """
     require_known("adapt.theta:", [theta], THETAS)
     check_constraint("adapt", attraction, constraint)
@@ -46,7 +48,7 @@ def polar(
         return A.mT, B
 
     report = inject(model, "polar", start, offset=False, settings={"core": theta}, **options)
-    record_of(model).options.update(attraction=float(attraction), constraint=constraint)
+    need_record(model, "polar").options.update(attraction=float(attraction), constraint=constraint)
     return report
 
 
@@ -57,8 +59,8 @@ def orthonormal(size: int, rank: int, generator: torch.Generator) -> Tensor:
 
 
 def landing(optimizer: torch.optim.Optimizer, model: nn.Module) -> Landing:
-    """Return the optimiser inside `Landing`, with the settings that the model was adapted with."""
-    options = record_of(model).options
+    """Return the optimiser inside a `Landing` with the settings that the model was adapted with."""
+    options: Any = need_record(model, "Landing").options
     return Landing(optimizer, model, options.get("attraction"), constraint=options.get("constraint"))
 
 

@@ -1,20 +1,20 @@
 """Matrices with orthonormal columns: PoLAR's landing field, retractions, and the exact change of gauge.
 
-Source: PoLAR, "Polar-Decomposed Low-Rank Adapter Representation" (arXiv 2506.03133) and, for the field, Ablin & Peyre,
-"Fast and accurate optimization on the orthogonal manifold without retraction" (arXiv 2102.07432). For a tall Z (n, r)
-with Euclidean gradient G, the field that replaces G before an optimiser step is
+Source: PoLAR, "Polar-Decomposed Low-Rank Adapter Representation" (arXiv 2506.03133) and, for the field, Ablin & Peyre, "Fast
+and accurate optimization on the orthogonal manifold without retraction" (arXiv 2102.07432). For a tall Z (n, r) with Euclidean
+gradient G, the field that replaces G before an optimiser step is
 
     Gamma(Z) = (G Z^T - Z G^T) Z + attraction * Z (Z^T Z - I)
 
-The released code builds the n x n skew matrix; with K = Z^T Z the same value in O(n r^2) is
+The released code builds the n x n skew matrix. With K = Z^T Z the same value is computed in O(n r^2):
 
     Gamma(Z) = G K - Z (G^T Z) + attraction * Z (K - I)
 
-The constants follow the code, not the paper: no 1/2 in the skew part and no 4 in the attraction, so published
-attraction strengths can be used unchanged (the paper's lambda is 1/8 of it for N = ||Z^T Z - I||^2).
+The constants follow the code and not the paper. There is no 1/2 in the skew part and no 4 in the attraction, so published
+attraction strengths can be used unchanged (the paper's lambda is 1/8 of them for N = ||Z^T Z - I||^2).
 
-All functions take one matrix or a batch of them, (..., n, r). Left out: Riemannian momentum; the optimiser wrapper that
-applies the field is the method's.
+All functions take one matrix or a batch of matrices, (..., n, r). Left out: Riemannian momentum. landing.py has the optimiser
+that applies the field.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ def landing_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
     """Return the landing field at `z`: a descent direction along the manifold plus a pull towards it.
 
     Args:
-        z: (..., n, r) with n >= r, near or off the manifold; a wide factor must be transposed first.
-        grad: (..., n, r), the Euclidean gradient of the loss at `z`.
-        attraction: strength of the pull, >= 0; in the convention of the authors' code.
+        z: Matrix (..., n, r) with n >= r, near or off the manifold. Transpose a wide factor first.
+        grad: Euclidean gradient (..., n, r) of the loss at `z`.
+        attraction: Strength of the pull, >= 0, in the convention of the authors' code.
 
     Returns:
-        (..., n, r) in the dtype of `grad`; half precision is computed in fp32. The two terms are orthogonal; without
-        attraction the field is a tangent vector for a `z` on the manifold.
+        The field (..., n, r) in the dtype of `grad`. Half precision is computed in fp32. The two terms are orthogonal. Without
+        attraction the field is a tangent vector if `z` is on the manifold.
     """
     _check_field(z, grad, attraction)
     point, gradient = _working(z), _working(grad)
@@ -53,14 +53,14 @@ def penalty_field(z: Tensor, grad: Tensor, attraction: float) -> Tensor:
 
 
 def pull(z: Tensor) -> Tensor:
-    """Return `Z (Z^T Z - I)` (..., n, r), the gradient of a quarter of the infeasibility; in fp32 or better."""
+    """Return `Z (Z^T Z - I)` (..., n, r), the gradient of a quarter of the infeasibility, in fp32 or better."""
     _require_tall(z)
     point = _working(z)
     return point @ _excess(point)
 
 
 def qr_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """Return the orthonormal factor (..., n, r) of `z + step` by a QR with positive diagonal: a zero step does not move."""
+    """Return the orthonormal factor (..., n, r) of `z + step` by a QR with positive diagonal. A zero step does not move."""
     _require_tall(z)
     q, upper = torch.linalg.qr(_working(z + step))
     signs = torch.where(upper.diagonal(dim1=-2, dim2=-1) < 0, -1.0, 1.0).to(q.dtype)
@@ -75,11 +75,11 @@ def polar_retraction(z: Tensor, step: Tensor) -> Tensor:
 
 
 def cayley_retraction(z: Tensor, step: Tensor) -> Tensor:
-    """Return `(I - A/2)^-1 (I + A/2) Z` (..., n, r), A skew with A Z = the tangent part of `step`; Z^T Z stays what it is.
+    """Return `(I - A/2)^-1 (I + A/2) Z` (..., n, r), with a skew A such that A Z is the tangent part of `step`.
 
-    With P = step - Z Z^T step / 2 and A = P Z^T - Z P^T = U V^T, U = [P, Z] and V = [Z, -P], the n x n inverse becomes one
-    of 2 r x 2 r by Woodbury: Z + U (I - V^T U / 2)^-1 V^T Z. `z` must be orthonormal; for a step along the landing field,
-    A is -eta (G Z^T - Z G^T) of the released code.
+    Z^T Z does not change. With P = step - Z Z^T step / 2 and A = P Z^T - Z P^T = U V^T, U = [P, Z] and V = [Z, -P], Woodbury
+    turns the n x n inverse into a 2 r x 2 r inverse: Z + U (I - V^T U / 2)^-1 V^T Z. `z` must be orthonormal. For a step along
+    the landing field, A is -eta (G Z^T - Z G^T) of the released code.
     """
     _require_tall(z)
     point, move = _working(z), _working(step)
@@ -90,14 +90,16 @@ def cayley_retraction(z: Tensor, step: Tensor) -> Tensor:
 
 
 def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the same product `x @ theta @ y.T` with orthonormal outer factors: the R of both QRs moves into `theta`.
+    """Return the same product `x @ theta @ y.T` with orthonormal outer factors. The R of both QRs moves into `theta`.
 
     Args:
-        x: (o, r), o >= r. theta: (r, r), or (r,) for a diagonal. y: (i, r), i >= r.
+        x: Factor (o, r), o >= r.
+        theta: Core (r, r), or (r,) for a diagonal.
+        y: Factor (i, r), i >= r.
 
     Returns:
-        `(x, theta, y)` of the same shapes; a diagonal theta holds the singular values of the product. Computed in fp32 or
-        better and returned in the dtype of `x`. A rank-deficient factor gets an orthonormal completion.
+        `(x, theta, y)` of the same shapes, computed in fp32 or better and returned in the dtype of `x`. A diagonal theta holds
+        the singular values of the product. A rank-deficient factor gets an orthonormal completion.
     """
     _require_tall(x)
     _require_tall(y)
@@ -116,17 +118,17 @@ def orthonormalize(x: Tensor, theta: Tensor, y: Tensor) -> tuple[Tensor, Tensor,
 
 
 def infeasibility(z: Tensor) -> Tensor:
-    """Return `||Z^T Z - I||_F^2` (...), >= 0 and zero exactly on the manifold (the square, as the authors log it)."""
+    """Return `||Z^T Z - I||_F^2` (...), which is zero exactly on the manifold (the square, as the authors log it)."""
     _require_tall(z)
     return _excess(_working(z)).square().sum((-2, -1))
 
 
 def stable_rank(x: Tensor, theta: Tensor, y: Tensor) -> Tensor:
-    """Return `||M||_F^2 / ||M||_2^2` (...) of M = x theta y^T, in [1, r]; 0 for M = 0.
+    """Return `||M||_F^2 / ||M||_2^2` (...) of M = x theta y^T, in [1, r]. M = 0 gives 0.
 
-    x: (..., o, r), theta: (..., r, r), y: (..., i, r), on the manifold or off it. Computed from r x r matrices,
-    without a QR of x and y. The Gram matrices square the condition: with factors in fp32, directions below 1e-3 of the
-    largest are rounded, which a ratio of squares does not see.
+    x: Factor (..., o, r). theta: Core (..., r, r). y: Factor (..., i, r). They may be off the manifold. The value is computed
+    from r x r matrices, without a QR of x and y. The Gram matrices square the condition. With factors in fp32, directions below
+    1e-3 of the largest are rounded, and a ratio of squares does not show this.
     """
     values = torch.linalg.svdvals(_root(x) @ _working(theta) @ _root(y).mT)
     largest = values[..., :1]

@@ -3,16 +3,17 @@
     dim 1 (columns J): y = W x + b + P x[J]        dL/dP = g x[J]^T   (o, k), keeps a copy of x[J]
     dim 0 (rows J):    y = W x + b, y[J] += P x    dL/dP = g[J] x^T   (k, i), keeps x
 
-g is the gradient at y. P (slice_values) starts at zero, and W keeps its values. A copy of x[J] is kept because a view would hold
-all of x. W + P in the columns J is the function and the gradient of the paper (S2FT, arXiv 2412.06289), which trains W_J itself.
-Weight decay differs: it pulls P to zero, so the weights back to the base, and not the weights themselves to zero. The package of
-the paper adds P as well, and keeps a view of the whole input. The code that the paper timed slices the other axis and passes the
-gradient around autograd, which loses it under checkpointing and accumulation. Neither is followed.
+g is the gradient at y. P (slice_values) starts at zero, and W keeps its values. A copy of x[J] is kept because a view would
+hold all of x. W + P in the columns J has the function and the gradient of the paper (S2FT, arXiv 2412.06289), which trains W_J
+itself. Weight decay differs. It pulls P to zero, and so the weights back to the base. In the paper it pulls the weights
+themselves to zero. The package of the paper adds P as well, and keeps a view of the whole input. The code that the paper timed
+slices the other axis and passes the gradient around autograd, which loses it under checkpointing and accumulation. Neither is
+followed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, in_autocast, register_module
+from vismt.lowrank.layers.fused import PositionalFunction
 from vismt.lowrank.svd import working_dtype
 
 
@@ -31,7 +33,7 @@ class SliceSettings:
     """Settings of a trained slice.
 
     rank: Number of trained rows or columns. dim: 0 for rows (outputs), 1 for columns (inputs). scale, blocks, mode: Settings in
-    files of earlier versions, which are not kept.
+    files of earlier versions. They are not kept.
     """
 
     rank: int
@@ -51,9 +53,9 @@ class SliceSettings:
 class SliceLinear(AdapterLayer):
     """nn.Linear, or transformers' Conv1D, with `count` trained inputs (dim 1) or outputs (dim 0).
 
-    forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
-    Parameter slice_values (o, k) or (k, i): the change P, in fp32 for half-precision weights unless dtype says otherwise.
-    Buffer slice_index (k,) int64: the features J.
+    forward: x (..., i) -> (..., o), in the dtype of x, or of autocast if it is on. The parameter slice_values (o, k) or (k, i)
+    is the change P, in fp32 for half-precision weights unless dtype says otherwise. The buffer slice_index (k,) int64 holds the
+    features J.
     """
 
     slice_index: Tensor
@@ -83,7 +85,7 @@ class SliceLinear(AdapterLayer):
 
     @classmethod
     def optional_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
-        """Return the shape of the stock values: earlier files hold them, and trained values in place of the change."""
+        """Return the shape of the stock values. Earlier files hold them, with trained values instead of the change."""
         return {"slice_start": cls.tensor_shapes(spec)["slice_values"]}
 
     @classmethod
@@ -116,7 +118,7 @@ class SliceLinear(AdapterLayer):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy in the change and its features; from an earlier file, the difference of its values."""
+        """Copy in the change and its features. For an earlier file, the change is the difference of its values."""
         change = saved_change(tensors)
         self.slice_index.copy_(tensors["slice_index"])
         self.slice_values.copy_(change)
@@ -128,7 +130,10 @@ class SliceLinear(AdapterLayer):
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def low_rank(self) -> LowRank:
-        """Return P (o, k) times the rows J of the identity, or the columns J of the identity times P (k, i): rank k."""
+        """Return the change as factors of rank k.
+
+        They are P (o, k) times the rows J of the identity, or the columns J of the identity times P (k, i).
+        """
         dtype = torch.promote_types(self.slice_values.dtype, torch.float32)
         change = self.slice_values.detach().to(dtype)
         chosen = F.one_hot(self.slice_index, (self.out_features, self.in_features)[self.dim]).to(dtype)
@@ -144,8 +149,8 @@ class SliceLinear(AdapterLayer):
         matrix.index_copy_(self.dim, self.slice_index, total.to(matrix.dtype))
         return self.stock(merged)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> SliceLinear:
-        """Keep the dtype of a change that is finer than its weight, if the weight stays coarser: model.to(bfloat16)."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SliceLinear:
+        """Keep the dtype of a change that is finer than its weight, if the weight stays coarser (model.to(bfloat16))."""
         change, empty = self.slice_values, self.weight.is_meta
         fine = change.dtype.itemsize > self.weight.dtype.itemsize and not empty
         values, grad = change.detach(), None if change.grad is None else change.grad.detach()
@@ -171,8 +176,8 @@ def saved_change(tensors: Mapping[str, Tensor]) -> Tensor:
     return values - tensors["slice_start"].to(values) if "slice_start" in tensors else values
 
 
-class SlicedLinear(torch.autograd.Function):
-    """(x (n, i), W (o, i), b, P, J (k,), dim) -> y (n, o), x[:, J] (n, k), which is empty for rows.
+class SlicedLinear(PositionalFunction):
+    """Function (x (n, i), W (o, i), b, P, J (k,), dim) -> y (n, o), x[:, J] (n, k). The second output is empty for rows.
 
     x[:, J] is an output so that the tensor that backward keeps is still differentiable.
     """
@@ -211,7 +216,7 @@ class SlicedLinear(torch.autograd.Function):
                     grad_x.index_add_(1, index, grad @ change.to(ctx.dtype))
                 else:
                     grad_x.addmm_(at_rows, change.to(ctx.dtype))
-            if need_change:  # BLAS runs faster with the thin factor first
+            if need_change:  # BLAS is faster with the thin factor first
                 grad_change = (kept.t() @ grad).t() if ctx.dim == 1 else at_rows.t() @ kept
             grad_bias = grad.sum(0) if need_bias and ctx.has_bias else None
         if need_x and grad_picked is not None and grad_picked.numel():

@@ -1,17 +1,17 @@
-"""S2FT: a change of a few coupled units (heads, FFN channels) of each block is trained, everything else is frozen.
+"""S2FT: a change of a few coupled units (heads, FFN channels) of each block is trained. Everything else is frozen.
 
     W = [W_J + P  W_rest],  only P is trained:  J = columns of o and down (o, d), rows of v and up (v, u)
 
-Yang et al., NeurIPS 2024, arXiv 2412.06289. No rank is limited. Choice of units: selection.py; their definition:
-structures.py; the layer and its gradient: layer.py.
+Yang et al., NeurIPS 2024, arXiv 2412.06289. The rank is not limited. selection.py chooses the units, structures.py defines
+them, and layer.py has the layer and its gradient.
 
-Where paper and release differ the paper is followed: units of each block (the code draws over all layers at once), the trained
-axis is the unit's (the code that was timed slices the other one), and files are in the base's order (the release exports
-permuted weights, which differ from the base everywhere). The paper trains the slice itself, in weights that it permutes so that
-the slice is one range; here a change beside the weight has the same gradient, and no weight is written. Published: o and d
-alone; Llama-2-7B global ratios o 0.052, d 0.02, Llama-3-8B d 0.03; AdamW betas (0.9, 0.95), no decay, clip 1, lr 2e-4 to 1e-3.
-v and u take more memory: their whole input has to be kept.
-Left out: the residual axis as a unit (the paper's figure has it, its code has not).
+Where paper and release differ, the paper is followed. Units are chosen in each block (the code draws over all layers at once).
+The trained axis is the axis of the unit (the code that was timed slices the other axis). Files are in the base's order (the
+release exports permuted weights, which differ from the base everywhere). The paper trains the slice itself, in weights that it
+permutes so that the slice is one range. Here a change beside the weight has the same gradient, and no weight is written.
+Published settings: o and d alone; Llama-2-7B global ratios o 0.052, d 0.02; Llama-3-8B d 0.03; AdamW betas (0.9, 0.95), no
+decay, clip 1, lr 2e-4 to 1e-3. v and u take more memory, because their whole input has to be kept. Left out: the residual axis
+as a unit (the paper's figure has it, its code does not).
 """
 
 from __future__ import annotations
@@ -48,11 +48,13 @@ def s2ft(
     also_train: Sequence[str] = (),
     dtype: torch.dtype | str | None = None,
 ) -> AdaptReport:
-    """Train the units of `selection`, or of `select_units` with the other settings and adapt's seed.
+    """Train the units of `selection`, or of `select_units` with the other settings and the seed of `adapt`.
 
-    selection: the units, as `select_units` returns them; None for a choice by ratio, parts and exclude.
-    also_train: as for 'lora'. dtype: of the trained values; None means fp32 for half-precision weights, else the weight's.
     targets, rank and alpha are not read.
+
+    selection: Units, as `select_units` returns them. None chooses units by ratio, parts and exclude. also_train: Parameters
+    trained whole, as for "lora". dtype: Dtype of the trained values. None means fp32 for half-precision weights, and the
+    weight's dtype otherwise.
     """
     options = check_options({"targets": None, "rank": 1, "alpha": None, "also_train": also_train, "dtype": dtype})
     refuse_adapted(model)
@@ -82,7 +84,7 @@ def s2ft(
 
 
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Raise UserError unless the optimiser holds every slice that is trained; without an optimiser there is nothing to check."""
+    """Raise UserError unless the optimiser holds every slice that is trained. Without an optimiser there is nothing to check."""
     if optimizer is None:
         return
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}

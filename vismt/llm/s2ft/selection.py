@@ -1,8 +1,8 @@
 """The units that S2FT trains: a few heads and channels of each structure, chosen at random.
 
-S2FT, arXiv 2412.06289. The paper's text takes a few units of each block, as here; its code draws over all layers together, so
-that many layers get no unit. Left out: the paper's scores of units (weights, activations, gradients), which have no released
-code, and a coupled choice for v and o, u and d.
+S2FT, arXiv 2412.06289. The paper's text takes a few units of each block, as is done here. Its code draws over all layers
+together, so that many layers get no unit. Left out: the paper's scores of units (weights, activations, gradients), which have
+no released code, and a coupled choice for v and o, u and d.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from vismt.lowrank.model.targets import match_patterns
 class UnitSelection:
     """The chosen units of a model.
 
-    units: {container: {part: units in ascending order}}; parts 'v' and 'o' count heads, 'u' and 'd' channels.
+    units: Unit numbers in ascending order, {container: {part: units}}. The parts "v" and "o" count heads, "u" and "d" channels.
     """
 
     units: Mapping[str, Mapping[str, tuple[int, ...]]]
 
     def digest(self) -> str:
-        """Return the SHA-256 of the selection; equal selections have equal digests."""
+        """Return the SHA-256 of the selection. Equal selections have equal digests."""
         plain = {path: {part: list(units) for part, units in parts.items()} for path, parts in self.units.items()}
         return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
@@ -51,21 +51,21 @@ def select_units(
     """Choose units of a stock model at random.
 
     Args:
-        model: a model with attention or feed-forward structures that vismt.llm.s2ft.structures recognises.
-        ratio: share of the units, in (0, 1], one number for all parts or {part: ratio} (0 for none). Of the n units of each
+        model: Model with attention or feed-forward structures that vismt.llm.s2ft.structures recognises.
+        ratio: Share of the units, in (0, 1], as one number for all parts or {part: ratio} (0 for none). Of the n units of each
             container max(1, round(ratio n)) are chosen.
-        parts: of 'v', 'o', 'u', 'd'. None means the parts that a mapping of ratios names, or o and d for a single ratio. If
-            both are given, the mapping has a ratio for each of these parts and none above 0 for another. With grouped queries
-            the units of 'v' are the key-value heads.
-        seed: of the choice. The units of one part of a container depend on the seed and their path alone.
-        exclude: earlier selections, whose units are not chosen again, and containers (full-path regex or suffix), from which
-            no unit is chosen.
+        parts: Parts among "v", "o", "u" and "d". None means the parts that a mapping of ratios names, or o and d for a single
+            ratio. If both are given, the mapping has a ratio for each of these parts and none above 0 for another part. With
+            grouped queries the units of "v" are the key-value heads.
+        seed: Seed of the choice. The units of one part of a container depend on the seed and their path alone.
+        exclude: Earlier selections, whose units are not chosen again, and containers (full-path regex or suffix), from which no
+            unit is chosen.
 
     Returns:
-        The selection, the `selection` argument of method 's2ft'.
+        The selection, which method "s2ft" takes as its argument `selection`.
 
     Raises:
-        UserError: a model without known structures, an unknown name, a wrong ratio, or too few units.
+        UserError: If the model has no known structures, a name is unknown, a ratio is wrong, or there are too few units.
     """
     refuse_adapted(model)
     ratios = _ratios(ratio, parts)

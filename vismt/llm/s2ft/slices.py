@@ -29,8 +29,8 @@ from vismt.lowrank.model.record import refuse_adapted
 class Slice:
     """A change of some rows (dim 0) or columns (dim 1) of a weight (o, i).
 
-    index: (k,) int64, the rows or columns. delta: (k, i) or (o, k) fp32. base: samples of the weight that the change was
-    trained on (`save_load.base_samples`), empty where they are unknown.
+    index: Rows or columns int64 (k,). delta: Change (k, i) or (o, k) fp32. base: Samples of the weight that the change was
+    trained on (`save_load.base_samples`). Empty if they are unknown.
     """
 
     dim: int
@@ -40,13 +40,13 @@ class Slice:
 
 
 Slices = Mapping[str, Slice]
-SWITCHED = "vismt_switched"  # attribute of a switched model with the base values that the switch replaced
+SWITCHED = "vismt_switched"  # attribute of a switched model, with the base values that the switch replaced
 
 
 def read_slices(folder: str | Path) -> dict[str, Slice]:
     """Return the changes {module path: Slice} of an S2FT adapter that `save_adapter` wrote.
 
-    Raises UserError for an adapter of another method or with also_train, and for tensors that are missing or misshapen.
+    Raise UserError for an adapter of another method or with also_train, and for tensors that are missing or of a wrong shape.
     """
     description, specs, tensors = read_adapter(Path(folder))
     others = [spec for spec in specs if spec.layer is not SliceLinear]
@@ -67,27 +67,26 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
 
 @torch.no_grad()
 def switch(model: nn.Module, adapter: Slices | str | Path | None, *, on_other_base: str = "error") -> nn.Module:
-    """Replace the changes of the last switch in the weights of a stock model by those of `adapter`.
+    """Replace the changes of the last switch in the weights of a stock model by the changes of `adapter`.
 
     `adapt` and `load_adapter` refuse a switched model.
 
     Args:
-        model: a stock model, changed in place.
-        adapter: the folder of an S2FT adapter, or what `read_slices` read from it; None restores the base weights, bit for
-            bit.
-        on_other_base: "error" raises where the adapter was trained on other weights, "warn" warns and continues.
+        model: Stock model, changed in place.
+        adapter: Folder of an S2FT adapter, or what `read_slices` read from it. None restores the base weights, bit for bit.
+        on_other_base: What to do if the adapter was trained on other weights: "error" raises, "warn" warns and continues.
 
     Returns:
         The model.
 
     Raises:
-        UserError: the adapter does not fit the model or was trained on other weights; the model is then unchanged.
+        UserError: If the adapter does not fit the model or was trained on other weights. The model is then unchanged.
     """
     refuse_adapted(model, "switch")
     slices: Slices = read_slices(adapter) if isinstance(adapter, str | Path) else (adapter or {})
     modules = dict(model.named_modules())
     for path, change in slices.items():
-        if kind_of(modules.get(path)) not in ("linear", "conv1d"):
+        if path not in modules or kind_of(modules[path]) not in ("linear", "conv1d"):
             raise UserError(f"slices: {type(model).__name__} has no linear '{path}' to change.")
         shape, dim = matrix_shape(modules[path]), change.dim
         if change.delta.shape[1 - dim] != shape[1 - dim] or int(change.index.max()) >= shape[dim]:
@@ -116,7 +115,7 @@ def switch(model: nn.Module, adapter: Slices | str | Path | None, *, on_other_ba
 
 
 def _put(model: nn.Module, values: Mapping[str, tuple[int, Tensor, Tensor]]) -> dict[str, tuple[int, Tensor, Tensor]]:
-    """Write {path: (dim, index, values)} into the weights and return the values that they replace in the same form."""
+    """Write {path: (dim, index, values)} into the weights. Return the replaced values in the same form."""
     replaced = {}
     for path, (dim, index, new) in values.items():
         weight = weight_matrix(model.get_submodule(path))

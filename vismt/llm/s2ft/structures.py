@@ -1,18 +1,19 @@
-"""Units of attention and of an FFN: the heads and channels that groups of rows and columns belong to.
+"""Units of attention and of an FFN: heads and channels, each with its rows and columns.
 
     heads      rows of v       |  columns of o       a unit is d = head_dim features, v has one unit for each group of queries
     channels   rows of up      |  columns of down    a unit is one feature; without a gate: rows of fc1 | columns of fc2
 
-Containers are recognised by the names of their children (timm and transformers: separate, fused and Conv1D projections).
-Fused gates: the value is the second half, the first for timm's gate_last. Fused q, k and v have several layouts of one shape:
-all q heads, then k, then v here, (q, k, v) of each head in turn elsewhere. The first is assumed for classes that are known to
-have it. Other classes offer the columns of o alone.
+Containers are recognised by the names of their children (timm and transformers: separate, fused and Conv1D projections). For
+fused gates, the value is the second half (the first half for timm's gate_last). Fused q, k and v have several layouts of one
+shape. Some have all q heads, then k, then v. Others have (q, k, v) of each head in turn. The first layout is assumed for
+classes that are known to have it. Other classes offer only the columns of o.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +46,10 @@ STACKED = (
 
 @dataclass(frozen=True)
 class UnitBlock:
-    """`units` times `size` features of the module `path`, from `start` on: of its outputs (dim 0) or its inputs (dim 1)."""
+    """Units of a module: `units` times `size` features of the module `path`, from `start` on.
+
+    They are features of its outputs (dim 0) or its inputs (dim 1).
+    """
 
     path: str
     dim: int
@@ -54,7 +58,7 @@ class UnitBlock:
     size: int
 
     def features(self, units: Iterable[int]) -> Tensor:
-        """Return the features of some units, (k,) int64."""
+        """Return the features of some units, int64 (k,)."""
         chosen = torch.tensor(list(units), dtype=torch.int64)
         return (self.start + chosen[:, None] * self.size + torch.arange(self.size)).flatten()
 
@@ -90,7 +94,7 @@ def _children(module: nn.Module, layouts: tuple) -> tuple[list[str], str] | None
         last = next((name for name in outputs if name in children), None)
         if last is None:
             continue
-        kinds = {kind_of(children.get(name)) for name in (*inputs, last)}  # None also where a name is missing
+        kinds = {kind_of(children[name]) if name in children else None for name in (*inputs, last)}
         if kinds <= {"linear", "conv1d"}:
             return list(inputs), last
     return None
@@ -103,8 +107,9 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
     inputs, last = names
     width = matrix_shape(getattr(module, last))[1]
     size = getattr(module, "head_dim", None) or getattr(getattr(model, "config", None), "head_dim", None)
-    if size is None and getattr(module, "num_heads", 0):
-        size = width // module.num_heads
+    heads = getattr(module, "num_heads", None)
+    if size is None and isinstance(heads, int) and heads:
+        size = width // heads
     if not isinstance(size, int) or width % size:
         return None
     units, prefix = width // size, f"{path}." if path else ""
@@ -131,10 +136,10 @@ def _heads(model: nn.Module, path: str, module: nn.Module) -> Structure | None:
 
 
 def _stacked_groups(module: nn.Module, name: str, units: int, rows: int) -> int | None:
-    """Return the groups of a fused projection of `rows` heads that is all q, then all k, then all v; None for another one.
+    """Return the groups of a fused projection of `rows` heads that has all q, then all k, then all v. Otherwise return None.
 
-    The class whose forward runs decides. timm's 'qkv' have this order except those with key_dim (LeViT and its kin), with
-    head_first (MaxViT), and those without q (GC-ViT).
+    The class whose forward runs decides. timm's "qkv" has this order, except in classes with key_dim (LeViT and similar), with
+    head_first (MaxViT), and without q (GC-ViT).
     """
     author = next(kind for kind in type(module).__mro__ if "forward" in vars(kind))
     home, kind = author.__module__.partition(".")[0], author.__name__
@@ -164,7 +169,7 @@ def _channels(path: str, module: nn.Module) -> Structure | None:
     return Structure({"u": up, "d": down})
 
 
-def weight_matrix(module: nn.Module) -> Tensor:
+def weight_matrix(module: Any) -> Tensor:
     """Return a view (o, i) of the weight of a stock linear or Conv1D."""
-    weight: Tensor = module.weight.detach()
+    weight = module.weight.detach()
     return weight.t() if is_conv1d(module) else weight

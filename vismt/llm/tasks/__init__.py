@@ -9,7 +9,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 
-# The type of the values is vismt.llm.tasks.base.LmTask, which importing this package does not load.
+# The type of the values is vismt.llm.tasks.base.LmTask. Importing this package does not load it.
 TASKS: Registry[type] = Registry(
     "tasks: no kind",
     {
@@ -22,19 +22,19 @@ TASKS: Registry[type] = Registry(
 )
 
 
-def make_task(kind: str, prompt: str, options: dict[str, Any], where: str = "tasks") -> Any:
+def make_text_task(kind: str, prompt: str, options: dict[str, object], where: str = "tasks") -> Any:
     """Return the task of a kind.
 
     Args:
-        kind: a key of TASKS.
-        prompt: template of the prompt.
-        options: further arguments of the task.
-        where: start of error messages.
+        kind: Name of the kind, a key of TASKS.
+        prompt: Template of the prompt.
+        options: Further arguments of the task.
+        where: Start of error messages.
 
     Raises:
-        UserError: unknown kind or option, a required option that is missing, or options of the wrong type.
+        UserError: If the kind or an option is unknown, a required option is missing, or an option has a wrong type.
     """
-    if kind not in TASKS:  # which knows the members of a family
+    if kind not in TASKS:  # TASKS knows the members of a family
         require_known(f"{where}: no kind", [kind], TASKS)
     parameters = inspect.signature(TASKS[kind]).parameters
     require_known(f"{where}: '{kind}' has no option", options, [name for name in parameters if name != "prompt"])

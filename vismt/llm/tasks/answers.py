@@ -1,10 +1,10 @@
-"""Multiple choice by log-likelihood: each answer after the prompt is scored by its nats per token, list-wise over the choices.
+"""Multiple choice by log-likelihood. Each answer after the prompt is scored by its nats per token, list-wise over the choices.
 
     s_c = sum over the answer's tokens of log p(token | tokens before) / length_c       p = softmax_c(s_c)
     loss = -log p_right
 
-The length is the number of tokens ("token"), of characters ("character", the acc_norm of lm-eval-harness; the scores are then
-per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
+The length is the number of tokens ("token"), the number of characters ("character", the acc_norm of lm-eval-harness, with
+scores per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,9 +27,9 @@ from vismt.llm.tasks.base import (
     Writing,
     answer_tokens,
     fields_of,
-    fill,
+    fill_template,
     has_fields,
-    names_of,
+    item_names,
     probability_measures,
 )
 from vismt.llm.tasks.pieces import tree
@@ -44,15 +43,15 @@ class Answers(LmTask):
     """Multiple choice.
 
     Args:
-        prompt: template of the prompt.
-        answers: {label: template}; an answer with a field that a row lacks, or that is null, is not a choice of that row. A
-            field may be a place in a list, such as {choices[0]}.
-        label: template of the label of the right answer.
+        prompt: Template of the prompt.
+        answers: Templates of the answers, {label: template}. An answer with a field that a row lacks, or that is null, is not a
+            choice of that row. A field may be a place in a list, such as {choices[0]}.
+        label: Template of the label of the right answer.
         normalise: "token", "character" or "none".
-        length: largest number of tokens of prompt and answer.
+        length: Largest number of tokens of prompt and answer.
 
     Raises:
-        UserError: no prompt, fewer than two answers, or an unknown value of `normalise`.
+        UserError: If there is no prompt, there are fewer than two answers, or the value of `normalise` is unknown.
     """
 
     documents = True
@@ -73,29 +72,29 @@ class Answers(LmTask):
         unit = "" if self.normalise == "none" else f" a {self.normalise}"
         return f"the answer of the largest log-likelihood{unit}"
 
-    def class_of(self, row: Mapping[str, Any]) -> str:
-        """Return the right answer where all rows have the same choices; a place in a row's own list is not a class."""
+    def class_of(self, row: Mapping[str, object]) -> str:
+        """Return the right answer if all rows have the same choices. A place in a row's own list is not a class."""
         own = any(fields_of(text, "tasks: answers") for text in self.answers.values())
-        return "" if own else fill(self.label, row, "tasks: label")
+        return "" if own else fill_template(self.label, row, "tasks: label")
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        label, choices = fill(self.label, row, "tasks: label"), list(self.choices_of(row))
+    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+        label, choices = fill_template(self.label, row, "tasks: label"), list(self.choices_of(row))
         if label not in choices or len(choices) < 2:
             raise UserError(
                 f"tasks: row '{name}' has label '{label}' and answers {choices}; needed two, the right one among them."
             )
         return replace(self.ask(name, row, tokenizer), label=choices.index(label))
 
-    def choices_of(self, row: Mapping[str, Any]) -> dict[str, str]:
+    def choices_of(self, row: Mapping[str, object]) -> dict[str, str]:
         """Return the templates of the answers that are choices of a row, by label."""
         return {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
 
-    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         context, before, spaces = self.context(row, tokenizer)
         templates = self.choices_of(row)
         if len(templates) < 2:
             raise UserError(f"tasks: row '{name}' has the answers {list(templates)}; needed two at least.")
-        texts = [fill(text, row, "tasks: answers") for text in templates.values()]
+        texts = [fill_template(text, row, "tasks: answers") for text in templates.values()]
         answers = [answer_tokens(tokenizer, spaces + text, before) for text in texts]
         if not context or not all(answers):
             raise UserError(f"tasks: row '{name}' has a prompt or an answer without a token.")
@@ -103,7 +102,7 @@ class Answers(LmTask):
         return Item(name, [tree(context, answers, self.length)], sizes=sizes)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
     ) -> list[Reply]:
         log_p = answer_scores(net, batch, self.normalise).cpu().double().log_softmax(1)
         choices = [list(self.choices_of(row)) for row in rows]
@@ -118,21 +117,21 @@ class Answers(LmTask):
         return choice_records(items, answer_scores(net, batch, self.normalise))
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
-        # Without AUROC: the position of an answer in the list is not a class.
+        # There is no AUROC, because the position of an answer in the list is not a class.
         return {name: measure for name, measure in probability_measures(records).items() if name != "AUROC"}
 
 
 def answer_scores(net: LmNet, batch: Batch, normalise: str) -> Tensor:
-    """Return the scores (b, most choices) of the answers of trees, -inf where a row has fewer choices."""
+    """Return the scores (b, most choices) of the answers of trees. A choice that a row does not have is -inf."""
     nats, tokens = net.branch_nll(batch)
-    length = {"token": tokens.clamp_min(1), "character": batch["size"], "none": 1}[normalise]
+    length: Tensor | int = {"token": tokens.clamp_min(1), "character": batch["size"]}.get(normalise, 1)
     return (-nats / length).masked_fill(tokens == 0, -math.inf)
 
 
 def choice_records(items: Sequence[Item], scores: Tensor) -> list[Record]:
-    """Return a record for each row, with its user where it has one, from the scores (b, most choices) of its answers."""
+    """Return a record for each row from the scores (b, most choices) of its answers. A row with a user names the user."""
     log_p = scores.cpu().double().log_softmax(1).tolist()
     return [
-        {**names_of(item), "label": item.label, "log_p": values[: len(item.sizes)]}
+        {**item_names(item), "label": item.label, "log_p": values[: len(item.sizes)]}
         for item, values in zip(items, log_p)
     ]

@@ -1,7 +1,8 @@
-"""The interface of a task on a language model: rows of text as tokens, a loss, a record per row, measures over the records.
+"""The interface of a task on a language model: rows of text as tokens, a loss, a record for each row, and measures.
 
-A measure is a number for each row whose mean is the reported value, so that its interval, and the paired difference of two
-models, come from the rows. For a quotient of sums (nats a token) and for the calibration error they are first-order effects:
+A measure is a number for each row whose mean is the reported value. Its interval, and the paired difference of two models,
+therefore come from the rows. For a quotient of sums (nats a token) and for the calibration error, the numbers are first-order
+effects:
 
     R = sum nats / sum tokens          psi_i = R + (nats_i - R tokens_i) n / sum tokens
     perplexity e^R                     psi_i = e^R (1 + (nats_i - R tokens_i) n / sum tokens)
@@ -24,16 +25,16 @@ from torch.nn.utils.rnn import pad_sequence
 from vismt.base.errors import UserError, near, shown_value
 from vismt.base.seeds import mix_seed
 from vismt.data.texts.text_set import TextSet
-from vismt.llm.ilora.recommenders import padded
+from vismt.llm.ilora.recommenders import pad_histories
 from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks.pieces import Piece, collate, piece
+from vismt.llm.tasks.pieces import Piece, collate_pieces, piece
 from vismt.uncertainty.intervals import NUMBER, Measure
 from vismt.uncertainty.probability_metrics import example_measures, example_values, scores
 from vismt.uncertainty.temperature import fit_temperature
 
 Record = dict[str, Any]
-REPLY = "reply"  # stands for an answer where the text after it is wanted
-BEFORE = 64  # letters before a text that decide how it is tokenised
+REPLY = "reply"  # stands for an answer if the text after it is wanted
+BEFORE = 64  # number of letters before a text that decide how it is tokenised
 _ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
 
@@ -52,9 +53,9 @@ class Listed:
 class Item:
     """One row as tokens.
 
-    label: its class, or the number of its right answer. gold: answers that count as right. sizes: characters of each answer.
-    lower: the input of block `first` for each piece, where it is cached. listed: history and candidates of a recommendation.
-    hybrid: the same row with positions for item vectors in its prompt.
+    label: Class, or number of the right answer. gold: Answers that count as right. sizes: Numbers of characters of each answer.
+    lower: Input of block `first` for each piece, if it is cached. listed: History and candidates of a recommendation. hybrid:
+    The same row with positions for item vectors in its prompt.
     """
 
     id: str
@@ -70,25 +71,30 @@ class Item:
 def gather(items: Sequence[Item]) -> dict[str, Tensor]:
     """Collate all pieces of some items into a batch.
 
-    Returns the tensors of `collate` with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64. For
-    recommendations also "history" int64 (items, longest), -1 after the last, and "key" int64 (items,), a hash of the name.
+    Return the tensors of `collate_pieces` with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64.
+    Recommendations also have "history" int64 (items, longest), with -1 after the last item, and "key" int64 (items,), a hash of
+    the name.
     """
     cached = all(item.lower is not None for item in items)
     lower = [states for item in items for states in item.lower or []] if cached else None
-    batch = collate([piece for item in items for piece in item.pieces], lower)
+    batch = collate_pieces([piece for item in items for piece in item.pieces], lower)
     batch["row"] = torch.tensor([number for number, item in enumerate(items) for _ in item.pieces])
     batch["label"] = torch.tensor([item.label for item in items])
     if all(item.sizes for item in items):
         batch["size"] = pad_sequence([torch.tensor(item.sizes) for item in items], True, 1)
-    if all(item.listed is not None for item in items):
-        batch["history"] = padded([item.listed.history for item in items])
+    listed = [item.listed for item in items if item.listed is not None]
+    if len(listed) == len(items):
+        batch["history"] = pad_histories([entry.history for entry in listed])
         batch["key"] = torch.tensor([mix_seed(0, "row", item.id) >> 31 for item in items])
     return batch
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How a language model writes. temperature: 0 takes the likeliest token. seed: of the draws."""
+    """How a language model writes.
+
+    temperature: 0 takes the likeliest token. seed: Seed of the draws.
+    """
 
     new_tokens: int = 128
     temperature: float = 0.0
@@ -105,14 +111,17 @@ class Reply:
 
 
 class LmTask(ABC):
-    """A task. prompt: a template with fields of the row in braces. length: largest number of tokens in a piece."""
+    """A task.
+
+    prompt: Template with fields of the row in braces. length: Largest number of tokens in a piece.
+    """
 
     head = False  # whether the task needs a head on the last token
     reads = True  # whether rows are scored without generation, so that the output of frozen blocks can be cached
     labelled = True  # whether a limit on the rows is spread over the labels
-    chat = False  # whether the prompt is the user's turn in the tokenizer's chat template
+    chat = False  # whether the prompt is the user's turn in the chat template of the tokenizer
     documents = False  # whether rows hold several documents, trees or packs (documents.py)
-    own = False  # whether the task has rows of its own, and takes no sets (`own_rows`)
+    own = False  # whether the task has rows of its own and takes no sets (`own_rows`)
     by_user = False  # whether a limit on the rows is spread over users, and batches draw users
 
     def __init__(self, prompt: str, length: int = 512) -> None:
@@ -124,27 +133,27 @@ class LmTask(ABC):
     @property
     @abstractmethod
     def about(self) -> str:
-        """Short description of the task for the report."""
+        """Return a short description of the task for the report."""
 
     @abstractmethod
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        """Return a row of text as tokens. Raises UserError for missing fields and unknown labels."""
+    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+        """Return a row of text as tokens. Raise UserError for missing fields and unknown labels."""
 
-    def class_of(self, row: Mapping[str, Any]) -> str:
-        """Return the class of a row, of which every part of a divided set needs examples; "" where rows have no classes."""
+    def class_of(self, row: Mapping[str, object]) -> str:
+        """Return the class of a row. Every part of a divided set needs examples of every class. "" stands for no class."""
         return ""
 
     def own_rows(self) -> TextSet | None:
-        """Return the rows of a task that has rows of its own, None for a task that takes sets."""
+        """Return the rows of a task that has rows of its own. Return None for a task that takes sets."""
         return None
 
     def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str, str]:
         """Return the tokens of the prompt of a row, the text that an answer follows, and the spaces that begin the answer.
 
-        The spaces at the end of a prompt begin the answer, as in lm-eval-harness: an LM knows " word" as one token. In a chat
-        the template sets what stands between the turns, and blanks at the end of the prompt are left out.
+        The spaces at the end of a prompt begin the answer, as in lm-eval-harness, because an LM knows " word" as one token. In
+        a chat, the template writes what stands between the turns, and blanks at the end of the prompt are left out.
         """
-        text = fill(self.prompt, row, "tasks: prompt")
+        text = fill_template(self.prompt, row, "tasks: prompt")
         if self.chat:
             text = chat_text(tokenizer, [{"role": "user", "content": text.rstrip()}])
             return list(tokenizer(text, add_special_tokens=False)["input_ids"]), text, ""
@@ -152,15 +161,15 @@ class LmTask(ABC):
         return context_tokens(tokenizer, text), text, spaces
 
     def asked(self, name: str, ids: Sequence[int]) -> Item:
-        """Return the last tokens of a prompt as a row without counted tokens; raise UserError where there are none."""
+        """Return the last tokens of a prompt as a row without counted tokens. Raise UserError if there are none."""
         if not ids:
             raise UserError(
                 f"tasks: row '{name}' has a prompt without a token; leave the row out, or add to the prompt."
             )
         return Item(name, [piece(ids, [], self.length)])
 
-    def prompt_end(self, tokenizer: Any) -> str:
-        """Return the end of every prompt; any letter where it is a field."""
+    def prompt_end(self, tokenizer: object) -> str:
+        """Return the end of every prompt. If the end is a field, return any letter."""
         if self.chat:
             return chat_text(tokenizer, [{"role": "user", "content": self.prompt}])
         return self.prompt.rpartition("}")[2] or "a"
@@ -182,37 +191,40 @@ class LmTask(ABC):
         """Return scalars {"loss", ...} for a batch from `gather`."""
 
     def examples(self, batch: Batch) -> Tensor:
-        """Return the number of rows or tokens over which the loss of a batch is a mean, a scalar."""
+        """Return the number of rows or tokens over which the loss of a batch is a mean, as a scalar."""
         return torch.tensor(len(batch["label"]), device=batch["label"].device)
 
     @abstractmethod
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
-        """Return a record for each item of a batch, a dict that JSON can store."""
+        """Return a record for each item of a batch, as a dictionary that JSON can store."""
 
     @abstractmethod
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         """Return the measures by name."""
 
-    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
-        """Return a row as tokens for `reply`; it needs no answer. Raises UserError for tasks that take no rows of the user."""
+    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+        """Return a row as tokens for `reply`.
+
+        The row needs no answer. Raise UserError for tasks that take no rows of the user.
+        """
         raise UserError(CARD_ALONE)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
     ) -> list[Reply]:
         """Return the answers to the rows of a batch of `ask`: texts, or log-probabilities of named choices."""
         raise UserError(CARD_ALONE)
 
     def quality(self, records: Sequence[Record]) -> float:
-        """Return a number in [0, 1], higher is better, for the choice of the learning rate; by default e^-NLL.
+        """Return a number in [0, 1] for the choice of the learning rate, higher is better.
 
-        This is the geometric mean of the probability of the right answer.
+        The default is e^-NLL, the geometric mean of the probability of the right answer.
         """
         return math.exp(-self.measures(records)["NLL in nats"].score)
 
 
-def fill(template: str, row: Mapping[str, Any], what: str) -> str:
-    """Return the template filled with the fields of a row; raise UserError for a field that is missing or null."""
+def fill_template(template: str, row: Mapping[str, object], what: str) -> str:
+    """Return the template filled with the fields of a row. Raise UserError for a field that is missing or null."""
     fields = fields_of(template, what)
     null = next((field for field in fields if row.get(field, "") is None), None)
     if null is not None:
@@ -235,8 +247,8 @@ def split_spaces(text: str) -> tuple[str, str]:
     return kept, text[len(kept) :]
 
 
-def has_fields(template: str, row: Mapping[str, Any], what: str) -> bool:
-    """Return whether a row has all fields of a template, and the places in lists that it names, none of them null."""
+def has_fields(template: str, row: Mapping[str, object], what: str) -> bool:
+    """Return whether a row has all fields of a template, and all places in lists that the template names, none of them null."""
     if any(row.get(field) is None for field in fields_of(template, what)):
         return False
     try:
@@ -265,9 +277,11 @@ def context_tokens(tokenizer: Any, text: str) -> list[int]:
 
 
 def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
-    """Return turns as the chat template writes them; prompt: with the beginning of the assistant's next turn.
+    """Return turns as the chat template writes them.
 
-    Raises UserError for a tokenizer without a template, and turns that the template refuses.
+    prompt: Whether to add the beginning of the assistant's next turn.
+
+    Raise UserError for a tokenizer without a template, and for turns that the template refuses.
     """
     if not getattr(tokenizer, "chat_template", None):
         raise UserError(
@@ -281,7 +295,7 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: boo
 
 
 def turn_end(tokenizer: Any) -> list[int]:
-    """Return the tokens by which the chat template ends the assistant's turn, up to a special token; [] for no such token."""
+    """Return the tokens by which the chat template ends the assistant's turn, up to a special token. [] means no such token."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": REPLY}]
     end = chat_text(tokenizer, turns, prompt=False).rpartition(REPLY)[2]
     ids = answer_tokens(tokenizer, end, REPLY)
@@ -291,10 +305,10 @@ def turn_end(tokenizer: Any) -> list[int]:
 
 
 def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:
-    """Return the tokens of `text` where it follows `after`, without special tokens.
+    """Return the tokens of `text` after the text `after`, without special tokens.
 
-    Both are tokenised together and split, since SentencePiece tokenizers begin a text of its own with another "▁". Where a token
-    would reach over the border (" " before "word"), the text is split from a new line or a letter.
+    Both texts are tokenised together and split, since SentencePiece tokenizers begin a text of its own with another "▁". If a
+    token would reach over the border (" " before "word"), the text is split from a new line or a letter.
     """
     for before in (after[-BEFORE:], "\n", "a"):
         start, both = tokenizer([before, before + text], add_special_tokens=False)["input_ids"]
@@ -304,9 +318,10 @@ def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:
 
 
 def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
-    """Of records with "label" and "log_p", log-probabilities of the choices, of which rows may have different numbers.
+    """Return the probability measures of records with "label" and "log_p", the log-probabilities of the choices.
 
-    Every row weighs the same, whatever batch it was in; see vismt.uncertainty.probability_metrics.
+    Rows may have different numbers of choices. Every row has the same weight, in whatever batch it was. See
+    vismt.uncertainty.probability_metrics.
     """
     logs, labels = choices(records)
     result = scores(logs.exp(), labels)
@@ -322,13 +337,13 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
     return {measure.metric: measure for measure in measures}
 
 
-def names_of(item: Item) -> Record:
+def item_names(item: Item) -> Record:
     """Return the id of a row and, for a recommendation, its user."""
     return {"id": item.id} if item.listed is None else {"id": item.id, "user": item.listed.user}
 
 
 def users_of(records: Sequence[Record]) -> dict[str, str]:
-    """Return the user of each row by its id, {} if no user has two rows."""
+    """Return the user of each row by its id. Return {} if no user has two rows."""
     users = {str(record["id"]): str(record.get("user", record["id"])) for record in records}
     return users if len(set(users.values())) < len(users) else {}
 
@@ -339,7 +354,7 @@ def by_row(records: Sequence[Record], values: Sequence[float]) -> dict[str, floa
 
 
 def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
-    """Return log-probabilities fp64 (n, k) of records, -inf where a row has fewer choices, and labels int64 (n,)."""
+    """Return log-probabilities fp64 (n, k) of records, with -inf for absent choices, and labels int64 (n,)."""
     width = max(len(record["log_p"]) for record in records)
     logs = [[*record["log_p"], *[-math.inf] * (width - len(record["log_p"]))] for record in records]
     return torch.tensor(logs, dtype=torch.float64), torch.tensor([record["label"] for record in records])

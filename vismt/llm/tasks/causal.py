@@ -1,10 +1,10 @@
-"""Causal language modelling: the answer after a prompt, or a whole text in windows; the loss counts answer tokens only.
+"""Causal language modelling: the answer after a prompt, or a whole text in windows. The loss counts only answer tokens.
 
     loss = sum over answer tokens of -log p(token | tokens before) / number of answer tokens in the batch
 
-With an empty prompt the answer is a text: it is cut into windows that overlap by one token, so each token is counted once. The
-perplexity is e to the nats per token over all tokens of all rows, not a mean of perplexities over batches or rows. With `pack`
-several rows share one training piece (pieces.py); records always describe single rows.
+With an empty prompt the answer is a text. It is cut into windows that overlap by one token, so that each token is counted once.
+The perplexity is e to the nats per token over all tokens of all rows. It is not a mean of perplexities over batches or rows. With
+`pack`, several rows share one training piece (pieces.py). Records always describe single rows.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from vismt.llm.tasks.base import (
     answer_tokens,
     by_row,
     context_tokens,
-    fill,
+    fill_template,
     split_spaces,
     turn_end,
 )
@@ -41,15 +41,15 @@ class Causal(LmTask):
     """Causal language modelling.
 
     Args:
-        prompt: template of the prompt; empty for whole texts.
-        answer: template of the answer or text.
-        length: largest number of tokens of a piece.
-        end: whether the end of the assistant's turn (in a chat) or of the text follows the answer and is counted.
-        pack: whether several rows share a training piece.
-        windows: with an empty prompt, the largest number of windows of a text, counted from its start; None for all.
+        prompt: Template of the prompt. Empty for whole texts.
+        answer: Template of the answer or text.
+        length: Largest number of tokens of a piece.
+        end: Whether the end of the assistant's turn (in a chat) or of the text follows the answer and is counted.
+        pack: Whether several rows share a training piece.
+        windows: Largest number of windows of a text, counted from its start, if the prompt is empty. None for all windows.
 
     Raises:
-        UserError: an empty answer, or `windows` below 1 or with a prompt.
+        UserError: If the answer is empty, or `windows` is below 1 or given with a prompt.
     """
 
     def __init__(
@@ -77,9 +77,9 @@ class Causal(LmTask):
             counted = f"the first {self.windows * (self.length - 1) + 1} tokens of each text"
         return f"{counted}, context {self.length}"
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         context, before, spaces = self.context(row, tokenizer)
-        answer = answer_tokens(tokenizer, spaces + fill(self.answer, row, "tasks: answer"), before)
+        answer = answer_tokens(tokenizer, spaces + fill_template(self.answer, row, "tasks: answer"), before)
         if self.end:
             answer += self._end(tokenizer)
         pieces = (
@@ -92,32 +92,32 @@ class Causal(LmTask):
         return Item(name, pieces)
 
     def _end(self, tokenizer: Any) -> list[int]:
-        """Return the tokens after an answer: the end of the turn in a chat whose template writes one, else the end of text."""
+        """Return the tokens after an answer: the end of the turn if a chat template writes one, otherwise the end of text."""
         ids = turn_end(tokenizer) if self.chat else []
         if not ids and tokenizer.eos_token_id is None:
             raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
         return ids or [tokenizer.eos_token_id]
 
-    def stops(self, tokenizer: Any) -> list[int]:
-        """Return the token that ends an answer in a chat, where the end of the text does not."""
+    def stops(self, tokenizer: object) -> list[int]:
+        """Return the token that ends an answer in a chat, if it differs from the end of the text."""
         return turn_end(tokenizer)[-1:] if self.chat else []
 
-    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         """Return the prompt of a row, or the text that is to be continued."""
         if self.prompt:
             context = self.context(row, tokenizer)[0]
         else:
-            context = context_tokens(tokenizer, fill(self.answer, row, "tasks: answer"))
+            context = context_tokens(tokenizer, fill_template(self.answer, row, "tasks: answer"))
         return self.asked(name, context)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
     ) -> list[Reply]:
         texts = written(net, batch, tokenizer, how, self.stops(tokenizer))
         if self.chat:
             return [Reply(text) for text in texts]
-        # The prompt has the spaces already.
-        spaces = [split_spaces(fill(self.prompt, row, "tasks: prompt"))[1] for row in rows]
+        # The prompt already has the spaces.
+        spaces = [split_spaces(fill_template(self.prompt, row, "tasks: prompt"))[1] for row in rows]
         return [Reply(text.removeprefix(begin)) for text, begin in zip(texts, spaces, strict=True)]
 
     def training(self, items: Sequence[Item]) -> list[Item]:
@@ -161,7 +161,7 @@ class Causal(LmTask):
 
 
 def written(net: LmNet, batch: Batch, tokenizer: Any, how: Writing, stops: Sequence[int] = ()) -> list[str]:
-    """Return the texts that the LM writes after the prompts of a batch, up to a token of `stops` or the end of text or turn."""
+    """Generate a continuation for each prompt of a batch, up to a token of `stops`, the end of text or the end of the turn."""
     own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)
     # A chat model names the end of a turn beside the end of text.
     known = [tokenizer.eos_token_id, *(own if isinstance(own, list) else [own]), *stops]

@@ -1,11 +1,11 @@
-"""Chats of several turns, as the tokenizer's chat template writes them; the loss counts the assistant's turns only.
+"""Chats of several turns, as the chat template of the tokenizer writes them. The loss counts only the assistant's turns.
 
     row: {"messages": [{"role": "user", "content": ...}, {"role": "assistant", "content": ...}, ...]}
     or   {"conversations": [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}, as of ShareGPT
 
-The tokens of an assistant's turn are what the template adds after the prompt for it, its end-of-turn token included. A template
-that rewrites earlier turns later (one that drops the reasoning of all but the last, for example) has no such tokens and is
-refused.
+The tokens of an assistant's turn are what the template adds after the prompt for it, including the end-of-turn token. Some
+templates rewrite earlier turns later (for example, they drop the reasoning of all but the last turn). Such a template has no
+such tokens and is refused.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import IGNORE, Piece
 
 ASSISTANT = "assistant"
-SHAREGPT = {"human": "user", "gpt": ASSISTANT}  # its names of roles; others are the same
+SHAREGPT = {"human": "user", "gpt": ASSISTANT}  # ShareGPT's names of roles (other roles have the same names)
 
 
 @TASKS.register("chat")
@@ -28,13 +28,13 @@ class Chat(Causal):
     """Chats.
 
     Args:
-        prompt: empty; the rows have the turns.
-        messages: field with the list of turns.
-        length: largest number of tokens of a chat, which loses its beginning where it is longer.
-        pack: whether several rows share a training piece.
+        prompt: Empty, because the rows have the turns.
+        messages: Name of the field with the list of turns.
+        length: Largest number of tokens of a chat. A longer chat loses its beginning.
+        pack: Whether several rows share a training piece.
 
     Raises:
-        UserError: a prompt.
+        UserError: If a prompt is given.
     """
 
     def __init__(self, prompt: str, messages: str = "messages", length: int = 512, pack: bool = False) -> None:
@@ -47,7 +47,7 @@ class Chat(Causal):
     def about(self) -> str:
         return f"tokens of the assistant's turns, at most {self.length} in all"
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         turns = self.turns(name, row)
         ids: list[int] = []
         labels: list[int] = []
@@ -73,8 +73,8 @@ class Chat(Causal):
             raise UserError(f"tasks: row '{name}' has no turn of the {ASSISTANT}, so no token is counted.")
         return Item(name, [part])
 
-    def turns(self, name: str, row: Mapping[str, Any]) -> Sequence[Mapping[str, str]]:
-        """Return the turns of a row. Raises UserError for what is not a list of turns with role and content."""
+    def turns(self, name: str, row: Mapping[str, object]) -> Sequence[Mapping[str, str]]:
+        """Return the turns of a row. Raise UserError unless it is a list of turns with role and content."""
         turns = row.get(self.messages)
         if isinstance(turns, list):
             turns = [_with_role(turn) for turn in turns]
@@ -88,18 +88,18 @@ class Chat(Causal):
             )
         return turns
 
-    def stops(self, tokenizer: Any) -> list[int]:
+    def stops(self, tokenizer: object) -> list[int]:
         return turn_end(tokenizer)[-1:]
 
     def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
         turns = self.turns(name, row)
-        if turns[-1]["role"] == ASSISTANT:  # the answer that a training row has
+        if turns[-1]["role"] == ASSISTANT:  # the answer of a training row
             turns = turns[:-1]
         return self.asked(name, tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"])
 
 
-def _with_role(turn: Any) -> Any:
-    """Return a turn of ShareGPT as one of messages, and any other as it is."""
+def _with_role(turn: object) -> Any:
+    """Return a turn of ShareGPT in the form of messages, and any other turn unchanged."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         return turn
     return {"role": SHAREGPT.get(str(turn["from"]), turn["from"]), "content": turn["value"]}

@@ -1,10 +1,11 @@
-"""Classification by answer tokens: a head on the last token of the prompt, one row for each answer.
+"""Classification by answer tokens: a head on the last token of the prompt, with one row for each answer.
 
     features = last hidden state at the last token (after the final norm)      logits = features W^T + b, W (k, d)
 
 W starts as the rows of the LM's output embedding for the answer tokens, so that step 0 is the zero-shot LM restricted to the
-answers. Protocol of the baselines in Wang et al., BLoB, arXiv 2406.11675, without its quirks (inverted verbaliser of BoolQ,
-swapped letters). An answer must be one token; of a longer answer only the first token would be scored.
+answers. The protocol is the one of the baselines in Wang et al., BLoB, arXiv 2406.11675, without its quirks (inverted
+verbaliser of BoolQ, swapped letters). An answer must be one token, because only the first token of a longer answer would be
+scored.
 
 `AlternatingObjective` trains by PoLAR-VBLL's alternating steps (vismt.uncertainty.vbll).
 """
@@ -29,7 +30,7 @@ from vismt.llm.tasks.base import (
     Reply,
     Writing,
     answer_tokens,
-    fill,
+    fill_template,
     probability_measures,
     split_spaces,
 )
@@ -46,13 +47,13 @@ class Classes(LmTask):
     """Classification by answer tokens.
 
     Args:
-        prompt: template of the prompt.
-        answers: {label of the rows: answer} in the order of the classes; each answer is one token.
-        label: template of the label of a row.
-        length: largest number of tokens of the prompt, which loses its beginning where it is longer.
+        prompt: Template of the prompt.
+        answers: Answers in the order of the classes, {label of the rows: answer}. Each answer is one token.
+        label: Template of the label of a row.
+        length: Largest number of tokens of the prompt. A longer prompt loses its beginning.
 
     Raises:
-        UserError: no prompt or fewer than two answers.
+        UserError: If there is no prompt, or there are fewer than two answers.
     """
 
     head = True
@@ -69,7 +70,7 @@ class Classes(LmTask):
         return f"one of {len(self.answers)} answers"
 
     def tokens(self, tokenizer: Any) -> list[int]:
-        """Return the token of each answer; raise UserError for an answer of several tokens and for equal tokens."""
+        """Return the token of each answer. Raise UserError for an answer of several tokens and for equal tokens."""
         tokens: list[int] = []
         end = self.prompt_end(tokenizer)
         before, spaces = (end, "") if self.chat else split_spaces(end)
@@ -86,19 +87,19 @@ class Classes(LmTask):
             raise UserError(f"tasks: answers {list(self.answers.values())} share a token; choose different answers.")
         return tokens
 
-    def class_of(self, row: Mapping[str, Any]) -> str:
-        return fill(self.label, row, "tasks: label")
+    def class_of(self, row: Mapping[str, object]) -> str:
+        return fill_template(self.label, row, "tasks: label")
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         label = self.class_of(row)
         require_known(f"tasks: row '{name}' has label", [label], self.answers)
         return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
 
-    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
         return self.asked(name, self.context(row, tokenizer)[0])
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, Any]], tokenizer: Any, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
     ) -> list[Reply]:
         log_p = log_predictive(net.head, net.features(batch)).cpu().double()
         return [Reply(choices=list(self.answers), log_p=values) for values in log_p]
@@ -122,18 +123,18 @@ class Classes(LmTask):
 class AlternatingObjective(LmObjective):
     """The objective of alternating steps: update the posterior on fixed features, then the LM under the posterior.
 
-    The posterior has a separate Adam optimiser, whose moments are buffers, so that they are saved with the training and resumed
-    bit for bit; the optimiser of the training loop finds no gradient on the posterior and skips it.
+    The posterior has its own Adam optimiser, whose moments are buffers. They are saved with the training and resumed bit for
+    bit. The optimiser of the training loop finds no gradient on the posterior and skips it.
 
     Args:
-        net: the LM with a variational head.
-        task: the classification task.
-        lr: learning rate of the posterior's means and noise.
-        spread_lr: learning rate of the posterior's covariances.
-        steps: updates of the posterior for each batch.
+        net: LM with a variational head.
+        task: Classification task.
+        lr: Learning rate of the posterior's means and noise.
+        spread_lr: Learning rate of the posterior's covariances.
+        steps: Number of updates of the posterior for each batch.
 
     Raises:
-        UserError: the head is not variational.
+        UserError: If the head is not variational.
     """
 
     def __init__(self, net: LmNet, task: Classes, lr: float, spread_lr: float, steps: int) -> None:

@@ -1,9 +1,9 @@
 """Trees and packs on any LM: all documents of a row in one forward pass, or one document after the other.
 
-One pass needs an LM whose states depend on the tokens that its mask shows and on their positions, and on nothing else. Sliding
-windows are lost where a mask is given, or count columns, as ALiBi does; states of Mamba and convolutions run through the
-whole row. So an LM is tried once, on a tree and a pack of few tokens. Its windows are read from its configuration, since a
-row that they reach over needs no try: there a window shows everything.
+One pass needs an LM whose states depend only on the tokens that its mask shows and on their positions. Some LMs fail. Sliding
+windows are lost if a mask is given. ALiBi counts columns. The states of Mamba, and convolutions, run through the whole row.
+Each LM is therefore tried once, on a tree and a pack of few tokens. Its windows are read from its configuration. A row that
+fits inside a window needs no try, because the window then shows everything.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base import console
-from vismt.llm.tasks.pieces import Piece, collate
+from vismt.llm.tasks.pieces import Piece, collate_pieces
 from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.model.named import disabled
 from vismt.lowrank.model.record import record_of
 
-Run = Callable[[Mapping[str, Tensor]], Tensor]  # batch with ids (b, n) -> states (b, n, d)
+Run = Callable[[Mapping[str, Tensor]], Tensor]  # from a batch with ids (b, n) to states (b, n, d)
 WINDOWS = ("window", "window_size", "chunk_size")  # ends of the names of windows in configurations, in tokens
 _reaches: dict[str, int] = {}
-_named: set[str] = set()  # LMs of which the console has said that they run one document after the other
+_named: set[str] = set()  # LMs for which the console has said that they run one document after the other
 
 
 def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
-    """Return run(batch) (b, n, d); where the LM needs it, of one document of each row after the other.
+    """Return run(batch) (b, n, d). If the LM needs it, run one document of each row after the other.
 
-    batch: from `collate`, with a mask (b, n, n) where rows hold several documents.
+    batch: Batch from `collate_pieces`, with a mask (b, n, n) if rows hold several documents.
     """
     mask = batch["mask"]
     if mask.ndim == 2 or mask.shape[1] <= (together := reach(lm, run)):
@@ -48,7 +48,10 @@ def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
 
 
 def reach(lm: nn.Module, run: Run) -> int:
-    """Return the largest number of tokens of a row whose documents run in one pass, 0 for none; tried once for an LM."""
+    """Return the longest packed row that the LM handles correctly, in tokens. 0 means that it cannot pack.
+
+    Tried once for an LM.
+    """
     config: Any = lm.config
     key = f"{type(lm).__name__} {config.to_json_string()}"
     if key not in _reaches:
@@ -63,11 +66,11 @@ def reach(lm: nn.Module, run: Run) -> int:
 
 @torch.no_grad()
 def _is_exact(lm: Any, run: Run) -> bool:
-    """Return whether the documents of a tree and of a pack have the states in one pass that they have alone."""
+    """Return whether the documents of a tree and of a pack have the same states in one pass as alone."""
     ids = tuple(37 * place % lm.config.vocab_size for place in range(20))
     rows = [Piece(ids, ids, (0,) * 4 + (1,) * 12 + (2,) * 4, shared=4), Piece(ids, ids, (0,) * 12 + (1,) * 8)]
     device = next(lm.parameters()).device
-    batch = {name: value.to(device) for name, value in collate(rows).items()}
+    batch = {name: value.to(device) for name, value in collate_pieces(rows).items()}
     try:
         plain = disabled(lm) if record_of(lm) else nullcontext()
         with evaluating(lm), plain, torch.autocast(device.type, enabled=False):
@@ -79,9 +82,9 @@ def _is_exact(lm: Any, run: Run) -> bool:
 
 
 def _one_by_one(batch: Mapping[str, Tensor], run: Run) -> Tensor:
-    """Return the states (b, n, d) of one document of each row at a time, each after what it shares with others."""
+    """Return the states (b, n, d) of one document of each row at a time, each after the tokens that it shares with others."""
     mask = batch["mask"]
-    # The last token of a document is seen by itself alone, and sees the whole document and what is shared.
+    # Only the last token of a document sees itself, and it sees the whole document and what is shared.
     lasts = [row.nonzero().squeeze(1) for row in mask.sum(1) == 1]
     states: Tensor | None = None
     for number in range(max(map(len, lasts))):
@@ -99,7 +102,7 @@ def _one_by_one(batch: Mapping[str, Tensor], run: Run) -> Tensor:
 
 
 def _taken(batch: Mapping[str, Tensor], columns: Tensor, kept: Tensor) -> dict[str, Tensor]:
-    """Return the tokens of a batch at some columns (b, m), padded where not kept (b, m), as a batch of single documents."""
+    """Return the tokens of a batch at some columns (b, m) as a batch of single documents. Tokens not kept (b, m) are padding."""
     part = {name: batch[name].gather(1, columns) * kept for name in ("ids", "positions")}
     part["mask"] = kept
     if "lower" in batch:

@@ -1,8 +1,8 @@
 """Generated answers: greedy generation after the prompt, read by a pattern and compared with the gold answers.
 
-Training is that of causal.py on the answer. The first group of the last match of `pattern` in the generated text up to `stop`
-(all of this text without a pattern) is compared with the gold answers after normalisation of numbers (without thousands commas
-and trailing zeros) or text (without case, articles and punctuation, as in SQuAD's evaluation).
+Training is that of causal.py on the answer. The generated text is read up to `stop`. The first group of the last match of
+`pattern` (the whole text without a pattern) is compared with the gold answers. Both are normalised before, as numbers (without
+thousands commas and trailing zeros) or as text (without case, articles and punctuation, as in SQuAD's evaluation).
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class Generation(Causal):
     """Generated answers.
 
     Args:
-        prompt: template of the prompt.
-        answer: template of the answer that is trained on.
-        gold: field with the right answer or the list of right answers.
-        pattern: regular expression with one group, the answer; None for the whole text.
-        stop: text that ends the answer; None for no such text.
-        new_tokens: largest number of generated tokens.
-        length: largest number of tokens of a piece.
-        end: as in `Causal`.
-        pack: as in `Causal`.
+        prompt: Template of the prompt.
+        answer: Template of the answer that is trained on.
+        gold: Name of the field with the right answer or the list of right answers.
+        pattern: Regular expression with one group, the answer. None for the whole text.
+        stop: Text that ends the answer. None for no such text.
+        new_tokens: Largest number of generated tokens.
+        length: Largest number of tokens of a piece.
+        end: Whether the end of the answer is counted, as in `Causal`.
+        pack: Whether rows share training pieces, as in `Causal`.
 
     Raises:
-        UserError: no prompt, no new tokens, or a pattern without exactly one group.
+        UserError: If there is no prompt, there are no new tokens, or the pattern does not have exactly one group.
     """
 
     reads = False
@@ -80,7 +80,8 @@ class Generation(Causal):
         self._tokenizer = tokenizer
         gold = row[self.gold] if isinstance(row[self.gold], list) else [row[self.gold]]
         trained, prompt = super().encode(name, row, tokenizer), self.ask(name, row, tokenizer)
-        pieces = [*trained.pieces, *prompt.pieces]  # the second has not made room for the trained answer
+        # the prompt alone, from which nothing was cut for the trained answer
+        pieces = [*trained.pieces, *prompt.pieces]
         return replace(trained, pieces=pieces, gold=[str(answer) for answer in gold])
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
@@ -93,7 +94,7 @@ class Generation(Causal):
         return records
 
     def read(self, text: str) -> str:
-        """Return the answer in a generated text; empty where the pattern does not match."""
+        """Return the answer in a generated text. It is empty if the pattern does not match."""
         text = text.split(self.stop)[0] if self.stop else text
         if self.pattern is None:
             return text
@@ -110,7 +111,7 @@ class Generation(Causal):
 
 
 def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
-    """Return a batch of the prompts of rows, which are their last pieces without the counted tokens, on the LM's device."""
+    """Return a batch of the prompts of rows on the LM's device. A prompt is the last piece of its row without counted tokens."""
     prompts = []
     for item in items:
         piece = item.pieces[-1]
@@ -121,13 +122,13 @@ def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
 
 
 def normalised(text: str) -> str:
-    """Return a number without commas, currency sign and trailing zeros; other text as SQuAD normalises it."""
+    """Return a number without commas, currency sign and trailing zeros. Other text is normalised as SQuAD does it."""
     plain = text.strip().strip("$").replace(",", "").rstrip(".")
     try:
         number = Decimal(plain)
-    except InvalidOperation:  # text, not a number
+    except InvalidOperation:  # text that is not a number
         number = Decimal("NaN")
-    if number.is_finite() and abs(number.adjusted()) < 100:  # others would be texts of as many digits
+    if number.is_finite() and abs(number.adjusted()) < 100:  # a larger number would be a text of as many digits
         digits = f"{number:f}"  # Decimal.normalize would round to 28 digits
         return digits.rstrip("0").rstrip(".") if "." in digits else digits
     words = "".join(letter for letter in text.lower() if letter not in string.punctuation)

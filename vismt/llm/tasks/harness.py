@@ -1,9 +1,9 @@
 """Tasks of lm-evaluation-harness: `kind: "lm_eval:arc_easy"`, or the file of a task, `kind: "lm_eval:my_task.yaml"`.
 
-The harness gives documents, prompts, examples of the prompt and metrics, and its own model class reads log-likelihoods and writes
-texts, so that each score is the harness's. Here each document has a record, and from the records follow intervals and paired
-differences. A metric that is a mean of a number for each document, or a quotient of two sums (perplexities of whole texts), is
-reported. Another metric (a correlation, a corpus score) has no value of a document, and is left out with a line.
+The harness gives documents, prompts, examples of the prompt and metrics. Its own model class reads log-likelihoods and writes
+texts, so each score is the harness's score. Here each document has a record, and intervals and paired differences follow from
+the records. A metric is reported if it is a mean of a number for each document, or a quotient of two sums (perplexities of
+whole texts). Another metric (a correlation, a corpus score) has no value for a document, and is left out with a line.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ from vismt.llm.tasks.pieces import piece
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE, Measure
 
 _FAMILY = "lm_eval"
-SEED = 1234  # of the examples of a prompt, the harness's default
-# Quotients of sums of a document's log-likelihood and its length: exp(-sum/sum), or -sum/sum/ln 2.
+SEED = 1234  # seed of the examples of a prompt, the harness's default
+# Quotients of the sums of log-likelihoods and lengths of documents: exp(-sum/sum), or -sum/sum/ln 2.
 QUOTIENTS = {"weighted_perplexity": math.exp, "bits_per_byte": lambda nats: nats / math.log(2)}
 
 
 class Harness(LmTask):
-    """A task of lm-evaluation-harness, which is evaluated and not trained.
+    """A task of lm-evaluation-harness. It is evaluated and not trained.
 
     Args:
-        prompt: Empty, as the task has prompts.
+        prompt: Empty, because the task has prompts.
         shots: Number of examples in the prompt. None for the task's number.
 
     Raises:
-        UserError: a prompt, a negative number of examples, a package that is missing, and a task that cannot be loaded.
+        UserError: If a prompt is given, the number of examples is negative, a package is missing, or the task cannot be loaded.
     """
 
     reads = False
     labelled = False
     own = True
-    name = ""  # of the task, or its file
+    name = ""  # name of the task, or of its file
 
     def __init__(self, prompt: str = "", shots: int | None = None) -> None:
         super().__init__(prompt)
@@ -60,7 +60,7 @@ class Harness(LmTask):
             )
         self.shots = shots
         self._task: Any = None
-        self._requests: dict[str, list[Any]] = {}  # of each document
+        self._requests: dict[str, list[Any]] = {}  # requests of each document
         self._model: tuple[LmNet, Any] | None = None
         self._tokenizer: Any = None
 
@@ -70,7 +70,7 @@ class Harness(LmTask):
 
     @property
     def task(self) -> Any:
-        """The harness's task, loaded with its documents on first use."""
+        """The harness's task. It is loaded with its documents on first use."""
         if self._task is None:
             from lm_eval.tasks import TaskManager
 
@@ -83,7 +83,7 @@ class Harness(LmTask):
                 )
             try:
                 tasks = manager.load(self.name)["tasks"]
-            except Exception as error:  # files and downloads of other people
+            except Exception as error:  # files and downloads of other people can raise any error
                 raise UserError(f"tasks: '{_FAMILY}:{self.name}' cannot be loaded ({first_line(error)}).") from error
             if len(tasks) != 1:
                 raise UserError(
@@ -101,7 +101,7 @@ class Harness(LmTask):
         return self._task
 
     def own_rows(self) -> TextSet:
-        """Return a row for each document, named by its number. The requests of all are made in the harness's order."""
+        """Return a row for each document, named by its number. The requests of all documents are made in the harness's order."""
         self.task.build_all_requests()
         for request in self.task.instances:
             self._requests.setdefault(str(request.doc_id), []).append(request)

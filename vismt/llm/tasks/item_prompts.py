@@ -5,14 +5,13 @@
     slots           "played *, *."                       items by their vectors alone
 
 A slot is one token, which the vector of its item replaces (vismt.llm.ilora.hybrid). HitRatio@1 of written answers is correct /
-all; relative to valid answers only it would rise with each invalid answer.
+all. Relative to valid answers only, it would rise with each invalid answer.
 """
 
 from __future__ import annotations
 
 import string
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.llm.tasks.base import answer_tokens, context_tokens
@@ -22,14 +21,14 @@ class ItemPrompt:
     """A template with places for lists of items.
 
     Args:
-        key: key of the configuration that holds the template, for messages.
-        template: text with each of the places once, in braces.
-        places: their names.
-        join: text between the items of a list.
-        slot: text of the one token that an item vector replaces.
+        key: Name of the configuration key that holds the template, for messages.
+        template: Text that has each of the places once, in braces.
+        places: Names of the places.
+        join: Text between the items of a list.
+        slot: Text of the one token that an item vector replaces.
 
     Raises:
-        UserError: a template that cannot be read, or one with other places.
+        UserError: If the template cannot be read, or has other places.
     """
 
     def __init__(self, key: str, template: str, places: Sequence[str], join: str, slot: str) -> None:
@@ -48,7 +47,7 @@ class ItemPrompt:
 
     def tokens(
         self,
-        tokenizer: Any,
+        tokenizer: object,
         lists: Mapping[str, Sequence[int]],
         titles: Sequence[str] | None,
         slots: bool,
@@ -57,14 +56,14 @@ class ItemPrompt:
         """Return the tokens and the item number of each token, -1 for none.
 
         Args:
-            tokenizer: of the LM.
-            lists: the items of each place.
-            titles: of all items; None to leave titles out.
-            slots: whether a slot follows each item.
-            after: the end of the text before; None for a text that begins a sequence, with the special tokens for that.
+            tokenizer: Tokenizer of the LM.
+            lists: Items of each place.
+            titles: Titles of all items. None leaves titles out.
+            slots: Whether a slot follows each item.
+            after: End of the text before. None for a text that begins a sequence, with the special tokens for that.
         """
-        texts = [""]  # before, between and after the slots
-        numbers = []  # the item of each slot
+        texts = [""]  # texts before, between and after the slots
+        numbers = []  # item of each slot
         for literal, name in self.sections:
             texts[-1] += literal
             for position, number in enumerate(lists.get(name, ())):
@@ -84,8 +83,8 @@ class ItemPrompt:
         return ids, items
 
 
-def single_token(tokenizer: Any, key: str, text: str) -> int:
-    """Return the token of a text; raise UserError where it is several."""
+def single_token(tokenizer: object, key: str, text: str) -> int:
+    """Return the token of a text. Raise UserError if the text has several tokens."""
     ids = answer_tokens(tokenizer, text)
     if len(ids) != 1:
         raise UserError(f"tasks: {key} '{text}' is {len(ids)} tokens, needed one; take a sign such as ' *'.")
@@ -93,9 +92,10 @@ def single_token(tokenizer: Any, key: str, text: str) -> int:
 
 
 def read_answer(text: str, titles: Sequence[str], label: int) -> dict[str, bool]:
-    """Return whether a written answer is right and valid: its first line equals a title, or contains one; case is ignored.
+    """Return whether a written answer is right and whether it is valid.
 
-    Of titles that contain each other the longest counts, which LLaRA's released reading treats as invalid.
+    An answer is valid if its first line equals or contains a title. Case is ignored. If titles contain each other, the longest
+    counts. LLaRA's released reading treats such an answer as invalid.
     """
     names = [_plain(title) for title in titles]
     line = _plain(text.split("\n")[0])

@@ -1,9 +1,9 @@
 """Pieces of tokenised text with labels for the counted tokens, packing of several pieces into one, and batches of pieces.
 
-A label stands at its token; where it is IGNORE the token is context only. Packed documents attend to themselves only:
-attention is block-diagonal, positions restart, and the first token of a document has no label, since the token before it
-belongs to another document. A tree is a prompt followed by several answers, each of which attends to the prompt and to itself,
-so that the prompt runs once.
+A label stands at its token. A token with the label IGNORE is only context. Packed documents attend only to themselves.
+Attention is block-diagonal, positions restart, and the first token of a document has no label, since the token before it
+belongs to another document. A tree is a prompt followed by several answers. Each answer attends to the prompt and to itself, so
+that the prompt runs once.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ IGNORE = -100
 class Piece:
     """A sequence of n tokens.
 
-    ids, labels: of the tokens. documents: the document number of each token where several are packed, else None. shared: number
-    of tokens at the start, document 0, that all documents of a tree attend to. items: for each token the number of the item
-    whose vector replaces it, -1 for none.
+    ids, labels: Numbers and labels of the tokens. documents: Document number of each token if several documents are packed,
+    otherwise None. shared: Number of tokens at the start (document 0) that all documents of a tree attend to. items: Number of
+    the item whose vector replaces each token, -1 for none.
     """
 
     ids: tuple[int, ...]
@@ -38,14 +38,14 @@ class Piece:
 
     @property
     def counted(self) -> int:
-        """Number of tokens with a label, without the first one, which no token predicts."""
+        """Number of tokens with a label, without the first token, which no token predicts."""
         return sum(label != IGNORE for label in self.labels[1:])
 
 
 def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
-    """Return a piece of context and answer; the answer is counted.
+    """Return a piece of context and answer. The answer is counted.
 
-    Where the two exceed `length`, the context loses its beginning; an answer that is too long loses its end.
+    If the two exceed `length`, the context loses its beginning. An answer that is too long loses its end.
     """
     answer = list(answer)[: length - 1] if context else list(answer)[:length]
     context = list(context)[max(0, len(context) + len(answer) - length) :]
@@ -55,7 +55,7 @@ def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
 def windows(context: Sequence[int], text: Sequence[int], length: int) -> list[Piece]:
     """Split a text into pieces of `length` tokens that overlap by one token, so that every token is counted once.
 
-    The first token of the text is counted only where there is context (a begin-of-text token) before it.
+    The first token of the text is counted only if there is context (a begin-of-text token) before it.
     """
     tokens = [*context, *text]
     labels = [*[IGNORE] * len(context), *text]
@@ -96,8 +96,8 @@ def tree(
 ) -> Piece:
     """Return the tree of a prompt and its answers.
 
-    The prompt loses its beginning where it does not fit before the longest answer. items: item numbers of the prompt's tokens;
-    answer_items: of those of each answer.
+    The prompt loses its beginning if it does not fit before the longest answer. items: Item numbers of the prompt's tokens.
+    answer_items: Item numbers of the tokens of each answer.
     """
     room = length - max(len(answer) for answer in answers)
     prompt = list(context)[-room:] if room > 0 else []
@@ -119,16 +119,17 @@ def tree(
 
 def stem(piece: Piece, answer: int) -> Piece:
     """Return the prompt of a tree with one of its answers as a piece without branches."""
-    chosen = [position for position, number in enumerate(piece.documents) if number in (0, answer + 1)]
+    chosen = [position for position, number in enumerate(piece.documents or ()) if number in (0, answer + 1)]
     return select_tokens(piece, chosen)
 
 
 def prune(piece: Piece, answers: Sequence[int]) -> Piece:
     """Return the tree with some of its answers, in the given order."""
     places = {answer + 1: place for place, answer in enumerate(answers, 1)}
-    kept = [position for position, number in enumerate(piece.documents) if number == 0 or number in places]
-    kept.sort(key=lambda position: places.get(piece.documents[position], 0))
-    documents = tuple(places.get(piece.documents[position], 0) for position in kept)
+    branches = piece.documents or ()
+    kept = [position for position, number in enumerate(branches) if number == 0 or number in places]
+    kept.sort(key=lambda position: places.get(branches[position], 0))
+    documents = tuple(places.get(branches[position], 0) for position in kept)
     return replace(select_tokens(piece, kept), documents=documents, shared=piece.shared)
 
 
@@ -141,17 +142,17 @@ def select_tokens(piece: Piece, positions: Sequence[int]) -> Piece:
     )
 
 
-def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
+def collate_pieces(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> dict[str, Tensor]:
     """Return a batch of pieces, padded on the left.
 
     Args:
-        pieces: of any lengths; n is the largest.
-        lower: cached states (n, d) of each piece.
+        pieces: Pieces of any lengths. n is the largest length.
+        lower: Cached states (n, d) of each piece.
 
     Returns:
-        "ids", "labels", "positions" int64 (b, n); "mask" bool (b, n), or (b, n, n) where a piece is packed; "lower" (b, n, d)
-        with cached states; "items" int64 (b, n), -1 for none, where a piece has items; where a piece is a tree, "branch" int64
-        (b, n), 0 before the first answer, and "previous", the column that predicts each token.
+        Tensors by name: "ids", "labels" and "positions" int64 (b, n), and "mask" bool (b, n), or (b, n, n) if a piece is
+        packed. With cached states "lower" (b, n, d). If a piece has items, "items" int64 (b, n), -1 for none. If a piece is a
+        tree, "branch" int64 (b, n), 0 before the first answer, and "previous", the column that predicts each token.
     """
 
     def padded(rows: Iterable[Sequence[int]], value: int = 0) -> Tensor:
@@ -165,15 +166,15 @@ def collate(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = None) -> d
     columns = torch.arange(width)
     shared = torch.tensor([piece.shared for piece in pieces])[:, None]
     changes = (documents[:, 1:] != documents[:, :-1]) | ~mask[:, :-1]
-    begins = mask & F.pad(changes, (1, 0), value=True)  # the first token of every document
-    # The offset of a document is the column of its first token, less the prompt before an answer, whose positions continue;
-    # cummax carries it to the other tokens.
+    begins = mask & F.pad(changes, (1, 0), value=True)  # first token of every document
+    # The offset of a document is the column of its first token, minus the prompt before an answer, whose positions
+    # continue. cummax carries it to the other tokens.
     offsets = torch.zeros_like(documents)
     offsets[begins] = (columns - shared * (documents > 0))[begins]
     positions = (columns - offsets.cummax(1).values) * mask
     batch = {"ids": ids, "labels": labels, "positions": positions, "mask": mask}
     if any(piece.documents is not None for piece in pieces):
-        # A token attends to the tokens before it of its document and of the prompt of its tree.
+        # A token attends to the earlier tokens of its document and of the prompt of its tree.
         shown = (documents[:, :, None] == documents[:, None, :]) & mask[:, None, :]
         shown |= ((documents == 0) & mask & (shared > 0))[:, None, :]
         batch["mask"] = shown & torch.ones(width, width, dtype=torch.bool).tril()

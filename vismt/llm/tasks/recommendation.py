@@ -5,15 +5,16 @@ r"""The next item of a user's history, out of candidates (LLaRA's protocol, arXi
     write:   greedy generation up to the end of the line, read as a candidate    loss as for choose
 
 HitRatio@1 is the share of rows whose right candidate has the largest s_c, or was written. "choose" and "write" name all
-candidates in the prompt. "judge" asks one question for each candidate, as a branch after the shared history; p(title) measures
-how common the words of a title are; a question does not. Its negatives in training are the first of the row's candidates.
+candidates in the prompt. "judge" asks one question for each candidate, as a branch after the shared history. p(title) measures
+how common the words of a title are, and a question does not. The negatives of "judge" in training are the first negatives among
+the row's candidates.
 
 In a hybrid prompt a slot of one token stands for each item, and the vector of the item replaces it (vismt.llm.ilora.hybrid):
 
     p(text)  = max(0, 1 - k / (curriculum K))     of training batch k of K: titles only; else hybrid
 
-The candidates of a row are fixed; the released loader of Last.fm draws one negative and leaves out the right item. Users with
-several rows are scored by the mean of their rows, so that intervals and differences are over users, who are independent; rows
+The candidates of a row are fixed. The released loader of Last.fm draws one negative and leaves out the right item. A user with
+several rows is scored by the mean of the rows. Intervals and differences are then over users, who are independent, while rows
 of one user are not. Left out: item tokens in the vocabulary, beam search.
 """
 
@@ -43,7 +44,7 @@ from vismt.llm.tasks.base import (
     Writing,
     answer_tokens,
     by_row,
-    names_of,
+    item_names,
     probability_measures,
 )
 from vismt.llm.tasks.causal import written
@@ -61,26 +62,29 @@ class Recommendation(LmTask):
     """The next item of a history.
 
     Args:
-        prompt: template with the places {history} and, but for "judge", {candidates}.
-        answer: "choose" a candidate by log-likelihood, "judge" each one by a question, or "write" a title.
-        question: of "judge": template with the place {candidate}, which follows the prompt; the LM answers yes or no.
-        negatives: of "judge": number of wrong candidates of a row in training.
-        candidates: number of candidates.
-        history: number of last items in the prompt and for the recommender.
-        shown: of them, the number of last items in the prompt, where the gates are to know more than the prompt; null for all.
-        items: whether item vectors follow the titles, in place of the token `slot`.
-        titles: whether hybrid prompts have titles beside the item vectors.
-        sample: "rows", or "users": a batch draws users and a row of each, and a limit on the rows keeps as many of each.
-        curriculum: share of the training over which text prompts are replaced by hybrid prompts.
-        normalise: length that the log-likelihood of a candidate is divided by: "none", "token" or "character".
-        new_tokens: largest number of generated tokens.
-        slot: text of the one token that item vectors replace.
-        join: text between titles.
-        seed: of the candidates.
-        length: largest number of tokens of prompt and answer.
+        prompt: Template with the place {history} and, except for "judge", the place {candidates}.
+        answer: Way of answering: "choose" a candidate by log-likelihood, "judge" each candidate by a question, or "write" a
+            title.
+        question: Template of the question of "judge", with the place {candidate}. It follows the prompt, and the LM answers yes
+            or no.
+        negatives: Number of wrong candidates of a row in training, for "judge".
+        candidates: Number of candidates.
+        history: Number of last items in the prompt and for the recommender.
+        shown: Number of these items that are in the prompt, if the gates should know more than the prompt. null for all.
+        items: Whether item vectors follow the titles, at the token `slot`.
+        titles: Whether hybrid prompts have titles beside the item vectors.
+        sample: "rows", or "users". With "users" a batch draws users and one row of each, and a limit on the rows keeps equally
+            many of each.
+        curriculum: Share of the training over which text prompts are replaced by hybrid prompts.
+        normalise: Length that the log-likelihood of a candidate is divided by: "none", "token" or "character".
+        new_tokens: Largest number of generated tokens.
+        slot: Text of the one token that item vectors replace.
+        join: Text between titles.
+        seed: Seed of the candidates.
+        length: Largest number of tokens of prompt and answer.
 
     Raises:
-        UserError: unknown names, numbers out of range, or templates with other places.
+        UserError: If a name is unknown, a number is out of range, or a template has other places.
     """
 
     labelled = False
@@ -210,7 +214,7 @@ class Recommendation(LmTask):
         return [item.hybrid or item for item in items]
 
     def shown(self, net: LmNet, items: Sequence[Item]) -> list[Item]:
-        """Return hybrid prompts for a net with item vectors; the LM before training has none."""
+        """Return hybrid prompts for a net with item vectors. The LM before training has none."""
         return [item.hybrid or item for item in items] if isinstance(net.head, Hybrid) else list(items)
 
     def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
@@ -243,7 +247,7 @@ class Recommendation(LmTask):
         with conditioned(net, prompts_of(net, items)) as given, net.inserted(given):
             texts = written(net, given, self._tokenizer, Writing(self.new_tokens), stops)
         return [
-            {**names_of(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
+            {**item_names(item), "text": text, **read_answer(text, listed_of(item).titles, item.label)}
             for item, text in zip(items, texts)
         ]
 
@@ -277,13 +281,13 @@ def listed_of(item: Item) -> Listed:
 
 
 def by_user(records: Sequence[Record], measure: Measure) -> Measure:
-    """Return a measure whose examples are users, each with the mean of its rows; the same where no user has two rows.
+    """Return a measure whose examples are users, each with the mean of its rows. If no user has two rows, nothing changes.
 
-    Rows of one user are not independent; their means by user are, so that intervals and paired differences hold.
+    Rows of one user are not independent. Their means by user are, so that intervals and paired differences hold.
     """
     rows: dict[str, list[float]] = {}
     for record in records:
-        rows.setdefault(record.get("user", record["id"]), []).append(measure.values[record["id"]])
+        rows.setdefault(record["user"] if "user" in record else record["id"], []).append(measure.values[record["id"]])
     if len(rows) == len(records):
         return measure
     return replace(

@@ -1,9 +1,9 @@
-"""Several adapters made into one, for one weight or for all of a model's: a weighted sum, or a rule of merging.
+"""Merge several adapters into one, for one weight or for all weights of a model: by a weighted sum or by a merging rule.
 
-The sum, `sum_j weights[j] * delta_j`, is exact for any ranks, cores and scales, because the scale of each adapter goes into
-the factors before they are added: `cat` stacks the factors (rank = sum of the ranks), `svd` writes the same sum in its smallest
-form and may truncate it to the best approximation of a given rank. The rules work in the joint bases of the adapters
-(vismt/lowrank/cores.py). Where one of several adapters has no update of a weight, its update there is 0.
+The sum, `sum_j weights[j] * delta_j`, is exact for any ranks, cores and scales, because the scale of each adapter goes into the
+factors before they are added. `cat` stacks the factors, so that the rank is the sum of the ranks. `svd` writes the same sum in
+its smallest form, and may truncate it to the best approximation of a given rank. The merging rules work in the joint bases of
+the adapters (vismt/lowrank/cores.py). If one of several adapters has no update of a weight, its update of that weight is 0.
 """
 
 from __future__ import annotations
@@ -73,39 +73,41 @@ def combine(
     """Merge adapters into one.
 
     Args:
-        adapters: one or more updates of one weight (`LowRank`), all of the same (o, i); or adapters of one base: folders
-            that save_adapter, export_peft or peft wrote, adapted models, or results of this function.
-        weights: one finite number for each adapter, by which its update is multiplied before it is merged; they need not be
-            positive nor sum to one. None for 1 / T each of T adapters where updates are summed (`cat`, `svd`, `core_dare`),
-            the mean, and for 1 each by another method. Equal weights other than 1 / T are task arithmetic.
-        method: `cat` concatenates the factors, rank = the sum of all ranks, rounded once to the factors' dtype;
-            `svd` decomposes that sum by QR and a small SVD, and keeps only the rank it has; `core_ties`, `knots_ties`,
-            `core_dare`, `tsv` and `regmean` are described in vismt/lowrank/cores.py.
-        rank: keep at most this many singular values (Eckart-Young) of each weight; must be None with `cat`.
-        covariances: with `regmean`, the covariance (i, i) of the inputs of each adapter's task, for adapters of models by
-            module path, as `vismt.llm.collect_covariance` returns them.
-        keep: with `core_ties` and `knots_ties`, the share of the entries of each update that is kept, in (0, 1].
-        drop: with `core_dare`, the probability with which an entry is dropped, in [0, 1).
-        seed: with `core_dare`, of the draws.
+        adapters: Updates of one weight (`LowRank`), all of the same shape (o, i), or adapters of one base: folders that
+            save_adapter, export_peft or peft wrote, adapted models, or results of this function.
+        weights: Finite numbers, one for each adapter. Each update is multiplied by its weight before the merge. Weights may be
+            negative and need not sum to one. None stands for 1 / T each (the mean) if updates are summed (`cat`, `svd`,
+            `core_dare`), and for 1 each with another method. Equal weights other than 1 / T are task arithmetic.
+        method: Name of the method. `cat` concatenates the factors (the rank is the sum of all ranks) and rounds once to the
+            factors' dtype. `svd` decomposes the sum by QR and a small SVD, and keeps only the rank that the sum has.
+            vismt/lowrank/cores.py describes `core_ties`, `knots_ties`, `core_dare`, `tsv` and `regmean`.
+        rank: Largest number of singular values of each weight that are kept (Eckart-Young). It must be None with `cat`.
+        covariances: Covariances (i, i) of the inputs of each adapter's task, for `regmean`. For adapters of models they are
+            given by module path, as `vismt.llm.collect_covariance` returns them.
+        keep: Share of the entries of each update that `core_ties` and `knots_ties` keep, in (0, 1].
+        drop: Probability with which `core_dare` drops an entry, in [0, 1).
+        seed: Seed of the draws of `core_dare`.
 
     Returns:
-        A `LowRank` with scale 1, or for adapters `Updates`: their `put_on(model)` adapts a stock model. A single adapter
-        with weight 1.0 is returned unchanged, bit for bit, by `cat`, and by `svd` without a `rank`. Parameters that were trained
-        whole (a head) are not merged: they are kept where all adapters hold the same bits.
+        A `LowRank` with scale 1, or `Updates` for adapters, whose `put_on(model)` adapts a stock model. `cat`, and `svd`
+        without `rank`, return a single adapter with weight 1.0 unchanged, bit for bit. Parameters that were trained whole (a
+        head) are not merged. They are kept if all adapters hold the same bits.
 
     Raises:
-        UserError: for adapters of different shapes or bases, an update that is not of low rank (see updates.py),
-            heads that differ, a wrong number of weights, a weight that is not finite, an unknown method, a rank or an option
-            that is out of range, and covariances that are missing or do not fit.
+        UserError: If adapters have different shapes or bases, an update is not of low rank (see updates.py), heads differ, the
+            number of weights is wrong, a weight is not finite, the method is unknown, a rank or an option is out of range, or
+            covariances are missing or do not fit.
     """
     _check_call(adapters, weights, method, rank)
     _check_settings(len(adapters), method, keep, drop, covariances)
     if weights is None:
         weights = [1 / len(adapters) if method in (*SUMS, "core_dare") else 1.0] * len(adapters)
     settings = RuleSettings(keep, drop, seed)
-    if not any(isinstance(adapter, LowRank) for adapter in adapters):
-        opened = [read_updates(adapter, what="combine") for adapter in adapters]
-        return _of_models(opened, weights, method, rank, settings, covariances)
+    of_models = [adapter for adapter in adapters if not isinstance(adapter, LowRank)]
+    given: Any = covariances  # of one weight a tensor for each adapter, else a table for each
+    if len(of_models) == len(adapters):
+        opened = [read_updates(adapter, what="combine") for adapter in of_models]
+        return _of_models(opened, weights, method, rank, settings, given)
     updates: list[LowRank] = []
     for position, adapter in enumerate(adapters):
         if not isinstance(adapter, LowRank):
@@ -117,22 +119,23 @@ def combine(
         return _sum(updates, weights, method, rank)
     if covariances is not None:
         _check_covariances(covariances, updates[0].shape[1])
-        settings = replace(settings, covariances=covariances)
+        settings = replace(settings, covariances=given)
     return _by_rule(updates, weights, method, rank, settings)
 
 
 def interference(
     adapters: Sequence[Adapter], merged: Adapter, covariances: Sequence[Mapping[str, Tensor]] | None = None
 ) -> dict[str, Interference]:
-    """Return by module path how the updates of adapters meet each other and what they were merged into.
+    """Return by module path how the updates of adapters relate to each other and to their merge.
 
     Args:
-        adapters: as for `combine`.
-        merged: what they were merged into.
-        covariances: of the inputs of each adapter's task by module path, as for `combine`; None for white inputs.
+        adapters: Adapters, as for `combine`.
+        merged: Result of the merge.
+        covariances: Covariances of the inputs of each adapter's task by module path, as for `combine`. None stands for white
+            inputs.
 
     Raises:
-        UserError: as `combine`, and where a path of `adapters` is not in `merged`.
+        UserError: If `combine` would refuse the adapters, or a path of `adapters` is not in `merged`.
     """
     if covariances is not None and len(covariances) != len(adapters):
         raise UserError(
@@ -153,7 +156,10 @@ def interference(
 def _sum(
     updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None, *, wide: bool = False
 ) -> LowRank:
-    """Return the weighted sum. wide: sum half-precision factors in fp32, as layers and files hold them."""
+    """Return the weighted sum.
+
+    wide: Whether to sum half-precision factors in fp32, in which layers and files hold factors.
+    """
     if len(updates) == 1 and weights[0] == 1.0 and rank is None:
         _check_factors(updates[0])
         return updates[0]
@@ -178,7 +184,7 @@ def _check_factors(update: LowRank) -> None:
 def _by_rule(
     updates: Sequence[LowRank], weights: Sequence[float], method: str, rank: int | None, settings: RuleSettings
 ) -> LowRank:
-    """Return updates merged by a rule, in fp32, or fp64 for fp64 factors, on the device of the first."""
+    """Return updates merged by a rule, on the device of the first update, in fp32 or, for fp64 factors, in fp64."""
     for update in updates:
         _check_factors(update)
     merged = RULES[method](joint_cores(updates, weights), settings)
@@ -191,7 +197,7 @@ def _by_rule(
 
 
 def _by_path(adapters: Sequence[Updates]) -> dict[str, dict[int, LowRank]]:
-    """Return the updates of each weight by the position of their adapter."""
+    """Return the updates of each weight. Each update is listed under the position of its adapter."""
     found: dict[str, dict[int, LowRank]] = {}
     for position, adapter in enumerate(adapters):
         for path, update in adapter.low_rank.items():
@@ -200,7 +206,7 @@ def _by_path(adapters: Sequence[Updates]) -> dict[str, dict[int, LowRank]]:
 
 
 def _with_zeros(present: Mapping[int, LowRank], count: int) -> list[LowRank]:
-    """Return the updates of a weight by `count` adapters, 0 by those that have none."""
+    """Return the updates of a weight by `count` adapters. Adapters without an update of the weight get 0."""
     first = next(iter(present.values()))
     nothing = LowRank(torch.zeros_like(first.B[:, :1]), torch.zeros_like(first.A[:1]))
     return [present.get(position, nothing) for position in range(count)]
@@ -239,7 +245,7 @@ def _of_models(
 
 
 def _same_parameters(adapters: Sequence[Updates]) -> dict[str, Tensor]:
-    """Return the parameters that were trained whole; UserError unless all adapters hold the same bits."""
+    """Return the parameters that were trained whole. Raise UserError unless all adapters hold the same bits."""
     first = adapters[0].also_train
     for position, adapter in enumerate(adapters[1:], 1):
         values = adapter.also_train
@@ -271,7 +277,7 @@ def _covariances_at(path: str, covariances: Sequence[Mapping[str, Tensor]], widt
     return found
 
 
-def _check_covariances(covariances: Sequence[Any], width: int, where: str = "") -> None:
+def _check_covariances(covariances: Sequence[object], width: int, where: str = "") -> None:
     for position, value in enumerate(covariances):
         if not isinstance(value, Tensor) or tuple(value.shape) != (width, width) or not bool(value.isfinite().all()):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

@@ -1,7 +1,8 @@
-"""An adapter folder as data: adapter.json, read strictly, and its tensors, checked before any model is looked at.
+"""An adapter folder as data: adapter.json, read strictly, and its tensors, checked without a model.
 
-adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. What the file
-determines alone is checked here: types, ranges, the tensors of each layer. What needs a model is checked in save_load.py.
+adapter.json describes the layers, names the safetensors file with its SHA-256, and carries a digest of itself. Everything that
+the file determines alone is checked here: types, ranges, and the tensors of each layer. save_load.py makes the checks that need
+a model.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ from vismt.storage.files import is_sealed, read_json, read_tensors
 FORMAT = 1
 DESCRIPTION = "adapter.json"
 SAMPLES = 16
-# Layers whose entries in adapter.json leave their name out: the setting that only theirs have.
+# A layer whose entry in adapter.json has no name is recognised by the setting that only this layer has.
 _UNNAMED = {"low_rank": None, "quantized": "grid", "slice": "dim"}
 NOT_OURS = f"{DESCRIPTION} is not what vismt.save_adapter writes"
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The entry of an adapter module other than a layer: the name of its class, and its settings."""
+    """Entry of an adapter module other than a layer: the name of its class, and its settings."""
 
     type: str
     settings: dict[str, Any]
@@ -40,7 +41,7 @@ class _Part:
 
 @dataclass(frozen=True)
 class Description:
-    """The content of adapter.json. sites, parts: entries of layers and of other adapter modules."""
+    """The content of adapter.json. sites: Entries of layers. parts: Entries of other adapter modules."""
 
     format: int
     method: str
@@ -70,7 +71,7 @@ class Description:
 
 @dataclass(frozen=True)
 class _Site:
-    """What the entry of every layer holds beside its settings."""
+    """Fields that the entry of every layer holds besides its settings."""
 
     path: str
     kind: Literal["linear", "conv1d", "conv2d", "nn.Conv1d", "nn.Conv3d", "embedding", "parameter"]
@@ -83,19 +84,19 @@ class _Site:
 
 
 def entry_of(spec: LayerSpec) -> dict[str, Any]:
-    """Return a spec as adapter.json holds it: empty settings are left out."""
+    """Return the entry of a spec in adapter.json. Empty settings are left out."""
     layer = {} if spec.layer.name in _UNNAMED else {"layer": spec.layer.name}
     entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
     return {name: value for name, value in entry.items() if value not in ("", (), None)}
 
 
-def parts_of(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
+def module_entries(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
     """Return the entries of the adapter modules other than layers, by path."""
     others = [spec for spec in specs if not spec.has_weight]
     return {spec.path: {"type": spec.layer.name, "settings": asdict(spec.settings)} for spec in others}
 
 
-def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
+def _spec(entry: Mapping[str, object], source: JsonFile, key: str) -> LayerSpec:
     common = {name: value for name, value in entry.items() if name in _Site.__dataclass_fields__}
     settings = {name: value for name, value in entry.items() if name not in common}
     site = build(_Site, common, source, key)
@@ -103,7 +104,7 @@ def _spec(entry: Mapping[str, Any], source: JsonFile, key: str) -> LayerSpec:
     layer = _module(name, source)
     if not issubclass(layer, AdapterLayer):
         raise UserError(f"{source}: {key}.layer: '{name}' carries no update of a weight; its entry belongs into parts.")
-    settings = getattr(layer.Settings, "from_earlier", dict)(settings)  # those of files of earlier versions
+    settings = getattr(layer.Settings, "from_earlier", dict)(settings)  # settings of files of earlier versions
     spec = LayerSpec(site.path, site.kind, site.shape, layer, build(layer.Settings, settings, source, key))
     try:
         layer.check_settings(spec)
@@ -138,7 +139,10 @@ def compared(specs: Iterable[LayerSpec], unchanged: Iterable[str]) -> list[str]:
 
 
 def read_description(folder: Path, what: str = "") -> tuple[Description, list[LayerSpec]]:
-    """Return the content of adapter.json and its specs; UserError for a damaged or foreign file. what: its name."""
+    """Return the content of adapter.json and its specs. Raise UserError for a damaged or foreign file.
+
+    what: Name of the file in messages.
+    """
     what = what or f"adapter '{folder}'"
     content = read_json(folder / DESCRIPTION, what, strict=True)
     written = content.get("format", FORMAT) if isinstance(content, dict) else FORMAT
@@ -158,7 +162,7 @@ def read_description(folder: Path, what: str = "") -> tuple[Description, list[La
 
 
 def _check_paths(description: Description, specs: list[LayerSpec]) -> None:
-    """Raise ValueError for paths that are given twice, and samples of other weights than those that identify the base."""
+    """Raise ValueError if a path is given twice, or the samples are of other weights than the ones that identify the base."""
     paths = {spec.path for spec in specs}
     if len(paths) < len(specs):
         raise ValueError("sites: a path is given twice")
@@ -176,9 +180,10 @@ def _check_paths(description: Description, specs: list[LayerSpec]) -> None:
 
 
 def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, Tensor]]:
-    """Return the content of adapter.json, its specs and the tensors, not compared with any model.
+    """Return the content of adapter.json, its specs and the tensors, without comparing them with a model.
 
-    Raises UserError for damaged files, and tensors of layers that are missing, misshapen, or hold values that they cannot have.
+    Raise UserError if a file is damaged, or a tensor of a layer is missing, has a wrong shape, or holds values that are not
+    possible.
     """
     what = f"adapter '{folder}'"
     description, specs = read_description(folder)
@@ -187,7 +192,7 @@ def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, 
     if hashlib.sha256(payload).hexdigest() != description.tensors_sha256:
         raise UserError(f"{what}: '{name}' is not the file that {DESCRIPTION} describes; save the adapter again.")
     for spec in specs:
-        if spec.has_weight:  # others may need a model
+        if spec.has_weight:  # other modules may need a model
             shapes = layer_shapes([spec], tensors)
             check_tensors(what, shapes, tensors, strict=False)
             values = {key.removeprefix(f"{spec.path}."): tensors[key] for key in shapes}
@@ -198,9 +203,9 @@ def read_adapter(folder: Path) -> tuple[Description, list[LayerSpec], dict[str, 
 
 
 def layer_shapes(specs: Iterable[LayerSpec], tensors: Collection[str]) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the tensors that a file must hold for these specs, optional ones if it has any of them.
+    """Return the shapes of the tensors that a file must hold for these specs. Optional tensors count if the file has any of them.
 
-    tensors: names of what it has.
+    tensors: Names of the tensors in the file.
     """
     shapes: dict[str, tuple[int, ...]] = {}
     for spec in specs:
@@ -214,7 +219,10 @@ def layer_shapes(specs: Iterable[LayerSpec], tensors: Collection[str]) -> dict[s
 def check_tensors(
     what: str, needed: Mapping[str, tuple[int, ...]], tensors: Mapping[str, Tensor], *, strict: bool = True
 ) -> None:
-    """Raise UserError for the first missing, misshapen or, with `strict`, unexpected tensor, with both shapes."""
+    """Raise UserError for the first tensor that is missing, has a wrong shape or, with `strict`, is unexpected.
+
+    The message has both shapes.
+    """
     for name, shape in needed.items():
         if name not in tensors:
             raise UserError(f"{what}: '{name}' is missing (needed {tuple(shape)}).")

@@ -1,7 +1,7 @@
-"""What the folder of an adapter holds, read without a model: its settings, modules and tensors.
+"""Facts of an adapter folder, read without a model: its settings, modules and tensors.
 
-What is malformed is collected as reasons, and never an error. The strict readers (peft_adapter.py) raise the first reason. Shapes
-come from bounded headers, and values are read one tensor at a time, on demand.
+A malformed part is collected as a reason, and never raises an error. The strict readers (peft_adapter.py) raise the first
+reason. Shapes come from headers of bounded size. Values are read on demand, one tensor at a time.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from vismt.storage.paths import regular_file
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
 LEGACY_TENSORS = "adapter_model.bin"
 LEGACY = (".bin", ".pt", ".pth")
-LARGEST_HEADER = 2**24  # bytes, and of a JSON file; 100,000 tensors have a header of this size
-REOPENED = 2**28  # bytes read through one memory map, which count as memory of the process
+LARGEST_HEADER = 2**24  # bytes, also the limit of a JSON file (100,000 tensors have a header of this size)
+REOPENED = 2**28  # bytes read through one memory map (mapped bytes count as memory of the process)
 COMPUTED = {*DTYPES.values(), "C64"}
-WHOLE = ("saved", "stock", "shared", "tokens")  # roles of tensors that do not belong to one adapted module
-UPDATES = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}  # roles that make an update
+WHOLE = ("saved", "stock", "shared", "tokens")  # roles of tensors that belong to no single adapted module
+UPDATES = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}  # roles of tensors that make an update
 
 
 @dataclass(frozen=True)
 class Stored:
     """A tensor of a file.
 
-    dtype: Name of the type in safetensors, "BF16". The other fields are those of an adapter. path: Path of its module in the
-    model; a saved parameter has its own name there. role: A, B, C (a core), A0, B0 (a start that is subtracted), embedding_A,
-    embedding_B, magnitude, bias (of B), saved (a whole parameter), tuner (of peft's other tuners), shared (by its modules),
-    stock, other. adapter: Name of the adapter inside `name`.
+    dtype: Name of the type in safetensors, "BF16". path: Path of the tensor's module in the model. A saved parameter has its
+    own name there. role: A, B, C (a core), A0, B0 (a start that is subtracted), embedding_A, embedding_B, magnitude, bias (of
+    B), saved (a whole parameter), tuner (of peft's other tuners), shared (by several modules), stock, other. adapter: Name of
+    the adapter inside `name`.
     """
 
     name: str
@@ -58,10 +58,10 @@ class Stored:
 
 @dataclass
 class StoredTensors:
-    """Tensors by name, of one file or of several.
+    """Tensors by name, of one file or of several files.
 
-    reasons: Why files or values cannot be read. twice: Names that are in two files. The later file counts. made: Functions that
-    return the values of weights that are made of several tensors.
+    reasons: Reasons why files or values cannot be read. twice: Names that are in two files. The later file counts. made:
+    Functions that return weights that are made of several tensors.
     """
 
     tensors: dict[str, Stored] = field(default_factory=dict)
@@ -73,7 +73,10 @@ class StoredTensors:
     _read: int = 0
 
     def add(self, path: Path, read: Callable[[Path], dict[str, Tensor]] | None = None) -> None:
-        """Take the tensors of a file in. read: Reader of a .bin file that peft did not write."""
+        """Add the tensors of a file.
+
+        read: Reader of a .bin file that peft did not write.
+        """
         try:
             if path.suffix in LEGACY:
                 held = (read or read_legacy)(path)
@@ -98,11 +101,14 @@ class StoredTensors:
             self.reasons.append(f"'{path.name}' cannot be read as safetensors ({error})")
 
     def read(self, name: str) -> Tensor | None:
-        """Return the values of a tensor; None for a type that torch cannot compute with, and with a reason for a damaged file."""
+        """Return the values of a tensor.
+
+        Return None if torch cannot compute with the type, or, with a reason, if the file is damaged.
+        """
         if name in self.made:
             return self.made[name]()
         stored = self.tensors[name]
-        path, name = stored.file, stored.name  # its name in the file
+        path, name = stored.file, stored.name  # name of the tensor in the file
         if stored.dtype not in COMPUTED:
             return None
         if name in self._held:
@@ -119,28 +125,28 @@ class StoredTensors:
 
 
 def read_bounded_json(path: Path, what: str) -> Any:
-    """Return the content of a JSON file of at most LARGEST_HEADER bytes; UserError for others."""
+    """Return the content of a JSON file of at most LARGEST_HEADER bytes. Raise UserError for a larger file."""
     if path.is_file() and path.stat().st_size > LARGEST_HEADER:
         raise UserError(f"{what}: '{path}' has {path.stat().st_size:,} bytes, at most {LARGEST_HEADER:,} are read.")
     return read_json(path, what, strict=True)
 
 
 def read_legacy(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an adapter_model.bin by name; UserError for anything else in it."""
+    """Return the tensors of an adapter_model.bin by name. Raise UserError if the file holds anything else."""
     try:
         with zipfile.ZipFile(regular_file(path)) as parts:
             if sum(part.file_size for part in parts.infolist()) > path.stat().st_size:
                 raise ValueError("its parts are compressed, which torch never does")
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a torn file makes the reader raise whatever its bytes spell
+    except Exception as error:  # a torn file can make the reader raise any error
         raise UserError(f"'{path.name}' is damaged ({type(error).__name__})") from error
     if not isinstance(content, dict) or not all(_plain(key, value) for key, value in content.items()):
         raise UserError(f"'{path.name}' is not a mapping of plain tensors by name, as peft writes it")
     return content
 
 
-def _plain(name: Any, value: Any) -> bool:
-    """Return whether an entry of an older file is a name and a dense tensor that holds as many values as its shape says."""
+def _plain(name: object, value: object) -> bool:
+    """Return whether an entry of an older file is a name with a dense tensor that holds as many values as its shape says."""
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
     dense = value.layout is torch.strided and not value.is_quantized and value.device.type == "cpu"
@@ -148,10 +154,10 @@ def _plain(name: Any, value: Any) -> bool:
 
 
 def part_of(name: str) -> tuple[str, str, str]:
-    """Return module path, role and adapter name of a tensor of a LoRA file, by its name after PREFIX.
+    """Return module path, role and adapter name of a tensor of a LoRA file, from its name after PREFIX.
 
-    role: A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save replaced), other
-    (of another variant), and saved: a parameter that is held whole, with its name in the model in the place of the path.
+    The roles are A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save
+    replaced), other (of another variant), and saved (a parameter that is held whole, with its name in the model as the path).
     """
     match = re.fullmatch(r"(.*)\.lora_(embedding_|)([AB])(?:\.([^.]+))??(?:\.(weight|bias))?", name)
     if match and (bool(match[2]) is not bool(match[5])) and (match[5] != "bias" or match[3] == "B"):
@@ -172,10 +178,10 @@ def part_of(name: str) -> tuple[str, str, str]:
 class ModuleFacts:
     """An adapted module.
 
-    path: Path of the module in the model. key: Path in the file, without the prefix. named: Path in the settings. tensors: By
-    role. rank: Rank of the tensors. declared, scale: Rank and factor of the update by the settings; None without settings.
-    stacked: Whether the factors belong to experts in one parameter. experts: Number of these experts, by the ranks of file and
-    settings.
+    path: Path of the module in the model. key: Path in the file, without the prefix. named: Path in the settings. tensors:
+    Tensors by role. rank: Rank of the tensors. declared: Rank by the settings, None without settings. scale: Factor of the
+    update by the settings, None without settings. stacked: Whether the factors belong to experts in one parameter. experts:
+    Number of these experts, from the ranks of file and settings.
     """
 
     path: str
@@ -190,13 +196,14 @@ class ModuleFacts:
 
     @property
     def unpaired(self) -> bool:
-        """Whether one of two factors is missing."""
+        """Whether one of the two factors is missing."""
         return any(len(self.tensors.keys() & pair) == 1 for pair in ({"A", "B"}, {"embedding_A", "embedding_B"}))
 
     def update(self, values: Mapping[str, Tensor]) -> Update | None:
-        """Return the update of the values by role; None if they are not pairs of factors, or do not determine it.
+        """Return the update from its values by role.
 
-        Raises UserError or RuntimeError for factors that do not fit each other.
+        Return None if the values are not pairs of factors, or do not determine the update. Raise UserError or RuntimeError for
+        factors that do not fit each other.
         """
         table = "embedding_A" in values
         names = ("embedding_A", "embedding_B") if table else ("B", "A")
@@ -215,11 +222,11 @@ class ModuleFacts:
 
 @dataclass
 class AdapterFacts:
-    """What the folder of an adapter holds.
+    """The facts of an adapter folder.
 
-    config: The settings as they are stored. settings: Settings of a LoRA of peft, if they can be read. tuner: Type of peft
-    ("LORA"), or method of vismt. modules: Adapted modules by path. stored: The tensors, with their roles. base: Name of the base
-    in the settings. reasons: What is malformed.
+    config: Settings as they are stored. settings: Settings of a LoRA of peft, if they can be read. tuner: Type of peft
+    ("LORA"), or method of vismt. modules: Adapted modules by path. stored: Tensors with their roles. base: Name of the base in
+    the settings. reasons: Descriptions of malformed parts.
     """
 
     folder: Path
@@ -237,7 +244,7 @@ class AdapterFacts:
         return self.stored.tensors
 
     def with_role(self, *roles: str) -> list[Stored]:
-        """Return the tensors of these roles."""
+        """Return the tensors that have one of these roles."""
         return [tensor for tensor in self.tensors.values() if tensor.role in roles]
 
     def unlisted(self) -> list[Stored]:
@@ -253,7 +260,7 @@ class AdapterFacts:
         ]
 
     def read_json(self, name: str) -> dict[str, Any]:
-        """Return the settings in a file of the folder; without them {}, and a reason."""
+        """Return the settings in a file of the folder. If they cannot be read, return {} and add a reason."""
         try:
             content = read_bounded_json(self.folder / name, f"'{name}'")
         except UserError as error:
@@ -311,18 +318,22 @@ class AdapterFacts:
         """Fill in the rank, the scale and the number of experts of a module."""
         factor, settings = module.tensors.get("A") or module.tensors.get("embedding_A"), self.settings
         if settings is not None:
-            named = settings.names(module.named) and not settings.everywhere  # names of linears do not name stacks
+            named = settings.names(module.named) and not settings.everywhere  # a name of linears does not name a stack
             module.stacked = not named and names_stack(settings.stack_owners, module.key)
             module.declared, scale = settings.scale(module.named)
             module.scale = scale * (1 if module.named == module.path else added(module.path, settings.peft_version))
         if factor is not None and factor.shape:
             module.rank = factor.shape[0]
-            if module.stacked and module.declared and not module.rank % module.declared:  # of experts in one it is e r
+            # the rank of experts in one tensor is e r
+            if module.stacked and module.declared and not module.rank % module.declared:
                 module.experts, module.rank = max(1, module.rank // module.declared), module.declared
 
 
 def _tuner_part(name: str, own: str) -> tuple[str, str, str]:
-    """Return `part_of` for a tuner whose tensors have names that begin with `own`; "vera_" covers what "vera_lambda_" shares."""
+    """Return `part_of` for a tuner whose tensors have names that begin with `own`.
+
+    "vera_" covers the tensors that "vera_lambda_" shares.
+    """
     pieces = name.split(".")
     stem = f"{own.partition('_')[0]}_"
     start = next((number for number, piece in enumerate(pieces) if piece.startswith(stem)), None)
@@ -333,7 +344,7 @@ def _tuner_part(name: str, own: str) -> tuple[str, str, str]:
 
 
 def tuner_prefixes() -> Mapping[str, str]:
-    """Return the beginnings of tensor names by tuner, of the installed peft; none without it."""
+    """Return how tensor names of each tuner of the installed peft begin. Return nothing if peft is not installed."""
     try:
         table = importlib.import_module("peft.mapping").PEFT_TYPE_TO_PREFIX_MAPPING
     except ImportError:

@@ -1,8 +1,7 @@
 """A peft folder as data: its settings, factor pairs by path, and whole parameters.
 
-peft builds its layers from the settings and copies the file over them; a layer that the file does not fill keeps B = 0, a
-tensor without a layer is dropped, and both are warnings at most. Here either is an error. What the
-settings name is in peft_settings.py.
+peft builds its layers from the settings and copies the file over them. A layer that the file does not fill keeps B = 0, and a
+tensor without a layer is dropped. peft warns at most. Here both are errors. peft_settings.py says what the settings name.
 """
 
 from __future__ import annotations
@@ -32,10 +31,10 @@ _AGAIN, _BASE = "save the adapter again", "load the base it was trained on"
 
 @dataclass(frozen=True)
 class PeftAdapter:
-    """A folder that peft wrote, read but not compared with a model.
+    """A folder that peft wrote, read but not yet compared with a model.
 
-    low_rank: by path, with B (o, r) and A (r, i or c*kh*kw). extras: whole parameters by name. stacks: the factors of
-    target_parameters as they are saved, by key. what: its name in messages.
+    low_rank: Factor pairs by path, with B (o, r) and A (r, i or c*kh*kw). extras: Whole parameters by name. stacks: Factors of
+    target_parameters as they are saved, by key. what: Name of the folder in messages.
     """
 
     what: str
@@ -46,14 +45,14 @@ class PeftAdapter:
 
     @property
     def replay(self) -> bool:
-        """Whether it was trained on the rest of the base after an exact SVD start."""
+        """Whether the adapter was trained on the rest of the base after an exact SVD start."""
         return str(self.settings.init_lora_weights).lower() == "pissa"
 
     def targets(self, model: nn.Module) -> set[str]:
         """Return the paths of the linears and convolutions that the settings name."""
         named = {path: module for path, module in model.named_modules() if path and self.settings.names(path)}
         if self.settings.everywhere:
-            # Only the head of a transformers model is left out, not that of a timm model.
+            # Only the head of a transformers model is left out. A head of a timm model is not.
             getter = getattr(model, "get_output_embeddings", None)
             head = getter() if callable(getter) else None
             return {path for path, module in named.items() if kind_of(module) in LINEAR and module is not head}
@@ -61,7 +60,7 @@ class PeftAdapter:
         return paths.union(*(attention_paths(model, path) for path in named))
 
     def need_the_same_modules(self, model: nn.Module) -> None:
-        """Raise UserError where the modules that the settings name are not those of the file."""
+        """Raise UserError if the settings and the file name different modules."""
         what, named, saved = self.what, self.targets(model), set(self.low_rank)
         known = candidates(model)
         refuse_passed_by(what, dict(model.named_modules()), saved)
@@ -76,7 +75,7 @@ class PeftAdapter:
             raise UserError(f"{what}: the settings name '{path}', but the file holds no factors of it{more}; {_AGAIN}.")
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
-        """Return the whole parameters of the file under the names that the model has for them."""
+        """Return the whole parameters of the file under their names in the model."""
         parameters, promised = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
         what, tensors = self.what, {**parameters, **dict(model.named_buffers())}
         sharing: dict[int, list[str]] = {}
@@ -94,10 +93,10 @@ class PeftAdapter:
                 raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {needed}; {_BASE}.")
             check_parameter(f"{what}: {name}", value, tensors[name])
             names = sharing.get(id(tensors[name]), [])
-            if promised.isdisjoint(names):  # peft saves the embeddings along when one of them is adapted
+            if promised.isdisjoint(names):  # peft also saves the embeddings if one of them is adapted
                 saved, present = value.detach().cpu(), tensors[name].detach().cpu()
                 same = torch.equal(saved, present.to(saved.dtype)) or torch.equal(saved.to(present.dtype), present)
-                if not same:  # nor one a cast of the other
+                if not same:  # not even after a cast of one of them
                     raise UserError(
                         f"{what}: the file holds other values of '{name}', which the settings do not name; {_BASE}."
                     )
@@ -112,7 +111,7 @@ class PeftAdapter:
         return kept
 
     def _promised(self, model: nn.Module) -> set[str]:
-        """Return the names of the parameters that the file holds by its settings: of modules_to_save, and biases."""
+        """Return the names of the parameters that the file holds by its settings: parameters of modules_to_save, and biases."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         endings = tuple(texts(self.settings.modules_to_save))
         paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
@@ -126,8 +125,7 @@ class PeftAdapter:
 def read_peft(folder: Path) -> PeftAdapter:
     """Return the folder as data.
 
-    Raises UserError for the first reason why it is malformed, a variant that is not a plain LoRA, and a start that cannot be
-    replayed.
+    Raise UserError with the first reason if the folder is malformed, is not a plain LoRA, or has a start that cannot be replayed.
     """
     what = f"peft adapter '{folder}'"
     facts, settings = _plain_facts(what, folder)
@@ -149,7 +147,7 @@ def read_peft(folder: Path) -> PeftAdapter:
 
 
 def _plain_facts(what: str, folder: Path) -> tuple[AdapterFacts, PeftSettings]:
-    """Return the facts of a folder with a plain LoRA, and its settings; UserError for any other folder."""
+    """Return the facts of a folder with a plain LoRA, and its settings. Raise UserError for any other folder."""
     facts = AdapterFacts(folder)
     facts.read_peft()
     if facts.config:
@@ -157,7 +155,7 @@ def _plain_facts(what: str, folder: Path) -> tuple[AdapterFacts, PeftSettings]:
     for reason in [*facts.reasons, *facts.stored.reasons]:
         raise UserError(f"{what}: {reason.removesuffix('.')}.")
     settings = facts.settings
-    assert settings is not None  # else there is a reason
+    assert settings is not None  # without settings there is a reason
     check_targets(what, settings)
     for name, tensor in sorted(facts.tensors.items()):
         if not name.startswith(PREFIX):
@@ -173,7 +171,7 @@ def _value(what: str, facts: AdapterFacts, tensor: Stored) -> Tensor:
     if value is None:
         reason = facts.stored.reasons[-1] if facts.stored.reasons else f"'{tensor.name}' is saved as {tensor.dtype}"
         raise UserError(f"{what}: {reason}; {_AGAIN}.")
-    return value.clone()  # what was read is mapped from the file
+    return value.clone()  # the values are mapped from the file
 
 
 def _low_rank(what: str, module: ModuleFacts, values: Mapping[str, Tensor]) -> LowRank:
@@ -187,12 +185,15 @@ def _low_rank(what: str, module: ModuleFacts, values: Mapping[str, Tensor]) -> L
             raise UserError(f"{what}: {name}: saved {shape}, needed {needed}.")
         check_factor(f"{what}: {name}", factor)
     update = module.update(values)
-    assert update is not None  # of floating pairs
+    assert update is not None  # the pair is floating
     return update.blocks[0]
 
 
 def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRankSettings, Tensor, Tensor]]:
-    """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path; UserError for others."""
+    """Return the settings, A (e*r, i) and B (e*o, r) of each adapted parameter of the model, by path.
+
+    Raise UserError if the adapter holds factors of other parameters.
+    """
     what, wanted = adapter.what, dict.fromkeys(adapter.settings.target_parameters or ())
     keys = stack_keys(model, dict.fromkeys(name for name, _ in model.named_parameters() if selects(wanted, name)))
     if set(keys.values()) != set(adapter.stacks):

@@ -1,8 +1,8 @@
 """Plain LoRA in the folder layout that the peft package reads: adapter_config.json and adapter_model.safetensors.
 
-Export folds every scale into B (alpha = r, no rslora), names full module paths, and writes init_lora_weights true, so
-that no reader can get the scale wrong or touch the base again. A principal start is exported as rank 2r, [A; A0] and
-[B, -B0], per-block factors as one block-diagonal pair: both exact. Import is strict where peft only warns.
+The export folds every scale into B (alpha = r, no rslora), names full module paths, and sets init_lora_weights to true. No
+reader can then get the scale wrong or change the base again. A principal start is exported as rank 2r, [A; A0] and [B, -B0].
+Factors of several blocks become one block-diagonal pair. Both forms are exact. The import is strict where peft only warns.
 
 Layout: key base_model.model.<path>.lora_{A,B}.weight; A (r, i), B (o, r); for Conv2d A (r, c, kh, kw), B (o, r, 1, 1).
 """
@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.files.facts import PREFIX, TENSORS
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft
-from vismt.lowrank.files.peft_layouts import padded, stack_keys, stack_tensors, with_partners
+from vismt.lowrank.files.peft_layouts import pad_rank, stack_keys, stack_tensors, with_partners
 from vismt.lowrank.files.peft_settings import CONFIG
-from vismt.lowrank.files.save_load import adapter_tensors, report_lost
+from vismt.lowrank.files.save_load import adapter_tensors, warn_of_lost
 from vismt.lowrank.files.updates import of_peft, put_on
 from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
 from vismt.lowrank.layers.forms import LowRankParameter
@@ -49,26 +49,32 @@ def export_peft(
     force: bool = False,
     strict: bool = False,
 ) -> Path:
-    """Write an adapted model in peft's layout: as a plain LoRA, a hosted tuner in its own format.
+    """Write an adapted model in peft's layout.
 
-    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
+    The update is written as a plain LoRA. A tuner of peft is written in its own format. A warning names parameters that were
+    trained and are not in the file, such as a head beside the adapter.
 
     Args:
-        model: an adapted model; not changed.
-        folder: made where it is missing.
-        name: of the adapter where the model carries several; None for the active one.
-        compact: drop vanishing directions by QR and a small SVD, which needs finite values.
-        uniform: pad every pair to the largest rank with zeros, for servers that read one rank: llama.cpp divides lora_alpha
-            by the rank of each tensor and reads no rank_pattern.
-        force: write NaN and infinite values too; `import_peft` refuses them.
-        strict: refuse instead of warning.
+        model: Adapted model. It is not changed.
+        folder: Folder to write to. It is made if it is missing.
+        name: Name of the adapter if the model carries several. None stands for the active adapter.
+        compact: Whether to drop vanishing directions by QR and a small SVD, which needs finite values.
+        uniform: Whether to pad every pair with zeros to the largest rank, for servers that read one rank. llama.cpp divides
+            lora_alpha by the rank of each tensor and reads no rank_pattern.
+        force: Whether to write NaN and infinite values too. `import_peft` refuses such a file.
+        strict: Whether to raise an error instead of the warning.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: where the model does more than plain LoRA (a router that has not faded, quantised weights), for values that
-            are not finite, and with `strict` for trained parameters that are not in the file; nothing is written then.
+        UserError: If the model does more than a plain LoRA can (a router that has not faded, quantised weights), values are not
+            finite, or with `strict` trained parameters would not be in the file. Nothing is written then.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "pissa", targets=["qkv"], rank=8)
+        vismt.export_peft(model, "adapter-peft")
     """
     with active_adapter(model, name, "export_peft"):
         return _export(model, Path(folder), compact, uniform, force, strict)
@@ -77,7 +83,7 @@ def export_peft(
 def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
     refuse_offloaded(model, "export_peft", whole=True)
-    report_lost(model, "export_peft", strict)
+    warn_of_lost(model, "export_peft", strict)
     if not record.layers:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")
     for spec in record.layers:
@@ -105,25 +111,29 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
             f"export_peft: '{record.method}' has a format of peft's own, without compact, uniform and single biases; leave them "
             "out."
         )
-    for name in (TENSORS, CONFIG):  # the settings last
+    for name in (TENSORS, CONFIG):  # the settings are written last
         atomic_write(folder / name, files[name])
     return folder
 
 
 def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
-    """Return the settings of a plain LoRA. ranks: by the path that peft is to be given."""
+    """Return the settings of a plain LoRA.
+
+    ranks: Rank of each path that peft is given.
+    """
     layers = adapter_layers(model)
     parameters = [path for path in ranks if isinstance(layers.get(path), LowRankParameter)]
     common = max(ranks.values())
     paths = [path for path, module in model.named_modules() if path and (path in ranks or kind_of(module))]
-    # peft also takes a path for a suffix: where another module has this suffix, the pattern is anchored.
+    # peft also takes a path as a suffix. If another module has this suffix, the pattern is anchored.
     inner = {suffix for path in paths for suffix in suffixes(path)[1:]}
     anchors = {path: "^" if path in inner else "" for path in ranks}
     pattern = {anchors[path] + re.escape(path): rank for path, rank in ranks.items() if rank != common}
     named = sorted(ranks.keys() - set(parameters))
     targets = "|".join(re.escape(path) for path in named) if any(anchors.values()) else named
     generates = getattr(model, "can_generate", None)
-    causal = callable(generates) and generates() and not model.config.is_encoder_decoder
+    config: Any = model.config if callable(generates) and generates() else None
+    causal = config is not None and not config.is_encoder_decoder
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM" if causal else None,
@@ -149,7 +159,7 @@ def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> d
 def _plain_lora(
     model: nn.Module, whole: Iterable[str], compact: bool, uniform: bool
 ) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank at each path it is given."""
+    """Return copies of the factors and of the parameters `whole` under peft's keys, and the rank of each path."""
     tensors: dict[str, Tensor] = {}
     layers = adapter_layers(model)
     stacks = {
@@ -166,10 +176,10 @@ def _plain_lora(
     ranks |= {path: A.shape[1] for path, (A, _) in stacks.items()}
     if uniform:
         common = max(ranks.values())
-        for path, update in updates.items():  # without a core, filled up with zeros
-            A, B = padded(update.A, update.B, common)
+        for path, update in updates.items():  # without a core, padded with zeros
+            A, B = pad_rank(update.A, update.B, common)
             updates[path] = replace(update, B=B, A=A)
-        stacks = {path: padded(A, B, common) for path, (A, B) in stacks.items()}
+        stacks = {path: pad_rank(A, B, common) for path, (A, B) in stacks.items()}
         ranks = dict.fromkeys(ranks, common)
     keys = stack_keys(model, stacks) | attention
     factors = {}
@@ -192,23 +202,30 @@ def _plain_lora(
 
 
 def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") -> nn.Module:
-    """Put a LoRA that peft wrote on a model as the active adapter, of method 'lora'.
+    """Put a LoRA that peft wrote on a model as the active adapter, of method "lora".
 
-    The modules that the settings name and those in the file have to be the same, every shape that of the model. A start
-    that changed the base is replayed where that is possible (init_lora_weights "pissa", an exact SVD: B0 A0 is subtracted).
+    The settings and the file have to name the same modules, and every shape has to fit the model. A start that changed the base
+    is replayed if that is possible (init_lora_weights "pissa" is an exact SVD, so B0 A0 can be subtracted).
 
     Args:
-        model: changed in place.
-        folder: what peft or `export_peft` wrote.
-        name: of the adapter on this model.
+        model: Stock model, changed in place.
+        folder: Folder that peft or `export_peft` wrote.
+        name: Name of the adapter on this model.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for other modules or shapes than the model's, other tuner types, DoRA and the like, and other starts that
-            changed the base (pissa_niter, corda, olora, ...): convert those to a plain LoRA first (peft:
-            save_pretrained(path_initial_model_for_weight_conversion=...)).
+        UserError: If the folder has other modules or shapes than the model, another tuner type, a variant such as DoRA, or
+            another start that changed the base (pissa_niter, corda, olora, ...). Convert such an adapter to a plain LoRA first
+            (peft: save_pretrained(path_initial_model_for_weight_conversion=...)).
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], rank=8)
+        vismt.export_peft(model, "adapter-peft")
+        other = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.merge(vismt.import_peft(other, "adapter-peft"))
     """
     adapter = read_peft(Path(folder))
     with new_adapter(model, name, adapter.what):
@@ -221,15 +238,15 @@ def import_peft(model: nn.Module, folder: str | Path, *, name: str = "default") 
 
 
 def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
-    """Return the principal factors that peft took out of each weight, by adapter key."""
+    """Return the principal factors that peft subtracted from each weight, by adapter key."""
     what = adapter.what
     starts: dict[str, Tensor] = {}
     for path, update in adapter.low_rank.items():
-        module = model.get_submodule(path)
+        module: Any = model.get_submodule(path)
         if update.shape != matrix_shape(module) or kind_of(module) not in LINEAR or update.rank > min(update.shape):
             raise UserError(f"{what}: '{path}' is not a linear that a start of rank {update.rank} can be replayed on.")
         weight = module.weight.detach().t() if kind_of(module) == "conv1d" else dense_weight(module)
-        next_rank = min(update.rank + 1, *update.shape)  # shows whether the start is unique
+        next_rank = min(update.rank + 1, *update.shape)  # one more, which shows whether the start is unique
         if not fits(weight) or not update.scale:
             raise UserError(f"{what}: the start cannot be replayed: '{path}' is not finite, or lora_alpha is 0.")
         A, B = principal(weight, next_rank, update.scale, generator=torch.Generator())
@@ -244,11 +261,11 @@ def _replayed(model: nn.Module, adapter: PeftAdapter) -> dict[str, Tensor]:
 
 
 def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
-    """Return the outermost modules with every parameter in also_train; for a tied weight all modules that hold it."""
+    """Return the outermost modules with every parameter in also_train. A tied weight gives all modules that hold it."""
     trained = {id(model.get_parameter(name)) for name in record.also_train}
     paths: list[str] = []
     for path, module in model.named_modules(remove_duplicate=False):
-        inside = bool(paths) and path.startswith(f"{paths[-1]}.")  # the modules in a module follow it
+        inside = bool(paths) and path.startswith(f"{paths[-1]}.")  # the modules inside a module follow it
         candidate = bool(path and module._parameters) and not inside
         if candidate and all(id(parameter) in trained for parameter in module.parameters()):
             paths.append(path)
@@ -256,7 +273,7 @@ def _whole_modules(model: nn.Module, record: AdaptRecord) -> list[str]:
 
 
 def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
-    """Raise UserError where peft, which takes names of whole modules for endings of paths, would not adapt a module."""
+    """Raise UserError if peft would not adapt a module, because it takes names of whole modules for endings of paths."""
     whole = set(_ending(model, saved))
     for path in adapter_layers(model):
         outer = next((outer for outer in containers(path) if outer in whole), None)
@@ -269,7 +286,7 @@ def _refuse_suffixes(model: nn.Module, saved: list[str]) -> None:
 
 
 def _refuse_shared(model: nn.Module) -> None:
-    """Raise UserError for a layer at several places, of which peft would adapt the first alone. A shared owner is one place."""
+    """Raise UserError for a layer at several places. peft would adapt only the first of them. A shared owner is one place."""
     places: dict[int, tuple[int, str, str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, AdapterLayer):
@@ -296,7 +313,7 @@ def _below(model: nn.Module, names: Sequence[str]) -> set[str]:
 
 
 def _bias_setting(model: nn.Module, trained: set[str], saved: set[str]) -> str:
-    """Return peft's setting that saves what is trained besides whole modules; UserError where there is none."""
+    """Return peft's setting that saves trained biases besides whole modules. Raise UserError if there is none."""
     rest = trained - saved
     if not rest:
         return "none"

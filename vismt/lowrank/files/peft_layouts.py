@@ -5,8 +5,8 @@ experts     owner.lora_A (e*r, i), owner.lora_B (o, r*e), the expert last; one `
 attention   in_proj_weight at the path of the nn.MultiheadAttention, out_proj below its base_layer: both, with one rank; the
             attention is named in target_modules, and out_proj alone would be passed by
 
-Up to 0.21 peft adds the update of an attention's out_proj twice, in training too: a file of such a version is read so, and none
-is written, which a later peft would read as half of it.
+Up to version 0.21, peft adds the update of an attention's out_proj twice, in training too. A file of such a version is read in
+this way. No such file is written, because a later peft would apply half of the update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ IN, OUT = "in_proj_weight", "out_proj"
 
 # ---- experts
 def stack_keys(model: nn.Module, paths: Collection[str]) -> dict[str, str]:
-    """Return where peft keeps the factors of each of these parameters, all that are adapted, by path."""
+    """Return by path where peft keeps the factors of each of these parameters. `paths` holds all adapted parameters."""
     keys = {}
     for path in paths:
         owner, _, name = path.rpartition(".")
@@ -46,25 +46,25 @@ def stack_tensors(A: Tensor, B: Tensor) -> dict[str, Tensor]:
     return {"lora_A.weight": rearrange(A, "e r i -> (e r) i"), "lora_B.weight": rearrange(B, "e o r -> o (r e)")}
 
 
-def padded(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def pad_rank(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return A (..., rank, i) and B (..., o, rank), filled up with zeros."""
     missing = rank - B.shape[-1]
     return F.pad(A, (0, 0, 0, missing)), F.pad(B, (0, missing))
 
 
 def names_stack(owners: Collection[str], key: str) -> bool:
-    """Return whether the factors at `key` are of a parameter of one of `owners`, modules that target_parameters name."""
+    """Return whether the factors at `key` belong to a parameter of one of `owners`, the modules that target_parameters names."""
     return "" in owners or any(end in owners for end in suffixes(key.replace(".base_layer", "")))
 
 
 # ---- attention
 def attention_paths(model: nn.Module, path: str) -> set[str]:
-    """Return the paths of what peft adapts where it is given the path of an attention."""
+    """Return the paths of what peft adapts if it is given the path of an attention."""
     return {f"{path}.{IN}", f"{path}.{OUT}"} if is_attention(model.get_submodule(path)) else set()
 
 
 def stock_path(key: str, keys: Collection[str]) -> tuple[str, str]:
-    """Return the path of the weight whose factors lie at `key`, and the path that peft's settings name."""
+    """Return the path of the weight whose factors are stored at `key`, and the path that peft's settings name."""
     inner = re.fullmatch(rf"(.*)\.base_layer\.{OUT}", key)
     if inner:
         return f"{inner[1]}.{OUT}", inner[1]
@@ -72,7 +72,7 @@ def stock_path(key: str, keys: Collection[str]) -> tuple[str, str]:
 
 
 def refuse_passed_by(what: str, modules: Mapping[str, nn.Module], paths: Collection[str]) -> None:
-    """Raise UserError for factors of an out_proj that peft never applies."""
+    """Raise UserError for factors of an out_proj, which peft never applies."""
     for path in paths:
         owner, _, name = path.rpartition(".")
         if name == OUT and f"{owner}.{IN}" not in paths and is_attention(modules.get(owner)):
@@ -83,16 +83,16 @@ def refuse_passed_by(what: str, modules: Mapping[str, nn.Module], paths: Collect
 
 
 def added(path: str, version: str | None) -> int:
-    """Return how often the peft of a version that wrote a file adds the update of an attention's weight."""
+    """Return how often the peft version that wrote a file adds the update of an attention's weight."""
     known = re.match(r"(\d+)\.(\d+)", version or "")
     old = known is None or (int(known[1]), int(known[2])) <= (0, 21)
     return 2 if old and path.endswith(f".{OUT}") else 1
 
 
 def with_partners(model: nn.Module, updates: Mapping[str, LowRank]) -> tuple[dict[str, LowRank], dict[str, str]]:
-    """Return updates with a zero one of out_proj beside each in_proj_weight, and where peft keeps those of attentions, by path.
+    """Return the updates with a zero update of out_proj beside each in_proj_weight, and by path where peft keeps both.
 
-    Raises UserError for weights of attentions whose updates peft has no form of, or a wrong one.
+    Raise UserError for weights of attentions whose updates peft cannot store, or stores wrongly.
     """
     complete, keys = dict(updates), dict[str, str]()
     for path, update in updates.items():

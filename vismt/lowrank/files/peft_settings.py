@@ -1,11 +1,10 @@
-"""The settings of a peft folder, adapter_config.json: what they name, as peft 0.21 matches it, and what is refused.
+"""The settings of a peft folder, adapter_config.json: what they name, as peft 0.21 matches it, and which settings are refused.
 
-target_modules       a text: full match; 'all-linear'; a list: the path, or a suffix of it after a dot
-layers_to_transform  with a list, the first number after a dot (or after layers_pattern) is one of these
-exclude_modules      as target_modules; wins, and so does modules_to_save, which takes every path that ends so
-rank_pattern, ...    the first key that, as a regular expression, matches the end of the path after a dot
-fan_in_fan_out       does not concern A and B; the class of the module decides
-target_parameters    experts in one parameter; their factors, and those of attentions, lie elsewhere (peft_layouts.py)
+target_modules       a text: full match; 'all-linear'; a list: the path, or a suffix of it after a dot layers_to_transform  with
+a list, the first number after a dot (or after layers_pattern) is one of these exclude_modules      as target_modules; wins, and
+so does modules_to_save, which takes every path that ends so rank_pattern, ...    the first key that, as a regular expression,
+matches the end of the path after a dot fan_in_fan_out       does not concern A and B; the class of the module decides
+target_parameters    experts in one parameter; peft_layouts.py says where their factors are stored
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ from vismt.config.typed import JsonFile, build
 from vismt.lowrank.model.targets import Expression, suffixes
 
 CONFIG = "adapter_config.json"
-# Starts that leave the base as it is; every other one moved a part of it into the factors.
+# Starts that leave the base as it is. Every other start moved a part of the base into the factors.
 STARTS = ("gaussian", "eva", "orthogonal", "mica")
-# Settings of variants, besides those that begin with use_ or end with _config.
+# Settings of variants, besides settings that begin with use_ or end with _config.
 _VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
-ONE_PATH = re.compile(r"\^?\w+(?:\\?[.-]\w+)*")  # the whole of it after a ^, else its end
+ONE_PATH = re.compile(r"\^?\w+(?:\\?[.-]\w+)*")  # the whole path after a ^, otherwise its end
 BIASES = ("none", "all", "lora_only")
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """The settings in adapter_config.json that decide what the file means; ValueError for values out of range."""
+    """Settings in adapter_config.json that decide what the file means. A value out of range raises ValueError."""
 
     r: int
     lora_alpha: float
@@ -61,9 +60,9 @@ class PeftSettings:
             if rank < 1:
                 raise ValueError(f"{name}: {rank}; it must be a whole number, at least 1")
         for patterns in (self.targets, self.excluded, self.saved, self.layer_numbers, self.ranks, self.alphas):
-            del patterns  # compiled here, so that a malformed one is found while the folder is read
+            del patterns  # patterns are compiled here, so that a malformed pattern is found while the folder is read
 
-    # A text is an expression of the whole path, a list holds paths and suffixes.
+    # A text is an expression of the whole path. A list holds paths and suffixes.
     @cached_property
     def targets(self) -> Expression | frozenset[str]:
         return _paths("target_modules", self.target_modules)
@@ -79,7 +78,7 @@ class PeftSettings:
 
     @cached_property
     def layer_numbers(self) -> list[Expression]:
-        """Expressions of a path whose group is the number of its layer."""
+        """Expressions of a path whose group is the number of the layer."""
         forms = [rf"(?:^|.*?\.){name}" for name in texts(self.layers_pattern)] or [r".*?\.[^.]*"]
         return [Expression("layers_pattern", rf"{form}\.(?P<number>\d+)\..*") for form in forms]
 
@@ -93,7 +92,7 @@ class PeftSettings:
 
     @cached_property
     def stack_owners(self) -> frozenset[str]:
-        """Paths of the modules whose parameters target_parameters names, for `names_stack`."""
+        """Paths of the modules whose parameters target_parameters names. `names_stack` takes them."""
         return frozenset(parameter.rpartition(".")[0] for parameter in self.target_parameters or ())
 
     @property
@@ -102,7 +101,7 @@ class PeftSettings:
         return isinstance(self.target_modules, str) and self.target_modules.lower() == "all-linear"
 
     def names(self, path: str) -> bool:
-        """Return whether peft adapts the module at `path` where its kind can be adapted."""
+        """Return whether peft adapts the module at `path`, if the module is of a kind that peft can adapt."""
         if selects(self.excluded, path) or any(saved.match(path) for saved in self.saved):
             return False
         if self.everywhere:
@@ -125,8 +124,8 @@ class PeftSettings:
         return rank, alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def check_plain(what: str, config: Mapping[str, Any]) -> None:
-    """Raise UserError for settings of another tuner, of a variant, and of a start that cannot be replayed."""
+def check_plain(what: str, config: Mapping[str, object]) -> None:
+    """Raise UserError for settings of another tuner or variant, and for a start that cannot be replayed."""
     if config.get("peft_type") != "LORA":
         raise UserError(f"{what}: peft_type {shown_value(config.get('peft_type'))}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
@@ -142,25 +141,25 @@ def check_plain(what: str, config: Mapping[str, Any]) -> None:
 
 
 def check_targets(what: str, settings: PeftSettings) -> None:
-    """Raise UserError for settings that name no module, and an unknown bias."""
+    """Raise UserError if the settings name no module, or the value of bias is unknown."""
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {shown_value(settings.bias)}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
         raise UserError(f"{what}: {CONFIG}: target_modules {shown_value(settings.target_modules)} name no module.")
 
 
-def typed_settings(config: Mapping[str, Any]) -> PeftSettings:
-    """Return the settings of a LoRA, whatever its variant; UserError for values that cannot be read."""
+def typed_settings(config: Mapping[str, object]) -> PeftSettings:
+    """Return the settings of a LoRA of any variant. Raise UserError for values that cannot be read."""
     names = {field.name for field in fields(PeftSettings)}
     known = {key: value for key, value in config.items() if key in names}
     return build(PeftSettings, known, JsonFile(f"{CONFIG} cannot be read"))
 
 
 class PatternTable:
-    """Values by expression. Expressions that are paths are looked up: a table may name every module of a deep model."""
+    """Values by expression. An expression that is a path is looked up, because a table may name every module of a deep model."""
 
     def __init__(self, key: str, table: Mapping[str, float]) -> None:
-        self.paths: dict[str, tuple[int, float]] = {}  # place in the table and value
+        self.paths: dict[str, tuple[int, float]] = {}  # position in the table, and value
         self.expressions: list[tuple[int, float, Expression]] = []
         for place, (text, value) in enumerate(table.items()):
             if ONE_PATH.fullmatch(text):
@@ -168,7 +167,7 @@ class PatternTable:
             else:
                 self.expressions.append((place, value, Expression(key, rf"(.*\.)?({text})$")))
 
-    def value(self, path: str, default: Any) -> Any:
+    def value(self, path: str, default: object) -> Any:
         """Return the value of the first expression that matches the end of the path after a dot, as in peft."""
         found = [self.paths[end] for end in (f"^{path}", *suffixes(path)) if end in self.paths]
         matches = ((place, value) for place, value, expression in self.expressions if expression.match(path))
@@ -181,7 +180,7 @@ def _paths(key: str, value: str | list[str] | None) -> Expression | frozenset[st
 
 
 def selects(modules: Expression | Collection[str], path: str) -> bool:
-    """Return whether an expression matches the path, or a set holds it or a suffix of it after a dot."""
+    """Return whether an expression matches the path. A set matches if it holds the path or a suffix of it after a dot."""
     if isinstance(modules, Expression):
         return bool(modules.match(path))
     return any(suffix in modules for suffix in suffixes(path))

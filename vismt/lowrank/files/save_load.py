@@ -1,11 +1,11 @@
-"""Adapters on disk: adapter.json describes the layers and names the safetensors file with the tensors.
+"""Save and load adapters: adapter.json describes the layers and names the safetensors file with the tensors.
 
-The tensors are written first, under a name of their digest, and the JSON that names them last: a save that is cut short
-leaves the one before. Loading is strict: a missing or unexpected tensor, another shape, values that are not finite or another
-base model are errors that leave the model as it was. The base is recognised by samples of the adapted weights, compared
-within half-precision rounding, so that a cast of the same checkpoint is still the same base; what is not adapted is not
-compared. Where weights themselves are trained (no factors), only those that changed are written, and the others identify the
-base.
+The tensors are written first, under a name that holds their digest. The JSON file that names them is written last, so that a
+save that is cut short leaves the earlier adapter in place. Loading is strict. A missing or unexpected tensor, another shape,
+values that are not finite, or another base model are errors, and they leave the model as it was. The base is recognised by
+samples of the adapted weights. The samples are compared within half-precision rounding, so that a cast of a checkpoint is still
+the same base. Weights that are not adapted are not compared. If a method trains weights themselves (no factors), only the
+changed weights are written, and the other weights identify the base.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from vismt.lowrank.files.description import (
     compared,
     entry_of,
     layer_shapes,
-    parts_of,
+    module_entries,
     read_adapter,
 )
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_modules
@@ -38,7 +39,7 @@ from vismt.lowrank.layers.stock_modules import LINEAR, dense_weight, kind_of, ma
 from vismt.lowrank.model.inject import install, undone_on_error
 from vismt.lowrank.model.named import active_adapter, new_adapter
 from vismt.lowrank.model.record import (
-    names_of,
+    adapter_names,
     need_record,
     record_of,
     refuse_offloaded,
@@ -51,38 +52,45 @@ from vismt.lowrank.tensors import check_finite, check_parameter, need_finite
 from vismt.storage.files import atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
 
-WAIT_S = 60  # for another process that saves into the same folder
+WAIT_S = 60  # seconds to wait for another process that saves into the same folder
 
 
 def save_adapter(
     model: nn.Module, folder: str | Path, *, name: str | None = None, force: bool = False, strict: bool | None = False
 ) -> Path:
-    """Write the factors (and also_train parameters) of an adapted model; each file appears whole or not at all.
+    """Write the factors of an adapted model, and the parameters of also_train, to a folder.
 
-    It warns of parameters that were trained and are not in the file, such as a head beside the adapter.
+    Each file appears whole or not at all. A warning names parameters that were trained and are not in the file, such as a head
+    beside the adapter.
 
     Args:
-        model: an adapted model.
-        folder: made where it is missing.
-        name: of the adapter where the model carries several; None for the active one.
-        force: write NaN and infinite values too, for inspection; `load_adapter` refuses them.
-        strict: refuse instead of warning; None for a caller that keeps what is trained beside the adapter itself.
+        model: Adapted model.
+        folder: Folder to write to. It is made if it is missing.
+        name: Name of the adapter if the model carries several. None stands for the active adapter.
+        force: Whether to write NaN and infinite values too, for inspection. `load_adapter` refuses such a file.
+        strict: Whether to raise an error instead of the warning. None does neither, for a caller that keeps the other trained
+            parameters itself.
 
     Returns:
         The folder.
 
     Raises:
-        UserError: for a stock model, a model on the meta device, values that are not finite, a folder that cannot be written,
-            and with `strict` trained parameters that are not in the file; nothing is written then.
+        UserError: If the model is a stock model or on the meta device, values are not finite, the folder cannot be written, or
+            with `strict` trained parameters would not be in the file. Nothing is written then.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], rank=8, also_train=["head"])
+        vismt.save_adapter(model, "adapter")
     """
     with active_adapter(model, name, "save_adapter"):
         if strict is not None:
-            report_lost(model, "save_adapter", strict)
+            warn_of_lost(model, "save_adapter", strict)
         return _write(model, Path(folder), force)
 
 
-def report_lost(model: nn.Module, what: str, strict: bool) -> None:
-    """Warn of parameters that were trained and that no file of the adapter holds; with `strict` raise UserError."""
+def warn_of_lost(model: nn.Module, what: str, strict: bool) -> None:
+    """Warn of trained parameters that no file of the adapter holds. With `strict`, raise UserError."""
     record = need_record(model, what)
     modules = adapter_modules(model)
     of_adapter = {name for path, module in modules.items() for name, _ in module.named_parameters(path)}
@@ -111,9 +119,9 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
     tensors = adapter_tensors(model)
     if any(value.is_meta for value in tensors.values()):
         raise UserError("save_adapter: the model is on the meta device, which holds no values to save.")
-    # Beside adapter modules all counts as changed: a head may be fresh.
+    # All parameters beside adapter modules count as changed, because a head may be new.
     unchanged = [] if record.specs else unchanged_tensors(record.also_train, tensors)
-    if not record.specs:  # what stays frozen identifies the base, too
+    if not record.specs:  # the frozen weights identify the base too
         named = dict(model.named_parameters())
         unchanged += [n for n, part in record.frozen.items() if n in named and not was_trained(part, named[n])]
     tensors = {name: value for name, value in tensors.items() if name not in unchanged}
@@ -123,7 +131,7 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
         need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
     with locked(folder, WAIT_S):
         digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
-        description = {
+        description: dict[str, Any] = {
             "format": FORMAT,
             "method": record.method,
             "model": type(model).__name__,
@@ -131,8 +139,8 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
             "sites": [entry_of(spec) for spec in record.layers],
             "also_train": sorted(record.also_train),
             "unchanged": unchanged,
-            "parts": parts_of(record.specs),
-            "base": fingerprint(model, paths),
+            "parts": module_entries(record.specs),
+            "base": weight_fingerprint(model, paths),
             "base_samples": base_samples(model, paths),
             "tensors": f"adapter-{digest[:12]}.safetensors",
             "tensors_sha256": digest,
@@ -146,21 +154,32 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
 def load_adapter(
     model: nn.Module, folder: str | Path, *, name: str = "default", on_other_base: str = "error"
 ) -> nn.Module:
-    """Put a saved adapter on a model as the active one, or its values into an adapter of the same kind that has this name.
+    """Put a saved adapter on a model as the active adapter.
+
+    If the model already has an adapter of this name and kind, the values go into that adapter.
 
     Args:
-        model: changed in place.
-        folder: what `save_adapter` wrote.
-        name: of the adapter on this model.
-        on_other_base: "error" refuses a base whose fingerprint differs, "warn" goes on with a warning.
+        model: Model with the same base weights, changed in place.
+        folder: Folder that `save_adapter` wrote.
+        name: Name of the adapter on this model.
+        on_other_base: What to do if the fingerprint of the base differs: "error" refuses the adapter, "warn" goes on with a
+            warning.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for damaged files, another model, and a missing, unexpected or misshapen tensor; nothing is changed.
+        UserError: If a file is damaged, the model is another one, or a tensor is missing, unexpected or of a wrong shape.
+            Nothing is changed then.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], rank=8)
+        vismt.save_adapter(model, "adapter")
+        other = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.load_adapter(other, "adapter")
     """
-    carried = name in names_of(model)
+    carried = name in adapter_names(model)
     with (active_adapter if carried else new_adapter)(model, name, "load_adapter"):
         return _load(model, Path(folder), on_other_base)
 
@@ -181,23 +200,23 @@ def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
     unchanged = description.unchanged
     parameters = dict(model.named_parameters())
     paths = compared(specs, [name for name in unchanged if name in parameters])
-    samples, base = base_samples(model, paths), fingerprint(model, paths)
+    samples, base = base_samples(model, paths), weight_fingerprint(model, paths)
     if not same_base(samples, description.base_samples):
         made_for = f"{description.model} (weights {description.base})"
         other_base(f"{what} was made for {made_for}, this is {type(model).__name__} (weights {base})", on_other_base)
     _check_tensors(model, what, description, specs, tensors)
     if record is not None:
-        fill(model, tensors, what)
-        fill(model, {name: value for name, value in record.also_train.items() if name in unchanged})
+        fill_adapter(model, tensors, what)
+        fill_adapter(model, {name: value for name, value in record.also_train.items() if name in unchanged})
         return model
     install(model, description.method, specs, description.options, description.also_train)
     with undone_on_error(model):
-        fill(model, tensors, what)
+        fill_adapter(model, tensors, what)
     return model
 
 
 def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Return everything an adapter file holds, by state_dict key: tensors of adapter modules, also_train parameters."""
+    """Return everything that an adapter file holds, by state_dict key: tensors of adapter modules, and also_train parameters."""
     record = need_record(model, "adapter")
     tensors: dict[str, Tensor] = {}
     for path, module in adapter_modules(model).items():
@@ -206,10 +225,12 @@ def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
-    """Copy checked adapter tensors into an adapted model; starts that the layers lack are created.
+def fill_adapter(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter") -> None:
+    """Copy checked adapter tensors into an adapted model. Starts that the layers lack are created.
 
-    Raises UserError for values beyond the range of a tensor of this model, before anything is copied. what: Start of messages.
+    Raise UserError for values beyond the range of a tensor of this model, before anything is copied.
+
+    what: Start of messages.
     """
     rest, of_modules = dict(tensors), []
     modules = adapter_modules(model)
@@ -218,7 +239,7 @@ def fill(model: nn.Module, tensors: Mapping[str, Tensor], what: str = "adapter")
         own = module.tensors()
         names = dict.fromkeys([*own, *module.optional_shapes(spec)])
         values = {name: rest.pop(f"{spec.path}.{name}") for name in names if f"{spec.path}.{name}" in rest}
-        for name, value in values.items():  # one that the module lacks gets the dtype of its first
+        for name, value in values.items():  # a tensor that the module lacks gets the dtype of the first one
             check_finite(f"{what}: {spec.path}.{name}", value, own.get(name, next(iter(own.values()))).dtype)
         if values:
             of_modules.append((module, values))
@@ -239,7 +260,10 @@ def _base_weight(model: nn.Module, path: str) -> Tensor:
 
 
 def base_samples(model: nn.Module, paths: Iterable[str]) -> dict[str, list[float]]:
-    """Return up to 16 values of each of these base weights, at places that depend on its path; none on the meta device."""
+    """Return up to 16 values of each of these base weights, at places that depend on the path of the weight.
+
+    A model on the meta device has no values.
+    """
     weights = ((path, _base_weight(model, path)) for path in sorted(paths))
     return {path: [] if weight.is_meta else samples_at(path, weight) for path, weight in weights}
 
@@ -253,16 +277,16 @@ def samples_at(path: str, weight: Tensor) -> list[float]:
 
 
 def other_base(message: str, on_other_base: str) -> None:
-    """Raise UserError with `message`, or with on_other_base "warn" give a warning."""
+    """Raise UserError with `message`. If on_other_base is "warn", give a warning instead."""
     if on_other_base != "warn":
         raise UserError(f"{message}. Load the base it was trained on, or pass on_other_base='warn'.")
     warnings.warn(message, stacklevel=3)
 
 
 def same_base(samples: Mapping[str, list[float]], saved: Mapping[str, list[float]]) -> bool:
-    """Return whether samples agree within 1 % of each weight's largest one: bf16 rounds by at most 0.4 % of a value.
+    """Return whether samples agree within 1 % of the largest sample of each weight. bf16 rounds by at most 0.4 % of a value.
 
-    Samples that are NaN agree with nothing; weights without samples in one of the two are not compared.
+    Samples that are NaN agree with nothing. A weight that has samples on one side only is not compared.
     """
     for path, values in samples.items():
         expected = saved.get(path, [])
@@ -272,15 +296,15 @@ def same_base(samples: Mapping[str, list[float]], saved: Mapping[str, list[float
     return True
 
 
-def fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
-    """Return the weight fingerprint: twelve hex digits of the samples at `paths`, for messages and records."""
+def weight_fingerprint(model: nn.Module, paths: Iterable[str]) -> str:
+    """Return the weight fingerprint for messages and records: twelve hex digits made from the samples at `paths`."""
     return hashlib.sha256(json.dumps(base_samples(model, paths)).encode()).hexdigest()[:12]
 
 
 def _check_layers(
     model: nn.Module, folder: Path, description: Description, specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise UserError unless the model has every adapted weight, with its shape, and an update of it can be computed."""
+    """Raise UserError unless the model has every adapted weight, with the right shape, and can compute an update of it."""
     modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
     made_for = f"adapter '{folder}' was made for {description.model}, this model is {type(model).__name__}"
     layers = [spec for spec in specs if spec.has_weight]
@@ -307,7 +331,7 @@ def _check_layers(
 def _check_tensors(
     model: nn.Module, what: str, description: Description, specs: Iterable[LayerSpec], tensors: Mapping[str, Tensor]
 ) -> None:
-    """Raise UserError for missing, unexpected and misshapen tensors, and for values that the model cannot take."""
+    """Raise UserError for tensors that are missing, unexpected or of a wrong shape, and for values that the model cannot take."""
     needed = layer_shapes((spec for spec in specs if spec.has_weight), tensors)
     parameters, modules = dict(model.named_parameters()), dict(model.named_modules())
     others = [(spec, spec.layer.shapes_on(modules.get(spec.path), spec)) for spec in specs if not spec.has_weight]

@@ -1,8 +1,8 @@
-"""Low-rank updates apart from a model: read from a folder or an adapted model, and put on a stock one as method 'lora'.
+"""Low-rank updates apart from a model: read from a folder or an adapted model, and put on a stock model as method "lora".
 
-An update is that against the stock weight, scale B A. It includes a start that is kept (PiSSA, CorDA: rank 2r, [A; A0] and
-[B, -B0]), cores (PoLAR), blocks (split_qkv) and the gates of one user (iLoRA, inside `instance_gates`). Updates without such
-a form are refused: a router that still routes (EMTAL), slices and whole layers (S2FT, LISA).
+An update is the difference to the stock weight, scale B A. It includes a start that is kept (PiSSA, CorDA: rank 2r, [A; A0] and
+[B, -B0]), cores (PoLAR), blocks (split_qkv) and the gates of one user (iLoRA, inside `instance_gates`). Updates without such a
+form are refused: a router that still routes (EMTAL), slices and whole layers (S2FT, LISA).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,7 +18,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft, stacks_on
 from vismt.lowrank.files.peft_settings import CONFIG
-from vismt.lowrank.files.save_load import base_samples, fill, other_base, same_base
+from vismt.lowrank.files.save_load import base_samples, fill_adapter, other_base, same_base
 from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import matrix_shape
@@ -35,11 +34,10 @@ from vismt.lowrank.tensors import check_parameter
 class Updates:
     """The updates of one adapter, on the CPU.
 
-    low_rank: by module path; a convolution's is of its weight as a matrix (o, c*kh*kw).
-    also_train: parameters that were trained whole, by name.
-    base: some values of the weights it was made for (`save_load.base_samples`), empty where they are not known.
-    peft: the folders that peft wrote, where it comes from such: their settings have to be compared with a model.
-    name: of the adapter in messages.
+    low_rank: Updates by module path. The update of a convolution has the shape of its weight as a matrix (o, c*kh*kw).
+    also_train: Parameters that were trained whole, by name. base: Some values of the base weights (`save_load.base_samples`).
+    Empty if they are not known. peft: Folders that peft wrote, if the updates come from such folders. Their settings have to be
+    compared with a model. name: Name of the adapter in messages.
     """
 
     low_rank: dict[str, LowRank]
@@ -49,18 +47,18 @@ class Updates:
     name: str = "updates"
 
     def put_on(self, model: nn.Module, *, name: str = "default", on_other_base: str = "error") -> nn.Module:
-        """Adapt a model with these factors, as method 'lora'; they are its active adapter then.
+        """Adapt a model with these factors, as method "lora". They become the active adapter.
 
         Args:
-            model: changed in place. The factors get the weight's dtype, fp32 where that is bf16 or fp16.
-            name: of the adapter on this model.
-            on_other_base: see `load_adapter`.
+            model: Stock model, changed in place. The factors get the weight's dtype, or fp32 if the weight is bf16 or fp16.
+            name: Name of the adapter on this model.
+            on_other_base: What to do if the base differs, see `load_adapter`.
 
         Returns:
             The model.
 
         Raises:
-            UserError: where a path, a shape or the base is not that of the model; nothing is changed.
+            UserError: If a path, a shape or the base does not fit the model. Nothing is changed then.
         """
         with new_adapter(model, name, self.name):
             return put_on(model, self, on_other_base=on_other_base)
@@ -74,12 +72,15 @@ def of_peft(adapter: PeftAdapter) -> Updates:
 def put_on(
     model: nn.Module,
     updates: Updates,
-    options: Mapping[str, Any] | None = None,
+    options: Mapping[str, object] | None = None,
     starts: Mapping[str, Tensor] | None = None,
     *,
     on_other_base: str = "error",
 ) -> nn.Module:
-    """Do the work of `Updates.put_on`. options: of the record. starts: factors that are subtracted, by adapter key."""
+    """Put updates on a model, see `Updates.put_on`.
+
+    options: Options of the record. starts: Factors that are subtracted, by adapter key.
+    """
     what = updates.name
     specs: list[LayerSpec] = []
     tensors: dict[str, Tensor] = {}
@@ -104,7 +105,7 @@ def put_on(
         for path, (settings, A, B) in stacks_on(adapter, model).items():
             specs.append(spec_of(path, modules[path], LowRankLayer, settings))
             tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
-    # As in peft, dropout of a file does not reach weights that are read without a call.
+    # As in peft, the dropout of a file does not reach weights that are read without a call of their layer.
     for reason in refusals(model, [spec.path for spec in specs], prequantized=True, readable=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
@@ -114,7 +115,7 @@ def put_on(
     refuse_offloaded(model, what, whole=True)
     install(model, "lora", specs, dict(options or {}), list(also_train))
     with undone_on_error(model):
-        fill(model, {**tensors, **also_train, **(starts or {})}, what)
+        fill_adapter(model, {**tensors, **also_train, **(starts or {})}, what)
     return model
 
 
@@ -131,10 +132,11 @@ def _check_parameters(what: str, model: nn.Module, values: Mapping[str, Tensor])
 def read_updates(
     source: Updates | nn.Module | str | Path, *, also_train: bool = True, what: str = "updates"
 ) -> Updates:
-    """Return the updates of a folder that save_adapter, export_peft or peft wrote, or of an adapted model, copied.
+    """Return copies of the updates of an adapted model, or of a folder that save_adapter, export_peft or peft wrote.
 
-    also_train: False leaves out parameters that were trained whole (a head). what: start of error messages.
-    Raises UserError for an update that is not of low rank, see the header, and for damaged files.
+    also_train: Whether to include parameters that were trained whole (a head). what: Start of error messages.
+
+    Raise UserError if an update is not of low rank (see the header), or a file is damaged.
     """
     if isinstance(source, Updates):
         updates = source

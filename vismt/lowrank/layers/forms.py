@@ -1,10 +1,10 @@
-"""The forms of a low-rank layer, one for each kind of stock module: linear, convolution, embedding, parameter, prequantized.
+"""The forms of a low-rank layer, one form for each kind of stock module: linear, convolution, embedding, parameter, prequantized.
 
-linear        y = W x + b + s (B C A x - B0 A0 x)             one fused forward and backward (fused.py)
-convolution   y = W * x + b + s (B C (A * x) - B0 (A0 * x))   A (r, c / groups * kernel), B (o, r) as a 1 x 1 convolution
-embedding     y = W[ids] + s (B[ids] C A - B0[ids] A0)        A (r, d), B (v, r) with a row for each of v entries
-parameter     W_e + s (B_e C_e A_e - B0_e A0_e)               read by its own module (parameter_modules.py)
-prequantized  y = linear(x) + s (B C A x - B0 A0 x)           the stock module with its weight of bitsandbytes or torchao
+linear        y = W x + b + s (B C A x - B0 A0 x)             one fused forward and backward (fused.py) convolution   y = W * x
++ b + s (B C (A * x) - B0 (A0 * x))   A (r, c / groups * kernel), B (o, r) as a 1 x 1 convolution embedding     y = W[ids] + s
+(B[ids] C A - B0[ids] A0)        A (r, d), B (v, r) with a row for each of v entries parameter     W_e + s (B_e C_e A_e - B0_e
+A0_e)               read by its own module (parameter_modules.py) prequantized  y = linear(x) + s (B C A x - B0 A0 x)
+the stock module with its weight of bitsandbytes or torchao
 """
 
 from __future__ import annotations
@@ -30,34 +30,32 @@ GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "
 @FORMS.register("linear")
 @FORMS.register("conv1d")
 class LowRankLinear(LowRankLayer):
-    """nn.Linear, or transformers' Conv1D (weight stored (i, o)), with a low-rank update.
+    """nn.Linear, or transformers' Conv1D (its weight is stored as (i, o)), with a low-rank update.
 
-    forward: x (..., i) -> (..., o), in x's dtype (the autocast dtype where autocast is on).
+    forward: x (..., i) -> (..., o), in the dtype of x, or of autocast if it is on.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast(x)
-        flat = x.reshape(-1, x.shape[-1])
-        weight = self.matrix(self.frozen)
+        weight, gate = self.matrix(self.frozen), self.gate(x)
         if self.dropout and self.training:
-            out = F.linear(flat, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
-            out = out + self.scale * self.change_of(flat, self.gate(x))
-        else:
-            factors = self.right(), self.left(), self.lora_A0, self.lora_B0
-            # The bookkeeping of autograd takes longer than the products of one generated token.
-            fused = FusedLowRank.apply if torch.is_grad_enabled() else FusedLowRank.forward
-            out, _ = fused(flat, weight, self.bias, *factors, self.gate(x), self.scale, self.blocks)
-        return out.view(*x.shape[:-1], out.shape[-1])
+            out = F.linear(x, weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
+            return out + (self.scale * self.change_of(x.reshape(-1, x.shape[-1]), gate)).view(out.shape)
+        # For one generated token, the bookkeeping of autograd takes longer than the products.
+        fused = FusedLowRank.apply if torch.is_grad_enabled() else FusedLowRank.forward
+        factors = self.right(), self.left(), self.lora_A0, self.lora_B0
+        return fused(x, weight, self.bias, *factors, gate, self.scale, self.blocks)[0]
 
 
 @FORMS.register("conv2d")
 @FORMS.register("nn.Conv1d")
 @FORMS.register("nn.Conv3d")
 class LowRankConv(LowRankLayer):
-    """nn.Conv1d, Conv2d or Conv3d: A is a convolution of the same geometry with r output channels, B a 1x1 convolution.
+    """nn.Conv1d, Conv2d or Conv3d with a low-rank update.
 
-    forward: x (b, c, ...) -> (b, o, ...). The matrix form is the weight reshaped to (o, c / groups * kernel); with groups
-    each one has the same A on its channels, and its own rows of B.
+    A is a convolution of the same geometry with r output channels, and B is a 1x1 convolution. forward: x (b, c, ...) -> (b, o,
+    ...). The matrix form is the weight reshaped to (o, c / groups * kernel). With groups, every group has the same A on its own
+    channels, and its own rows of B.
     """
 
     groups: int
@@ -97,7 +95,7 @@ class LowRankConv(LowRankLayer):
     def _add_product(
         self, out: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, gate: Tensor | None = None
     ) -> Tensor:
-        """Return `out` (b, o, ...) plus scale * B (A * x); without groups in place, by one batched product."""
+        """Return `out` (b, o, ...) plus scale * B (A * x). Without groups the sum is made in place by one batched product."""
         kernel = A.to(self.weight.dtype).view(-1, *self.weight.shape[1:])
         hidden = self.shell._conv_forward(x, repeat(kernel, "r ... -> (g r) ...", g=self.groups), None)
         if gate is not None:
@@ -107,7 +105,7 @@ class LowRankConv(LowRankLayer):
         if self.groups > 1:
             convolve = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
             return out.add_(convolve(hidden, self._pointwise(B), groups=self.groups))
-        # Of a single sample (o, ...), or a batch; in any memory format of `out` its rows are a view.
+        # A single sample (o, ...) or a batch. In any memory format, the rows of `out` are a view.
         rows, columns = ((t if t.ndim > axes + 1 else t[None]).flatten(2) for t in (out, hidden))
         rows.baddbmm_(B.expand(len(rows), -1, -1), columns)
         return out
@@ -119,9 +117,9 @@ class LowRankConv(LowRankLayer):
 
 @FORMS.register("embedding")
 class LowRankEmbedding(LowRankLayer):
-    """nn.Embedding. forward: ids (...) int64 -> (..., d).
+    """nn.Embedding with a low-rank update. forward: ids (...) int64 -> (..., d).
 
-    B starts at zero with LoRA, so an entry that never occurs keeps its vector. peft transposes the table in its files:
+    With LoRA, B starts at zero, so an entry that never occurs keeps its vector. peft transposes the table in its files:
     lora_embedding_A is B^T (r, v), lora_embedding_B is A^T (d, r).
     """
 
@@ -141,13 +139,13 @@ class LowRankEmbedding(LowRankLayer):
 
 @FORMS.register("parameter")
 class LowRankParameter(LowRankLayer):
-    """A parameter that its module reads itself, with an update for each of its matrices: a block for each expert.
+    """A parameter that its module reads itself, with an update for each of its matrices (one block for each expert).
 
-    It stands for the tensor W + DeltaW in functions of torch. A (e, r, i), B (e, o, r) are kept as (e*r, i) and (e*o, r). The
-    sum is made once in each forward of the module, in W's dtype: a tensor of the size of W for each adapted parameter, which
-    stays until the module's backward, and there a gradient of that size. Without gradients it is freed when the module
-    returns. In bf16 it has the spacing of W's numbers, as a merged weight has. Dropout and gates act on an input and do not
-    apply.
+    It stands for the tensor W + DeltaW in functions of torch. A (e, r, i) and B (e, o, r) are kept as (e*r, i) and (e*o, r).
+    The sum is made once in each forward of the module, in W's dtype. It takes a tensor of the size of W for each adapted
+    parameter until the module's backward, and a gradient of that size there. Without gradients the sum is freed when the module
+    returns. In bf16 the sum has the spacing of W's numbers, as a merged weight has. Dropout and gates act on an input, so they
+    do not apply here.
     """
 
     of_parameter = True
@@ -159,22 +157,25 @@ class LowRankParameter(LowRankLayer):
         return self.shell.stored(matrix, self.weight)
 
     def forward(self) -> Tensor:
-        """Return W + DeltaW; called, so that hooks on this module (offloading, sharding) bring its tensors first."""
+        """Return W + DeltaW.
+
+        This is a call, so that hooks on this module (offloading, sharding) bring its tensors first.
+        """
         return self.adapted_weight()
 
     def adapted_weight(self) -> Tensor:
         if self.weight.ndim == 2 or len(self.blocks) != len(self.weight):
             return super().adapted_weight()
-        # A stack is not copied to be put together as one matrix.
+        # A stack is not copied to make one matrix.
         return self.add_update(self.weight.mT).mT if self.shell.transposed else self.add_update(self.weight)
 
     def stack(self) -> tuple[Tensor, Tensor]:
-        """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, the scale in B: k = r, 2r with a start."""
+        """Return A (e, k, i) and B (e, o, k) of the whole update in fp32, with the scale in B. k is r, or 2r with a start."""
         count, blocks = self.weight.shape[0], len(self.blocks)
         pairs = [(self.right(), self.left_with_gates(), self.scale)]
         if self.lora_A0 is not None:
             pairs.append((self.lora_A0, self.lora_B0, -self.scale))
-        # One block, as a sum of adapters has, is one A for all experts.
+        # One block, as a sum of adapters has, means one A for all experts.
         A = [rearrange(a, "(g r) i -> g r i", g=blocks).expand(count, -1, -1) for a, _, _ in pairs]
         B = [scale * rearrange(b, "(e o) r -> e o r", e=count) for _, b, scale in pairs]
         return torch.cat(A, 1).detach().float(), torch.cat(B, 2).detach().float()
@@ -187,11 +188,11 @@ class LowRankParameter(LowRankLayer):
 
 @FORMS.register("prequantized")
 class LowRankPrequantized(LowRankLayer):
-    """A linear on a prequantized weight. forward: x (..., i) -> (..., o), in the dtype that the stock module returns.
+    """A linear with a prequantized weight. forward: x (..., i) -> (..., o), in the dtype that the stock module returns.
 
-    The fused function is not used, since it reads the weight itself. A start from the weight takes the numbers that the weight
-    stands for, and is subtracted here, so the weight stays as it is. The update is exported as a plain LoRA, and not merged:
-    packing the sum again would round most of it away.
+    The fused function reads the weight itself, so it is not used. A start from the weight uses the numbers that the weight
+    stands for. The start is subtracted here, so that the weight stays as it is. The update can be exported as a plain LoRA. It
+    is not merged, because packing the sum again would round most of the update away.
     """
 
     inner: nn.Module
@@ -201,7 +202,7 @@ class LowRankPrequantized(LowRankLayer):
         self.__dict__["inner"] = inner_module(base)
 
     def linked(self) -> nn.Module:
-        """Return the stock module on the present weight and bias, which conversions may have replaced."""
+        """Return the stock module with the present weight and bias. A conversion may have replaced them."""
         present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
         self.inner._parameters.update(present)
         return self.inner
@@ -219,7 +220,7 @@ class LowRankPrequantized(LowRankLayer):
 
     def check_mergeable(self, what: str, path: str) -> None:
         super().check_mergeable(what, path)
-        if what != "merge":  # the pair of factors is that of any base
+        if what != "merge":  # the pair of factors does not depend on the base
             return
         raise UserError(
             f"{what}: '{path}' has a packed weight ({weight_format(self)}), which would round the update away; load the model in "

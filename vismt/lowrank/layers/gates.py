@@ -1,8 +1,8 @@
-"""Values for each sample of a batch that reach every layer by context and not through the model's calls: gates of rank groups.
+"""Values for each sample of a batch that reach every layer by a context: gates of rank groups.
 
-The context is a ContextVar: threads and tasks that run at the same time see their own values, and nothing stays behind when the
-block ends. torch.compile cannot trace a ContextVar, so compiled code reads a copy that each thread has; with compiled models,
-do not let asynchronous tasks of one thread interleave inside their blocks.
+The values do not pass through the model's calls. The context is a ContextVar. Threads and tasks that run at the same time see
+their own values, and nothing stays behind when the block ends. torch.compile cannot trace a ContextVar, so compiled code reads
+a copy that each thread has. With compiled models, do not let asynchronous tasks of one thread interleave inside their blocks.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from vismt.base.errors import UserError
 from vismt.lowrank.contexts import Repeatable
 
 S = TypeVar("S", bound="PerSample")
-EXPAND = "_expand_inputs_for_generation"  # of transformers' generate
+EXPAND = "_expand_inputs_for_generation"  # method of transformers' generate
 UNDER = "run it under 'with vismt.llm.instance_gates(gates):'"
 
 
 class PerSample:
-    """Base class of such contexts. Blocks may be nested; the inner one holds.
+    """Base class of such contexts. Blocks may be nested. The inner block holds.
 
-    repeats: how often each sample is in the batch, one copy after the other.
+    repeats: How often each sample is in the batch, one copy after the other.
     """
 
     _current: ClassVar[ContextVar[Any]]
@@ -60,10 +60,10 @@ class instance_gates(PerSample):
     """Use `gates` in every gated layer inside the block: `with instance_gates(gates):`.
 
     Args:
-        gates: floating (b, e), one row for each sample of the batch, or (e,), one user's gates for samples of any number.
-            They need not be positive nor sum to one. Gradients reach them.
+        gates: Floating tensor (b, e) with one row for each sample of the batch, or (e,) with one user's gates for any number of
+            samples. Gates may be negative and need not sum to one. Gradients reach them.
 
-    Blocks may be nested; the inner gates hold. transformers' `generate` repeats the rows as it repeats the samples, for
+    Blocks may be nested, and the inner gates hold. transformers' `generate` repeats the rows as it repeats the samples, for
     beams and num_return_sequences.
     """
 
@@ -78,7 +78,10 @@ class instance_gates(PerSample):
 
 
 def sample_gates(batch: int, experts: int) -> Tensor:
-    """Return the gates (b, e) for a batch of b samples, (1, e) where all have the same; UserError where they do not match."""
+    """Return the gates (b, e) for a batch of b samples, or (1, e) if all samples have the same gates.
+
+    Raise UserError if the gates do not match the batch.
+    """
     scope = _need(experts, "forward")
     gates = scope.gates
     if gates.ndim == 1:
@@ -93,7 +96,7 @@ def sample_gates(batch: int, experts: int) -> Tensor:
 
 
 def fixed_gates(what: str, experts: int) -> Tensor:
-    """Return the one row of gates (e,) that a single weight can hold; UserError for none, or for those of several samples."""
+    """Return the one row of gates (e,) that a single weight can hold. Raise UserError without gates, and for several rows."""
     gates = _need(experts, what).gates
     if gates.ndim == 2 and len(gates) != 1:
         raise UserError(
@@ -116,22 +119,22 @@ def _need(experts: int, what: str) -> instance_gates:
 
 
 def gated(hidden: Tensor, gate: Tensor | None) -> Tensor:
-    """Return hidden (n, k) times gate (b, k), the row of each sample for its n / b tokens."""
+    """Return hidden (n, k) times gate (b, k). The row of a sample applies to its n / b tokens."""
     if gate is None:
         return hidden
     return (by_sample(hidden, gate) * gate[:, None]).view(hidden.shape)
 
 
 def by_sample(hidden: Tensor, gate: Tensor) -> Tensor:
-    """Return (n, k) as (b, n / b, k); b may be zero."""
+    """Return (n, k) as (b, n / b, k). b may be zero."""
     return hidden.view(len(gate), len(hidden) // max(len(gate), 1), hidden.shape[1])
 
 
 def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
 
-    Blocks that are recomputed in the backward pass see the gates and adapters of their forward pass, on whatever thread it runs
-    and after the `with` block has ended.
+    Blocks that are recomputed in the backward pass then see the gates and adapters of their forward pass. This holds on any
+    thread, and after the `with` block has ended.
     """
     in_force = [kind.scope() for kind in PerSample.__subclasses__()]
     scopes = [copy.copy(scope) for scope in in_force if scope is not None]
@@ -141,23 +144,24 @@ def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
 
 
 class Expansion:
-    """Notes where transformers' `generate` repeats the samples (beams, num_return_sequences)."""
+    """Record how transformers' `generate` repeats the samples (beams, num_return_sequences)."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, expand_size: int = 1, *rest: Any, **named: Any) -> Any:
+    def __call__(self, expand_size: int = 1, *rest: object, **named: object) -> Any:
         for kind in PerSample.__subclasses__():
             scope = kind._current.get()
-            if scope is not None:  # batches may have each sample so often until its block ends
+            if scope is not None:  # batches may repeat each sample this often until the block of the context ends
                 scope.repeats = expand_size
         owner = type(self.model)
-        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)  # a method or static, by version
+        # a method or a static method, depending on the version
+        stock = inspect.getattr_static(owner, EXPAND).__get__(self.model, owner)
         return stock(expand_size, *rest, **named)
 
 
 def watch_expansion(model: nn.Module) -> None:
-    """Let `generate` of the model and its parts note how it repeats the samples."""
+    """Record how `generate` of the model and its parts repeats the samples."""
     for module in model.modules():
         if hasattr(type(module), EXPAND):
             setattr(module, EXPAND, Expansion(module))

@@ -2,10 +2,11 @@
 
     y = W x + b + s * (B C A x - B0 A0 x)        W (o, i), A (r, i), B (o, r); A0, B0 only after a principal start
 
-A linear runs one fused forward and backward (fused.py). A fused projection (timm's qkv) may carry one factor pair per output
-block: A stacks the blocks' A, row block j of B meets hidden block j. A core C, (r, r) or a diagonal (r,), where a method has
-one, goes into B before the tokens come: O(o r^2), whatever their number. Gates of rank groups, one row for each sample
-(iLoRA), scale the hidden product: one r-wide multiplication a token, no output per expert.
+A linear runs one fused forward and backward (fused.py). A fused projection (timm's qkv) may carry one factor pair for each
+output block. A then stacks the A of the blocks, and row block j of B is multiplied with hidden block j. A method may have a
+core C, (r, r) or a diagonal (r,). The core is multiplied into B before the tokens arrive, which costs O(o r^2) for any number
+of tokens. Gates of rank groups, one row for each sample (iLoRA), scale the hidden product. They cost one r-wide multiplication
+for each token, and no output for each expert.
 
 Sources: LoRA, arXiv 2106.09685; the block form follows the per-projection factors of AMT (NeurIPS 2024).
 """
@@ -42,8 +43,9 @@ FORMS: Registry[type[LowRankLayer]] = Registry(
 class LowRankSettings:
     """Settings of a low-rank update.
 
-    rank: of each block. scale: s. blocks: output rows of each factor pair. core: "full" or "diagonal" for a trained core
-    between the factors of each block, "" for none. experts: number of rank groups that gates weigh for each sample.
+    rank: Rank of each block. scale: Factor s. blocks: Numbers of output rows, one for each factor pair. core: "full" or
+    "diagonal" for a trained core between the factors of each block, "" for no core. experts: Number of rank groups that gates
+    weigh for each sample.
     """
 
     rank: int
@@ -53,7 +55,7 @@ class LowRankSettings:
     experts: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "blocks", tuple(self.blocks))  # a list in a file
+        object.__setattr__(self, "blocks", tuple(self.blocks))  # a file has a list
         if self.rank < 1 or min(self.blocks, default=0) < 1:
             raise ValueError(f"rank {self.rank}, blocks {self.blocks}")
         if self.core not in CORES:
@@ -63,17 +65,17 @@ class LowRankSettings:
 
     @property
     def core_shape(self) -> tuple[int, ...]:
-        """Shape of the cores of all blocks, stacked; empty without a core."""
+        """Shape of the stacked cores of all blocks. Empty without a core."""
         rows = len(self.blocks) * self.rank
         return {"": (), "full": (rows, self.rank), "diagonal": (rows,)}[self.core]
 
 
 @register_module("low_rank")
 class LowRankLayer(AdapterLayer):
-    """Base of the layers with a low-rank update.
+    """Base class of the layers with a low-rank update.
 
-    Parameters lora_A (g*r, i), lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. Buffers lora_A0, lora_B0
-    hold the start of a principal initialisation. With `experts` e the rank is e groups in a row, gated by `instance_gates`.
+    The parameters lora_A (g*r, i), lora_B (o, r) and, with a core, lora_C (g*r, r) or (g*r,) are new. The buffers lora_A0 and
+    lora_B0 hold a principal start. With `experts` e, the rank consists of e groups in a row, which `instance_gates` gates.
     """
 
     Settings = LowRankSettings
@@ -119,9 +121,11 @@ class LowRankLayer(AdapterLayer):
         experts: int | None = None,
         **settings: Any,
     ) -> LayerSpec:
-        """Return the spec of one module: rank, scale and blocks from the options of `inject`.
+        """Return the spec of one module. Rank, scale and blocks follow from the options of `inject`.
 
-        settings: further fields of `Settings`. Raises UserError for a rank that does not fit.
+        settings: Further fields of `Settings`.
+
+        Raise UserError for a rank that does not fit.
         """
         out_features, in_features = matrix_shape(module)
         blocks = output_blocks(path, module, split_qkv)
@@ -205,26 +209,26 @@ class LowRankLayer(AdapterLayer):
     # ---- the update
     @property
     def frozen(self) -> Tensor:
-        """The values that the update is added to, in the shape of the weight."""
+        """Values that the update is added to, in the shape of the weight."""
         return self.weight
 
     @torch.no_grad()
     def set_factors(self, A: Tensor, B: Tensor, offset: bool) -> None:
-        """Copy A (g*r, i) and B (o, r) in; with `offset` they are also kept as the start that is subtracted."""
+        """Copy A (g*r, i) and B (o, r) in. With `offset` they are also kept as the start that is subtracted."""
         self.lora_A.copy_(A)
         self.lora_B.copy_(B)
         if offset:
             self.lora_A0, self.lora_B0 = self.lora_A.detach().clone(), self.lora_B.detach().clone()
 
     def start_more(self, init: Callable[..., tuple[Tensor, Tensor]], generator: torch.Generator) -> None:
-        """Fill further pairs, where a layer has any, from the initialiser and the generator of its first."""
+        """Fill further pairs of factors, if the layer has any, with the initialiser and generator of the first pair."""
 
     def tensors(self) -> dict[str, Tensor]:
         named = {name: getattr(self, name) for name in ("lora_A", "lora_B", "lora_C", "lora_A0", "lora_B0")}
         return {name: value for name, value in named.items() if value is not None}
 
     def left(self) -> Tensor:
-        """Return B C (o, r), block by block: the factor of the hidden product; B itself without a core."""
+        """Return B C (o, r), block by block: the factor of the hidden product. Without a core this is B itself."""
         if self.lora_C is None:
             return self.lora_B
         cores = self.lora_C.chunk(len(self.blocks))
@@ -235,7 +239,7 @@ class LowRankLayer(AdapterLayer):
         return self.lora_A
 
     def gate(self, x: Tensor) -> Tensor | None:
-        """Return the gates in force, for the hidden channels of the samples of x (b, ...): (b or 1, g*r) in its dtype."""
+        """Return the gates in force for the hidden channels of the samples of x (b, ...), as (b or 1, g*r) in the dtype of x."""
         if self.experts is None:
             return None
         gates = sample_gates(x.shape[0], self.experts).to(x.device, x.dtype)
@@ -246,7 +250,7 @@ class LowRankLayer(AdapterLayer):
             fixed_gates(what, self.experts)
 
     def left_with_gates(self) -> Tensor:
-        """Return `left()` with the one row of gates in it that a single weight can hold."""
+        """Return `left()` times the one row of gates that a single weight can hold."""
         if self.experts is None:
             return self.left()
         left = self.left().to(torch.promote_types(self.lora_B.dtype, torch.float32))
@@ -254,7 +258,10 @@ class LowRankLayer(AdapterLayer):
 
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
-        """Copy factors in; starts that the layer lacks are created, and its own are dropped where none come with the factors."""
+        """Copy factors in.
+
+        A start that the layer lacks is created. A start of the layer is dropped if the factors come without one.
+        """
         own = self.tensors()
         if "lora_A" in tensors and "lora_A0" not in tensors:
             self._buffers["lora_A0"] = self._buffers["lora_B0"] = None
@@ -266,7 +273,10 @@ class LowRankLayer(AdapterLayer):
                 own[name].copy_(value)
 
     def low_rank(self) -> LowRank:
-        """Return the whole update against the stock weight as one LowRank: rank r, 2r with a start, g times that in blocks."""
+        """Return the whole update relative to the stock weight as one LowRank.
+
+        Its rank is r, 2r with a start, and g times that with g blocks.
+        """
         A, B = self.right().detach(), self._block_diagonal(self.left_with_gates().detach())
         if self.lora_A0 is not None:
             A = torch.cat([A, self.lora_A0])
@@ -274,7 +284,7 @@ class LowRankLayer(AdapterLayer):
         return LowRank(B, A, scale=self.scale)
 
     def change_of(self, x: Tensor, gate: Tensor | None) -> Tensor:
-        """Return the product of x (n, i) with the update, (n, o), without the scale; dropout acts on the trained factors."""
+        """Return the product of x (n, i) with the update, (n, o), without the scale. Dropout acts on the trained factors."""
 
         def product(x: Tensor, A: Tensor, B: Tensor, gate: Tensor | None = None) -> Tensor:
             hidden = gated(x @ A.to(x.dtype).t(), gate)
@@ -288,12 +298,12 @@ class LowRankLayer(AdapterLayer):
         return B if len(self.blocks) == 1 else torch.block_diag(*B.split(self.blocks, 0))
 
     def adapted_weight(self) -> Tensor:
-        """Return W + DeltaW in the stock shape and dtype, with gradients to the factors."""
+        """Return W + DeltaW in the stock shape and dtype. Gradients reach the factors."""
         rows = rearrange(self.matrix(self.weight), "(g o) i -> g o i", g=len(self.blocks))
         return self.stored(self.add_update(rows).flatten(0, 1))
 
     def add_update(self, W: Tensor) -> Tensor:
-        """Return W (g, o, i), split into blocks of one height, with the update added in its dtype."""
+        """Return W (g, o, i), split into blocks of one height, plus the update in the dtype of W."""
         pairs = [(self.scale, self.left(), self.right())]
         if self.lora_A0 is not None:
             pairs.append((-self.scale, self.lora_B0, self.lora_A0))
@@ -306,7 +316,10 @@ class LowRankLayer(AdapterLayer):
 
     @torch.no_grad()
     def merged(self) -> nn.Module:
-        """Return the stock module with W + DeltaW, summed in fp32 (fp64 for fp64) and rounded once to the weight's dtype."""
+        """Return the stock module with W + DeltaW.
+
+        The sum is made in fp32 (fp64 for fp64) and rounded once to the weight's dtype.
+        """
         dtype = working_dtype(self.weight)
         total = self.matrix(self.frozen).to(dtype, copy=True)
         for start in (False, True):
@@ -327,10 +340,10 @@ class LowRankLayer(AdapterLayer):
 
 
 def output_blocks(path: str, module: nn.Module, split_qkv: bool) -> tuple[int, ...]:
-    """Return the output rows of each factor pair.
+    """Return the number of output rows of each factor pair.
 
-    They are those of each matrix in a stack, with `split_qkv` three equal ones of a fused projection (timm's qkv, in_proj_weight
-    of nn.MultiheadAttention), else one block.
+    A stack has one pair for each matrix. With `split_qkv`, a fused projection (timm's qkv, in_proj_weight of
+    nn.MultiheadAttention) has three pairs of equal height. Any other weight has one pair.
     """
     rows = matrix_shape(module)[0]
     fused = split_qkv and path.split(".")[-1] in ("qkv", "in_proj_weight") and rows % 3 == 0

@@ -1,12 +1,12 @@
-"""Parameters that a module reads itself, each as a module of its own: experts in one tensor, what nn.MultiheadAttention reads.
+"""Parameters that a module reads itself, each made a module: experts in one tensor, and what nn.MultiheadAttention reads.
 
-    owner.gate_up_proj (e, o, i)   ->   owner.gate_up_proj.weight, below a ParameterModule, in whose place a layer can stand
+    owner.gate_up_proj (e, o, i)   ->   owner.gate_up_proj.weight, below a ParameterModule, which a layer can replace
 
-While the owner's forward runs, its attribute is the tensor W + DeltaW that the layer returns, so every implementation of that
-forward (a loop over the experts that are hit, batched and grouped products, fused attention) reads the adapted weight. Code
-that reads it at another time gets the layer, which stands for the same tensor in any function of torch. Stock keys of a state
-dict can be loaded meanwhile. Encoders of torch.nn read the weights of all their linears in one fused kernel
-where they need no gradient; that kernel is switched off while an encoder with a layer in it runs.
+While the owner's forward runs, its attribute is the tensor W + DeltaW that the layer returns. Every implementation of that
+forward (a loop over the experts that are hit, batched and grouped products, fused attention) therefore reads the adapted
+weight. Code that reads the attribute at another time gets the layer, which stands for the same tensor in any function of torch.
+A state dict with stock keys can be loaded meanwhile. Encoders of torch.nn read the weights of all their linears in one fused
+kernel if no gradient is needed. That kernel is switched off while an encoder with a layer in it runs.
 """
 
 from __future__ import annotations
@@ -19,15 +19,18 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")  # of nn.MultiheadAttention
+# parameters of nn.MultiheadAttention
+ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 ENCODERS = (nn.TransformerEncoder, nn.TransformerEncoderLayer)
-_CONTAINERS = (nn.ParameterList, nn.ParameterDict)  # read by another module, without a forward of their own
+# another module reads their items, and they have no forward of their own
+_CONTAINERS = (nn.ParameterList, nn.ParameterDict)
 
 
 class ParameterModule(nn.Module):
     """A parameter as a module.
 
-    weight: (o, i), or a stack of matrices (e, o, i), with `transposed` (e, i, o). names: the parameters of its owner, in order.
+    weight: Parameter (o, i), or a stack of matrices (e, o, i), with `transposed` (e, i, o). names: Names of the owner's
+    parameters, in order.
     """
 
     def __init__(self, weight: nn.Parameter, transposed: bool, names: tuple[str, ...]) -> None:
@@ -35,7 +38,7 @@ class ParameterModule(nn.Module):
         self.weight, self.transposed, self.names = weight, transposed, names
 
     def matrix(self, weight: Tensor) -> Tensor:
-        """Return a tensor of the stock shape as one matrix (e*o, i): the rows of all experts."""
+        """Return a tensor of the stock shape as one matrix (e*o, i) with the rows of all experts."""
         return weight if weight.ndim == 2 else (weight.mT if self.transposed else weight).flatten(0, 1)
 
     def matrix_shape(self) -> tuple[int, int]:
@@ -46,7 +49,7 @@ class ParameterModule(nn.Module):
         return prod(stack) * rows, columns
 
     def stored(self, matrix: Tensor, like: Tensor) -> Tensor:
-        """Return a matrix (e*o, i) in the stock shape, that of `like`: the inverse of `matrix`."""
+        """Return a matrix (e*o, i) in the stock shape, which is the shape of `like`. This is the inverse of `matrix`."""
         if like.ndim == 2:
             return matrix
         stack = rearrange(matrix, "(e o) i -> e o i", e=like.shape[0])
@@ -64,31 +67,32 @@ def readable_parameters(owner: nn.Module) -> list[str]:
 
 
 def declared(owner: nn.Module) -> list[str]:
-    """Return the names of all parameters of a module in order, those that are modules now among them."""
+    """Return the names of all parameters of a module in order, including parameters that are modules now."""
+    child: Any
     for child in owner._modules.values():
         if getattr(child, "of_parameter", False):
-            stock: Any = child.shell
+            stock = child.shell
             return list(stock.names)
     return list(owner._parameters)
 
 
 def is_attention(module: nn.Module | None) -> bool:
-    """Return whether a module computes as nn.MultiheadAttention, which reads the weight of `out_proj` without calling it."""
+    """Return whether a module computes as nn.MultiheadAttention does, which reads the weight of `out_proj` without calling it."""
     return isinstance(module, nn.MultiheadAttention) and type(module).forward is nn.MultiheadAttention.forward
 
 
 def module_at(model: nn.Module, path: str) -> nn.Module:
-    """Return the module at a path; for a parameter a ParameterModule, outside of the model."""
+    """Return the module at a path. For a parameter, return a ParameterModule outside of the model."""
     owner, name = _owner(model, path)
     parameter = owner._parameters.get(name)
     if parameter is None:
         return model.get_submodule(path)
-    # transformers' experts of this layout declare it
+    # The experts of this layout in transformers declare it.
     return ParameterModule(parameter, bool(getattr(owner, "is_transposed", False)), tuple(owner._parameters))
 
 
 def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
-    """Make the parameters among `paths` modules, and let owners that read weights themselves read those that layers adapt."""
+    """Make modules of the parameters among `paths`. Owners that read weights themselves then read the adapted weights."""
     owners = {}
     modules = {path: module_at(model, path) for path in paths}
     for path, module in modules.items():
@@ -111,7 +115,7 @@ def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
 
 
 def to_parameters(model: nn.Module) -> None:
-    """Make every such module a parameter again, in the stock order, and leave no hook: the inverse of `to_modules`."""
+    """Make every such module a parameter again, in the stock order, and leave no hook. This is the inverse of `to_modules`."""
     ours = (_read, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
     for owner in list(model.modules()):
         modules = {name: child for name, child in owner._modules.items() if isinstance(child, ParameterModule)}
@@ -122,7 +126,7 @@ def to_parameters(model: nn.Module) -> None:
             order = [*(known for known in child.names if known in present), *present]
             owner._parameters.clear()
             owner._parameters.update({known: present[known] for known in order})
-        # Hooks are known by their functions: copies and pickles of a module keep no handles of them.
+        # Hooks are recognised by their functions, because copies and pickles of a module keep no handles of hooks.
         for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._load_state_dict_pre_hooks):
             for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in ours]:
                 del table[key]
@@ -134,33 +138,34 @@ def _owner(model: nn.Module, path: str) -> tuple[Any, str]:
     return model.get_submodule(parent), name
 
 
-def _read(owner: nn.Module, args: Any) -> None:
+def _read(owner: nn.Module, args: object) -> None:
+    child: Any
     for name, child in owner._modules.items():
-        if child is not None and getattr(child, "of_parameter", False):
+        if getattr(child, "of_parameter", False):
             owner.__dict__[name] = child()
         elif getattr(child, "weight_readable", False):
             child.__dict__["weight"] = child.adapted_weight()
 
 
-def _drop(owner: nn.Module, args: Any, output: Any) -> None:
+def _drop(owner: nn.Module, args: object, output: object) -> None:
     for name, child in owner._modules.items():
         owner.__dict__.pop(name, None)
         if child is not None:
             child.__dict__.pop("weight", None)
 
 
-def _accept_stock_keys(owner: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _accept_stock_keys(owner: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
     for name, child in owner._modules.items():
         if getattr(child, "of_parameter", False) and f"{prefix}{name}" in state:
             state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}")
 
 
-def _without_kernel(encoder: nn.Module, args: Any) -> None:
-    if not torch.compiler.is_compiling():  # compiled code cannot call this, and needs no more than a hook
+def _without_kernel(encoder: nn.Module, args: object) -> None:
+    if not torch.compiler.is_compiling():  # compiled code cannot call this, and a hook is enough for it
         encoder.__dict__["fused_kernel"] = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)
 
 
-def _with_kernel(encoder: nn.Module, args: Any, output: Any) -> None:
+def _with_kernel(encoder: nn.Module, args: object, output: object) -> None:
     if "fused_kernel" in encoder.__dict__:
         torch.backends.mha.set_fastpath_enabled(encoder.__dict__.pop("fused_kernel"))

@@ -1,7 +1,7 @@
-"""Adapting a model: one LayerSpec for each adapter module, one record for the model.
+"""Adapt a model: one LayerSpec for each adapter module, and one record for the model.
 
-`inject` is what every method with factors calls: targets -> specs -> layers -> start values -> freezing. It either changes the
-model as a whole or, on a UserError, not at all. What a user passes is checked once, before anything is touched.
+Every method with factors calls `inject`, which goes from targets to specs, layers, start values and freezing. It changes the
+model as a whole. On a UserError it changes nothing. The arguments of the user are checked once, before anything is touched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
 from vismt.lowrank.model.merge import freeze, undo, watch_saving
-from vismt.lowrank.model.modules import attach_all, place, prepare
+from vismt.lowrank.model.modules import attach_all, attach_modules, prepare_modules
 from vismt.lowrank.model.record import (
     RECORD,
     AdaptRecord,
@@ -38,7 +38,7 @@ from vismt.lowrank.model.record import (
 from vismt.lowrank.model.starts import Initialiser, start_layers
 from vismt.lowrank.model.targets import Targets, containers, find_targets, match_patterns, pattern_values
 
-# The options of `inject` that users give, whatever the method, with their defaults.
+# Options of `inject` that users give with any method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
 COMMON |= {"rslora": False, "clamp_rank": False, "split_qkv": False, "dropout": 0.0, "dtype": None}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -58,33 +58,36 @@ def inject(
     settings: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> AdaptReport:
-    """Adapt `model` in place; only the factors and `also_train` keep a gradient.
+    """Adapt `model` in place. Only the factors and `also_train` keep a gradient.
 
-    The method gives the first arguments, the user the options from `rslora` on (`COMMON`).
+    The method gives the first arguments. The user gives the options from `rslora` on (`COMMON`).
 
     Args:
-        model: any module.
-        method: name of the method in the record.
-        init: start values of every module, or a mapping with one entry for each path.
-        offset: whether the start is subtracted, so that the model starts as it was.
-        targets: see vismt.lowrank.model.targets.
-        rank: of each block.
-        alpha: numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora); None means alpha = rank.
-        seed: of the start values, together with each module's path.
-        layer: class of the layers. settings: fields of its `Settings` beyond rank, scale and blocks.
-        rslora: divide alpha by sqrt(rank). clamp_rank: lower a rank that does not fit. split_qkv: one pair of factors for
-            each of q, k and v of a fused projection. dropout: of the update's input.
-        rank_pattern, alpha_pattern: {full-path regex or suffix: value}, first match wins.
-        exclude, also_train: module paths, parameter names, suffixes or full-path regexes, one text or a list; what
+        model: Any module.
+        method: Name of the method in the record.
+        init: Start values of every module, or a mapping with one entry for each path.
+        offset: Whether the start is subtracted, so that the model starts as it was.
+        targets: Modules to adapt, see vismt.lowrank.model.targets.
+        rank: Rank of each block.
+        alpha: Numerator of the scale alpha / rank (alpha / sqrt(rank) with rslora). None means alpha = rank.
+        seed: Seed of the start values, together with each module's path.
+        layer: Class of the layers.
+        settings: Fields of the layer's `Settings` beyond rank, scale and blocks.
+        rslora: Whether alpha is divided by sqrt(rank).
+        clamp_rank: Whether a rank that does not fit is lowered.
+        split_qkv: Whether q, k and v of a fused projection get a pair of factors each.
+        dropout: Probability of dropout on the input of the update.
+        rank_pattern, alpha_pattern: Values by full-path regex or suffix. The first match wins.
+        exclude, also_train: Module paths, parameter names, suffixes or full-path regexes, as one text or a list. What
             also_train names stays trainable and is saved with the factors.
-        dtype: of the factors, also by name; None means the weight's own, fp32 where that is bf16 or fp16.
+        dtype: Dtype of the factors, also by name. None means the weight's own dtype, or fp32 if that is bf16 or fp16.
 
     Raises:
-        UserError: for options of a wrong type or out of range, and modules that cannot be adapted; nothing is changed.
+        UserError: If an option has a wrong type or is out of range, or a module cannot be adapted. Nothing is changed then.
     """
     options = check_options({**options, "targets": targets, "rank": rank, "alpha": alpha})
     refuse_adapted(model)
-    # Starts for each module are made from its inputs, which nothing sees where a weight is read without a call.
+    # A start that needs the inputs of a module is not possible for a weight that is read without a call.
     needs_calls = options["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
     kinds = {"prequantized": layer.takes_prequantized, "readable": layer.weight_readable and not needs_calls}
     modules, remarks = find_targets(model, options["targets"], options["exclude"], **kinds)
@@ -109,12 +112,12 @@ def install(
     model: nn.Module,
     method: str,
     specs: Sequence[LayerSpec],
-    options: dict[str, Any],
+    options: dict[str, object],
     also_train: Sequence[str],
     *,
     dtype: torch.dtype | None = None,
 ) -> list[AdapterModule]:
-    """Place the module of every spec, freeze the rest but `also_train` (parameter names), and leave the record.
+    """Place the module of every spec, freeze all parameters but `also_train` (parameter names), and leave the record.
 
     On an error the model is left as it was.
     """
@@ -123,7 +126,7 @@ def install(
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     stock = {id(parameter) for parameter in model.parameters()}
     originals = backup_tensors({name: model.get_parameter(name) for name in also_train})
-    finish = prepare(model, specs)
+    finish = prepare_modules(model, specs)
     record = AdaptRecord(method, list(specs), options, required, originals)
     setattr(model, RECORD, record)
     dropout = options.get("dropout", 0.0)
@@ -131,7 +134,9 @@ def install(
         freeze(model)
         to_modules(model, [spec.path for spec in specs if spec.has_weight])
         use_cpu_kernel(model, False)
-        modules = place(model, specs, lambda spec, base: spec.layer.build(base, spec, dropout=dropout, dtype=dtype))
+        modules = attach_modules(
+            model, specs, lambda spec, base: spec.layer.build(base, spec, dropout=dropout, dtype=dtype)
+        )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
         finish(modules)
@@ -146,7 +151,7 @@ def install(
 
 @contextmanager
 def undone_on_error(model: nn.Module) -> Iterator[None]:
-    """Undo the adaptation of the model when the block is left by an error."""
+    """Undo the adaptation of the model if an error ends the block."""
     try:
         yield
     except BaseException:
@@ -155,7 +160,7 @@ def undone_on_error(model: nn.Module) -> Iterator[None]:
 
 
 def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[str]) -> list[str]:
-    """Return the names of the parameters that `patterns` keep trainable; UserError for a pattern without a match."""
+    """Return the names of the parameters that `patterns` keep trainable. Raise UserError for a pattern without a match."""
     names = matched_parameters(model, "adapt.also_train", patterns)
     taken = {*adapted, *(f"{path}.weight" for path in adapted)}
     for name in names:
@@ -165,9 +170,12 @@ def also_trained(model: nn.Module, patterns: Sequence[str], adapted: Sequence[st
 
 
 def matched_parameters(model: nn.Module, key: str, patterns: Sequence[str]) -> list[str]:
-    """Return the names of parameters that match, or lie in a module that does; UserError for a pattern without a match."""
+    """Return the names of parameters that match, or that lie in a module that matches.
+
+    Raise UserError for a pattern without a match.
+    """
     every = dict(model.named_parameters(remove_duplicate=False))
-    own = dict(model.named_parameters())  # of a tied parameter, the first name alone
+    own = dict(model.named_parameters())  # named_parameters lists a tied parameter once, under its first name
     tied = {name: [name, name.rpartition(".")[0]] for name in every if name not in own}
     paths = [path for name in own for path in containers(name)] + [path for both in tied.values() for path in both]
     matched = {path for found in match_patterns(key, patterns, dict.fromkeys(paths)).values() for path in found}
@@ -179,7 +187,10 @@ def matched_parameters(model: nn.Module, key: str, patterns: Sequence[str]) -> l
 
 
 def check_trained_whole(model: nn.Module, key: str, names: Sequence[str]) -> list[str]:
-    """Return the names of parameters that are trained themselves. Raises UserError for packed ones, warns of half precision."""
+    """Return the names of parameters that are trained themselves.
+
+    Raise UserError for packed parameters, warn of half precision.
+    """
     for name in names:
         parameter = model.get_parameter(name)
         if is_prequantized(parameter) or not parameter.is_floating_point():
@@ -189,7 +200,7 @@ def check_trained_whole(model: nn.Module, key: str, names: Sequence[str]) -> lis
 
 
 def warn_of_rounding(what: str, trained: Mapping[str, Tensor]) -> None:
-    """Warn of weights in half precision that are trained in place: a step below half the spacing of a weight changes nothing."""
+    """Warn of half-precision weights that are trained in place. A step below half the spacing of a weight changes nothing."""
     name, half = next(((name, p) for name, p in trained.items() if p.dtype.itemsize < 4), ("", None))
     if half is not None:
         warnings.warn(
@@ -200,20 +211,20 @@ def warn_of_rounding(what: str, trained: Mapping[str, Tensor]) -> None:
 
 
 def train_along(model: nn.Module, names: Sequence[str]) -> None:
-    """Add parameters of an adapted model to `also_train`, so that they are saved and exported; undoing leaves them."""
+    """Add parameters of an adapted model to `also_train`, so that they are saved and exported. Undoing leaves their values."""
     record = need_record(model, "train_along")
     record.also_train.update({name: model.get_parameter(name).detach().clone() for name in names})
 
 
-def attach(model: nn.Module, modules: Mapping[str, AdapterModule], settings: Mapping[str, Any]) -> None:
-    """Put adapter modules other than layers in their places of an adapted model, and note them with their settings, by path."""
+def attach(model: nn.Module, modules: Mapping[str, AdapterModule], settings: Mapping[str, object]) -> None:
+    """Put adapter modules other than layers in their places of an adapted model, and record them with their settings, by path."""
     specs = [LayerSpec(path, "", (), type(module), settings[path]) for path, module in modules.items()]
     need_record(model, "attach").specs.extend(specs)
     attach_all(model, modules)
 
 
-def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of `inject` with patterns as lists and dtype names as dtypes; UserError for the first wrong one."""
+def check_options(options: Mapping[str, object]) -> dict[str, Any]:
+    """Return the options of `inject` with patterns as lists and dtypes as dtypes. Raise UserError for the first wrong option."""
     require_known("adapt: no option", options, ["targets", "rank", "alpha", *COMMON])
     result = COMMON | dict(options)
     for name in ("exclude", "also_train"):
@@ -238,7 +249,8 @@ def check_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # false for NaN
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and bool(abs(value) <= sys.float_info.max)  # false for NaN
 
 
 def _rank(name: str, value: Any) -> int:
@@ -253,7 +265,7 @@ def _alpha(name: str, value: Any) -> float:
     return float(value)
 
 
-def _dtype(value: Any) -> torch.dtype | None:
+def _dtype(value: object) -> torch.dtype | None:
     if isinstance(value, str):
         require_known("adapt.dtype:", [value], _DTYPES)
         return _DTYPES[value]

@@ -1,6 +1,6 @@
-"""The ways out of an adaptation: merged weights, the model as it was, and `save_pretrained` of what the model computes.
+"""Merge weights, restore the model as it was, and make `save_pretrained` write what the model computes.
 
-What rounding to half precision takes from an update when it is merged: W + DeltaW has the spacing of W's numbers.
+Rounding to half precision takes something from an update when it is merged, because W + DeltaW has the spacing of W's numbers:
 
     erased = |round(W + DeltaW) - (W + DeltaW)|_F / |DeltaW|_F        over all adapted weights together
 
@@ -30,7 +30,7 @@ from vismt.lowrank.model.record import (
     RECORD,
     SHELF,
     AdaptRecord,
-    names_of,
+    adapter_names,
     need_record,
     record_of,
     refuse_offloaded,
@@ -38,23 +38,29 @@ from vismt.lowrank.model.record import (
 )
 from vismt.lowrank.tensors import need_finite
 
-SAVE = "save_pretrained"  # of transformers' models
-TRAIN = "train"  # of a module
+SAVE = "save_pretrained"  # method of transformers' models
+TRAIN = "train"  # method of a module
 
 
 def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
-    """Fold every update into its weight: stock classes, stock keys, the same function.
+    """Fold every update into its weight. The model then has stock classes and keys, and computes the same function.
 
     Args:
-        model: an adapted model; changed in place.
-        force: also merge updates and weights with NaN or infinite values.
+        model: Adapted model, changed in place.
+        force: Whether to merge updates and weights with NaN or infinite values too.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for a stock model, one with further adapters, where merged weights cannot hold the function (a router), and
-            for updates or merged weights that are not finite; nothing is changed.
+        UserError: If the model is a stock model or carries further adapters, merged weights cannot hold its function (a
+            router), or values are not finite. Nothing is changed then.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], rank=8)
+        ...  # train
+        vismt.merge(model)
     """
     record = need_record(model, "merge")
     refuse_offloaded(model, "merge")
@@ -76,13 +82,14 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
 def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a frozen copy in eval mode, with every low-rank update in its weight, for gradients of inputs alone.
 
-    Its forward and backward are those of the stock model: no products of factors, and nothing is kept for a parameter. Layers
-    that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors but packed weights are
-    shared with the model, so the copy is of use until the weights change.
+    The copy runs the forward and backward of the stock model. There are no products of factors, and nothing is kept for a
+    parameter. Layers that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors
+    except packed weights are shared with the model, so the copy is valid until the weights change.
 
     Args:
-        model: a model with or without adapters; not changed.
-        dtype: of the copy's matrices where it runs under autocast to that dtype, which else casts them in every forward.
+        model: Model with or without adapters. It is not changed.
+        dtype: Dtype of the copy's matrices if it runs under autocast to that dtype. Otherwise autocast casts them in every
+            forward.
     """
     shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
     plain = [p for p in model.parameters() if not is_prequantized(p)]
@@ -106,7 +113,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
 
 
 def undo(model: nn.Module) -> None:
-    """Restore the modules, weights (bit for bit) and gradient flags from before the active adapter."""
+    """Restore the modules, weights (bit for bit) and gradient flags that the model had before the active adapter."""
     record = need_record(model, "unadapt")
     detach_all(model)
     with torch.no_grad():
@@ -116,31 +123,31 @@ def undo(model: nn.Module) -> None:
 
 
 class MergedSave:
-    """`save_pretrained` of an adapted model: it writes what `merge` returns, which `from_pretrained` reads.
+    """`save_pretrained` of an adapted model. It writes the merged model, which `from_pretrained` reads.
 
-    The stock function writes the tensors of layers under names that `from_pretrained` leaves out, and so the base. Checkpoints
-    of a Trainer, which continues from them on an adapted model, keep these names.
+    The stock function would write the tensors of layers under names that `from_pretrained` skips, so that the base would be
+    lost too. Checkpoints of a Trainer keep these names, because the Trainer continues from them on an adapted model.
     """
 
-    def __init__(self, module: nn.Module, stock: Callable[..., Any] | None = None) -> None:
+    def __init__(self, module: nn.Module, stock: Callable[..., object] | None = None) -> None:
         self.module = module
-        self.stock = stock  # the function of the class; None where the model has this one as its own
+        self.stock = stock  # function of the class, None if the model has this one as its own
 
-    def __call__(self, save_directory: str | Path, *args: Any, **options: Any) -> Any:
+    def __call__(self, save_directory: str | Path, *args: object, **options: object) -> Any:
         module: Any = self.module
-        adapted = [part for part in module.modules() if names_of(part)]  # the model itself, or parts of it
+        adapted = [part for part in module.modules() if adapter_names(part)]  # the model itself, or parts of it
         records = [record_of(part) for part in adapted]
         to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
         has_others = any(SHELF in part._modules for part in adapted)
         if to_resume or not (has_others or any(isinstance(part, Placed) for part in module.modules())):
             stock = self.stock or type(module).save_pretrained
-            return stock(module, save_directory, *args, **options)  # all is in the weights
+            return stock(module, save_directory, *args, **options)  # the weights hold everything
         merged: Any = copy.deepcopy(module)
         state = options.pop("state_dict", None)
         try:
             if state is not None:
                 merged.load_state_dict(state)
-            for part, record in zip([part for part in merged.modules() if names_of(part)], records):
+            for part, record in zip([part for part in merged.modules() if adapter_names(part)], records):
                 part._modules.pop(SHELF, None)
                 if record is not None and record.specs:
                     merge(part)
@@ -157,7 +164,7 @@ class MergedSave:
 
 
 def watch_saving(model: nn.Module) -> None:
-    """Let `save_pretrained` of an adapted model of transformers, and of a model around it, write what the model computes."""
+    """Make `save_pretrained` of an adapted transformers model, and of a model around it, write what the model computes."""
     for module in model.modules():
         if hasattr(type(module), SAVE):
             setattr(module, SAVE, MergedSave(module))
@@ -167,13 +174,13 @@ def watch_saving(model: nn.Module) -> None:
 
 
 class Watch:
-    """What the record of an adapted model holds: while one exists, models of transformers around adapted parts are watched.
+    """Part of the record of an adapted model. While one exists, transformers models around adapted parts are watched.
 
-    The class `PreTrainedModel` has its own `save_pretrained` again when the last one is gone.
+    When the last one is gone, the class `PreTrainedModel` has its own `save_pretrained` again.
     """
 
     alive: ClassVar[int] = 0
-    watched: ClassVar[Callable[..., Any] | None] = None  # the function that the class has meanwhile
+    watched: ClassVar[Callable[..., Any] | None] = None  # function that the class has meanwhile
 
     def __init__(self) -> None:
         Watch.alive += 1
@@ -183,7 +190,7 @@ class Watch:
             Watch.watched = library.PreTrainedModel.save_pretrained = _watched(library.PreTrainedModel.save_pretrained)
 
     def __reduce__(self) -> tuple[type[Watch], tuple[()]]:
-        return Watch, ()  # a copy of a record is one of another model
+        return Watch, ()  # the copy of a record belongs to another model
 
     @staticmethod
     def _leave() -> None:
@@ -191,17 +198,17 @@ class Watch:
         if Watch.alive or Watch.watched is None:
             return
         owner = sys.modules["transformers.modeling_utils"].PreTrainedModel
-        if owner.save_pretrained is Watch.watched:  # else another library has wrapped it
+        if owner.save_pretrained is Watch.watched:  # otherwise another library has wrapped it
             owner.save_pretrained = vars(Watch.watched)["__wrapped__"]
         Watch.watched = None
 
 
 def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
-    """Return `save_pretrained` of a class, for a model that was not adapted itself but may have an adapted part."""
+    """Return `save_pretrained` of a class for a model that is not adapted itself but may have an adapted part."""
 
     @functools.wraps(stock)
     def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> Any:
-        if SAVE in vars(self) or not any(names_of(part) for part in self.modules()):
+        if SAVE in vars(self) or not any(adapter_names(part) for part in self.modules()):
             return stock(self, *args, **options)
         return MergedSave(self, stock)(*args, **options)
 
@@ -216,7 +223,7 @@ def unwatch_saving(model: nn.Module) -> None:
 
 
 def forget(model: nn.Module, record: AdaptRecord) -> None:
-    """Leave no trace of the adaptation but what stands in the modules: record, hooks on saving, gradient flags."""
+    """Remove the record, the hooks on saving and the gradient flags of an adaptation."""
     to_parameters(model)
     use_cpu_kernel(model, True)
     unwatch_saving(model)
@@ -225,9 +232,10 @@ def forget(model: nn.Module, record: AdaptRecord) -> None:
 
 
 def freeze(model: nn.Module) -> None:
-    """Freeze every parameter of a stock model, and the running statistics of its batch norms, which `train()` leaves in use.
+    """Freeze every parameter of a stock model, and the running statistics of its batch norms. `train()` leaves them frozen.
 
-    Statistics that move with the batches belong to no adapter: on another copy of the base it would compute something else.
+    Statistics that move with the batches belong to no adapter. On another copy of the base the adapter would compute something
+    else.
     """
     model.requires_grad_(False)
     for module in model.modules():
@@ -241,7 +249,7 @@ def _stay_in_eval_mode(module: nn.Module, mode: bool = True) -> nn.Module:
 
 
 def unfreeze(model: nn.Module, record: AdaptRecord) -> None:
-    """Let a parameter require a gradient if it did before the adaptation, and batch norms follow the mode of the model."""
+    """Restore the gradient flags from before the adaptation, and let batch norms follow the mode of the model."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(name, True))
     for module in model.modules():
@@ -254,13 +262,13 @@ def erased_by_rounding(model: nn.Module) -> float | None:
     """Return the share of the update (as Frobenius norms) that `merge` would lose in bf16 or fp16 weights.
 
     Args:
-        model: an adapted model that merges; not changed.
+        model: Adapted model that merges. It is not changed.
 
     Returns:
-        A number of at least 0; None without adapted weights in half precision, and for layers without factors.
+        A number of at least 0. None if no adapted weight is in half precision, or layers have no factors.
 
     Raises:
-        UserError: where the model cannot be merged now.
+        UserError: If the model cannot be merged now.
     """
     check_mergeable(model, "merge")
     lost = whole = 0.0

@@ -2,12 +2,12 @@
 
     y_b = W x_b + c + sum_e g_be (B_e A_e x_b + c_e)        A (e, r, i), B (e, r, o), r the largest rank, c_e of trained biases
 
-g_be is 1 for a sample's adapter, a mixture, or 1 for all where `adapters_per_sample` is not in force: the sum of the updates.
-A forward that lost its block (another thread, recomputation in a backward pass) is refused.
-Groups of neighbours with the same g are one entry of a batched product: every sample costs what its own adapter costs,
-whatever their number. The attention of a Swin computes on windows, w rows for each sample, one sample after the other. The
-factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal start); a linear that was
-trained whole is I (W' - W), or (W' - W) I.
+g_be is 1 for the adapter of a sample, or the weights of a mixture. Without `adapters_per_sample` it is 1 for all adapters,
+which gives the sum of the updates. A forward that lost its block (in another thread, or recomputed in a backward pass) is
+refused. Groups of neighbours with the same g are one entry of a batched product, so that a sample costs what its own adapter
+costs, however many adapters there are. The attention of a Swin computes on windows, with w rows for each sample, one sample
+after the other. The factors are copies with the scale in B, relative to the stock weight (rank 2r with a principal start). A
+linear that was trained whole is I (W' - W), or (W' - W) I.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from vismt.lowrank.update import Update
 
 
 class MixedLinear(PlacedWeight):
-    """nn.Linear or Conv1D with a bank of updates. forward: x (b, ..., i) -> (b, ..., o), in x's dtype or autocast's.
+    """nn.Linear or Conv1D with a bank of updates. forward: x (b, ..., i) -> (b, ..., o), in the dtype of x or of autocast.
 
-    Buffers A (e + 1, r, i), B (e + 1, r, o), and bank_bias (e + 1, o) where a bias was trained, the last entry zero for samples
-    without an adapter, whatever values the others hold; not in the state dict.
+    The buffers are A (e + 1, r, i), B (e + 1, r, o) and, if a bias was trained, bank_bias (e + 1, o). The last entry is zero,
+    for samples without an adapter, whatever values the other entries hold. The buffers are not in the state dict.
     """
 
     A: Tensor
@@ -50,7 +50,7 @@ class MixedLinear(PlacedWeight):
     def __init__(self, base: nn.Module, active: ActiveSet, updates: Sequence[Update], windows: bool = False) -> None:
         super().__init__(base)
         self.windows = windows  # whether a sample may have several rows
-        self.active, self.chosen = active, False  # chosen: whether samples had adapters of their own
+        self.active, self.chosen = active, False  # chosen: Whether samples had adapters of their own
         count, rank = len(updates) + 1, max([block.rank for update in updates for block in update.blocks], default=1)
         A = self.weight.new_zeros(count, rank, self.in_features)
         B = self.weight.new_zeros(count, rank, self.out_features)
@@ -68,7 +68,7 @@ class MixedLinear(PlacedWeight):
         self.register_buffer("bank_bias", bias if trained else None, persistent=False)
 
     def factors(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return A (g, r, i), B (g, r, o) and, where there is one, the bias (g, 1, o) of the groups of x (b, ...)."""
+        """Return A (g, r, i), B (g, r, o) and, if there is one, the bias (g, 1, o) of the groups of x (b, ...)."""
         scope = AdaptersPerSample.scope()
         if scope is None:
             if not torch.compiler.is_compiling():
@@ -84,7 +84,7 @@ class MixedLinear(PlacedWeight):
         return kept
 
     def _pick(self, choice: RowChoice | None, x: Tensor) -> tuple[Tensor, ...]:
-        """Return the factors of a choice; None adds all."""
+        """Return the factors of a choice. None adds all adapters."""
 
         def of(bank: Tensor, weighted: bool) -> Tensor:
             return bank[None, :-1] if choice is None else choice.of(bank, weighted)
@@ -107,7 +107,7 @@ class MixedLinear(PlacedWeight):
 
 
 class MixedConv2d(MixedLinear):
-    """nn.Conv2d (groups = 1) with a bank of updates: the groups of samples are those of a grouped convolution.
+    """nn.Conv2d (groups = 1) with a bank of updates. The groups of samples become the groups of a grouped convolution.
 
     forward: x (b, c, h, w) -> (b, o, h', w').
     """
@@ -135,7 +135,7 @@ class MixedConv2d(MixedLinear):
 
 
 def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, Update]]) -> None:
-    """Put mixed layers with the updates of each adapter, by path, into a stock model."""
+    """Put mixed layers into a stock model. `updates` holds the updates of each adapter, by path."""
     active, layers, windows = ActiveSet(names), dict[str, MixedLinear](), []
     for path in dict.fromkeys(path for by_path in updates for path in by_path):
         stock = model.get_submodule(path)
@@ -150,17 +150,17 @@ def mix(model: nn.Module, names: Sequence[str], updates: Sequence[Mapping[str, U
 
 
 def unmix(model: nn.Module) -> None:
-    """Take the mixed layers out: the inverse of `mix`."""
+    """Take the mixed layers out. This is the inverse of `mix`."""
     detach_all(model)
     to_parameters(model)
     unwatch_expansion(model)
-    # Known by its function: copies and pickles of a model keep no handle.
+    # The hook is recognised by its function, because copies and pickles of a model keep no handle.
     for key in [key for key, hook in model._forward_pre_hooks.items() if hook is _check_batch]:
         del model._forward_pre_hooks[key], model._forward_pre_hooks_with_kwargs[key]
 
 
-def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse a batch of the model with another number of samples, which layers that compute on windows cannot know."""
+def _check_batch(model: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> None:
+    """Refuse a batch of the model with another number of samples. Layers that compute on windows cannot see that number."""
     scope = AdaptersPerSample.scope()
     batches = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
     if scope is not None and batches and not any(scope.fits(batch) for batch in batches):
@@ -168,7 +168,7 @@ def _check_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
-    """Return the updates of the active adapter, `name`, by module path; UserError where it cannot be mixed."""
+    """Return the updates of the active adapter, `name`, by module path. Raise UserError if it cannot be mixed."""
     record = need_record(model, "activate")
     check_mergeable(model, "activate")
     for spec in record.layers:
@@ -185,7 +185,7 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
 
 
 def _reason(model: nn.Module, path: str) -> str:
-    """Return why the module at a path has no mixed layer, "" where it has one."""
+    """Return why the module at a path has no mixed layer, or "" if it has one."""
     stock: Any = model.get_submodule(path)
     stock = stock.shell if isinstance(stock, AdapterLayer) else stock
     if weight_format(model.get_submodule(path)) is not None:
@@ -199,7 +199,7 @@ def _reason(model: nn.Module, path: str) -> str:
 
 
 def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, updates: dict[str, Update]) -> None:
-    """Add the change of a parameter that was trained whole; UserError where it is not one of a linear alone."""
+    """Add the change of a parameter that was trained whole. Raise UserError unless it belongs to a linear alone."""
     path, _, leaf = name.rpartition(".")
     module, parameter = model.get_submodule(path), model.get_parameter(name)
     uses = [p for _, p in model.named_parameters(remove_duplicate=False) if p is parameter]
@@ -236,16 +236,17 @@ class ActiveSet:
 
 @dataclass(frozen=True)
 class RowChoice:
-    """Adapters of groups of samples, as numbers of a bank whose last entry is zero: no adapter.
+    """Adapters of groups of samples, as numbers of a bank. The last entry of a bank is zero and stands for no adapter.
 
-    index: int64 (g, e), e for each group; None where group n has adapter n alone. weight: (g, e); None where all are 1.
+    index: Tensor int64 (g, e) with e adapters for each group, or None if group n has adapter n alone. weight: Tensor (g, e), or
+    None if all weights are 1.
     """
 
     index: Tensor | None
     weight: Tensor | None
 
     def of(self, bank: Tensor, weighted: bool) -> Tensor:
-        """Return what each group has of a bank (e + 1, ...), (g, e, ...); `weighted` by its mixture."""
+        """Return what each group has of a bank (e + 1, ...), as (g, e, ...). With `weighted`, it is multiplied by the mixture."""
         picked = bank[:-1, None] if self.index is None else bank[self.index.to(bank.device)]
         if self.weight is None or not weighted:
             return picked
@@ -257,17 +258,27 @@ def adapters_per_sample(names: Sequence[str | Mapping[str, float] | None]) -> Ad
     """Use the named adapters for each sample of a batch inside the block: `with vismt.adapters_per_sample(names):`.
 
     Args:
-        names: one entry for each sample, in the order of the batch: the name of an adapter, None for the base, or a mixture
-            {name: weight}. All of them have to be active together, by `vismt.activate(model, [...])` before the block.
+        names: Entries in the order of the batch, one for each sample: the name of an adapter, None for the base, or a mixture
+            {name: weight}. All of these adapters have to be active together, by `vismt.activate(model, [...])` before the
+            block.
 
-    Neighbours with the same entry are computed as one product: batches that are sorted by adapter are the fastest. Gradients
-    reach the inputs, not the adapters. Blocks may be nested; the inner one holds. transformers' `generate` repeats the
-    entries as it repeats the samples, for beams and num_return_sequences. Checkpointed parts of a model that run again in a
-    backward pass after the block need use_reentrant=False and context_fn=vismt.llm.recompute_gates.
+    Neighbours with the same entry are computed as one product, so batches that are sorted by adapter are the fastest. Gradients
+    reach the inputs and not the adapters. Blocks may be nested, and the inner block holds. transformers' `generate` repeats the
+    entries as it repeats the samples, for beams and num_return_sequences. If checkpointed parts of a model run again in a
+    backward pass after the block, they need use_reentrant=False and context_fn=vismt.llm.recompute_gates.
 
     Raises:
-        UserError: for entries of another kind, names that no model has active together, and, in the forward pass, a batch of
-            another number of samples.
+        UserError: If an entry is of another kind, a name is not active together with the others, or the batch in the forward
+            pass has another number of samples.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], name="birds")
+        vismt.adapt(model, "lora", targets=["qkv"], name="flowers")
+        vismt.activate(model, ["birds", "flowers"])
+        images = torch.rand(3, 3, *model.patch_embed.img_size)
+        with vismt.adapters_per_sample(["birds", None, {"birds": 0.5, "flowers": 0.5}]):
+            logits = model(images)
     """
     return AdaptersPerSample(names)
 
@@ -286,7 +297,7 @@ class AdaptersPerSample(PerSample):
         self.choices: dict[tuple[str, ...], RowChoice] = {}
         self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, ...]] = WeakKeyDictionary()
 
-    opened: ClassVar[dict[int, AdaptersPerSample]] = {}  # blocks that run, of all threads
+    opened: ClassVar[dict[int, AdaptersPerSample]] = {}  # running blocks of all threads
 
     def __enter__(self) -> AdaptersPerSample:
         used = {name: None for group in self.groups for name in group}
@@ -307,9 +318,9 @@ class AdaptersPerSample(PerSample):
 
     @classmethod
     def refuse_lost(cls, names: tuple[str, ...], used: bool) -> None:
-        """Raise UserError for a forward without a block that was to have one: all adapters would be added.
+        """Raise UserError for a forward outside of its block, which would add all adapters.
 
-        names: of the active adapters. used: whether the layer had a block before.
+        names: Names of the active adapters. used: Whether the layer had a block before.
         """
         if used and torch._C._current_graph_task_id() >= 0:
             raise UserError(
@@ -323,9 +334,9 @@ class AdaptersPerSample(PerSample):
             )
 
     def choice(self, names: tuple[str, ...], batch: int, windows: bool) -> RowChoice:
-        """Return the choice among `names` for a batch of b rows; UserError where they do not match.
+        """Return the choice among `names` for a batch of b rows. Raise UserError if they do not match.
 
-        windows: whether a sample may have several rows.
+        windows: Whether a sample may have several rows.
         """
         if names not in self.choices:
             raise UserError(

@@ -10,8 +10,8 @@ from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, Placed, adapter_modules
 
 
-def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
-    """Check specs on the stock model as a whole, and return what is to be called with the placed modules by path."""
+def prepare_modules(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
+    """Check specs on the stock model as a whole. Return a function that takes the placed modules by path."""
     kinds = dict.fromkeys(spec.layer for spec in specs)
     functions = [kind.prepare(model, [spec for spec in specs if spec.layer is kind]) for kind in kinds]
 
@@ -23,12 +23,12 @@ def prepare(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
     return finish
 
 
-def place(
+def attach_modules(
     model: nn.Module, specs: Sequence[LayerSpec], make: Callable[[LayerSpec, nn.Module | None], AdapterModule]
 ) -> dict[str, AdapterModule]:
     """Attach what `make(spec, base)` returns for each spec, and return it by path.
 
-    base: what stands at the path, None for a new one. Layers come first, so that a container has them when it is wrapped.
+    base: Module at the path, None for a new path. Layers come first, so that a container has them when it is wrapped.
     """
     placed: dict[str, AdapterModule] = {}
     for of_weights in (True, False):
@@ -51,9 +51,9 @@ def attach_all(model: nn.Module, modules: Mapping[str, Placed]) -> None:
 
 
 def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) -> None:
-    """Put every stock module back, under every name of its adapter module, and remove modules at new paths.
+    """Put every stock module back, under every name of its adapter module. Remove modules at new paths.
 
-    merged: modules that come in the place of stock ones, by path.
+    merged: Modules that replace the stock modules, by path.
     """
     stock: dict[int, nn.Module | None] = {}
     for name, module in [*model.named_modules(remove_duplicate=False)]:
@@ -70,7 +70,7 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
 
 
 def check_mergeable(model: nn.Module, what: str) -> None:
-    """Raise UserError where an adapter module does what the stock weights cannot hold."""
+    """Raise UserError if an adapter module does something that the stock weights cannot hold."""
     for path, module in adapter_modules(model).items():
         module.check_mergeable(what, path)
 

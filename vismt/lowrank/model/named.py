@@ -1,13 +1,13 @@
-"""Several adapters on one model: named, one active at a time or several together (mixed.py), the others on the shelf.
+"""Several named adapters on one model. One is active at a time, or several together (mixed.py). The others are on the shelf.
 
-Every update is relative to the stock weights, a principal start included, so adapters of any method can be carried together.
-With one active adapter the model is what it is with that adapter alone: the same layers, and compiled code of the same graph
-for adapters of equal shapes. The base stays frozen while a model carries adapters.
+Every update is relative to the stock weights, even with a principal start, so a model can carry adapters of any methods
+together. With one active adapter the model is the same as with that adapter alone. It has the same layers, and compiled code
+has the same graph for adapters of equal shapes. The base stays frozen while a model carries adapters.
 
-The adapters that are not active lie in the submodule `vismt_parked`. Shelving an adapter repeats the steps of undoing it, and
-restoring it those of placing one, so that every adapter finds the stock modules and weights that it was made for. The
-parameters stay the same objects, which optimisers know, and so do the adapter modules. State dicts and conversions of the model
-reach shelved tensors; those of active ones keep their names.
+The adapters that are not active are in the submodule `vismt_parked`. Shelving an adapter repeats the steps of undoing it, and
+restoring an adapter repeats the steps of placing it, so that every adapter finds the stock modules and weights that it was made
+for. The parameters stay the same objects, which optimisers know, and so do the adapter modules. State dicts and conversions of
+the model reach shelved tensors. The tensors of active adapters keep their names.
 """
 
 from __future__ import annotations
@@ -23,26 +23,40 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
-from vismt.lowrank.model.modules import place, prepare
-from vismt.lowrank.model.record import RECORD, SHELF, AdaptRecord, names_of, need_record, record_of, refuse_offloaded
+from vismt.lowrank.model.modules import attach_modules, prepare_modules
+from vismt.lowrank.model.record import (
+    RECORD,
+    SHELF,
+    AdaptRecord,
+    adapter_names,
+    need_record,
+    record_of,
+    refuse_offloaded,
+)
 
 
 def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
-    """Let the named adapters be those that the model computes with; the others stay on it, without cost.
+    """Choose the adapters that the model computes with. The others stay on the model, at no cost.
 
     Args:
-        model: a model with adapters, changed in place.
-        names: one name, of the adapter that trains; a list of names, whose updates are added, or chosen for each sample
-            inside `adapters_per_sample`, both without training; None for the stock model.
+        model: Model with adapters, changed in place.
+        names: Name of the adapter that trains, or a list of names, or None for the stock model. The updates of a list are
+            added, or chosen for each sample inside `adapters_per_sample`. A list does not train.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for an unknown name, and for a list with an adapter that cannot be mixed (a router that routes, quantised
-            weights, parameters trained whole outside of linears); the model is then unchanged.
+        UserError: If a name is unknown, or an adapter of a list cannot be mixed (a router that routes, quantised weights,
+            parameters outside of linears that were trained whole). The model is then unchanged.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], name="birds")
+        vismt.adapt(model, "pissa", targets=["fc1"], name="flowers")
+        vismt.activate(model, "birds")
     """
-    if not names_of(model):
+    if not adapter_names(model):
         need_record(model, "activate")
     wanted = names if isinstance(names, str) else list(names or []) or None
     _need(model, [wanted] if isinstance(wanted, str) else wanted or [], "activate")
@@ -65,16 +79,24 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
     """Let the model compute without its adapters inside the block: `with vismt.disabled(model):`.
 
     Args:
-        model: a model with adapters. Afterwards those that were active are active again, their parameters and gradients kept.
-            The block may stand between a forward and its backward pass, as a reference model of preference training does.
+        model: Model with adapters. After the block, the same adapters are active again, with their parameters and gradients.
+            The block may stand between a forward and its backward pass, as the reference model of preference training does.
 
     Raises:
-        UserError: for a stock model, and for a backward pass in the block of a forward before it.
+        UserError: If the model is a stock model, or the block contains the backward pass of a forward before it.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"])
+        images = torch.rand(2, 3, *model.patch_embed.img_size)
+        with vismt.disabled(model):
+            before = model(images)
     """
     before = active(model)
     refusal = UserError("disabled: a backward pass in the block is of a forward before it; call it after the block.")
 
-    def refuse(_: torch.Tensor) -> None:  # the parameters take no gradient here, which would be lost in silence
+    # the parameters take no gradient here, and the gradient would be lost without a word
+    def refuse(_: torch.Tensor) -> None:
         raise refusal
 
     tensors = [value for value in (*model.parameters(), *model.buffers()) if not value.is_inference()]
@@ -94,23 +116,28 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
             hook.remove()
         unwritten = [version for version, value, count in zip(kept, tensors, inside) if value._version == count]
         activate(model, before)
-        for version in unwritten:  # the values are back, bit for bit: a graph from before the block is right again
+        for version in unwritten:  # the values are back, bit for bit, so a graph from before the block is valid again
             with version:
                 pass
 
 
 def remove(model: nn.Module, name: str) -> nn.Module:
-    """Take an adapter off the model; the others stay, and those that were active beside it stay active.
+    """Take an adapter off the model. The other adapters stay, and those of them that were active stay active.
 
     Args:
-        model: changed in place. Without its last adapter it is the stock model, gradient flags included.
-        name: of the adapter.
+        model: Model, changed in place. Without its last adapter it is the stock model again, with its gradient flags.
+        name: Name of the adapter.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for an unknown name; nothing is changed.
+        UserError: If the name is unknown. Nothing is changed then.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"], name="birds")
+        vismt.remove(model, "birds")
     """
     _need(model, [name], "remove")
     refuse_offloaded(model, "remove")
@@ -118,24 +145,29 @@ def remove(model: nn.Module, name: str) -> nn.Module:
     if before is not None and name in ([before] if isinstance(before, str) else before):
         activate(model, [other for other in before if other != name] if isinstance(before, list) else None)
     record = _take(model, name).record
-    if not names_of(model):
+    if not adapter_names(model):
         unfreeze(model, record)
     return model
 
 
 def unadapt(model: nn.Module) -> nn.Module:
-    """Restore the original modules, weights (bit for bit) and gradient flags; every adapter of the model is removed.
+    """Restore the original modules, weights (bit for bit) and gradient flags. Every adapter of the model is removed.
 
     Args:
-        model: an adapted model; changed in place.
+        model: Adapted model, changed in place.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for a stock model.
+        UserError: If the model is a stock model.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"])
+        vismt.unadapt(model)
     """
-    names = names_of(model)
+    names = adapter_names(model)
     if not names:
         need_record(model, "unadapt")
     for name in names:
@@ -144,14 +176,14 @@ def unadapt(model: nn.Module) -> nn.Module:
 
 
 def active(model: nn.Module) -> str | list[str] | None:
-    """Return what `activate` was given last."""
+    """Return the last argument of `activate`."""
     record = record_of(model)
     return record.name if record is not None else list(mixed_names(model)) or None
 
 
 @contextmanager
 def active_adapter(model: nn.Module, name: str | None, what: str) -> Iterator[None]:
-    """Inside the block, let the adapter `name` be the active one; None for the one that is."""
+    """Make the adapter `name` the active one inside the block. None leaves the active adapter."""
     before = active(model)
     if name is not None:
         _need(model, [name], what)
@@ -165,8 +197,8 @@ def active_adapter(model: nn.Module, name: str | None, what: str) -> Iterator[No
 
 @contextmanager
 def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
-    """Let the block place a new adapter, `name`, on the stock model; on an error the model is as it was before."""
-    names, before = names_of(model), active(model)
+    """Let the block place a new adapter, `name`, on the stock model. On an error the model is as it was before."""
+    names, before = adapter_names(model), active(model)
     if not isinstance(name, str) or not name:
         raise UserError(f"{what}.name: {shown_value(name)}; give a text.")
     same = next((other for other in names if key(other) == key(name)), None)
@@ -195,47 +227,46 @@ def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
 
 
 def _need(model: nn.Module, names: Sequence[str], what: str) -> None:
-    require_known(f"{what}: the model has no adapter", names, names_of(model))
+    require_known(f"{what}: the model has no adapter", names, adapter_names(model))
 
 
 def _deactivate(model: nn.Module) -> None:
-    """Shelve the active adapter, or take the layers of several out."""
+    """Shelve the active adapter, or take out the layers of several active adapters."""
     if record_of(model) is not None:
         shelve(model)
     elif mixed_names(model):
         from vismt.lowrank.model.mixed import unmix
 
         unmix(model)
-        model._modules[SHELF].mixed = ()
+        _shelf(model).mixed = ()
         unwatch_saving(model)
 
 
 def _start(model: nn.Module, names: str | list[str] | None) -> None:
-    """Activate shelved adapters of a model without active ones."""
+    """Activate shelved adapters of a model without active adapters."""
     if isinstance(names, str):
-        restore(model, names)
+        unshelve(model, names)
     elif names:
-        from vismt.lowrank.model.mixed import mix, updates_of  # loaded where adapters are mixed
+        from vismt.lowrank.model.mixed import mix, updates_of  # loaded only if adapters are mixed
 
         updates = []
         for name in names:
-            restore(model, name)
+            unshelve(model, name)
             try:
                 updates.append(updates_of(model, name))
             finally:
                 shelve(model)
         mix(model, names, updates)
-        model._modules[SHELF].mixed = tuple(names)
+        _shelf(model).mixed = tuple(names)
         watch_saving(model)
 
 
 # ---- the shelf
 class ShelvedAdapter(nn.Module):
-    """An adapter apart from its model.
+    """An adapter apart from its model. It has the tensors of its modules in submodules, and whole parameters as buffers.
 
-    record: what the model has of an active adapter. adapter_modules: by path. trained: names of the parameters that
-    require a gradient while it is active. It has the tensors of its modules in submodules, and as buffers the parameters that
-    were trained whole.
+    record: Record that the model has for an active adapter. adapter_modules: Adapter modules by path. trained: Names of the
+    parameters that require a gradient while the adapter is active.
     """
 
     def __init__(
@@ -251,26 +282,30 @@ class ShelvedAdapter(nn.Module):
 
 
 class Shelf(nn.Module):
-    """The shelved adapters of a model, by name. mixed: the names that are active together (mixed.py).
+    """The shelved adapters of a model, by name.
 
-    The forward returns its input, because an nn.Sequential calls every child.
+    mixed: Names of the adapters that are active together (mixed.py). The forward returns its input, because an nn.Sequential
+    calls every child.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.mixed: tuple[str, ...] = ()
 
-    def forward(self, x: Any) -> Any:
+    def forward(self, x: object) -> Any:
         return x
 
 
 def key(name: str) -> str:
-    """Return a path, or the name of a parameter or an adapter, without the dots that names in a module cannot have."""
+    """Return a name without dots, which names inside a module cannot have.
+
+    It is a path, or the name of a parameter or an adapter.
+    """
     return name.replace(".", "/")
 
 
 def _mirror(module: nn.Module) -> nn.Module:
-    """Return a module with the very tables of tensors that `module` and its children have."""
+    """Return a module that shares the tables of tensors of `module` and its children."""
     mirror = nn.Module()
     mirror._parameters, mirror._buffers = module._parameters, module._buffers
     mirror._non_persistent_buffers_set = module._non_persistent_buffers_set
@@ -280,9 +315,9 @@ def _mirror(module: nn.Module) -> nn.Module:
 
 
 def shelve(model: nn.Module) -> None:
-    """Move the active adapter to the shelf, and leave the stock model with every parameter frozen."""
+    """Move the active adapter to the shelf. The stock model is left with every parameter frozen."""
     record = need_record(model, "shelve")
-    shelf = model._modules.pop(SHELF, None)  # undoing is not to see it
+    shelf = model._modules.pop(SHELF, None)  # undoing must not see the shelf
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     also_train = {name: model.get_parameter(name).detach().clone() for name in record.also_train}
     modules = adapter_modules(model)
@@ -294,10 +329,10 @@ def shelve(model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, name: str) -> None:
-    """Make a shelved adapter the active one of a model without an active one: the inverse of `shelve`."""
+def unshelve(model: nn.Module, name: str) -> None:
+    """Make a shelved adapter the active one of a model without an active adapter. This is the inverse of `shelve`."""
     specs = shelved(model)[name].record.specs
-    finish = prepare(model, specs)
+    finish = prepare_modules(model, specs)
     adapter = _take(model, name)
 
     def adopted(spec: LayerSpec, base: nn.Module | None) -> AdapterModule:
@@ -307,7 +342,7 @@ def restore(model: nn.Module, name: str) -> None:
         return module
 
     to_modules(model, [spec.path for spec in specs if spec.has_weight])
-    finish(place(model, specs, adopted))
+    finish(attach_modules(model, specs, adopted))
     for whole in adapter.record.also_train:
         model.get_parameter(whole).copy_(adapter.get_buffer(key(whole)))
     setattr(model, RECORD, adapter.record)
@@ -317,7 +352,7 @@ def restore(model: nn.Module, name: str) -> None:
 
 
 def _take(model: nn.Module, name: str) -> ShelvedAdapter:
-    """Take an adapter off the shelf, and an empty shelf off the model."""
+    """Take an adapter off the shelf. Take an empty shelf off the model."""
     shelf: Any = model._modules[SHELF]
     adapter = shelf._modules.pop(key(name))
     if not shelf._modules:
@@ -325,9 +360,14 @@ def _take(model: nn.Module, name: str) -> ShelvedAdapter:
     return adapter
 
 
+def _shelf(model: nn.Module) -> Any:
+    """Return the shelf of the model, None without one."""
+    return model._modules.get(SHELF)
+
+
 def shelved(model: nn.Module) -> dict[str, ShelvedAdapter]:
     """Return the adapters on the shelf by name."""
-    shelf: Any = model._modules.get(SHELF)
+    shelf = _shelf(model)
     return {} if shelf is None else {adapter.record.name: adapter for adapter in shelf.children()}
 
 

@@ -1,8 +1,8 @@
-"""What `adapt` did to a model: its report, the record on the model with copies of tensors, and the models that it refuses.
+"""Records of what `adapt` did to a model: its report, and the record on the model with copies of tensors.
 
-Copies of tensors are rarely read again: small ones stay in memory, large ones lie in a temporary file that is mapped. The file
-has no name once it is mapped, so it disappears with the last tensor in it; the system may drop its pages and read them again,
-and none is on an accelerator. Where TMPDIR lies in memory, so do the copies.
+The copies of tensors are rarely read again. Small copies stay in memory, and large ones are in a temporary file that is mapped.
+The file has no name once it is mapped, so it disappears with the last tensor in it. The system may drop its pages and read them
+again, and none is on an accelerator. If TMPDIR is in memory, so are the copies.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import LayerSpec, Placed
 
-RECORD = "vismt_record"  # the attribute of an adapted model
-SHELF = "vismt_parked"  # the submodule with its adapters that are not active (named.py)
+RECORD = "vismt_record"  # attribute of an adapted model
+SHELF = "vismt_parked"  # submodule with the adapters that are not active (named.py)
 
 
 @dataclass
 class AdaptRecord:
-    """What an adapted model remembers of its adaptation: enough to save it, to undo it and to refuse a second one.
+    """The record on an adapted model, from which the adapter is saved and undone. It also prevents a second adaptation.
 
-    specs: of its adapter modules, layers first. also_train: values before the adaptation, by parameter name. frozen: some values
-    of each parameter that no file of the adapter holds, by name (`sample`). name: of the adapter on the model. start: arguments
-    of `inject` that fill the factors, kept where they have no values yet (meta device).
+    specs: Specs of its adapter modules, layers first. also_train: Values before the adaptation, by parameter name. frozen: Some
+    values of each parameter that no file of the adapter holds, by name (`sample`). name: Name of the adapter on the model.
+    start: Arguments of `inject` that fill the factors. They are kept if the factors have no values yet (meta device).
     """
 
     method: str
@@ -43,19 +43,19 @@ class AdaptRecord:
     start: tuple[Any, int, bool] | None = None
     watch: Any = field(
         default=None, repr=False, compare=False
-    )  # of the library's saving, while the record exists (merge.py)
+    )  # watches the library's saving while the record exists (merge.py)
 
     @property
     def layers(self) -> list[LayerSpec]:
-        """The specs of adapter layers, which adapt a weight each."""
+        """Specs of the adapter layers. Each layer adapts one weight."""
         return [spec for spec in self.specs if spec.has_weight]
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError where the model or a part of it is adapted already."""
+    """Raise UserError if the model or a part of it is adapted already."""
     for path, module in model.named_modules():
         record = record_of(module)
-        carried = [record.method] if record else names_of(module)
+        carried = [record.method] if record else adapter_names(module)
         if carried or isinstance(module, Placed):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             update = "', '".join(carried) or "an update"
@@ -63,7 +63,7 @@ def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
 
 
 def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError where the model is switched to slices: undoing the switch would overwrite later changes."""
+    """Raise UserError if the model is switched to slices. Undoing the switch would overwrite later changes."""
     for path, module in model.named_modules():
         if getattr(module, "vismt_switched", None):
             where = f"its part '{path}'" if path else "the model"
@@ -74,14 +74,14 @@ def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
 
 
 def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:
-    """Raise UserError where weights have no values: on the meta device beside others that have, or moved away by hooks.
+    """Raise UserError if weights have no values: on the meta device beside weights with values, or moved away by hooks.
 
-    whole: also refuse a model that lies on the meta device as a whole, which `adapt` counts the parameters of.
+    whole: Whether to refuse a model that is on the meta device as a whole too. `adapt` counts the parameters of such a model.
     """
     on_meta = {name: parameter.is_meta for name, parameter in model.named_parameters()}
     moved = None
     for path, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)  # of accelerate: it holds the weights elsewhere between calls
+        hook = getattr(module, "_hf_hook", None)  # hook of accelerate, which holds the weights elsewhere between calls
         if moved is None and any(getattr(part, "offload", False) is True for part in getattr(hook, "hooks", [hook])):
             moved = path
     if moved is None and (not any(on_meta.values()) or (all(on_meta.values()) and not whole)):
@@ -97,11 +97,11 @@ def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> Non
 
 
 def record_of(model: nn.Module) -> AdaptRecord | None:
-    """Return the record of an adapted model, None for a stock one."""
+    """Return the record of an adapted model. Return None for a stock model."""
     return getattr(model, RECORD, None)
 
 
-def names_of(model: nn.Module) -> list[str]:
+def adapter_names(model: nn.Module) -> list[str]:
     """Return the names of the adapters that the model carries, the active one first."""
     record, shelf = record_of(model), model._modules.get(SHELF)
     others: Any = shelf.children() if shelf is not None else ()
@@ -109,9 +109,9 @@ def names_of(model: nn.Module) -> list[str]:
 
 
 def refuse_others(model: nn.Module, what: str) -> None:
-    """Raise UserError where the model carries adapters that are not active: they belong to the weights as they are."""
+    """Raise UserError if the model carries adapters that are not active. They belong to the weights as they are."""
     if SHELF in model._modules:
-        named = ", ".join(f"'{name}'" for name in names_of(model)[1:])
+        named = ", ".join(f"'{name}'" for name in adapter_names(model)[1:])
         raise UserError(
             f"{what}: the model also carries {named}, made for the weights as they are now; call vismt.remove on what is not "
             "needed first."
@@ -119,11 +119,11 @@ def refuse_others(model: nn.Module, what: str) -> None:
 
 
 def need_record(model: nn.Module, what: str) -> AdaptRecord:
-    """Return the record of the active adapter; UserError for a stock model, and where not exactly one is active."""
+    """Return the record of the active adapter. Raise UserError for a stock model, and unless exactly one adapter is active."""
     record = record_of(model)
     if record is not None:
         return record
-    names = names_of(model)
+    names = adapter_names(model)
     if names:
         raise UserError(
             f"{what}: needs one active adapter; call vismt.activate(model, name) with one of {', '.join(names)} first."
@@ -133,10 +133,10 @@ def need_record(model: nn.Module, what: str) -> AdaptRecord:
 
 @dataclass
 class AdaptReport:
-    """What `adapt` did. Printing it gives a table, one row for each group of like modules.
+    """The report of `adapt`. Printing it gives a table with one row for each group of similar modules.
 
-    specs: of the adapted modules. skipped: reasons for modules that were left out. extras: a line for each kind of trainable
-    tensors besides the updates.
+    specs: Specs of the adapted modules. skipped: Reasons for modules that were left out. extras: Lines on trainable tensors
+    besides the updates, one for each kind.
     """
 
     method: str
@@ -170,21 +170,21 @@ class AdaptReport:
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """Return the (trainable, total) numbers of parameters; a parameter that is shared counts once."""
+    """Return the (trainable, total) numbers of parameters. A shared parameter counts once."""
     parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
 
 
 # ---- copies of tensors
 IN_MEMORY = 2**26  # bytes
-_SAMPLES = 1024  # values of a tensor that tell whether it was trained
+_SAMPLES = 1024  # number of values of a tensor that show whether it was trained
 ALIGNED = 16
 
 
 def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a copy of each tensor by name: on its device, or in a file on the CPU where all take more than 64 MiB.
+    """Return a copy of each tensor by name, on its device. Copies of more than 64 MiB in all are in a file on the CPU.
 
-    Raises UserError when the temporary folder has no room for them; nothing is left behind then.
+    Raise UserError if the temporary folder has no room for them. Nothing is left behind then.
     """
     sizes = {name: value.numel() * value.element_size() for name, value in tensors.items() if not value.is_meta}
     if sum(sizes.values()) <= IN_MEMORY:
@@ -196,10 +196,10 @@ def backup_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         with os.fdopen(handle, "wb") as file:
             for name in sizes:
                 starts[name] = file.tell()
-                file.write(_bytes(tensors[name]).numpy())
+                file.write(_bytes(tensors[name]).numpy().data)
                 file.write(b"\0" * (-file.tell() % ALIGNED))
             size = file.tell()
-        # Private: writing into a copy writes into memory, never into the file.
+        # The mapping is private, so writing into a copy never writes into the file.
         mapped = torch.from_file(path, shared=False, size=size, dtype=torch.uint8)
     except OSError as error:
         raise UserError(
@@ -227,11 +227,11 @@ def sample(tensor: Tensor) -> Tensor:
 
 
 def was_trained(sampled: Tensor, tensor: Tensor) -> bool:
-    """Return whether a tensor differs from what it was when `sampled` was taken, but for a cast."""
+    """Return whether a tensor has changed since `sampled` was taken. A cast does not count as a change."""
     now = sample(tensor)
     return now.shape != sampled.shape or not torch.equal(now, sampled.to(now.dtype))
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """Return the bytes of a tensor: on the CPU, flat, uint8."""
+    """Return the bytes of a tensor as a flat uint8 tensor on the CPU."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

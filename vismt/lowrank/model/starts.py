@@ -1,39 +1,43 @@
-"""Start values of factors, each from a generator of its own: they do not depend on the other modules, nor on their order."""
+"""Start values of factors.
+
+The start of each module comes from a generator of its own, so it depends on no other module and on no order.
+"""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.contexts import each
-from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, adapter_layers
+from vismt.lowrank.layers.base import LayerSpec, adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.record import need_record
 
-# (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once per output block.
+# Function (weight (o, i), rank, scale, generator) -> (A (r, i), B (o, r)), called once for each output block.
 Initialiser = Callable[[Tensor, int, float, torch.Generator], tuple[Tensor, Tensor]]
 
 
 def site_generator(seed: int, path: str) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, path) alone, so the start of a module does not depend on the others."""
+    """Return a CPU generator that depends on (seed, path) alone, so that the starts of modules are independent."""
     digest = hashlib.sha256(f"{seed}:{path}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def start_layers(
-    layers: Sequence[AdapterLayer],
+    layers: Sequence[LowRankLayer],
     specs: Sequence[LayerSpec],
     init: Initialiser | Mapping[str, Initialiser],
     seed: int,
     offset: bool,
 ) -> None:
-    """Fill all layers, on the CPU several at a time."""
+    """Fill all layers. On the CPU several layers are filled at a time."""
 
-    def fill(pair: tuple[AdapterLayer, LayerSpec]) -> None:
+    def fill(pair: tuple[LowRankLayer, LayerSpec]) -> None:
         layer, spec = pair
         initialise(layer, spec, init[spec.path] if isinstance(init, Mapping) else init, seed, offset=offset)
 
@@ -47,7 +51,7 @@ def start_layers(
 
 @torch.no_grad()
 def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: int, *, offset: bool) -> None:
-    """Fill a layer's factors block by block; on the meta device there is nothing to fill."""
+    """Fill a layer's factors block by block. On the meta device there is nothing to fill."""
     if layer.weight.is_meta:
         if offset:
             layer.set_factors(layer.lora_A, layer.lora_B, True)
@@ -66,17 +70,18 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
 
 
 def fill_starts(model: nn.Module) -> nn.Module:
-    """Give the factors of a model that was adapted on the meta device their start values, once it has its base weights.
+    """Give the factors of a model that was adapted on the meta device their start values, once the model has its base weights.
 
     Args:
-        model: adapted on the meta device, then `to_empty` and loaded with the weights of its base; changed in place.
+        model: Model that was adapted on the meta device, made real by `to_empty`, and loaded with the weights of its base. It
+            is changed in place.
 
     Returns:
-        The model: as if it had been adapted with its weights.
+        The model, as if it had been adapted with its weights.
 
     Raises:
-        UserError: for a model that was adapted with values, or still lies on the meta device, and for a method that needs more
-            than the weights, or places more than factors.
+        UserError: If the model was adapted with values, is still on the meta device, or has a method that needs more than the
+            weights or places more than factors.
     """
     record = need_record(model, "fill_starts")
     part = next((spec.path for spec in record.specs if not spec.has_weight), None)
@@ -84,7 +89,7 @@ def fill_starts(model: nn.Module) -> nn.Module:
         raise UserError(
             f"fill_starts: '{record.method}' also starts '{part}', which is not a pair of factors; load the weights, then adapt."
         )
-    layers = adapter_layers(model)
+    layers: dict[str, Any] = dict(adapter_layers(model))
     if record.start is None or any(layer.weight.is_meta for layer in layers.values()):
         where = "was adapted with values" if record.start is None else "lies on the meta device"
         raise UserError(

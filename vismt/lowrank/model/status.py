@@ -1,4 +1,4 @@
-"""Which adapters a model carries, and what they do to it now."""
+"""The status of a model's adapters: which adapters the model carries, which are active and which train."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.named import mixed_names, shelved
-from vismt.lowrank.model.record import AdaptRecord, count_parameters, names_of, record_of, refuse_others
+from vismt.lowrank.model.record import AdaptRecord, adapter_names, count_parameters, record_of, refuse_others
 
 
 @dataclass(frozen=True)
 class AdapterStatus:
-    """One adapter of a model.
+    """Status of one adapter of a model.
 
     Attributes:
-        part: path of the adapted model below the given one; "" for the given one itself.
-        name: of the adapter.
-        method: of the adaptation.
-        active: whether the model computes with it.
-        modules: number of adapted modules.
-        parameters: number of the adapter's parameters, without those of also_train.
-        trains: whether any parameter of the active adapter requires a gradient.
+        part: Path of the adapted model below the given model. "" stands for the given model itself.
+        name: Name of the adapter.
+        method: Name of the method.
+        active: Whether the model computes with the adapter.
+        modules: Number of adapted modules.
+        parameters: Number of the adapter's parameters, without the parameters of also_train.
+        trains: Whether any parameter of the active adapter requires a gradient.
     """
 
     part: str
@@ -38,13 +38,13 @@ class AdapterStatus:
 
 @dataclass(frozen=True)
 class ModelStatus:
-    """The adapters of a model; printing it gives a table.
+    """Status of all adapters of a model. Printing it gives a table.
 
     Attributes:
-        adapters: the active ones first in each part; none for a stock model, as after merge and unadapt.
-        trainable: number of the parameters that require a gradient.
-        total: number of all parameters.
-        blocked: why `vismt.merge` would refuse the model now, by part; empty where every part can be merged.
+        adapters: Adapters by part, the active ones first. Empty for a stock model, for example after merge and unadapt.
+        trainable: Number of parameters that require a gradient.
+        total: Number of all parameters.
+        blocked: Reasons why `vismt.merge` would refuse the model now, by part. Empty if every part can be merged.
     """
 
     adapters: tuple[AdapterStatus, ...]
@@ -69,14 +69,19 @@ def status(model: nn.Module) -> ModelStatus:
     """Return which adapters a model and its parts carry, which are active, which train, and whether merging is possible.
 
     Args:
-        model: any module; it is not changed.
+        model: Any module. It is not changed.
 
     Returns:
-        The adapters with counts; printing it gives a table.
+        The adapters with counts. Printing them gives a table.
+
+    Example:
+        model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
+        vismt.adapt(model, "lora", targets=["qkv"])
+        print(vismt.status(model))
     """
     adapters, blocked = [], {}
     for path, part in model.named_modules():
-        if not names_of(part):
+        if not adapter_names(part):
             continue
         record = record_of(part)
         trains = any(parameter.requires_grad for parameter in part.parameters())

@@ -1,4 +1,4 @@
-"""The modules that a target pattern names; an error with near names where there are none.
+"""Find the modules that a target pattern names. A pattern without a match is an error with near names.
 
 targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
             'all-conv'              every nn.Conv2d with groups = 1 except the task head
@@ -6,12 +6,14 @@ targets     'all-linear'            every nn.Linear and transformers Conv1D exce
             a string                a regular expression that must match the full module path
             a list of strings       full paths or suffixes after a dot; an entry that matches linears leaves the
                                     convolutions of the same suffix alone ('proj' does not take patch_embed.proj)
-Other convolutions (in groups, of one or three dimensions) and embeddings are adapted where they are named; embeddings, and
-experts in one parameter of three dimensions (experts.gate_up_proj), by an entry or expression of their own. A depthwise weight
-(o, kh*kw) has at most rank kh*kw, so factors save little there. What nn.MultiheadAttention reads (in_proj_weight, out_proj)
-counts as linears. Layers that do not form W + DeltaW adapt neither these nor experts.
-The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named
-head, fc, classifier, score or lm_head.
+
+Other convolutions (in groups, of one or three dimensions) and embeddings are adapted if they are named. Embeddings, and experts
+in one parameter of three dimensions (experts.gate_up_proj), need an entry or expression of their own. A depthwise weight (o,
+kh*kw) has at most rank kh*kw, so factors save little there. The weights that nn.MultiheadAttention reads (in_proj_weight,
+out_proj) count as linears. Layers that do not form W + DeltaW adapt neither these weights nor experts.
+
+The head is what get_classifier (timm) or get_output_embeddings (transformers) returns, or a top-level module named head, fc,
+classifier, score or lm_head.
 """
 
 from __future__ import annotations
@@ -43,12 +45,12 @@ READ_DIRECTLY = (
     "'{path}' adds q_bias itself and reads the weight without calling the linear; set its qkv_bias_separate to True"
 )
 READ_ONLY_PLAIN = "only plain factors can be added to it, without dropout or gates for samples"
-READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # of a state-space mixer, which has an A_log
+READ_BY_SCAN = ("conv1d", "x_proj", "dt_proj", "out_proj")  # modules of a state-space mixer, which has an A_log
 
-_PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path, and needs no matching
+_PATH = re.compile(r"\w+(\.\w+)*")  # a pattern that names one path and needs no matching
 _PATHS = re.compile(r"(?:\w|\\[.-]|\|)+")  # an expression that names paths, as exports write it
-LIMIT_S = 5.0  # time of the thread that all matches of one expression may take
-MOST_PARTS = 20  # log2 of the characters of an expression times its repeats: the library writes repeated parts out
+LIMIT_S = 5.0  # seconds of thread time for all matches of one expression
+MOST_PARTS = 20  # log2 of the characters of an expression times its repeats (the library writes repeated parts out)
 
 Targets = str | Sequence[str] | None
 
@@ -58,7 +60,7 @@ def heads_of(model: nn.Module, getter: str) -> list[nn.Module]:
     function = getattr(model, getter, None)
     try:
         found: Any = function() if callable(function) else None
-    except AttributeError:  # EfficientViT of MSRA looks for it in the head that it has not
+    except AttributeError:  # EfficientViT of MSRA looks for it in a head that it does not have
         return []
     return [head for head in (found if isinstance(found, tuple) else [found]) if isinstance(head, nn.Module)]
 
@@ -71,7 +73,10 @@ def head_paths(model: nn.Module) -> set[str]:
 
 
 def read_directly(owner: nn.Module, name: str) -> bool:
-    """Return whether a module uses its child's weight without calling the child: timm's BEiT, EVA and Swin v2 with a q_bias."""
+    """Return whether a module uses its child's weight without calling the child.
+
+    timm's BEiT, EVA and Swin v2 with a q_bias do so.
+    """
     adds_bias = getattr(owner, "q_bias", None) is not None and not getattr(owner, "qkv_bias_separate", False)
     return name == "qkv" and adds_bias
 
@@ -103,7 +108,10 @@ def _refusal(
 
 
 def _bypass(path: str, module: nn.Module, owner: nn.Module, readable: bool) -> str | None:
-    """Return why an update in the place of this module would not be computed, or None. readable: it need not be called."""
+    """Return why an update in the place of this module would not be computed, or None.
+
+    readable: Whether the update works without a call of the module.
+    """
     in_attention = isinstance(owner, nn.MultiheadAttention)
     if in_attention and not (readable and is_attention(owner)):
         return (
@@ -128,7 +136,10 @@ def _bypass(path: str, module: nn.Module, owner: nn.Module, readable: bool) -> s
 
 @torch.no_grad()
 def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
-    """Return whether a module computes what its stock class does: by its forward, or a linear (Falcon's) by its outputs."""
+    """Return whether a module computes what its stock class does.
+
+    The check compares forwards, or for linears (Falcon's) outputs.
+    """
     if type(module).forward is stock.forward:
         return True
     weight = getattr(module, "weight", None)
@@ -151,12 +162,13 @@ def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
 def refusals(
     model: nn.Module, paths: Iterable[str], prequantized: bool = False, *, readable: bool = False
 ) -> dict[str, str]:
-    """Return the reason for each of these modules that cannot carry an update.
+    """Return the reasons why some of these modules cannot carry an update, by path.
 
-    prequantized: weights of bitsandbytes and torchao can. readable: weights that are read without a call can.
+    prequantized: Whether weights of bitsandbytes and torchao can be adapted. readable: Whether weights that are read without a
+    call can be adapted.
     """
     owners: dict[int, list[str]] = {}
-    for path, module in model.named_modules():  # a module that has two names comes once, so two owners are two modules
+    for path, module in model.named_modules():  # a module with two names comes once, so two owners are two modules
         for name, parameter in module.named_parameters(path, recurse=False):
             owners.setdefault(id(parameter), []).append(name)
     reasons = {}
@@ -174,10 +186,11 @@ def find_targets(
     *,
     readable: bool = False,
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return the modules to adapt by path, in model order, and remarks on those that were left out.
+    """Return the modules to adapt by path, in model order, and remarks on modules that were left out.
 
-    exclude: full-path regular expressions or suffixes. prequantized, readable: as for `refusals`. Raises UserError for a pattern
-    that matches nothing and for a named module that cannot carry an update.
+    exclude: Full-path regular expressions or suffixes. prequantized, readable: See `refusals`.
+
+    Raise UserError for a pattern that matches nothing, and for a named module that cannot carry an update.
     """
     named, exclude = candidates(model), need_names("adapt.exclude:", exclude)
     pattern = targets if targets is not None else "all-linear"
@@ -220,7 +233,7 @@ def find_targets(
 def _warn_of_rest(
     what: str, candidates: Mapping[str, nn.Module], chosen: Iterable[str], reasons: Mapping[str, str]
 ) -> None:
-    """Warn where the modules that cannot be adapted hold most of the weights of a set, as the convolutions of an NFNet do."""
+    """Warn if the modules that cannot be adapted hold most of the weights of a set, as the convolutions of an NFNet do."""
     adapted, left = (
         sum(parameter.numel() for path in paths for parameter in candidates[path].parameters())
         for paths in (chosen, reasons)
@@ -261,7 +274,7 @@ def _members(model: nn.Module, candidates: Mapping[str, nn.Module]) -> dict[str,
 
 
 def _has_groups(module: nn.Module) -> bool:
-    """Return whether a candidate is a convolution in groups; the depthwise ones are among them."""
+    """Return whether a candidate is a convolution in groups. Depthwise convolutions are among them."""
     return getattr(module, "groups", 1) > 1
 
 
@@ -276,7 +289,7 @@ def _is_stack(path: str, module: nn.Module) -> bool:
 
 
 def _experts(candidates: Mapping[str, nn.Module], readable: bool) -> list[str]:
-    """Return a remark on the weights of experts in three dimensions, which are not adapted, and how to name them."""
+    """Return a remark on weights of experts in three dimensions. They are not adapted, and the remark says how to name them."""
     paths = [path for path, module in candidates.items() if _is_stack(path, module)]
     if not paths:
         return []
@@ -287,25 +300,26 @@ def _experts(candidates: Mapping[str, nn.Module], readable: bool) -> list[str]:
 
 
 class Expression:
-    """A regular expression of module paths, in the syntax of `re`. A file may bring it, so its matches have a time limit.
+    """A regular expression of module paths, in the syntax of `re`.
 
-    Raises UserError, which starts with `name`, for a malformed or too large expression, and for one that takes too long.
+    A file may bring the expression, so its matches have a time limit. A UserError, which starts with `name`, is raised for an
+    expression that is malformed, too large, or takes too long.
     """
 
     def __init__(self, name: str, text: str) -> None:
         self.name, self.text, self._left = name, text, LIMIT_S
-        # Paths are looked up: an exported adapter may name thousands.
+        # Paths are looked up, because an exported adapter may name thousands of them.
         self._paths = frozenset(text.replace("\\", "").split("|")) if _PATHS.fullmatch(text) else None
         self._compiled = _compiled(name, text) if self._paths is None else None
 
     def match(self, path: str) -> Any:
-        """Return the match of the whole path (true for a path that is looked up), None or false without a match."""
+        """Return the match of the whole path, or true for a path that is looked up. Return None or false without a match."""
         if self._compiled is None:
             return self._paths is not None and path in self._paths
         began = time.thread_time()
         try:
             found = self._compiled.fullmatch(path, timeout=self._left)
-            self._left = max(0.0, self._left - (time.thread_time() - began))  # a negative limit would be none
+            self._left = max(0.0, self._left - (time.thread_time() - began))  # a negative limit would mean no limit
         except TimeoutError:
             self._left = 0.0
         if not self._left:
@@ -317,7 +331,7 @@ class Expression:
 
 
 def _compiled(name: str, text: str) -> Any:
-    import regex  # which has a time limit; most targets are paths
+    import regex  # has a time limit (imported here, because most targets are paths)
 
     # The library writes x+ out as xx*, and x{2,} as xxx*.
     repeats = re.findall(r"\{(\d*)(,?)(\d*)\}", re.sub(r"\\.", "", text).replace("+", "{1,}"))
@@ -337,7 +351,7 @@ def _compiled(name: str, text: str) -> Any:
 
 
 def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
-    """Return the paths that an expression matches, and those of them to adapt."""
+    """Return the paths that an expression matches, and which of them to adapt."""
     wanted = Expression("adapt.targets", pattern)
     paths = {path for path in candidates if wanted.match(path)}
     if not paths:
@@ -349,7 +363,7 @@ def _select_regex(pattern: str, candidates: Mapping[str, nn.Module]) -> tuple[se
 
 
 def _select_suffixes(entries: Sequence[str], candidates: Mapping[str, nn.Module]) -> tuple[set[str], set[str]]:
-    """Return the paths that have one of `entries` as a suffix, and those of them to adapt."""
+    """Return the paths that have one of `entries` as a suffix, and which of them to adapt."""
     ending = _by_suffix(candidates)
     wanted, chosen = set[str](), set[str]()
     for entry in entries:
@@ -363,7 +377,7 @@ def _select_suffixes(entries: Sequence[str], candidates: Mapping[str, nn.Module]
 
 
 def _by_suffix(paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return the paths that end in each suffix: patterns may name every module of a deep model, and each is looked up."""
+    """Return the paths that end in each suffix. Patterns may name every module of a deep model, and each is looked up."""
     found: dict[str, list[str]] = {}
     for path in paths:
         for suffix in suffixes(path):
@@ -372,7 +386,7 @@ def _by_suffix(paths: Iterable[str]) -> dict[str, list[str]]:
 
 
 def suffixes(path: str) -> list[str]:
-    """Return a path and what follows each of its dots, the longest first."""
+    """Return a path and every part of it that follows a dot, the longest first."""
     names = path.split(".")
     return [".".join(names[start:]) for start in range(len(names))]
 
@@ -393,9 +407,9 @@ def _nearest(pattern: object, candidates: Iterable[str]) -> str:
 
 
 def match_patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> dict[str, list[str]]:
-    """Return which of `paths` each pattern matches: as a path, as a suffix of it after a dot, or as a regular expression.
+    """Return which of `paths` each pattern matches, as a path, as a suffix of it after a dot, or as a regular expression.
 
-    Raises UserError, which starts with `name`, for a pattern that matches none.
+    Raise UserError, which starts with `name`, for a pattern that matches none.
     """
     every, patterns = list(paths), list(patterns)
     ending = _by_suffix(every) if patterns else {}
@@ -410,8 +424,8 @@ def match_patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> 
     return found
 
 
-def pattern_values(name: str, table: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
-    """Return the value of the first pattern that matches a path, by path. Raises UserError as `match_patterns` does."""
+def pattern_values(name: str, table: Mapping[str, object], paths: Iterable[str]) -> dict[str, Any]:
+    """Return by path the value of the first pattern that matches the path. Raise UserError as `match_patterns` does."""
     values: dict[str, Any] = {}
     for pattern, matched in match_patterns(name, table, paths).items():
         for path in matched:

@@ -17,6 +17,7 @@ With labels, J is the cross-entropy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -94,10 +95,11 @@ def pyramid_attack(
         with torch.enable_grad():
             leaves = [delta.requires_grad_(True) for delta in deltas]
             log_p = F.log_softmax(logits_fn(_compose(images, leaves, levels, low, high)).float(), dim=-1)
-            if labels is None:
-                gain = F.kl_div(log_p, target, reduction="sum", log_target=True)
-            else:
+            if labels is not None:
                 gain = F.nll_loss(log_p, labels, reduction="sum")
+            else:
+                assert target is not None  # of the clean logits
+                gain = F.kl_div(log_p, target, reduction="sum", log_target=True)
             gradients = torch.autograd.grad(_SCALE * gain, leaves)
         with torch.no_grad():
             deltas = [
@@ -150,7 +152,7 @@ def _box(images: Tensor, mean: object, std: object) -> tuple[Tensor, Tensor, Ten
     """Return a pixel unit, 0 and 1 in the images' units: (1, 1, 1, 1) or (1, c, 1, 1) each."""
     if mean is None:
         return images.new_ones(1, 1, 1, 1), images.new_zeros(1, 1, 1, 1), images.new_ones(1, 1, 1, 1)
-    kind = {"dtype": images.dtype, "device": images.device}
+    kind: dict[str, Any] = {"dtype": images.dtype, "device": images.device}
     centre, spread = (torch.as_tensor(values, **kind).view(1, -1, 1, 1) for values in (mean, std))
     return 1 / spread, -centre / spread, (1 - centre) / spread
 

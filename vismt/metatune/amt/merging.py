@@ -4,8 +4,8 @@
 
 A rule of `combine` in place of zeta merges the updates of the experts once, for all tasks.
 A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used. The
-code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and here `augment` is off by
-default. At one shot and without augmentation every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
+code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and vismt follows the paper. At one
+shot every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
 weights, exactly (the code: an unseeded randomised SVD).
 """
 
@@ -19,7 +19,6 @@ from vismt.lowrank.svd import principal
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import COMBINED, RULES, MergeSettings
 from vismt.metatune.features import features
-from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 
@@ -32,8 +31,6 @@ class PoolNet(nn.Module):
         self.pool, self.settings = pool, settings
         if settings.strategy == "expert":
             pool.index(str(settings.expert))
-        for label in settings.shares:
-            pool.index(label)
         self._trims = pattern_values("merging.trim", settings.trim, pool.paths)
         self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that last
 
@@ -52,10 +49,7 @@ class PoolNet(nn.Module):
             return self._task(None, support_images, support_labels)
         if strategy == "expert":
             zeta = experts[pool.index(str(self.settings.expert))]
-        elif strategy == "average":
-            shares = self.settings.shares
-            zeta = torch.tensor([shares.get(label, 0.0) for label in pool.labels]).to(equal) if shares else equal
-        elif len(pool) == 1:
+        elif strategy == "average" or len(pool) == 1:
             zeta = equal
         else:
             cosines = self.cosines(support_images, support_labels)
@@ -94,16 +88,11 @@ class PoolNet(nn.Module):
 
     def cosines(self, images: Tensor, labels: Tensor) -> Tensor:
         """Return cosines (P, s, N) between a support (s, 3, h, w), (s,) and its class means, as every expert has them."""
-        backbone, scored = self.pool.backbone, images
-        if self.settings.augment:
-            generator = torch.Generator().manual_seed(self.settings.seed)
-            scored = diff_augment(images, generator, mean=backbone.mean, std=backbone.std)
         found = []
         for index in range(len(self.pool)):
-            expert = WithWeights(backbone, self.pool.expert_weights(index), lasting=True)
-            clean = features(expert, images)
-            own = clean if scored is images else features(expert, scored)
-            found.append(cosine_logits(own, prototypes(clean, labels), 1.0))
+            expert = WithWeights(self.pool.backbone, self.pool.expert_weights(index), lasting=True)
+            own = features(expert, images)
+            found.append(cosine_logits(own, prototypes(own, labels), 1.0))
         return torch.stack(found)
 
     def _apply(self, fn: object, recurse: bool = True) -> PoolNet:

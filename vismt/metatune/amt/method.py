@@ -192,7 +192,6 @@ class AdversarialObjective(nn.Module):
             steps=adversary.steps,
             levels=PLAIN if adversary.norm == "l2" else adversary.pyramid,
             norm=adversary.norm,
-            init=adversary.init,
             generator=generator,
             clean_logits=clean,
         )
@@ -217,6 +216,7 @@ class AdversarialObjective(nn.Module):
         )
         if support is not None:
             centres, features = self.proto.centres(features[0], truth), features[1:]
+        assert centres is not None  # they are given, or follow from the support
         return self._value(
             cosine_logits(features[0], centres, scale), cosine_logits(features[-1], centres, scale), labels
         )

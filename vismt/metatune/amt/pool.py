@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,13 +53,15 @@ class ExpertPool(nn.Module):
     the adapted modules. updates: of each expert on its own, then what all of them share, where they share anything.
     """
 
+    backbone: Any  # a Backbone, or a stand-in with `vit`
+
     def __init__(self, backbone: nn.Module, experts: Sequence[Expert]) -> None:
         super().__init__()
         check_experts(experts)
         self.backbone = backbone
         self.labels = [expert.label for expert in experts]
         self.scale = sum(expert.scale for expert in experts) / len(experts)
-        loaded = [_load_updates(backbone.vit, expert) for expert in experts]
+        loaded = [_load_updates(self.backbone.vit, expert) for expert in experts]
         self.paths = list(dict.fromkeys(path for expert in loaded for path in expert.low_rank))
         self.updates = _without_shared(loaded)
         self._move(lambda factor: factor.to(self._device()))

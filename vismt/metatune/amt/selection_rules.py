@@ -100,11 +100,8 @@ class MergeSettings(Checked):
         beta: sharpness of the mixture, at least 0.
         balance: weight of compactness in [0, 1] (the paper's lambda).
         top_k: number of experts that are kept.
-        augment: whether augmented support images are scored.
         trim: {path pattern of adapted modules: share of the singular values kept, in (0, 1]}.
         expert: label of the expert of the strategy expert.
-        seed: of the augmentation.
-        shares: {label: weight} of the strategy average, with sum 1; {} for equal ones.
     """
 
     KEY: ClassVar = "merging"
@@ -112,15 +109,9 @@ class MergeSettings(Checked):
     beta: Annotated[float, within(0)] = 1.0
     balance: Annotated[float, within(0, 1)] = 0.6
     top_k: Annotated[int, within(1)] = 2
-    augment: bool = False
     trim: Mapping[str, Annotated[float, within(above=0, most=1)]] = field(default_factory=dict)
     expert: str | None = None
-    seed: int = 0
-    # Not in the repr, which older records hold.
-    shares: Mapping[str, float] = field(default_factory=dict, repr=False, metadata={"hashed": "if set"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_known("merging.strategy:", [self.strategy], STRATEGIES)
-        if self.shares and not abs(sum(self.shares.values()) - 1) < 1e-6:
-            raise UserError(f"merging.shares: {dict(self.shares)} sum to {sum(self.shares.values()):g}; need 1.")

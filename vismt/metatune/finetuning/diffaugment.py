@@ -13,6 +13,7 @@ normalised and converted back. Without that, the brightness would be four times 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def diff_augment(
     if _uniform(1, generator) >= probability or not len(images):
         return images
     if mean is not None:
-        kind = {"dtype": images.dtype, "device": images.device}
+        kind: dict[str, Any] = {"dtype": images.dtype, "device": images.device}
         centre, spread = (torch.as_tensor(values, **kind).view(1, -1, 1, 1) for values in (mean, std))
         images = (images - centre) / spread
     if _uniform(1, generator) < 0.5:

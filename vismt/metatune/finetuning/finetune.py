@@ -5,8 +5,7 @@
 
 Prototypes are recomputed in every step and have a gradient too; the scale s is fixed. The tuned weights are kept in a
 dictionary and the model runs on them by a functional call. The model is never changed, so there is nothing to reset, and
-tasks share neither weights nor Adam state. adversarial: AMT's "Adv. TTF" is named in the paper but not specified; here z is
-attacked, on its labels against the current prototypes, before each step.
+tasks share neither weights nor Adam state. AMT's "Adv. TTF" is left out: the paper names it and does not specify it.
 
 attention_scale trains a factor a_h for each head's attention logits, start 1, and nothing else. Multiplied into the rows of q
 in the fused query-key-value projection, weight and bias, it leaves the stock attention as it is:
@@ -35,6 +34,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,19 +42,19 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from vismt.base.errors import UserError
-from vismt.base.norm_balls import clip, steepest
 from vismt.base.seeds import mix_seed
 from vismt.data.transforms import augment
 from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.metatune.features import features
 from vismt.metatune.finetuning.diffaugment import diff_augment
-from vismt.metatune.functional import WithWeights, check_weights
+from vismt.metatune.functional import WithWeights, check_named_weights
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
 from vismt.metatune.settings import AUTO, FineTuneSettings
 
 RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
+SEED = 0  # of the augmentation and the crops, the same for every task
 VIEWS = 4  # random crops of a single image, on which a rate is judged
 # images -> features
 Features = Callable[[Tensor], Tensor]
@@ -102,9 +102,9 @@ def finetune(
             return WithWeights(backbone, tuned)
 
         with evaluating(backbone):
-            settings = replace(settings, lr=choose_rate(tune, support, labels, seed=settings.seed))
+            settings = replace(settings, lr=choose_rate(tune, support, labels))
     start = dict(weights or {})
-    check_weights(backbone, start)
+    check_named_weights(backbone, start)
     with torch.inference_mode(False), torch.enable_grad(), evaluating(backbone):
         start = {name: _usable(tensor) for name, tensor in start.items()}
         named = (*backbone.named_parameters(), *backbone.named_buffers())
@@ -120,7 +120,7 @@ def finetune(
                 _usable(labels).long(),
                 _usable(scale) if isinstance(scale, Tensor) else scale,
                 settings,
-                partial(diff_augment, probability=settings.probability, mean=mean, std=std),
+                partial(diff_augment, mean=mean, std=std),
             )
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
@@ -147,8 +147,8 @@ class FineTuned(nn.Module):
             )
         if self.settings.lr == 0 or self.settings.steps == 0:
             return task
-        merged = isinstance(task.backbone, WithWeights)
-        module, start = (task.backbone.module, task.backbone.weights) if merged else (task.backbone, None)
+        backbone = task.backbone
+        module, start = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, None)
         weights = finetune(module, support_images, support_labels, self.settings, scale=task.scale, weights=start)
         tuned = WithWeights(module, weights)
         with torch.no_grad():
@@ -196,10 +196,11 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
     Raises UserError for a backbone without attention, and for an attention whose logits the rows of q do not scale.
     """
     attentions = []
+    module: Any
     for path, module in backbone.named_modules():
         if not hasattr(module, "num_heads") or any(hasattr(part, "num_heads") for part in list(module.modules())[1:]):
             continue  # not an attention, or a module that contains one
-        qkv = getattr(module, "qkv", None)
+        qkv: Any = getattr(module, "qkv", None)
         reason = _unsupported(module, qkv)
         if reason:
             raise UserError(f"attention_scale: '{path}' ({type(module).__name__}): {reason}; use parameters='all'.")
@@ -217,7 +218,7 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
     return attentions
 
 
-def _unsupported(module: nn.Module, qkv: nn.Module | None) -> str:
+def _unsupported(module: Any, qkv: nn.Module | None) -> str:
     """Return why the rows of q in `qkv` do not scale the logits of this attention; "" where they do."""
     if type(qkv) is not nn.Linear and not isinstance(qkv, LowRankLinear):
         return "it has no fused qkv projection" if qkv is None else f"its qkv is {type(qkv).__name__}"
@@ -260,42 +261,21 @@ def _tune(
     augmented: Callable[[Tensor, torch.Generator], Tensor],
 ) -> None:
     """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`."""
-    generator = torch.Generator().manual_seed(mix_seed(settings.seed, "fine-tuning"))
+    generator = torch.Generator().manual_seed(mix_seed(SEED, "fine-tuning"))
     optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
     for step in range(settings.steps):
         weights = tuned.weights()
         centres = prototypes(run(support, weights), labels)
         views = augmented(support, generator)
-        if settings.adversarial:
-            fixed, middle = {name: tensor.detach() for name, tensor in weights.items()}, centres.detach()
-
-            def logits(changed: Tensor, fixed: Mapping[str, Tensor] = fixed, middle: Tensor = middle) -> Tensor:
-                return cosine_logits(run(changed, fixed), middle, scale)
-
-            views = _pgd(views, labels, logits, settings.epsilon, settings.attack_steps).detach()
         loss = F.cross_entropy(cosine_logits(run(views, weights), centres, scale), labels)
         if not bool(loss.isfinite()):
             where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
             raise LossNotFinite(f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite.")
-        # Not .backward(): the attack's logits and the caller's graph, if any, must not collect gradients.
+        # Not .backward(): the caller's graph, if any, must not collect gradients.
         gradients = torch.autograd.grad(loss, tuned.leaves, allow_unused=True)
         for leaf, gradient in zip(tuned.leaves, gradients):
             leaf.grad = gradient
         optimiser.step()
-
-
-def _pgd(images: Tensor, labels: Tensor, logits: Callable[[Tensor], Tensor], epsilon: float, steps: int) -> Tensor:
-    """Return images within epsilon (l_inf) with a higher cross-entropy.
-
-    Signed steps of 2.5 epsilon / steps (Madry et al., arXiv 1706.06083) from the images. They are not clamped to [0, 1],
-    which augmented images have left already.
-    """
-    delta = torch.zeros_like(images)
-    for _ in range(steps):
-        delta.requires_grad_(True)
-        (slope,) = torch.autograd.grad(F.cross_entropy(logits(images + delta), labels), delta)
-        delta = clip(delta.detach() + steepest(slope, images, 2.5 * epsilon / steps, "linf"), epsilon, "linf")
-    return images + delta
 
 
 def _usable(tensor: Tensor) -> Tensor:
@@ -303,19 +283,16 @@ def _usable(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def choose_rate(
-    tune: Callable[[Tensor, Tensor, float], Features], support: Tensor, labels: Tensor, *, seed: int
-) -> float:
+def choose_rate(tune: Callable[[Tensor, Tensor, float], Features], support: Tensor, labels: Tensor) -> float:
     """Return the rate of RATES that generalises best within a support set.
 
     Args:
         tune: (images, labels, rate) -> features of images under the weights tuned on these images.
         support: (s, 3, h, w) in [0, 1].
         labels: (s,) in 0..N-1, every class present.
-        seed: of the crops.
     """
     alone = (labels[:, None] == labels).sum(1) == 1
-    crops = [augment(support[alone], mix_seed(seed, "crops", view)) for view in range(VIEWS)]
+    crops = [augment(support[alone], mix_seed(SEED, "crops", view)) for view in range(VIEWS)]
     best, chosen = -1.0, 0.0
     for rate in RATES:
         right = []

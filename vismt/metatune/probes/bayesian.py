@@ -77,6 +77,8 @@ class BayesianProbe(LinearProbe):
 class BayesianClassifier(nn.Module):
     """Images (b, 3, h, w) in [0, 1] -> log-probabilities (b, N) of a head on centred, scaled, L2-normalised features."""
 
+    mean: Tensor
+
     def __init__(self, backbone: nn.Module, head: Head, probe: BayesianProbe, mean: Tensor, spread: float) -> None:
         super().__init__()
         self.backbone, self.head, self.expand = backbone, head, probe.expand
@@ -167,6 +169,8 @@ class LinearCurvature(FullCurvature):
 
 class SpanLaplace(Laplace):
     """The posterior on phi(x) for features x (b, d + 1)."""
+
+    basis: Tensor
 
     def __init__(self, basis: Tensor, mean: Tensor, curvature: Curvature) -> None:
         super().__init__(mean, curvature, 1 / C)

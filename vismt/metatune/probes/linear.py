@@ -59,6 +59,9 @@ ITERATIONS = 200
 class LinearClassifier(nn.Module):
     """Images (b, 3, h, w) in [0, 1] -> logits (b, N): fixed weight (N, d) and bias (N,) on L2-normalised features."""
 
+    weight: Tensor
+    bias: Tensor
+
     def __init__(self, backbone: nn.Module, weight: Tensor, bias: Tensor) -> None:
         super().__init__()
         self.backbone = backbone

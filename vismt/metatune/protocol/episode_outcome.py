@@ -28,8 +28,7 @@ class EpisodeOutcome:
     attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
     case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
     only if it is right when clean. outside: logits (o, N) of images of other sets, by condition. lost: queries that an attack
-    counted as broken and that are right here, by condition. abstentions: share of the queries without a certificate, by
-    smoothed classifier.
+    counted as broken and that are right here, by condition. asked: what features ask for, means over the clean queries.
     """
 
     episode: Episode
@@ -43,7 +42,7 @@ class EpisodeOutcome:
     strict: Collection[str] = ()
     outside: Mapping[str, Tensor] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
-    abstentions: dict[str, float] = field(default_factory=dict)
+    asked: dict[str, float] = field(default_factory=dict)
 
     def right(self) -> dict[str, Tensor]:
         """Return whether each query counts as right, bool (m,), by condition, then by worst case."""
@@ -75,7 +74,7 @@ class EpisodeOutcome:
         row |= {right_field(name): "".join("01"[hit] for hit in hits.tolist()) for name, hits in right.items()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
-        row |= self.abstentions | self.detection() | {lost_field(name): count for name, count in self.lost.items()}
+        row |= self.asked | self.detection() | {lost_field(name): count for name, count in self.lost.items()}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row
@@ -117,7 +116,7 @@ def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence
         arrays["adversarial_right"] = outcome.right()[condition][query].numpy()
         arrays["condition"] = np.array(condition)
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]  # names of arrays, none of them "allow_pickle"
     atomic_write(path, buffer.getvalue())
 
 

@@ -10,7 +10,7 @@ The protocols at the top say what the episodes ask of models, samplers, images a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
@@ -25,7 +25,7 @@ from vismt.metatune.functional import WithWeights, answers
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
 from vismt.metatune.protocol.episodes import Episode, image_parts
 from vismt.metatune.protonet import PrototypeClassifier
-from vismt.storage.records import Records
+from vismt.uncertainty.features import Answers, Feature
 
 _BLOCK = 8  # episodes that are run together
 
@@ -59,21 +59,6 @@ class QueryPerturbation(Protocol):
     def describe(self, num_classes: int | None = None) -> str: ...
 
     def settings(self) -> Mapping[str, object]: ...
-
-
-class Certifies(Protocol):
-    """Certificates of query images (`vismt.robustness.smoothing.Smoothing`)."""
-
-    @property
-    def label(self) -> str: ...
-
-    def settings(self) -> Mapping[str, object]: ...
-
-    def levels(self) -> Mapping[str, float]: ...
-
-    def certify(
-        self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int | str, ...]]
-    ) -> tuple[Tensor, Tensor]: ...
 
 
 class PixelStore(Protocol):
@@ -112,7 +97,7 @@ class EpisodeRunner:
 
     outside: sets of images of other classes, by condition, each divided into as many parts as the sampler has. stores: of the
     features of `pixels` and of the outside sets, by condition, "" for `pixels`; a set without one has its features computed in
-    every episode. smoothing: certifies the queries.
+    every episode. asked: features of the evaluation.
     """
 
     proto: FewShotModel
@@ -124,17 +109,13 @@ class EpisodeRunner:
     outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
     stores: Mapping[str, FeatureStore] = field(default_factory=dict)
     batch: int = 256
-    smoothing: Certifies | None = None
+    asked: Sequence[Feature] = ()
     _divided: dict[str, list[Tensor]] = field(default_factory=dict)  # parts of the outside sets
 
     def blocks(self, episodes: int) -> list[range]:
         """Return the numbers of the episodes that run together; single ones where no attack packs."""
         size = _BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
-
-    def missing(self, log: Records, episodes: int) -> list[range]:
-        """Return the blocks that are not on record."""
-        return [block for block in self.blocks(episodes) if any(index not in log for index in block)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
         outcomes: dict[int, EpisodeOutcome] = {}
@@ -151,18 +132,17 @@ class EpisodeRunner:
         return outcomes
 
     def _finish(self, tasks: Sequence[_Task]) -> None:
-        """Add the predictions under attacks and the certificates to the outcomes of tasks."""
+        """Add the predictions under attacks and what features ask for to the outcomes of tasks."""
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
                 self._perturb(group, name, attack)
-        if self.smoothing is not None:
-            for task in tasks:
-                query = task.outcome.query.to(self.device)
-                keys = [(task.index, place) for place in range(len(query))]
-                answers, radii = self.smoothing.certify(partial(self._logits, task.classifier), query, keys)
-                for name, radius in self.smoothing.levels().items():
-                    task.outcome.predictions[name] = torch.where(radii >= radius, answers, -1)
-                task.outcome.abstentions[self.smoothing.label] = float((answers < 0).double().mean())
+        for task in tasks if self.asked else ():
+            query, labels = task.outcome.query.to(self.device), task.outcome.episode.query_labels
+            keys = [(task.index, place) for place in range(len(query))]
+            net = partial(self._logits, task.classifier)
+            answers = Answers(task.outcome.logits.double(), labels, net, query, keys)
+            for feature in self.asked:
+                task.outcome.asked |= feature.means(answers)
 
     def _task(self, index: int) -> _Task:
         episode = self.sampler[index]
@@ -267,6 +247,10 @@ class PackedClassifier(nn.Module):
 
     `rows_of(images, rows)` classifies images (b, 3, h, w), where rows (b,) are positions in the concatenated queries.
     """
+
+    directions: Tensor
+    scales: Tensor
+    owner: Tensor
 
     def __init__(self, tasks: Sequence[PrototypeClassifier], counts: Sequence[int]) -> None:
         super().__init__()

@@ -114,8 +114,9 @@ class LabelledSet:
 
     def name(self, class_id: int) -> str:
         """Return "class 'oak'" where names are known, else "class 3"."""
-        named = self.names is not None and class_id < len(self.names)
-        return f"class '{self.names[class_id]}'" if named else f"class {class_id}"
+        if self.names is not None and class_id < len(self.names):
+            return f"class '{self.names[class_id]}'"
+        return f"class {class_id}"
 
     def members(self, class_id: int) -> Tensor:
         """Return the indices of the images of a class, ascending, int64 (count,)."""

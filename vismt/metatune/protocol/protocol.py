@@ -1,4 +1,4 @@
-"""The few-shot protocol: n episodes, clean and under attack, one JSON line each; resumes at the episode where it stopped.
+"""The few-shot protocol: n episodes, clean and under attack, one JSON line each; resumes at the block where it stopped.
 
 Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
 every model that runs the same sampler, so methods can be compared in pairs (vismt.uncertainty.intervals). Episodes are run in
@@ -10,9 +10,9 @@ stay the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterator, Mapping, Sequence, Sized
 from contextlib import ExitStack
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,7 +33,6 @@ from vismt.metatune.protocol.episode_outcome import (
     write_panel,
 )
 from vismt.metatune.protocol.episode_runner import (
-    Certifies,
     EpisodeRunner,
     FewShotModel,
     OutsidePixels,
@@ -42,7 +41,8 @@ from vismt.metatune.protocol.episode_runner import (
     Sampler,
     parts_of,
 )
-from vismt.storage.records import SHARE, Field, Records, recorded_settings
+from vismt.storage.records import SHARE, Field, Header, Records, Row
+from vismt.uncertainty.features import Feature
 from vismt.uncertainty.probability_metrics import group_fields
 
 _BATCH = 256  # query images in one forward pass
@@ -70,7 +70,7 @@ def run_protocol(
     probabilities: bool = False,
     temperature: float | None = None,
     ood: Mapping[str, OutsidePixels] | None = None,
-    smoothing: Certifies | None = None,
+    asked: Sequence[Feature] = (),
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -80,130 +80,153 @@ def run_protocol(
         sampler: Draws the episodes.
         episodes: Number of episodes, at least 2; no more than a sampler with a length has.
         attacks: Attacks and corruptions of the query images, with different texts.
-        records: A JSON-lines file. Its first line holds the protocol and its hash; every episode adds a line when it ends,
+        records: A JSON-lines file. Its first line holds the weights, the protocol and the settings; every episode adds a line,
             with the `mixture` (P,) of a classifier that has one, under "<condition> right" a text with 1 for each right and 0
             for each wrong query, and under "<condition> lost" the number of queries that an
             attack counted as broken and that are right here, by rounding. A file of the same protocol is continued (a torn
             last line is dropped), a file of another protocol is refused.
         panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
         device: Where the classifiers run; by default the device of `proto`.
-        data: The data set's name, part of the protocol's hash.
-        fingerprint: The caller's name for the weights, part of the protocol's hash.
-        examples: What tells the images from others of the same labels, part of the protocol's hash.
+        data: The data set's name, part of the records' header.
+        fingerprint: The caller's name for the weights, part of the records' header.
+        examples: What tells the images from others of the same labels, part of the records' header.
         label: Text of the progress bar.
         model: Name of the model in the panel.
         batch: Query images in one forward pass.
         worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
             under each of them.
         features: "auto" computes the features of an image once where that is exact, "off" in every episode.
-        probabilities: Also record the quality of the softmax of the clean logits, except in a file that has begun without.
+        probabilities: Also record the quality of the softmax of the clean logits.
         temperature: Also record that of the softmax of the clean logits divided by it.
         ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
             for every model, and records the AUROC with which the largest probability tells its queries from them. A sampler
             with parts divides them, too, so that episodes of two parts share none.
-        smoothing: Certifies the queries; the support is not perturbed.
+        asked: Features of the evaluation, which ask for scores of the clean queries (vismt/evaluation).
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
         worst case. With `probabilities` also the fields of `vismt.uncertainty.probability_metrics.group_row`, such as
         "clean nll" and "clean gaps" (episodes, 15), each a mean over an episode's queries. With `temperature` the same as
-        "tempered nll" and so on, and with `ood` the AUROC of each condition. With `smoothing` the share of queries that
-        are right and certified at each radius, by its text, and the share of abstentions by the smoothed classifier's label.
+        "tempered nll" and so on, and with `ood` the AUROC of each condition. With `asked` the mean
+        over the queries of every quantity, by its field.
 
     Raises:
         UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
-    texts = [attack.describe(sampler.min_ways) for attack in attacks]
-    if len({"clean", *texts}) <= len(texts):
-        raise UserError(f"evaluate {data}: two conditions have the same text in {texts}: leave one out.")
-    conditions = dict(zip(texts, attacks, strict=True))
-    require_known(f"evaluate {data}: features", [features], FEATURES)
-    if isinstance(sampler, Sized):
-        episodes = min(episodes, len(sampler))
-    if episodes < 2:
-        raise UserError(f"evaluate {data}: {episodes} episodes have no confidence interval: use 2 or more.")
-    worst, outside = worst or {}, ood or {}
-    few = next((name for name, images in outside.items() if len(images) < max(1, parts_of(sampler))), None)
-    if few is not None:
-        raise UserError(
-            f"evaluate {data}: {len(outside[few])} images {few}, for episodes in {parts_of(sampler)} parts: add images."
+    questions = EpisodeQuestions(
+        sampler, attacks, worst or {}, probabilities, temperature, ood or {}, asked, data, features
+    )
+    log = questions.records(records, fingerprint, examples)
+    return questions.answered(proto, pixels, log, episodes, label or f"{data} episodes", panel, model, device, batch)
+
+
+@dataclass(frozen=True)
+class EpisodeQuestions:
+    """What is recorded of every episode. sampler, ...: as for `run_protocol`."""
+
+    sampler: Sampler
+    attacks: Sequence[QueryPerturbation] = ()
+    worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    probabilities: bool = False
+    temperature: float | None = None
+    ood: Mapping[str, OutsidePixels] = field(default_factory=dict)
+    asked: Sequence[Feature] = ()
+    data: str = "data"
+    features: Literal["auto", "off"] = "auto"
+
+    def __post_init__(self) -> None:
+        if len({"clean", *self.conditions}) <= len(self.attacks):
+            texts = [attack.describe(self.sampler.min_ways) for attack in self.attacks]
+            raise UserError(f"evaluate {self.data}: two conditions have the same text in {texts}: leave one out.")
+        require_known(f"evaluate {self.data}: features", [self.features], FEATURES)
+        parts = parts_of(self.sampler)
+        for name, images in self.ood.items():
+            if len(images) < max(1, parts):
+                raise UserError(
+                    f"evaluate {self.data}: {len(images)} images {name}, for episodes in {parts} parts: add images."
+                )
+
+    @property
+    def conditions(self) -> dict[str, QueryPerturbation]:
+        """The attacks and corruptions by their texts."""
+        return {attack.describe(self.sampler.min_ways): attack for attack in self.attacks}
+
+    @property
+    def forms(self) -> dict[str, float]:
+        """The temperatures of the clean logits whose probabilities are recorded, by form."""
+        unscaled = {UNSCALED: 1.0} if self.probabilities else {}
+        return unscaled if self.temperature is None else {**unscaled, SCALED: self.temperature}
+
+    def records(self, path: Path | None, weights: str, examples: str) -> Records:
+        """Open the records in a file. weights, examples: as in `vismt.storage.records.Header`."""
+        settings = {
+            "conditions": ["clean", *self.conditions],
+            "attacks": [dict(attack.settings()) for attack in self.attacks],
+            "probabilities": self.probabilities,
+            "temperature": self.temperature,
+            "ood": [*self.ood],
+            "features": {feature.key: feature.settings() for feature in self.asked},
+        }
+        protocol = {"data": self.data, "sampler": dict(self.sampler.describe())}
+        bits = dict.fromkeys(map(right_field, ["clean", *self.conditions, *self.worst]), Field(bits=True))
+        lost = dict.fromkeys(map(lost_field, self._searches()), Field(0, whole=True))
+        fields = {**self._columns(), **bits, **lost, "mixture": Field(several=True, optional=True)}
+        return Records(path, Header(weights, examples, protocol, settings), fields, key="episode")
+
+    def answered(
+        self,
+        proto: FewShotModel,
+        pixels: PixelStore,
+        log: Records,
+        episodes: int,
+        label: str,
+        panel: Path | None = None,
+        model: str = "",
+        device: torch.device | str | None = None,
+        batch: int = _BATCH,
+    ) -> dict[str, Tensor]:
+        """Return what `run_protocol` returns, from `log` where it is there. Arguments and errors as there."""
+        if isinstance(self.sampler, Sized):
+            episodes = min(episodes, len(self.sampler))
+        if episodes < 2:
+            raise UserError(f"evaluate {self.data}: {episodes} episodes have no confidence interval: use 2 or more.")
+        module, device = _placed(proto, device)
+        stores = _stores({"": pixels, **self.ood}, read=any(index not in log for index in range(episodes)))
+        if self.features == "off":
+            stores = {}
+        run = EpisodeRunner(
+            proto, pixels, self.sampler, device, self.conditions, self.worst, self.ood, stores, batch, self.asked
         )
-    begun = recorded_settings(records)
-    probabilities = probabilities and (begun is None or "probabilities" in begun)
-    forms = {UNSCALED: 1.0} if probabilities else {}
-    if temperature is not None:
-        forms[SCALED] = temperature
-    settings: dict[str, object] = {
-        "data": data,
-        "fingerprint": fingerprint,
-        "sampler": dict(sampler.describe()),
-        "conditions": ["clean", *conditions],
-        "attacks": [dict(attack.settings()) for attack in attacks],
-    }
-    further = {
-        "examples": examples or None,
-        "probabilities": probabilities or None,
-        "temperature": temperature,
-        "ood": list(outside) or None,
-        "ood in parts": (bool(outside) and parts_of(sampler)) or None,
-    }
-    # Records without them do not name them.
-    settings |= {name: value for name, value in further.items() if value is not None}
-    certified, abstained = [], []
-    if smoothing is not None:
-        settings |= smoothing.settings()
-        certified, abstained = [*smoothing.levels()], [smoothing.label]
-    shares = ["clean", *conditions, *worst, *outside, *certified, *abstained]
-    columns = {**dict.fromkeys(shares, SHARE), **group_fields(forms)}
-    lost = {name: lost_field(name) for name in conditions}
-    optional = {name: Field(0, whole=True, optional=True) for name in lost.values()}
-    optional["mixture"] = Field(several=True, optional=True)
-    optional |= {
-        right_field(name): Field(bits=True, optional=True) for name in ["clean", *conditions, *worst, *certified]
-    }
-    log = Records(records, settings, {**columns, **optional}, key="episode")
-    module, device = _placed(proto, device)
-    stores = _stores({"": pixels, **outside}, read=any(index not in log for index in range(episodes)))
-    if features == "off":
-        stores = {}
-    run = EpisodeRunner(proto, pixels, sampler, device, conditions, worst, outside, stores, batch, smoothing)
-    write = None if panel is None else partial(write_panel, panel, model=model, names=getattr(pixels, "classes", None))
-    with evaluating(module), log, ExitStack() as stack:
-        for store in stores.values():
-            stack.enter_context(store)
-        _run_missing(run, log, episodes, forms, write, label or f"{data} episodes")
-        if panel is not None and write is not None and ranks.rank() == 0 and not panel.exists():
-            write(run(range(1))[0])
-    rows = [log[index] for index in range(episodes)]
-    report_lost(rows, lost)
-    return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in columns}
 
+        def write(outcome: EpisodeOutcome) -> None:
+            if panel is not None:
+                write_panel(panel, outcome, model, getattr(pixels, "classes", None))
 
-def _run_missing(
-    run: EpisodeRunner,
-    log: Records,
-    episodes: int,
-    forms: Mapping[str, float],
-    write: Callable[[EpisodeOutcome], None] | None,
-    label: str,
-) -> None:
-    """Add the episodes that are not on record to the records. forms: as in `EpisodeOutcome.record`. write: of the panel."""
-    done = sum(index in log for index in range(episodes))
-    if 0 < done < episodes:
-        console.stage("resume", f"{label}: {done} of {episodes} are on record")
+        def rows_of(number: int) -> list[Row]:
+            outcomes = run(blocks[number])
+            if 0 in outcomes:
+                write(outcomes[0])
+            return [{"episode": index, **outcome.record(self.forms)} for index, outcome in outcomes.items()]
 
-    def rows_of(block: range) -> list[dict]:
-        outcomes = run(block)
-        if write is not None and 0 in outcomes:
-            write(outcomes[0])
-        return [{"episode": index, **outcome.record(forms)} for index, outcome in outcomes.items()]
+        blocks = run.blocks(episodes)
+        with evaluating(module), ExitStack() as stack:
+            for store in stores.values():
+                stack.enter_context(store)
+            rows = log.complete(blocks, rows_of, label)
+            if panel is not None and ranks.rank() == 0 and not panel.exists():
+                write(run(range(1))[0])
+        report_lost(rows, {name: lost_field(name) for name in self._searches()})
+        return {name: torch.tensor([row[name] for row in rows], dtype=torch.float64) for name in self._columns()}
 
-    with console.bar("eval", label, episodes, done) as progress:
-        for rows in ranks.share(run.missing(log, episodes), rows_of):
-            new = sum(row["episode"] not in log for row in rows)
-            for row in rows:
-                log.add(row)
-            progress.advance(new)
+    def _searches(self) -> list[str]:
+        """Return the texts of the attacks that tell which images they break."""
+        return [name for name, attack in self.conditions.items() if hasattr(attack, "search")]
+
+    def _columns(self) -> dict[str, Field]:
+        """Return the fields with a number or several for each episode."""
+        shares = dict.fromkeys(["clean", *self.conditions, *self.worst, *self.ood], SHARE)
+        asked = {of.field: Field() for feature in self.asked for of in feature.quantities()}
+        return {**shares, **asked, **group_fields(self.forms)}
 
 
 def clean_logits(

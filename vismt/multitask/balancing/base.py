@@ -2,19 +2,20 @@
 
     d = sum_t alpha_t g_t,    g_t = gradient of L_t with respect to the given parameters (the adapter's), flattened to one vector
 
-All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on, which works
+All methods of this package have this form and differ in alpha. `combine` returns a scalar to call backward on. The scalar works
 with accumulation, clipping, loss scaling and DistributedDataParallel like any loss. losses.py computes alpha from the losses.
-gradients.py computes it from the Gram matrix <g_s, g_t>, which costs a backward pass for each task in place of the usual one, and
-memory for T gradients of the given parameters. torchjd_methods.py takes it from a method of torchjd.
+gradients.py computes alpha from the Gram matrix <g_s, g_t>. That costs a backward pass for each task instead of the usual one,
+and memory for T gradients of the given parameters. torchjd_methods.py takes alpha from a method of torchjd.
 
-Several processes: L_t is the mean over the processes whose batch has the task, and g_t the mean of the gradients (not of Gram
-matrices), so alpha is equal on all processes; the scalar is scaled so that DistributedDataParallel's mean of gradients is d.
-The result equals that of one process on the concatenated batch where the processes hold equally many labels of a task.
-Parameters outside the given ones (heads) must be in the graph of every process or be handled by find_unused_parameters.
+With several processes, L_t is the mean over the processes whose batch has the task, and g_t is the mean of the gradients (not
+of Gram matrices). alpha is therefore equal on all processes. The scalar is scaled so that DistributedDataParallel's mean of
+gradients is d. The result equals the result of one process on the concatenated batch if the processes hold equally many labels
+of a task. Parameters outside the given ones (heads) must be in the graph of every process, or find_unused_parameters must
+handle them.
 
-Partial labels: a task without labels in the batch is left out of `losses`; it has no weight, its state does not change, and
-every formula runs over the present tasks unless the method states otherwise. With gradient accumulation each batch is balanced
-on its own. Buffers and parameters hold the state; parameters (those of uncertainty) train with the model.
+With partial labels, a task without labels in the batch is left out of `losses`. It has no weight, its state does not change,
+and every formula runs over the present tasks unless the method states otherwise. With gradient accumulation each batch is
+balanced on its own. Buffers and parameters hold the state. Parameters (of uncertainty weighting) train with the model.
 """
 
 from __future__ import annotations
@@ -44,12 +45,12 @@ def make_balancer(name: str, tasks: Sequence[str], **options: Any) -> Balancer:
     """Return a new balancer.
 
     Args:
-        name: the method, a key of `BALANCERS`, or "torchjd:NAME" for a method of the installed torchjd.
-        tasks: names of the tasks, in the order of every vector of the balancer.
-        options: options of the method's class, of `Balancer` and of `GradientBalancer`.
+        name: Name of the method, a key of `BALANCERS`, or "torchjd:NAME" for a method of the installed torchjd.
+        tasks: Names of the tasks, in the order of every vector of the balancer.
+        options: Options of the method's class, of `Balancer` and of `GradientBalancer`.
 
     Raises:
-        UserError: for an unknown method or option, a value out of range, and repeated or missing task names.
+        UserError: If a method or option is unknown, a value is out of range, or task names are repeated or missing.
     """
     method = BALANCERS[name]
     require_known(f"balancing: '{name}' has no option", options, method.options())
@@ -61,10 +62,10 @@ class TaskLosses:
     """Losses of one batch.
 
     Attributes:
-        losses: losses of this process by task number, scaled so that their mean over the processes is L_t.
+        losses: Losses of this process by task number, scaled so that their mean over the processes is L_t.
         means: L_t of every task (T,), 0 for absent tasks, without gradient.
-        present: (T,) bool on the CPU, whether any process has the task.
-        retain_graph: whether the graph of the losses has to be kept.
+        present: Tensor (T,) bool on the CPU, whether any process has the task.
+        retain_graph: Whether the graph of the losses has to be kept.
     """
 
     losses: dict[int, Tensor]
@@ -81,8 +82,8 @@ class Balancer(nn.Module):
     """Base class of all methods: checks of the input, partial labels, several processes.
 
     Args:
-        tasks: names of the tasks, in the order of every vector.
-        weights: fixed factors of the losses, applied before balancing; 1 for tasks without an entry.
+        tasks: Names of the tasks, in the order of every vector.
+        weights: Fixed factors of the losses, applied before balancing. A task without an entry has 1.
     """
 
     calls: Tensor
@@ -90,7 +91,7 @@ class Balancer(nn.Module):
 
     @classmethod
     def options(cls) -> list[str]:
-        """Return the names of the method's options, including those of its base classes."""
+        """Return the names of the method's options, including the options of its base classes."""
         initialisers = [
             vars(base)["__init__"] for base in cls.__mro__[: cls.__mro__.index(nn.Module)] if "__init__" in vars(base)
         ]
@@ -106,11 +107,12 @@ class Balancer(nn.Module):
             self._number(task, "weights")
             check_range(f"weights.{task}", weight, 0 < weight < math.inf, "positive")
         self.weights = tuple(float((weights or {}).get(task, 1.0)) for task in self.tasks)
-        self.register_buffer("calls", torch.zeros((), dtype=torch.long))  # calls of `combine` in training mode
+        # number of calls of `combine` in training mode
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
         self.register_buffer("alpha", torch.zeros(len(self.tasks)), persistent=False)
 
     def last_alpha(self) -> dict[str, Tensor]:
-        """Return alpha_t of the last call by task, as scalars for the log; 0 for tasks that were absent."""
+        """Return alpha_t of the last call by task, as scalars for the log. Absent tasks have 0."""
         return {task: self.alpha[number].clone() for number, task in enumerate(self.tasks)}
 
     def combine(
@@ -121,19 +123,20 @@ class Balancer(nn.Module):
         In eval mode and under no_grad it is the sum of the losses, and no state changes.
 
         Args:
-            losses: scalars by task, over the batch of this process, without the absent tasks.
-            parameters: parameters whose gradients are balanced, in the graph or not; frozen parameters and those of the
+            losses: Scalars by task, over the batch of this process, without the absent tasks.
+            parameters: Parameters whose gradients are balanced, in the graph or not. Frozen parameters and parameters of the
                 balancer are ignored.
-            retain_graph: False lets a method that takes gradients free the graph of the losses, for less memory, where no
-                other loss needs it.
+            retain_graph: Whether the graph of the losses is kept. False lets a method that takes gradients free the graph, for
+                less memory, if no other loss needs it.
 
         Raises:
-            UserError: for an unknown task, a loss that is not a scalar or has no graph, and without a trainable parameter.
+            UserError: If a task is unknown, a loss is not a scalar or has no graph, or no parameter is trainable.
         """
         weighted = {number: self.weights[number] * loss for number, loss in self._checked(losses).items()}
         parameters = self.balanced(parameters)
-        # Parameters that only other processes reach must take part in the mean of gradients here, too, with a gradient of 0.
-        tied = parameters if processes() > 1 or not weighted else ()
+        # Parameters that only other processes reach must also take part in the mean of gradients here, with a gradient
+        # of 0.
+        tied = parameters if count_processes() > 1 or not weighted else ()
         zero = sum((p.flatten()[:0].sum() for p in (*tied, *self.parameters())), parameters[0].new_zeros(()))
         if not (self.training and torch.is_grad_enabled()):
             return sum(weighted.values(), zero)
@@ -149,9 +152,9 @@ class Balancer(nn.Module):
         return result
 
     def balanced(self, parameters: Sequence[Tensor]) -> list[Tensor]:
-        """Return those of the parameters that are balanced: trainable, and not the balancer's.
+        """Return the parameters that are balanced: trainable, and not parameters of the balancer.
 
-        Raises UserError where there are none.
+        Raise UserError if there are none.
         """
         ignored = {id(parameter) for parameter in self.parameters()}
         chosen = [p for p in parameters if p.requires_grad and id(p) not in ignored]
@@ -162,10 +165,10 @@ class Balancer(nn.Module):
         return chosen
 
     def update(self, losses: Mapping[str, Tensor]) -> None:
-        """Take the losses of the latest batch after the optimiser's step; call it on every process.
+        """Take the losses of the latest batch after the optimiser's step. Call it on every process.
 
         Raises:
-            UserError: as in `combine`.
+            UserError: If `combine` would raise it.
         """
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
@@ -179,7 +182,7 @@ class Balancer(nn.Module):
         return batch.present.double()
 
     def rescale(self, number: int, loss: Tensor) -> Tensor:
-        """Return the loss of task `number` with factors that are learned with the model; in this class the loss itself."""
+        """Return the loss of task `number` with factors that are learned with the model. In this class it is the loss itself."""
         return loss
 
     def _number(self, task: str, where: str) -> int:
@@ -197,18 +200,18 @@ class Balancer(nn.Module):
         return dict(sorted(checked.items()))
 
     def _gather(self, losses: dict[int, Tensor], like: Tensor) -> TaskLosses:
-        # Not the losses' dtype: it must be equal on a process without any task.
+        # The dtype does not follow the losses, because it must be equal on a process without any task.
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        # Sums of losses, numbers of processes.
+        # Sums of losses, and numbers of processes.
         totals = torch.zeros(2, len(self.tasks), dtype=dtype, device=like.device)
         for number, loss in losses.items():
             totals[0, number] = loss.detach()
             totals[1, number] = 1
         present = torch.tensor([number in losses for number in range(len(self.tasks))])
         rescaled = {number: self.rescale(number, loss) for number, loss in losses.items()}
-        if processes() > 1:
+        if count_processes() > 1:
             dist.all_reduce(totals)
-            rescaled = {number: loss * (processes() / totals[1, number]) for number, loss in rescaled.items()}
+            rescaled = {number: loss * (count_processes() / totals[1, number]) for number, loss in rescaled.items()}
             present = (totals[1] > 0).cpu()
         return TaskLosses(rescaled, totals[0] / totals[1].clamp_min(1), present)
 
@@ -218,7 +221,7 @@ def weighted_sum(batch: TaskLosses, alpha: Tensor) -> Tensor:
     return sum((alpha[number].item() * loss for number, loss in batch.losses.items()), batch.means.new_zeros(()))
 
 
-def processes() -> int:
+def count_processes() -> int:
     """Return the number of processes that train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 

@@ -1,14 +1,14 @@
 """Balancing by the gradients: alpha of d = sum_t alpha_t g_t as a function of the Gram matrix M = <g_s, g_t>.
 
-One backward pass for each task gives the gradients of all trained parameters; alpha follows from M (T x T) in float64 on the CPU.
-The scalar to call backward on has d for its gradient, so that its own backward pass costs nothing: the net is not run backward
-once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient; in the
+One backward pass for each task gives the gradients of all trained parameters. alpha follows from M (T x T) in float64 on the
+CPU. The scalar to call backward on has d as its gradient, so that its own backward pass costs nothing, and the net is not run
+backward once more for the sum. Each `solve` takes M (t, t) of the t tasks that are present and have a nonzero gradient. In the
 formulas T is the number of these tasks.
 
-What stands here does something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. FairGrad and Nash-MTL are
-solved to the last digits for gradients of any lengths: torchjd misses FairGrad's equation where lengths differ by 10^4, and its
-Nash-MTL has state, which no checkpoint would hold. PCGrad draws its order from (seed, number of the call), which every process
-knows and a resumed run repeats.
+The methods here do something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. FairGrad and Nash-MTL are solved
+to the last digits for gradients of any lengths. torchjd misses FairGrad's equation if lengths differ by 10^4, and its Nash-MTL
+has state that no checkpoint would hold. PCGrad draws its order from (seed, number of the call), which every process knows and a
+resumed run repeats.
 """
 
 from __future__ import annotations
@@ -24,27 +24,27 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vismt.base.errors import require_known
-from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range, processes, weighted_sum
+from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range, count_processes, weighted_sum
 
 HEAD_GRADIENTS = ("plain", "weighted")
-COLUMNS = 1 << 22  # columns of the gradient matrix that are converted to float64 at a time
-_RIDGE = 1e-12  # added to cosines: keeps weights finite where vectors cancel
+COLUMNS = 1 << 22  # number of columns of the gradient matrix that are converted to float64 at a time
+_RIDGE = 1e-12  # added to cosines, keeps weights finite if vectors cancel
 
 
 class GradientBalancer(Balancer, ABC):
     """Base class of the methods that use gradients: `solve` computes alpha from a Gram matrix.
 
-    A task with a gradient of exactly 0 is treated like an absent one, but its head is trained. With a gradient that is not
-    finite the result is the sum of the losses, so that the caller detects the bad step.
+    A task with a gradient of exactly 0 is treated like an absent task, but its head is trained. If a gradient is not finite,
+    the result is the sum of the losses, so that the caller detects the bad step.
 
     Args:
-        tasks: names of the tasks.
-        heads: gradient of parameters outside the given ones: "plain", that of sum_t L_t, or "weighted", that of
-            sum_t alpha_t L_t, where alpha_t = 0 stops and alpha_t < 0 reverses the training of a head; None for the choice of
-            the method's authors.
-        loss_scale: factor of the losses in the backward passes, divided out afterwards (float16 loses gradients below 6e-8:
-            use 1024, for example; the scaler of train.precision fp16 does not reach these passes).
-        common: options of `Balancer`.
+        tasks: Names of the tasks.
+        heads: Gradient of parameters outside the given ones: "plain" for the gradient of sum_t L_t, or "weighted" for the
+            gradient of sum_t alpha_t L_t. With "weighted", alpha_t = 0 stops and alpha_t < 0 reverses the training of a head.
+            None takes the choice of the method's authors.
+        loss_scale: Factor of the losses in the backward passes, divided out afterwards. float16 loses gradients below 6e-8, so
+            use 1024, for example. The scaler of train.precision fp16 does not reach these passes.
+        common: Options of `Balancer`.
     """
 
     default_heads = "plain"
@@ -65,7 +65,7 @@ class GradientBalancer(Balancer, ABC):
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
         """Return alpha (t,) of the t tasks with a gradient.
 
-        gram: (t, t), losses: (t,), float64 on the CPU; tasks: (t,) task numbers.
+        gram: Gram matrix (t, t), float64 on the CPU. losses: Losses (t,), float64 on the CPU. tasks: Task numbers (t,).
         """
 
     def surrogate(self, batch: TaskLosses, parameters: Sequence[Tensor]) -> Tensor:
@@ -73,9 +73,9 @@ class GradientBalancer(Balancer, ABC):
         others = [leaf for leaf in trained_leaves(batch.losses.values()) if id(leaf) not in balanced]
         gradients, of_others = self._gradients(batch, parameters, others)
         alpha = batch.present.double()
-        factors = alpha.clone()  # of the tasks in the gradient of other parameters
+        factors = alpha.clone()  # factors of the tasks in the gradient of other parameters
         gram = gram_matrix(gradients)
-        if bool(gram.isfinite().all()):  # otherwise the sum of the gradients shows what is not
+        if bool(gram.isfinite().all()):  # otherwise the sum of the gradients shows what is not finite
             tasks = (batch.present & (gram.diagonal() > 0)).nonzero().flatten()
             if len(tasks):
                 alpha[tasks] = self.solve(gram[tasks][:, tasks], tasks, batch.host()[tasks])
@@ -94,9 +94,10 @@ class GradientBalancer(Balancer, ABC):
     def _gradients(
         self, batch: TaskLosses, parameters: Sequence[Tensor], others: Sequence[Tensor]
     ) -> tuple[Tensor, dict[int, Sequence[Tensor | None]]]:
-        """Return g_t (T, P), averaged over the processes, in at least float32; zeros for absent tasks.
+        """Return g_t (T, P), averaged over the processes, in at least float32. Absent tasks have zeros.
 
-        Also returns the gradients of `others` by task, those of this process times the loss scale, None for an unused one.
+        Also return the gradients of `others` by task. They are the gradients of this process times the loss scale, None for an
+        unused parameter.
         """
         dtype = torch.float64 if any(p.dtype == torch.float64 for p in parameters) else torch.float32
         size = sum(p.numel() for p in parameters)
@@ -113,15 +114,15 @@ class GradientBalancer(Balancer, ABC):
                 gradient, found[index] = found[index], None  # freed before the next pass
                 if gradient is not None:
                     place.copy_(gradient.flatten())
-        if processes() > 1:
+        if count_processes() > 1:
             dist.all_reduce(rows)
-        if processes() * self.loss_scale != 1:
-            rows /= processes() * self.loss_scale
+        if count_processes() * self.loss_scale != 1:
+            rows /= count_processes() * self.loss_scale
         return rows, of_others
 
 
 class _WithGradients(torch.autograd.Function):
-    """(value (), gradients, *parameters) -> the value, whose gradients by the parameters are the given ones."""
+    """Function (value (), gradients, *parameters) -> the value, whose gradients by the parameters are the given gradients."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gradients: list[Tensor], *parameters: Tensor) -> Tensor:
@@ -147,7 +148,7 @@ class PcGrad(GradientBalancer):
 
     def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
         inners = gram.numpy()
-        mixed = np.eye(len(inners))  # row i: g_i' in terms of the g_j
+        mixed = np.eye(len(inners))  # row i has g_i' in terms of the g_j
         for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
             inner = mixed[i] @ inners[:, j]
             if inner < 0:
@@ -159,13 +160,14 @@ class PcGrad(GradientBalancer):
 class FairGrad(GradientBalancer):
     """FairGrad: weights with M w = w^(-1/alpha), the alpha-fair share of the common decrease. Ban & Ji, arXiv 2402.15638.
 
-    alpha = 1 is proportional fairness, Nash-MTL; for large alpha the decreases <d, g_t> become equal. Solved by Newton steps
-    (`fair_weights`), the released code calls a least-squares solver.
+    alpha = 1 is proportional fairness, which is Nash-MTL. For large alpha the decreases <d, g_t> become equal. The weights are
+    found by Newton steps (`fair_weights`). The released code calls a least-squares solver.
 
     Args:
-        tasks: names of the tasks.
-        alpha: from 0.5 to 10, beyond which the weights differ by more than their precision; 2 is the authors' value for QM9.
-        common: options of `GradientBalancer`.
+        tasks: Names of the tasks.
+        alpha: Fairness from 0.5 to 10. Beyond 10 the weights differ by more than their precision. 2 is the authors' value for
+            QM9.
+        common: Options of `GradientBalancer`.
     """
 
     def __init__(self, tasks: Sequence[str], *, alpha: float = 2.0, **common: Any) -> None:
@@ -179,11 +181,11 @@ class FairGrad(GradientBalancer):
 
 @BALANCERS.register("nash")
 class NashMtl(GradientBalancer):
-    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size; FairGrad's alpha = 1.
+    """Nash-MTL: alpha > 0 with M alpha = 1 / alpha, so |d| = sqrt(T) for gradients of any size. It is FairGrad with alpha = 1.
 
-    Navon et al., arXiv 2202.01017. Computed by Newton steps (`fair_weights`); the released code solves up to 20 convex programs
-    a step for it, and clips the gradient of the shared parameters at norm 1: set train.clip. By default heads are weighted with
-    alpha.
+    Navon et al., arXiv 2202.01017. The weights are found by Newton steps (`fair_weights`). The released code solves up to 20
+    convex programs a step for them, and clips the gradient of the shared parameters at norm 1. Set train.clip to do the same.
+    By default heads are weighted with alpha.
     """
 
     default_heads = "weighted"
@@ -196,11 +198,11 @@ class NashMtl(GradientBalancer):
 def fair_weights(gram: Tensor, alpha: float) -> Tensor:
     """Return w (t,) > 0 with M w = w^(-1/alpha), for a Gram matrix M (t, t) in float64.
 
-    For the cosines C of M and lengths n, u = n w minimises u^T C u / 2 - sum_t n_t^(1/alpha - 1) p(u_t), where p' = u^(-1/alpha):
-    convex, so Newton steps that are halved until the function decreases find the minimum.
+    For the cosines C of M and lengths n, u = n w minimises u^T C u / 2 - sum_t n_t^(1/alpha - 1) p(u_t), where p' =
+    u^(-1/alpha). This is convex, so Newton steps that are halved until the function decreases find the minimum.
     """
     norms = gram.diagonal().sqrt()
-    # Lengths relative to their geometric mean m; M = m^2 M' has w = m^(-2 alpha / (1 + alpha)) w'.
+    # Lengths are relative to their geometric mean m. M = m^2 M' has w = m^(-2 alpha / (1 + alpha)) w'.
     mean = norms.log().mean().exp()
     lengths, power = norms / mean, 1 / alpha
     cosines = gram / torch.outer(norms, norms) + _RIDGE * torch.eye(len(gram), dtype=gram.dtype)

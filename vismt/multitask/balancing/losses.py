@@ -1,6 +1,6 @@
 """Balancing by the losses: no gradient of a single task is computed, so a step costs as much as without balancing.
 
-Methods that compute alpha from the losses copy their values to the CPU once a step. Absent tasks: base.py.
+Methods that compute alpha from the losses copy their values to the CPU once a step. base.py says how absent tasks are treated.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ _LEAST = 1e-8  # a loss of 0 has no logarithm
 
 @BALANCERS.register("ew")
 class EqualWeighting(Balancer):
-    """alpha_t = 1, the sum of the losses; with fixed `weights`, linear scalarisation (Xin et al., arXiv 2209.11379)."""
+    """alpha_t = 1, the sum of the losses. With fixed `weights` this is linear scalarisation (Xin et al., arXiv 2209.11379)."""
 
 
 @BALANCERS.register("uncertainty")
 class UncertaintyWeighting(Balancer):
     """sum_t exp(-s_t) L_t / 2 + s_t / 2 with s_t = log sigma_t^2 learned. Kendall et al., arXiv 1705.07115.
 
-    The authors' form for classification, exp(-s) L + s / 2, is this one at s + log 2 and needs no option. s is a parameter:
-    exclude it from weight decay if the optimiser allows. The s of an absent task does not change.
+    The authors' form for classification, exp(-s) L + s / 2, is this form at s + log 2, and needs no option. s is a parameter.
+    Exclude it from weight decay if the optimiser allows. The s of an absent task does not change.
 
     Args:
-        tasks: names of the tasks.
-        init: s at the start.
-        common: options of `Balancer`.
+        tasks: Names of the tasks.
+        init: Start value of s.
+        common: Options of `Balancer`.
     """
 
     def __init__(self, tasks: Sequence[str], *, init: float = 0.0, **common: Any) -> None:
@@ -56,14 +56,14 @@ class UncertaintyWeighting(Balancer):
 class DynamicWeightAverage(Balancer):
     """alpha_t = T softmax_t(r_t / temperature), r_t = L_t(e - 1) / L_t(e - 2). Liu et al., arXiv 1803.10704.
 
-    L_t(e): mean over the e-th window of `window` calls, of those that have the task. alpha = 1 in the first two windows;
-    r_t = 1 for a task that one of the two windows lacks. The softmax is over all tasks, present or not.
+    L_t(e) is the mean over the e-th window of `window` calls. Only calls that have the task count. alpha = 1 in the first two
+    windows. r_t = 1 for a task that one of the two windows lacks. The softmax is over all tasks, present or not.
 
     Args:
-        tasks: names of the tasks.
-        temperature: > 0.
-        window: number of calls; the authors' window is an epoch, so pass the number of batches of an epoch.
-        common: options of `Balancer`.
+        tasks: Names of the tasks.
+        temperature: Temperature of the softmax, > 0.
+        window: Number of calls in a window. The authors' window is an epoch, so pass the number of batches of an epoch.
+        common: Options of `Balancer`.
     """
 
     sums: Tensor
@@ -75,9 +75,9 @@ class DynamicWeightAverage(Balancer):
         check_range("temperature", temperature, temperature > 0, "positive")
         check_range("window", window, window >= 1, "at least 1")
         self.temperature, self.window = temperature, window
-        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # of the current window
+        self.register_buffer("sums", torch.zeros(len(self.tasks)))  # sums over the current window
         self.register_buffer("counts", torch.zeros(len(self.tasks)))
-        # Of the window before last and of the last window.
+        # Means of the window before last and of the last window.
         self.register_buffer("means", torch.full((2, len(self.tasks)), torch.nan))
 
     def weigh(self, batch: TaskLosses) -> Tensor:
@@ -102,18 +102,18 @@ class Famo(Balancer):
         z = softmax(xi),  D_t = L_t - least_t + 1e-8,  alpha_t = c z_t / D_t,  1 / c = sum_t z_t / D_t
         Adam (rate lr, betas 0.9 and 0.999) updates xi with the gradient (dz/dxi)^T (log D - log D_after) + gamma xi
 
-    D_after is computed on the same batch after the optimiser's step, which objectives pass to `update` (TaskObjective.step), at
-    the price of another forward pass. Without a call of `update` the losses of the next call of `combine` are used, which adds
-    the difference of two batches to the signal; between the batches of one accumulated step the signal is that difference
-    alone. The softmax runs over the present tasks,
-    in the update of xi over the tasks present both before and after; the other xi keep their momentum.
+    D_after is computed on the same batch after the optimiser's step. Objectives pass it to `update` (TaskObjective.step), at
+    the price of another forward pass. Without a call of `update`, the losses of the next call of `combine` are used, which adds
+    the difference of two batches to the signal. Between the batches of one accumulated step, the signal is that difference
+    alone. The softmax runs over the present tasks, and in the update of xi over the tasks that are present both before and
+    after. The other xi keep their momentum.
 
     Args:
-        tasks: names of the tasks.
-        lr: rate of Adam, > 0.
-        gamma: decay of xi, >= 0.
-        least: lower bounds of the losses by task, 0 for tasks without an entry; a loss below its bound raises UserError.
-        common: options of `Balancer`.
+        tasks: Names of the tasks.
+        lr: Rate of Adam, > 0.
+        gamma: Decay of xi, >= 0.
+        least: Lower bounds of the losses by task, 0 for tasks without an entry. A loss below its bound raises UserError.
+        common: Options of `Balancer`.
     """
 
     not_sharded = "'famo' computes losses again after the step, outside of the sharded net; take 'uncertainty'"
@@ -141,7 +141,7 @@ class Famo(Balancer):
         self.register_buffer("xi", torch.zeros(len(self.tasks)))
         self.register_buffer("moments", torch.zeros(2, len(self.tasks)))
         self.register_buffer("updates", torch.zeros((), dtype=torch.long))
-        # log D of the last call, NaN for none.
+        # log D of the last call, NaN for no value.
         self.register_buffer("before", torch.full((len(self.tasks),), torch.nan))
 
     def weigh(self, batch: TaskLosses) -> Tensor:
@@ -160,7 +160,7 @@ class Famo(Balancer):
         self.before.fill_(torch.nan)
 
     def _log_distance(self, losses: Tensor, present: Tensor) -> Tensor:
-        """Return log D (T,), 0 for absent tasks."""
+        """Return log D (T,). Absent tasks have 0."""
         distance = torch.where(present, losses - self.least, 1.0)
         for task, value in zip(self.tasks, distance.tolist()):
             if value < 0:

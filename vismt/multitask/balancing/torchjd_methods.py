@@ -4,12 +4,12 @@
                                             matrix with this M in place of the gradients, and the balanced gradient is its own
     scalarizers (torchjd.scalarization)     a function F(L_1, ..., L_T): alpha_t = dF / dL_t at the mean losses of the processes
 
-Options are the arguments of torchjd's class, with lists for tensors, and those of `GradientBalancer` (aggregators) or `Balancer`
-(scalarizers), which come first where both have a name. Absent tasks are left out, as in the other methods. Where torchjd draws
-random numbers, they are a function of (seed, number of the call). A name that is both is that of the scalarizer, which needs no
-gradient of a single task. Left out: methods with state, which no checkpoint would hold (GradVac, and NashMTL, which is
-`nash` here), methods that do not weigh gradients (ConFIG, GradDrop, TrimmedMean), and those that
-need `weights`, the fixed factors of `Balancer`.
+Options are the arguments of torchjd's class, with lists for tensors, and the options of `GradientBalancer` (aggregators) or
+`Balancer` (scalarizers). If both have an option of one name, the option of the balancer counts. Absent tasks are left out, as
+in the other methods. If torchjd draws random numbers, they are a function of (seed, number of the call). A name that is both
+means the scalarizer, which needs no gradient of a single task. Left out: methods with state, which no checkpoint would hold
+(GradVac, and NashMTL, which is `nash` here), methods that do not weigh gradients (ConFIG, GradDrop, TrimmedMean), and methods
+that need `weights`, the fixed factors of `Balancer`.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class TorchJdMethod(Balancer):
     """Base class of the methods of torchjd.
 
     Args:
-        tasks: names of the tasks.
-        seed: of random numbers, where the method draws some.
-        options: arguments of the class in torchjd, and those of the base class.
+        tasks: Names of the tasks.
+        seed: Seed of random numbers, if the method draws some.
+        options: Arguments of the class in torchjd, and of the base class.
     """
 
     theirs: ClassVar[Any]
@@ -51,7 +51,7 @@ class TorchJdMethod(Balancer):
         lists = {name: value for name, value in given.items() if isinstance(value, list | tuple)}
         tensors = {name: torch.tensor(value, dtype=torch.float64) for name, value in lists.items()}
         with self.drawn():
-            # In a tuple, so that it stays on the CPU in float64, where alpha is computed.
+            # The vector is in a tuple, so that it stays on the CPU in float64, where alpha is computed.
             self.method = (self.theirs(**{**given, **tensors}),)
 
     @classmethod
@@ -60,7 +60,7 @@ class TorchJdMethod(Balancer):
 
     @contextmanager
     def drawn(self) -> Iterator[None]:
-        """Within the block, seed torch's random numbers, and raise UserError with what torchjd objects to."""
+        """Seed torch's random numbers inside the block, and raise UserError for anything that torchjd refuses."""
         calls = int(self.calls)
         try:
             with torch.random.fork_rng(devices=[]):
@@ -92,7 +92,7 @@ class TorchJdScalarizer(TorchJdMethod):
 
 
 def methods() -> dict[str, Any]:
-    """Return the classes of the installed torchjd that can be hosted, by name. Raises UserError without torchjd."""
+    """Return the classes of the installed torchjd that can be hosted, by name. Raise UserError without torchjd."""
     try:
         aggregation = importlib.import_module("torchjd.aggregation")
         scalarization = importlib.import_module("torchjd.scalarization")
@@ -113,8 +113,8 @@ def methods() -> dict[str, Any]:
 
 
 @functools.cache
-def hosted(name: str) -> type[Balancer]:
-    """A method of the installed torchjd (torchjd:UPGrad, torchjd:IMTLG, ...); options: the arguments of its class."""
+def host_balancer(name: str) -> type[Balancer]:
+    """Use a method of the installed torchjd (torchjd:UPGrad, torchjd:IMTLG, ...). Options are the arguments of its class."""
     known = methods()
     require_known("balancing: torchjd has no method", [name], known)
     scalarizer = issubclass(known[name], importlib.import_module("torchjd.scalarization").Scalarizer)
@@ -122,9 +122,9 @@ def hosted(name: str) -> type[Balancer]:
 
 
 def _arguments(method: type[TorchJdMethod]) -> list[str]:
-    """Return the arguments of a method's class in torchjd, but for those that the base classes have."""
+    """Return the arguments of a method's class in torchjd, without the arguments that the base classes have."""
     own = super(TorchJdMethod, method).options()
     return [name for name in inspect.signature(method.theirs).parameters if name not in own]
 
 
-BALANCERS.family(_PREFIX, hosted)
+BALANCERS.family(_PREFIX, host_balancer)

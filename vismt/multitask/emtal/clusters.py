@@ -4,22 +4,23 @@
     maximise  sum_h x_h . c_k(h)   subject to   |{h : k(h) = k}| = H / K        x_h = w_h / |w_h|, c_k the mean of its cluster
 
 EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884) clusters the x_h of each block and orders the units by cluster, which does
-not change the function. Here a unit keeps its place and gets a label. The clustered matrix is fc1 of the given model; the
+not change the function. Here a unit keeps its place and gets a label. The clustered matrix is fc1 of the given model. The
 released script reads its matrices from a checkpoint that another script writes. Left out: the paper's ablations (clustering by
 activations and by gradients) and gated FFNs.
 
 With equal sizes sum_h |c_k(h)|^2 does not depend on the assignment, so inner products are enough. The assignment is a
-transportation problem, solved by successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, ch. 9): every row
-starts in its best cluster at the current prices, then rows move from overfull to underfull clusters along shortest paths of the
-residual graph, which reduces to K nodes because only the cheapest row of each pair of clusters matters. Costs are integers, so
-the optimum is exact, and each k-means iteration starts from the prices of the one before, close to its solution.
-A restart at 3072 x 768, K = 16 takes 0.15 s; scipy's linear_sum_assignment on H / K copies of each centroid gives the same cost
+transportation problem, solved by successive shortest paths (Ahuja, Magnanti, Orlin, Network Flows, 1993, ch. 9). Every row
+starts in its best cluster at the current prices. Then rows move from overfull to underfull clusters along shortest paths of the
+residual graph. The graph reduces to K nodes, because only the cheapest row of each pair of clusters matters. Costs are
+integers, so the optimum is exact. Each k-means iteration starts from the prices of the iteration before, close to its solution.
+A restart at 3072 x 768, K = 16 takes 0.15 s. scipy's linear_sum_assignment on H / K copies of each centroid gives the same cost
 in 0.6 s for every single iteration.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ from vismt.lowrank.contexts import one_thread
 from vismt.storage.paths import cache_root
 from vismt.storage.stored_tensors import read_stored, write_stored
 
-RESTARTS, _ITERATIONS = 10, 300  # a start also ends when the objective does not improve
+RESTARTS, _ITERATIONS = 10, 300  # a start also ends if the objective does not improve
 # Costs span 2^41 steps, so sums along any path stay far below the distance of unreachable clusters.
 _STEPS, UNREACHABLE = 2.0**40, 2**60
 
@@ -42,15 +43,15 @@ def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0) -> Tensor:
     """Assign the hidden units of an FFN to experts of exactly H / n_experts units.
 
     Args:
-        weight: (H, D), fc1.weight; its rows are scaled to length one, except rows of zeros.
-        n_experts: number of experts, a divisor of H.
-        seed: of the k-means, see `balanced_kmeans`.
+        weight: Matrix (H, D), fc1.weight. Its rows are scaled to length one, except rows of zeros.
+        n_experts: Number of experts, a divisor of H.
+        seed: Seed of the k-means, see `balanced_kmeans`.
 
     Returns:
         The expert of each unit, int64 (H,) on the CPU.
 
     Raises:
-        UserError: when n_experts does not divide H, and when the weight is not a finite matrix with values.
+        UserError: If n_experts does not divide H, or the weight is not a finite matrix with values.
     """
     if weight.ndim != 2 or not weight.is_floating_point() or weight.is_meta:
         kind = f"{tuple(weight.shape)} {weight.dtype} on {weight.device}"
@@ -63,24 +64,25 @@ def cluster_neurons(weight: Tensor, n_experts: int, seed: int = 0) -> Tensor:
 def cluster_model(vit: nn.Module, n_experts: int, seed: int = 0) -> list[Tensor]:
     """Cluster the hidden units of every block of a timm ViT, without changing the model.
 
-    Returns the labels of each block, as of `cluster_neurons`. Raises UserError for a model without blocks, an FFN that is not two
+    Return the labels of each block, see `cluster_neurons`. Raise UserError for a model without blocks, an FFN that is not two
     plain linear layers, and an n_experts that does not divide its hidden width.
     """
     if not hasattr(vit, "blocks"):
         raise UserError(
             f"experts: {type(vit).__name__} has no blocks; give the timm model (of a Backbone: backbone.vit)."
         )
-    mlps = [plain_mlp(block, f"block {number}") for number, block in enumerate(vit.blocks)]
+    blocks: Any = vit.blocks
+    mlps = [plain_mlp(block, f"block {number}") for number, block in enumerate(blocks)]
     return cluster_ffns(mlps, n_experts, seed)
 
 
 def cluster_ffns(mlps: Sequence[nn.Module], n_experts: int, seed: int) -> list[Tensor]:
-    """Return the labels of each FFN, as of `cluster_neurons`.
+    """Return the labels of each FFN, see `cluster_neurons`.
 
     Labels are stored under the cache folder, one file for each FFN, by a hash of its fc1.weight and the settings. Stored labels
     are not computed again, so an interrupted call resumes.
     """
-    weights = [mlp.fc1.weight for mlp in mlps]
+    weights = [fc1_weight(mlp) for mlp in mlps]
     for weight in weights:
         check_divides(len(weight), n_experts, "hidden units")
     code = version("vismt.multitask")
@@ -94,10 +96,15 @@ def cluster_ffns(mlps: Sequence[nn.Module], n_experts: int, seed: int) -> list[T
     return [labels[number] for number in range(len(weights))]
 
 
+def fc1_weight(mlp: Any) -> Tensor:
+    """Return the weight (H, D) of the first linear of an FFN."""
+    return mlp.fc1.weight
+
+
 def plain_mlp(block_or_mlp: nn.Module, name: str = "") -> nn.Module:
     """Return the FFN of a block, or the FFN itself: fc1, an activation, fc2.
 
-    name: name of the block in errors. Raises UserError with the reason when a router cannot weigh its units.
+    name: Name of the block in errors. Raise UserError with the reason if a router cannot weigh its units.
     """
     mlp = getattr(block_or_mlp, "mlp", block_or_mlp)
     what = f"experts: {type(mlp).__name__} of {name}" if name else f"experts: {type(mlp).__name__}"
@@ -124,7 +131,7 @@ def plain_mlp(block_or_mlp: nn.Module, name: str = "") -> nn.Module:
 def random_neurons(hidden: int, n_experts: int, seed: int = 0) -> Tensor:
     """Assign hidden units to experts of exactly hidden / n_experts units at random, the control for `cluster_neurons`.
 
-    Returns the expert of each unit, int64 (hidden,). Raises UserError when n_experts does not divide hidden.
+    Return the expert of each unit, int64 (hidden,). Raise UserError if n_experts does not divide hidden.
     """
     check_divides(hidden, n_experts, "hidden units")
     order = torch.randperm(hidden, generator=torch.Generator().manual_seed(seed))
@@ -137,13 +144,13 @@ def explained_variance(weight: Tensor, labels: Tensor, n_experts: int) -> float:
 
         1 - W / E,   W = sum_h |x_h - c_k(h)|^2,   E = T (H - K) / (H - 1),   T = sum_h |x_h - mean|^2
 
-    x_h = w_h / |w_h|, c_k the mean of group k. E is the mean of W over all assignments to K groups of H / K units: 0 is what
-    random groups explain, 1 would be K different rows.
+    x_h = w_h / |w_h|, and c_k is the mean of group k. E is the mean of W over all assignments to K groups of H / K units.
+    Random groups give 0, and K different rows would give 1.
 
     Args:
-        weight: (H, D).
-        labels: int64 (H,), H / n_experts units of each group.
-        n_experts: number of groups, K < H.
+        weight: Matrix (H, D).
+        labels: Groups int64 (H,), with H / n_experts units in each group.
+        n_experts: Number of groups, K < H.
     """
     rows = nn.functional.normalize(weight.detach().to("cpu", torch.float64), dim=1, eps=1e-30)
     order = labels.cpu().argsort(stable=True)
@@ -157,19 +164,20 @@ def explained_variance(weight: Tensor, labels: Tensor, n_experts: int) -> float:
 def balanced_kmeans(points: Tensor, n_clusters: int, seed: int = 0, restarts: int = RESTARTS) -> Tensor:
     """Cluster points into clusters of exactly H / n_clusters rows.
 
-    Computed in fp64 on one thread of the CPU, so the result depends on `seed` and not on the number of threads.
+    The clusters are computed in fp64 on one thread of the CPU, so the result depends on `seed` and not on the number of
+    threads.
 
     Args:
-        points: (H, D), any floating dtype.
-        n_clusters: number of clusters, a divisor of H.
-        seed: of the k-means++ seeds.
-        restarts: number of k-means++ starts, of which the best result is kept.
+        points: Points (H, D), any floating dtype.
+        n_clusters: Number of clusters, a divisor of H.
+        seed: Seed of the k-means++ starts.
+        restarts: Number of k-means++ starts. The best result is kept.
 
     Returns:
-        The cluster of each row, int64 (H,) on the CPU; clusters are numbered in the order of their first rows.
+        The cluster of each row, int64 (H,) on the CPU. Clusters are numbered in the order of their first rows.
 
     Raises:
-        UserError: when n_clusters does not divide H, without a restart, and for points that are not finite.
+        UserError: If n_clusters does not divide H, there is no restart, or points are not finite.
     """
     check_divides(len(points), n_clusters, "rows")
     if restarts < 1:
@@ -192,8 +200,8 @@ def assign(cost: np.ndarray, prices: np.ndarray | None = None) -> np.ndarray:
     """Return the cheapest assignment of H rows to K clusters of H / K rows each, int64 (H,).
 
     Args:
-        cost: int64 (H, K), absolute values up to 2^41.
-        prices: int64 (K,), start values of the clusters' prices, updated in place. They affect the running time and the choice
+        cost: Costs int64 (H, K), absolute values up to 2^41.
+        prices: Start values int64 (K,) of the clusters' prices, updated in place. They affect the running time and the choice
             among equally cheap assignments.
     """
     rows, clusters = cost.shape
@@ -249,7 +257,7 @@ def _shortest_path(
 ) -> tuple[int, np.ndarray, np.ndarray]:
     """Run Dijkstra's algorithm from all overfull clusters to the nearest underfull one.
 
-    Returns that cluster, the distances, and the parents (-1 at a start). Prices make every edge non-negative: at the current
+    Return that cluster, the distances, and the parents (-1 at a start). Prices make every edge non-negative. At the current
     prices no row gains by leaving its cluster.
     """
     distance = np.where(count > size, 0, UNREACHABLE)
@@ -266,7 +274,7 @@ def _shortest_path(
 
 
 def _seeds(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Return k-means++ seeds: each is drawn with probability proportional to its squared distance from those before."""
+    """Return k-means++ seeds. Each is drawn with probability proportional to its squared distance from the earlier seeds."""
     draws = torch.rand(count, generator=generator, dtype=torch.float64)
     chosen = [int(draws[0] * len(points))]
     square = points.square().sum(1)
@@ -276,7 +284,7 @@ def _seeds(points: Tensor, count: int, generator: torch.Generator) -> Tensor:
         far = torch.minimum(far, (square + square[seed] - 2 * points @ points[seed]).clamp_min(0))
         far[seed] = 0
         mass = far.cumsum(0)
-        # Equal rows leave no mass; then any row may be the seed.
+        # Equal rows leave no mass. Then any row may be the seed.
         place = torch.searchsorted(mass, draw * mass[-1], right=True) if mass[-1] > 0 else draw * len(points)
         chosen.append(min(int(place), len(points) - 1))
     return points[chosen]
@@ -293,7 +301,7 @@ def _lloyd(points: Tensor, centroids: Tensor) -> tuple[np.ndarray, float]:
         assigned = assign(cost, prices)
         sums = torch.nn.functional.one_hot(torch.from_numpy(assigned), clusters).T.to(points.dtype) @ points
         gain = float(sums.square().sum())
-        # Comparing labels instead could cycle for ever among equally good ones.
+        # Comparing labels instead could cycle for ever among equally good labels.
         if gain <= best * (1 + 1e-12):
             break
         labels, best, centroids = assigned, gain, sums / (len(points) // clusters)

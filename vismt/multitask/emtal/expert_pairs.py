@@ -3,10 +3,10 @@
     fc1: unit h      u_h = W_h x + b_h + s B_h A_e x           e the expert of unit h;  A_e (r, d), B_h (1, r)
     fc2:             y = W v + b + s sum_e B_e A_e v_e         v_e the units of expert e;  A_e (r, H / K), B_e (d, r)
 
-fc1 holds lora_A (K r, d), lora_B (H, r); fc2 lora_A (r, H), lora_B (d, K r): r (K d + H) numbers each, as many as one shared
-pair of rank r (K d + H) / (d + H) has. `expert`, int64 (H,), is the expert of each unit. As one matrix an update has rank up to
-K r, and is computed as such.
-Zhong et al., NeurIPS 2024, arXiv 2501.06884; the released code has a shared pair instead (method.py).
+fc1 holds lora_A (K r, d) and lora_B (H, r). fc2 holds lora_A (r, H) and lora_B (d, K r). Each has r (K d + H) numbers, as many
+as one shared pair of rank r (K d + H) / (d + H). `expert`, int64 (H,), is the expert of each unit. As one matrix an update has
+rank up to K r, and it is computed in this way. Zhong et al., NeurIPS 2024, arXiv 2501.06884. The released code has a shared
+pair instead (method.py).
 """
 
 from __future__ import annotations
@@ -32,7 +32,10 @@ SIDES = {"fc1": "out", "fc2": "in"}  # linear -> which of its features are hidde
 
 @dataclass(frozen=True)
 class ExpertSettings(LowRankSettings):
-    """Settings of pairs for each expert. rank: K r, of all pairs. n_experts: K. side: "out" or "in", of the hidden units."""
+    """Settings of pairs for each expert.
+
+    rank: Rank K r of all pairs. n_experts: Number K of experts. side: Side of the hidden units, "out" or "in".
+    """
 
     n_experts: int = 1
     side: str = "out"
@@ -66,7 +69,10 @@ class ExpertPairs(LowRankLinear):
     def plan(
         cls, path: str, module: nn.Module, rank: int, alpha: float | None, *, n_experts: int = 1, **options: Any
     ) -> LayerSpec:
-        """Return the spec of fc1 or fc2, with as many parameters as a shared pair of `rank` has; of others that of LoRA."""
+        """Return the spec of fc1 or fc2, with as many parameters as a shared pair of `rank` has.
+
+        Other linears get the spec of LoRA.
+        """
         side = SIDES.get(path.rpartition(".")[2])
         if side is None:
             return LowRankLayer.plan(path, module, rank, alpha, **options)
@@ -143,7 +149,10 @@ class ExpertPairs(LowRankLinear):
         return self.lora_A if self.side == "out" else self._spread(self.lora_A.t()).t()
 
     def _spread(self, rows: Tensor) -> Tensor:
-        """Return the rows (H, K r) of factors (H, r) of the units, zero but for the r columns of each unit's expert."""
+        """Return the rows (H, K r) of factors (H, r) of the units.
+
+        They are zero except in the r columns of each unit's expert.
+        """
         member = F.one_hot(self.expert, self.n_experts).to(rows.dtype)
         return rearrange(member[:, :, None] * rows[:, None], "h e r -> h (e r)")
 

@@ -3,15 +3,14 @@
     omega = (1 - a) K softmax(router) + a          a(s) = clip((s - s0) / (s1 - s0), 0, 1)      s finished optimiser steps
                                                    s0 = start * total, s1 = end * total
 
-a = 0 routes, a = 1 is plain LoRA and can be merged. The paper writes 1 - a and fades "in the last epochs"; the released
-code fades from the first iteration to half of training, which is the default here, and lets a model that is called
-without a coefficient run half-faded. Here the coefficient is state, in the state dict, and a forward pass has no default for it.
+a = 0 routes. a = 1 is plain LoRA and can be merged. The paper writes 1 - a and fades "in the last epochs". The released code
+fades from the first iteration to half of training, which is the default here. It lets a model that is called without a
+coefficient run half-faded. Here the coefficient is state, in the state dict, and a forward pass has no default for it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +23,8 @@ class FadeConfig:
     """The part of the training in which the routers fade, see `RouterFade`.
 
     Args:
-        start: fraction of the training at which the fading begins.
-        end: fraction of the training at which it ends.
+        start: Fraction of the training at which the fading begins.
+        end: Fraction of the training at which the fading ends.
     """
 
     start: float = 0.0
@@ -44,10 +43,10 @@ def _check_range(start: float, end: float) -> None:
 
 
 class FadeState(nn.Module):
-    """The coefficient a in [0, 1], one object shared by all routers of a model.
+    """The coefficient a in [0, 1], one object that all routers of a model share.
 
-    alpha: buffer, fp32 scalar; reading it does not wait for the device. value: the same as a float; setting it outside of
-    [0, 1] raises UserError.
+    alpha: Buffer with the coefficient, fp32 scalar. Reading it does not wait for the device. value: The same as a float.
+    Setting it outside of [0, 1] raises UserError.
     """
 
     alpha: Tensor
@@ -68,7 +67,7 @@ class FadeState(nn.Module):
         self._value = float(value)
         self.alpha.fill_(self._value)
 
-    def _load_from_state_dict(self, *arguments: Any) -> None:
+    def _load_from_state_dict(self, *arguments: object) -> None:
         super()._load_from_state_dict(*arguments)
         self._loaded()
 
@@ -80,17 +79,17 @@ class FadeState(nn.Module):
 
 
 class RouterFade(FadeState):
-    """A FadeState that follows the schedule: call `step()` after each optimiser step, or `on_step(number)`.
+    """A FadeState that follows the schedule. Call `step()` after each optimiser step, or `on_step(number)`.
 
-    taken: finished steps, saved as the buffer `steps` (int64).
+    taken: Number of finished steps, saved as the buffer `steps` (int64).
 
     Args:
-        total_steps: optimiser steps of the training, >= 1.
-        start, end: fractions of them between which a rises from 0 to 1, 0 <= start <= end <= 1 (equal: it jumps). From
-            end * total_steps on, a is exactly 1.
+        total_steps: Number of optimiser steps of the training, >= 1.
+        start, end: Fractions of the steps between which a rises from 0 to 1, 0 <= start <= end <= 1. If they are equal, a
+            jumps. From end * total_steps on, a is exactly 1.
 
     Raises:
-        UserError: for values outside of these ranges, and on loading the state of another schedule.
+        UserError: If a value is out of range, or the loaded state belongs to another schedule.
     """
 
     steps: Tensor
@@ -110,13 +109,13 @@ class RouterFade(FadeState):
     def at(self, step: int) -> float:
         """Return the coefficient after `step` finished optimiser steps."""
         first, last = self.start * self.total_steps, self.end * self.total_steps
-        # A product of floats may lie a rounding error above the whole step.
+        # A product of floats may be a rounding error above the whole step.
         if step >= last - 1e-9 * self.total_steps:
             return 1.0
         return (step - first) / (last - first) if step > first else 0.0
 
     def step(self) -> float:
-        """Count one optimiser step; return the new coefficient."""
+        """Count one optimiser step. Return the new coefficient."""
         self.on_step(self.taken + 1)
         return self.value
 

@@ -3,10 +3,10 @@
     u = W_up x + b_up + B_1 A_1 x        omega = (1 - a) K softmax(W_r x / temperature) + a        (routing.py)
     y = W_down v + b_down + B_2 A_2 v,   v = act(u * omega)          unit h is weighed by the expert of its label
 
-x is the FFN's input, after its norm; each token is routed separately and independent of its task. At a = 1 (fading.py) omega is
-1 and y is a plain FFN with merged weights. For a < 1 the layer cannot be merged, because the router acts before the activation
-and depends on the token.
-Source: Zhong et al., NeurIPS 2024, arXiv 2501.06884; where paper and code differ, see method.py.
+x is the FFN's input, after its norm. Each token is routed on its own and independently of its task. At a = 1 (fading.py) omega
+is 1 and y is a plain FFN with merged weights. For a < 1 the layer cannot be merged, because the router acts before the
+activation and depends on the token. Source: Zhong et al., NeurIPS 2024, arXiv 2501.06884. method.py says where paper and code
+differ.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.starts import Initialiser, initialise, site_generator
 from vismt.lowrank.svd import working_dtype
-from vismt.multitask.emtal.clusters import plain_mlp
+from vismt.multitask.emtal.clusters import fc1_weight, plain_mlp
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.routing import expert_weights, gate, idle
 
@@ -55,13 +55,13 @@ class Fade(Protocol):
 
 
 def checked_fade(fade: float | Fade) -> float | Fade:
-    """Return a number in [0, 1] as float, or an object with a `value` unchanged; raise UserError for others."""
+    """Return a number in [0, 1] as float, or an object with a `value` unchanged. Raise UserError for anything else."""
     is_number = isinstance(fade, Real) and not isinstance(fade, bool)
     if not (hasattr(fade, "value") or (is_number and 0 <= fade <= 1)):
         raise UserError(
             f"emtal: fade {shown_value(fade)}; it must be a number from 0 (routed) to 1 (faded), or a FadeState."
         )
-    return float(fade) if is_number else fade
+    return float(fade) if isinstance(fade, Real) else fade
 
 
 def refuse_routing(what: str, path: str, fade: float, where: str = "") -> None:
@@ -73,7 +73,7 @@ def refuse_routing(what: str, path: str, fade: float, where: str = "") -> None:
         )
 
 
-def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
+def check_unit_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
     """Raise UserError unless labels are int64 (H,) and give each expert H / K units."""
     valid = labels.dtype == torch.int64 and labels.shape == (hidden,)
     if not valid or not torch.equal(labels.sort().values.cpu(), torch.arange(hidden) // (hidden // n_experts)):
@@ -83,7 +83,10 @@ def check_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
 
 @dataclass(frozen=True)
 class RouterSettings:
-    """Settings of a router in an FFN. n_experts: K. temperature: of its softmax."""
+    """Settings of a router in an FFN.
+
+    n_experts: Number K of experts. temperature: Temperature of the softmax.
+    """
 
     n_experts: int
     temperature: float
@@ -91,31 +94,36 @@ class RouterSettings:
 
 @register_module("moefied_ffn")
 class MoEfiedMlp(AdapterModule):
-    """A timm Mlp with a LoRA pair in fc1 and in fc2 and a router between fc1 and the activation; x (..., d) -> (..., d).
+    """A timm Mlp with a LoRA pair in fc1 and in fc2, and a router between fc1 and the activation. x (..., d) -> (..., d).
 
     Args:
-        mlp: fc1, activation, fc2 of any width; its weights are shared, not copied, and frozen. Updates that fc1 and fc2 already
-            have are kept.
-        rank: of both pairs, with scale 1; None adds no pairs.
-        n_experts: K, a divisor of the hidden width. Experts are contiguous units until `assign` sets those of a clustering.
-        temperature: of the router's softmax, > 0.
-        init: start values of the pairs, "normal" or "zero", see `starter`.
-        seed: of the start values.
+        mlp: FFN (fc1, activation, fc2) of any width. Its weights are shared, not copied, and frozen. Updates that fc1 and fc2
+            already have are kept.
+        rank: Rank of both pairs, with scale 1. None adds no pairs.
+        n_experts: Number K of experts, a divisor of the hidden width. Experts are contiguous units until `assign` sets the
+            experts of a clustering.
+        temperature: Temperature of the router's softmax, > 0.
+        init: Start values of the pairs, "normal" or "zero", see `starter`.
+        seed: Seed of the start values.
 
     Attributes:
-        fade: number in [0, 1] or a shared FadeState; 0 routes (the start), 1 is plain LoRA. It is state and not an argument of
-            forward, and part of the state dict.
-        lora_router: linear layer with weight (K, d), truncated normal with std 0.02 at the start.
-        labels: expert of each hidden unit, int64 (H,).
+        fade: Number in [0, 1] or a shared FadeState. 0 routes (the start), 1 is plain LoRA. The fade is state and not an
+            argument of forward, and it is part of the state dict.
+        lora_router: Linear layer with weight (K, d), truncated normal with std 0.02 at the start.
+        labels: Expert of each hidden unit, int64 (H,).
 
     Raises:
-        UserError: for other FFNs, numbers out of range, and an unknown init.
+        UserError: If the FFN is of another kind, a number is out of range, or `init` is unknown.
     """
 
     Settings = RouterSettings
 
     fc1: nn.Linear
     fc2: nn.Linear
+    act: nn.Module
+    drop1: nn.Module
+    norm: nn.Module
+    drop2: nn.Module
     labels: Tensor
     _fade: float | Fade
 
@@ -157,7 +165,7 @@ class MoEfiedMlp(AdapterModule):
         self.register_buffer("labels", torch.arange(hidden, device=weight.device) // (hidden // n_experts))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map the normed tokens (..., d) to (..., d); at fade 1 exactly the plain FFN, at its cost."""
+        """Map the normed tokens (..., d) to (..., d). At fade 1 this is exactly the plain FFN, at its cost."""
         fade, units = self.fade_value, self.fc1(x)
         units = idle(units, self.lora_router.weight) if fade == 1 else gate(units, self._logits(x), self.labels, fade)
         return self.drop2(self.fc2(self.norm(self.drop1(self.act(units)))))
@@ -180,7 +188,7 @@ class MoEfiedMlp(AdapterModule):
 
     @property
     def fade_value(self) -> float:
-        """The present coefficient, a float in [0, 1]."""
+        """Present coefficient, a float in [0, 1]."""
         return self._fade if isinstance(self._fade, float) else self._fade.value
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -200,7 +208,7 @@ class MoEfiedMlp(AdapterModule):
 
     def assign(self, labels: Tensor) -> None:
         """Set the expert of each hidden unit, labels (H,) of `cluster_neurons`."""
-        check_labels(labels, len(self.labels), self.n_experts)
+        check_unit_labels(labels, len(self.labels), self.n_experts)
         self.labels.copy_(labels)
         for linear in (self.fc1, self.fc2):
             if isinstance(linear, ExpertPairs):
@@ -213,7 +221,7 @@ class MoEfiedMlp(AdapterModule):
 
     @classmethod
     def check(cls, path: str, base: nn.Module | None, settings: RouterSettings) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of `tensors()`; raise UserError, with the reason, for unsuitable FFNs and wrong settings."""
+        """Return the shapes of `tensors()`. Raise UserError, with the reason, for unsuitable FFNs and wrong settings."""
         from timm.layers import Mlp
 
         n_experts, temperature = settings.n_experts, settings.temperature
@@ -227,7 +235,7 @@ class MoEfiedMlp(AdapterModule):
             plain_mlp(base, f"'{path}'")
         if not isinstance(base, cls) and type(base).forward is not Mlp.forward:
             raise UserError(f"emtal: '{path}' is a {type(base).__name__}, needed timm's Mlp (fc1, an activation, fc2).")
-        hidden, width = cast(Tensor, base.fc1.weight).shape
+        hidden, width = fc1_weight(base).shape
         if hidden % n_experts:
             divisors = ", ".join(str(k) for k in range(2, 65) if hidden % k == 0) or "1"
             raise UserError(
@@ -240,7 +248,7 @@ class MoEfiedMlp(AdapterModule):
         fade = tensors["fade"]
         if fade.dtype != torch.float64 or not 0 <= float(fade) <= 1:
             raise UserError(f"{what}.fade: {float(fade)} ({fade.dtype}); it must be float64, from 0 to 1.")
-        check_labels(tensors["labels"], len(tensors["labels"]), spec.settings.n_experts)
+        check_unit_labels(tensors["labels"], len(tensors["labels"]), spec.settings.n_experts)
         super().check_tensors(what, spec, {"lora_router.weight": tensors["lora_router.weight"]})
 
     @classmethod
@@ -255,10 +263,11 @@ class MoEfiedMlp(AdapterModule):
         self.set_extra_state(tensors["fade"])
 
     def check_mergeable(self, what: str, path: str) -> None:
-        taken, total = getattr(self._fade, "taken", None), getattr(self._fade, "total_steps", None)
+        schedule: Any = self._fade
         where = ""
-        if taken is not None:
-            where = f", step {taken} of {total}, 1 from {math.ceil((self._fade.end - 1e-9) * total)}"
+        if hasattr(schedule, "taken"):
+            total = schedule.total_steps
+            where = f", step {schedule.taken} of {total}, 1 from {math.ceil((schedule.end - 1e-9) * total)}"
         refuse_routing(what, path, self.fade_value, where)
 
     @classmethod

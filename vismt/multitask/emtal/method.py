@@ -1,14 +1,13 @@
 """EMTAL's adapter, MoEfied LoRA: plain LoRA in every block, and while training a router that weighs experts of each FFN (ffn.py).
 
-Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the code's form is taken: one pair
-(A, B) a linear (paper: one for each expert, which is `pairs: expert`, expert_pairs.py), updates in attention too, scale 1, A
-and B both from N(0, 0.02^2). With that start, training does not begin at the pre-trained function; init="zero" starts B at
-zero and does, as far as the router lets it. Trainable with rank r in L blocks of width D and hidden width 4 D:
-L (16 D r + D K).
+Zhong et al., NeurIPS 2024, arXiv 2501.06884. Paper and released code differ, and the form of the code is used. Each linear has
+one pair (A, B). (The paper has one pair for each expert, which is `pairs: expert`, expert_pairs.py.) Attention has updates too,
+the scale is 1, and A and B are both drawn from N(0, 0.02^2). With that start, training does not begin at the pre-trained
+function. init="zero" starts B at zero, and then training does begin there, as far as the router lets it. The number of
+trainable values with rank r in L blocks of width D and hidden width 4 D is L (16 D r + D K).
 
-The released code orders the units of the FFN weights by expert and leaves them permuted. Here a unit keeps its place and has the
-label of its expert.
-Left out: gated FFNs (a unit has two pre-activations there), models other than ViTs.
+The released code orders the units of the FFN weights by expert and leaves them permuted. Here a unit keeps its place and has
+the label of its expert. Left out: gated FFNs (a unit has two pre-activations there), models other than ViTs.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +29,10 @@ from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_ada
 from vismt.lowrank.model.starts import site_generator
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import Method, register_method
-from vismt.multitask.emtal.clusters import cluster_ffns, explained_variance, random_neurons
+from vismt.multitask.emtal.clusters import cluster_ffns, explained_variance, fc1_weight, random_neurons
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.fading import RouterFade
-from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_labels, checked_fade, starter
+from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_unit_labels, checked_fade, starter
 
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
@@ -58,12 +57,13 @@ def emtal(
 ) -> AdaptReport:
     """Add LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
 
-    n_experts: K, a divisor of the hidden width. temperature: of the router's softmax. init: "normal" or "zero". cluster:
-    True clusters the units of each FFN by their weights (minutes for a ViT-B, then cached), False takes neighbours, a
-    sequence gives the labels of each block, as `cluster_model` returns them. permute: "random" draws the experts of cluster
-    True by the seed instead, the control that tells what the clusters add. pairs: "expert" gives each expert a pair of its own
-    in fc1 and fc2, with as many parameters as the shared pair of `rank`. fade: start value, or the FadeState that all routers
-    follow; `set_fade` changes it. Further options: those of `inject`.
+    n_experts: Number K of experts, a divisor of the hidden width. temperature: Temperature of the router's softmax. init:
+    "normal" or "zero". cluster: How units are assigned to experts. True clusters the units of each FFN by their weights
+    (minutes for a ViT-B, then cached), False takes neighbours, and a sequence gives the labels of each block, as
+    `cluster_model` returns them. permute: "random" draws the experts by the seed instead of clustering, the control that tells
+    what the clusters add. pairs: "expert" gives each expert a pair of its own in fc1 and fc2, with as many parameters as the
+    shared pair of `rank`. fade: Start value, or the FadeState that all routers follow. `set_fade` changes it. Further options
+    are the options of `inject`.
     """
     refuse_adapted(model)
     start, fade = starter(init), checked_fade(fade)
@@ -72,13 +72,13 @@ def emtal(
     for path, mlp in mlps.items():
         MoEfiedMlp.check(path, mlp, settings)
     linears = [f"{path}.{name}" for path in mlps for name in ("fc1", "fc2")]
-    find_targets(model, linears)  # clusters are of plain weights
+    find_targets(model, linears)  # clusters need plain weights
     require_known("emtal: permute", [permute], PERMUTATIONS)
     require_known("emtal: pairs", [pairs], _PAIRS)
     if permute == "random" and cluster is not True:
         raise UserError("emtal: permute 'random' draws the experts; leave cluster out, or take permute: clusters.")
     labels = _labels(mlps, cluster, permute, n_experts, seed)
-    shares = _explained([cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()], labels, n_experts)
+    shares = _explained([fc1_weight(mlp) for mlp in mlps.values()], labels, n_experts)
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear"]
         targets = [*filter(PROJECTION.fullmatch, attention), *linears]
@@ -101,7 +101,7 @@ def emtal(
 
 
 def ffns(model: nn.Module) -> dict[str, nn.Module]:
-    """Return the two-layer Mlp of every block by path; UserError with the reason where a block has none."""
+    """Return the two-layer Mlp of every block by path. Raise UserError with the reason if a block has none."""
     from timm.layers import Mlp
 
     blocks = {path: module for path, module in model.named_modules() if _BLOCK.fullmatch(path)}
@@ -127,7 +127,7 @@ def ffns(model: nn.Module) -> dict[str, nn.Module]:
 def set_fade(model: nn.Module, fade: float | Fade) -> None:
     """Set the fade of every router of a model: a number (0 routed, 1 faded), or a FadeState to follow.
 
-    Raises UserError for a model without routers and a number outside of [0, 1].
+    Raise UserError for a model without routers and for a number outside of [0, 1].
     """
     routed: list[Any] = [wrapper for wrapper in adapter_modules(model).values() if isinstance(wrapper, MoEfiedMlp)]
     if not routed:
@@ -137,9 +137,9 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
 
 
 def schedule(model: nn.Module, optimizer: torch.optim.Optimizer, *, steps: int, settings: Any) -> RouterFade | None:
-    """Return the fade that all routers of `model` follow from here on; None leaves them at their value.
+    """Return the fade that all routers of `model` follow from now on. None leaves them at their value.
 
-    That is so without settings, a FadeConfig, and in a training of no steps.
+    It is None without settings (a FadeConfig), and in a training of no steps.
     """
     if settings is None or not steps:
         return None
@@ -161,7 +161,7 @@ def _explained(weights: Sequence[Tensor], labels: Sequence[Tensor] | None, n_exp
 def _labels(
     mlps: Mapping[str, nn.Module], cluster: bool | Sequence[Tensor], permute: str, n_experts: int, seed: int
 ) -> Sequence[Tensor] | None:
-    weights = [cast(Tensor, mlp.fc1.weight) for mlp in mlps.values()]
+    weights = [fc1_weight(mlp) for mlp in mlps.values()]
     if permute == "random":
         seeds = [int(torch.randint(2**62, (), generator=site_generator(seed, f"{path}.permute"))) for path in mlps]
         return [random_neurons(len(weight), n_experts, own) for weight, own in zip(weights, seeds)]
@@ -171,7 +171,7 @@ def _labels(
             seen = f"{len(labels)} entries ({type(cluster).__name__})"
             raise UserError(f"emtal: cluster holds {seen}, needed labels (tensors) of {len(mlps)} FFNs.")
         for weight, label in zip(weights, labels):
-            check_labels(label, len(weight), n_experts)
+            check_unit_labels(label, len(weight), n_experts)
         return labels
     if not cluster or n_experts == 1 or weights[0].is_meta:
         return None

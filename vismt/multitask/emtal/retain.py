@@ -5,13 +5,13 @@
     bank[y, 0] <- bank[y, 1],  bank[y, 1] <- z                                                after the loss
 
 so d KD_s / d z_s = T sum_j (softmax(z_s / T) - softmax(bank_j / T)), with a larger weight for tasks that have converged. Zhong
-et al., NeurIPS 2024, arXiv 2501.06884. The default follows the released code: the bank holds the last two logits of each class,
-of correct and wrong predictions alike, and not the best so far. The paper instead has one running mean
-Z_y <- m Z_y + (1 - m) z, KL(student || bank), no temperature, a sum over the batch, and the CE of the batch as the weight:
-`mode="ema", reverse=True, temperature=1, reduction="sum", ema_decay=0`, and half of the result (mode "ema" counts its single
-slot twice, as the code does). Different from the code: the state is fp32, saved, and shared by all processes; within a batch
-the bank takes the last sample of a class on every device; samples with an infinite or NaN logit do not change the state. The
-code keeps the state in fp16 and does not save it.
+et al., NeurIPS 2024, arXiv 2501.06884. The default follows the released code. The bank holds the last two logits of each class,
+of correct and wrong predictions alike. It does not hold the best logits so far. The paper instead has one running mean Z_y <- m
+Z_y + (1 - m) z, KL(student || bank), no temperature, a sum over the batch, and the CE of the batch as the weight: `mode="ema",
+reverse=True, temperature=1, reduction="sum", ema_decay=0`, and half of the result (mode "ema" counts its single slot twice, as
+the code does). Three things differ from the code. The state is fp32, saved, and shared by all processes (the code keeps it in
+fp16 and does not save it). Within a batch the bank takes the last sample of a class on every device. Samples with an infinite
+or NaN logit do not change the state.
 
 It raises the accuracy of a classifier and lowers the quality of its probabilities, which a temperature restores.
 
@@ -19,20 +19,21 @@ Maps (`DenseRetaining`; EMTAL section 3.1, which the released code lacks, so the
 
     L_QR = mean over valid pixels p of KD_p / ema     KD_p with the bank's logits of the class y(p)
     z_bc = mean of the detached logits over the pixels of class c in image b: the "sample" of the bank
-    ema <- 0.95 ema + 0.05 mean over valid pixels of the cross-entropy of the batch; a single number, for one task
+    ema <- 0.95 ema + 0.05 mean over valid pixels of the cross-entropy of the batch (a single number, for one task)
 
-The resolution is that of the given logits, to which the labels are resampled by the nearest pixel. On the output of a head this
-costs a sixteenth of the computation at the labels' size, where the KD of p pixels takes several maps of p x 2 x C.
-Pixels labelled 255 are ignored. Each image contributes one sample of a class, independent of its number of pixels; of several
-images with the same class the bank stores the last of the batch and shifts once. Depth, normals and other regression tasks have
-no classes and therefore no such loss.
+The loss is computed at the resolution of the given logits. The labels are resampled to it by the nearest pixel. On the output
+of a head this costs a sixteenth of the computation at the labels' size, where the KD of p pixels takes several maps of p x 2 x
+C. Pixels labelled 255 are ignored. Each image contributes one sample of a class, for any number of pixels. If several images
+have the same class, the bank stores the last of the batch and shifts once. Depth, normals and other regression tasks have no
+classes and therefore no such loss.
 
-Dense runs leave it out unless a configuration asks for it, because it costs mIoU: the pull to recent logits of the class shrinks
-the logits' variance within a class but not the bias of the head, which is the log prior of the classes, so that the argmax falls
-to the frequent ones. mIoU in % on CamVid (233 test images at 126 x 168 px, frozen ViT-S, segformer head, 160 steps, mean of 2
-seeds, 2-core CPU): without 34.3, with 27.4; of 640 steps 40.5 and 30.1. With square-root class weights (class_loss.py): without
-41.1, with 40.3; of 640 steps 43.3 and 42.7. A random pixel of the class in place of the mean, one ema for each class, a bank of
-correct pixels alone, and a uniform teacher in its place gave 26.8 to 32.6: none of them is the cause.
+Dense runs leave it out unless a configuration asks for it, because it costs mIoU. The pull to recent logits of the class
+shrinks the logits' variance within a class, but not the bias of the head, which is the log prior of the classes. The argmax
+then falls to the frequent classes. mIoU in % on CamVid (233 test images at 126 x 168 px, frozen ViT-S, segformer head, 160
+steps, mean of 2 seeds, 2-core CPU) is 34.3 without and 27.4 with it, and after 640 steps 40.5 and 30.1. With square-root class
+weights (class_loss.py) it is 41.1 without and 40.3 with it, and after 640 steps 43.3 and 42.7. Four variants gave 26.8 to 32.6,
+so none of them is the cause: a random pixel of the class instead of the mean, one ema for each class, a bank of correct pixels
+alone, and a uniform teacher instead of the bank.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from torch.nn import functional as F
 
 from vismt.base.errors import UserError, require_known
 from vismt.data.maps.dense_sample import IGNORE
-from vismt.multitask.balancing.base import processes
+from vismt.multitask.balancing.base import count_processes
 
 MODES = ("fifo2", "ema")
 REDUCTIONS = ("mean", "sum")
@@ -57,23 +58,23 @@ class QualityRetaining(nn.Module):
     """Quality retaining: call `loss(logits, labels)`, then `update(logits, labels)`, once for every optimiser step.
 
     Args:
-        num_classes: C, classes of all tasks.
-        task_of_class: int64 (C,), task numbers 0 to t-1; every task has at least one class.
-        temperature: T > 0.
+        num_classes: Number C of classes of all tasks.
+        task_of_class: Task number of each class, int64 (C,), 0 to t-1. Every task has at least one class.
+        temperature: Temperature T > 0.
         mode: "fifo2" (the last two logits) or "ema" (a running mean).
-        ema_decay: decay of the running cross-entropy, in [0, 1].
-        ema_init: start value of the running cross-entropy, > 0.
-        momentum: m of mode "ema", in [0, 1).
-        reduction: over the samples of the batch, "mean" or "sum".
-        reverse: KL(student || bank) instead of KL(bank || student).
+        ema_decay: Decay of the running cross-entropy, in [0, 1].
+        ema_init: Start value of the running cross-entropy, > 0.
+        momentum: Momentum m of mode "ema", in [0, 1).
+        reduction: "mean" or "sum" over the samples of the batch.
+        reverse: Whether to take KL(student || bank) instead of KL(bank || student).
 
     Attributes:
-        bank: fp32 buffer (C, 2 or 1, C), newest last. It starts at zero, which pulls a class without a sample so far to the
+        bank: Buffer fp32 (C, 2 or 1, C), newest last. It starts at zero, which pulls a class without a sample so far to the
             uniform distribution.
-        ema: fp32 buffer (t,). Both stay fp32 when the model is cast to another dtype.
+        ema: Buffer fp32 (t,). Both buffers stay fp32 if the model is cast to another dtype.
 
     Raises:
-        UserError: for values outside of these ranges.
+        UserError: If a value is out of range.
     """
 
     bank: Tensor
@@ -118,14 +119,14 @@ class QualityRetaining(nn.Module):
         Under several processes the mean or sum is over this process's samples, and the weights depend on all samples.
 
         Args:
-            logits: (b, C), any floating dtype, over the classes of all tasks.
-            labels: int64 (b,), 0 to C-1.
+            logits: Logits (b, C) of any floating dtype, over the classes of all tasks.
+            labels: Labels int64 (b,), 0 to C-1.
 
         Returns:
-            A scalar in at least fp32; its gradient reaches `logits` alone.
+            A scalar in at least fp32. Its gradient reaches only `logits`.
 
         Raises:
-            UserError: for other shapes and dtypes, and on the CPU for a label out of range.
+            UserError: If a shape or dtype is wrong, or, on the CPU, a label is out of range.
         """
         self._check(logits, labels)
         student = logits.to(torch.promote_types(logits.dtype, torch.float32))
@@ -141,9 +142,9 @@ class QualityRetaining(nn.Module):
 
     @torch.no_grad()
     def update(self, logits: Tensor, labels: Tensor) -> None:
-        """Add the batch to the bank and the running cross-entropies; arguments and errors as of `loss`.
+        """Add the batch to the bank and the running cross-entropies. Arguments and errors are as for `loss`.
 
-        For a class with more than one sample the bank shifts once and stores the last (of the last process).
+        For a class with several samples the bank shifts once and stores the last sample (of the last process).
         """
         self._check(logits, labels)
         student = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
@@ -151,7 +152,7 @@ class QualityRetaining(nn.Module):
         self._store(student, labels)
 
     def _store(self, student: Tensor, labels: Tensor) -> None:
-        """Add the last sample of each class to the bank; every process calls it, also without a sample."""
+        """Add the last sample of each class to the bank. Every process calls it, also without a sample."""
         student, labels = _from_all(student.float()), _from_all(labels)
         place = torch.arange(len(labels), device=labels.device)
         place = torch.where(student.isfinite().all(1), place, -1)
@@ -169,14 +170,14 @@ class QualityRetaining(nn.Module):
 
     @torch.no_grad()
     def _next_ema(self, student: Tensor, labels: Tensor) -> Tensor:
-        """Return the running cross-entropies (t,) after this batch of all processes; tasks without a sample keep theirs."""
+        """Return the running cross-entropies (t,) after this batch of all processes. Tasks without a sample keep their value."""
         entropies = F.cross_entropy(student, labels, reduction="none").float()
         finite = student.isfinite().all(1)
         rows = torch.stack([torch.where(finite, entropies, 0), finite.float()], dim=1)
         member = F.one_hot(self.task_of_class[labels], len(self.ema)).T.float()
         # A scatter adds in undefined order on a GPU, and a matrix product may round to TF32.
         sums = (member[:, :, None] * rows).sum(1)
-        if processes() > 1:
+        if count_processes() > 1:
             dist.all_reduce(sums)
         total, count = sums.unbind(1)
         mean = total / count.clamp_min(1)
@@ -203,10 +204,9 @@ class QualityRetaining(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityRetaining:
-        state = {name: self._buffers[name] for name in ("bank", "ema")}
+        bank, ema = self.bank, self.ema
         super()._apply(fn, recurse)
-        for name, value in state.items():
-            self._buffers[name] = value.to(self._buffers[name].device)  # moved, but not cast
+        self.bank, self.ema = bank.to(self.bank.device), ema.to(self.ema.device)  # moved, but not cast
         return self
 
     def extra_repr(self) -> str:
@@ -225,8 +225,8 @@ def _check_tasks(tasks: Tensor, num_classes: int) -> None:
 
 
 def _from_all(rows: Tensor) -> Tensor:
-    """Concatenate the rows of all processes in rank order; their numbers may differ."""
-    if processes() == 1:
+    """Concatenate the rows of all processes in rank order. The numbers of rows may differ."""
+    if count_processes() == 1:
         return rows
     counts = [torch.zeros(1, dtype=torch.int64, device=rows.device) for _ in range(dist.get_world_size())]
     dist.all_gather(counts, torch.tensor([len(rows)], device=rows.device))
@@ -241,28 +241,28 @@ def _from_all(rows: Tensor) -> Tensor:
 class DenseRetaining(QualityRetaining):
     """Quality retaining of maps: call `loss(logits, target)`, then `update(logits, target)`, once for every optimiser step.
 
-    The state is that of `QualityRetaining` with a single task: the fp32 buffers bank (C, 2 or 1, C) and ema (1,).
+    The state is the state of `QualityRetaining` with a single task: the fp32 buffers bank (C, 2 or 1, C) and ema (1,).
 
     Args:
-        num_classes: number of classes of the segmentation, C.
-        options: options of `QualityRetaining`.
+        num_classes: Number C of classes of the segmentation.
+        options: Options of `QualityRetaining`.
     """
 
     def __init__(self, num_classes: int, **options: Any) -> None:
         super().__init__(num_classes, torch.zeros(num_classes, dtype=torch.int64), **options)
 
     def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return L_QR of a batch; every process must call it, also without a valid pixel.
+        """Return L_QR of a batch. Every process must call it, also without a valid pixel.
 
         Args:
-            logits: (b, C, r, c), any floating dtype.
-            target: int64 (b, h, w), 0 to C-1 or 255, of any size.
+            logits: Logits (b, C, r, c), any floating dtype.
+            target: Labels int64 (b, h, w), 0 to C-1 or 255, of any size.
 
         Returns:
-            A scalar in at least fp32, 0 without a valid pixel; its gradient reaches `logits` alone.
+            A scalar in at least fp32, 0 without a valid pixel. Its gradient reaches only `logits`.
 
         Raises:
-            UserError: for other shapes and dtypes, and on the CPU for a label out of range.
+            UserError: If a shape or dtype is wrong, or, on the CPU, a label is out of range.
         """
         rows, labels, _ = self._pixels(logits, target)
         if not len(labels):
@@ -272,7 +272,7 @@ class DenseRetaining(QualityRetaining):
 
     @torch.no_grad()
     def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add the batch to the bank and the running cross-entropy; arguments and errors as of `loss`."""
+        """Add the batch to the bank and the running cross-entropy. Arguments and errors are as for `loss`."""
         rows, labels, image = self._pixels(logits.detach(), target)
         self._check(rows, labels)
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
@@ -280,7 +280,7 @@ class DenseRetaining(QualityRetaining):
         key = image * self.num_classes + labels
         present, counts = key.unique(return_counts=True)
         parts = rows[key.argsort(stable=True)].split(counts.tolist())
-        # The mean of every class in every image, sorted by image; a scatter would add in undefined order on a GPU.
+        # The mean of every class in every image, sorted by image. A scatter would add in undefined order on a GPU.
         means = [part.mean(0) for part in parts]
         self._store(torch.stack(means) if means else rows, present % self.num_classes)
 

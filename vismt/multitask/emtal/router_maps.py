@@ -29,21 +29,21 @@ def has_routers(adapter: Path) -> bool:
 
 
 def router_maps(net: Any, images: Tensor) -> dict[str, np.ndarray]:
-    """Return the experts' weights on the patches of images at fade 0, whatever the fade of the net is.
+    """Return the experts' weights on the patches of images at fade 0, for a net at any fade.
 
-    The tokens are those at the net's fade, in the first, the middle and the last FFN with a router, without class and register
-    tokens.
+    The tokens are computed at the net's fade, in the first, the middle and the last FFN with a router, without class and
+    register tokens.
 
     Args:
-        net: an unmerged net with a timm model as `stock` and a `backbone`.
-        images: float (n, 3, h, w) in [0, 1].
+        net: Unmerged net with a timm model as `stock` and a `backbone`.
+        images: Images float (n, 3, h, w) in [0, 1].
 
     Returns:
-        omega: float16 (block, n, e, rows, columns). blocks: int64, the index of each block in the model. depth: the number of the
-        model's blocks.
+        Arrays by name. omega: float16 (block, n, e, rows, columns). blocks: int64, the index of each block in the model. depth:
+        the number of the model's blocks.
 
     Raises:
-        UserError: for a net without a router.
+        UserError: If the net has no router.
     """
     routed = [(name, part) for name, part in adapter_modules(net).items() if isinstance(part, MoEfiedMlp)]
     if not routed:

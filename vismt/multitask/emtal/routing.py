@@ -3,9 +3,9 @@
     omega = (1 - a) K softmax(z) + a        z (..., K) router logits / temperature, a in [0, 1]; the mean over experts is 1
     gated = u * omega                       u (..., H) pre-activations; unit h has the omega of its expert, labels[h]
 
-EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884, eq. 8, 9, 12; the paper's alpha is 1 - a). The released code expands
-the weights to (b, n, H) and saves them and u for backward. Here backward needs z and the product alone, which the activation
-saves anyway: with p_e the sum of grad * gated over the units of expert e,
+EMTAL (Zhong et al., NeurIPS 2024, arXiv 2501.06884, eq. 8, 9, 12). The paper's alpha is 1 - a. The released code expands the
+weights to (b, n, H) and saves them and u for backward. Here backward needs only z and the product, which the activation saves
+anyway. With p_e the sum of grad * gated over the units of expert e,
 
     dL/du = grad * omega        dL/dz_e = (1 - a) K (q_e - g_e sum_j q_j),   q_e = p_e g_e / omega_e,  g = softmax(z)
 
@@ -20,15 +20,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vismt.lowrank.layers.fused import PositionalFunction
+
 
 def expert_weights(logits: Tensor, fade: float) -> Tensor:
-    """Return omega (..., e) for logits (..., e), in fp32, or fp64 for fp64 logits; exactly 1 at fade = 1."""
+    """Return omega (..., e) for logits (..., e), in fp32, or in fp64 for fp64 logits. At fade = 1 it is exactly 1."""
     shares = logits.softmax(-1, dtype=torch.promote_types(logits.dtype, torch.float32))
     return (1 - fade) * logits.shape[-1] * shares + fade
 
 
 def gate(units: Tensor, logits: Tensor, labels: Tensor, fade: float) -> Tensor:
-    """Multiply pre-activations (..., H) by the weight of each unit's expert, labels (H,) of logits (..., e); dtype of units."""
+    """Multiply pre-activations (..., H) by the weight of each unit's expert, in the dtype of the units.
+
+    labels: Expert of each unit (H,). logits: Router logits (..., e).
+    """
     return _Gate.apply(units, logits, labels, fade)
 
 
@@ -41,26 +46,22 @@ def idle(units: Tensor, weight: Tensor) -> Tensor:
 
 
 def _members(labels: Tensor, experts: int, dtype: torch.dtype) -> Tensor:
-    """Return the matrix (H, e) with 1 where a unit belongs to an expert."""
+    """Return the matrix (H, e) with 1 where a unit belongs to an expert.
+
+    A product with it is exact, and on a CPU faster in half precision than `index_select`.
+    """
     return F.one_hot(labels, experts).to(dtype)
 
 
-def _of_units(omega: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights (..., H) of the units from omega (..., e) of their experts.
-
-    A product with ones and zeros is exact, and on a CPU faster in half precision than `index_select`.
-    """
-    return omega.to(dtype) @ _members(labels, omega.shape[-1], dtype).t()
-
-
-class _Gate(torch.autograd.Function):
-    """(u (..., H), z (..., e), labels (H,), a) -> u * omega (..., H); saves z and the output for backward."""
+class _Gate(PositionalFunction):
+    """Function (u (..., H), z (..., e), labels (H,), a) -> u * omega (..., H). It saves z and the output for backward."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(units: Tensor, logits: Tensor, labels: Tensor, fade: float) -> Tensor:
-        return _of_units(expert_weights(logits, fade), labels, units.dtype).mul_(units)
+        members = _members(labels, logits.shape[-1], units.dtype)
+        return (expert_weights(logits, fade).to(units.dtype) @ members.t()).mul_(units)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -71,19 +72,19 @@ class _Gate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         logits, labels, gated = ctx.saved_tensors
         fade, experts = ctx.fade, logits.shape[-1]
-        omega = expert_weights(logits, fade)
-        grad_units = _of_units(omega, labels, grad.dtype).mul_(grad) if ctx.needs_input_grad[0] else None
+        omega, members = expert_weights(logits, fade), _members(labels, experts, grad.dtype)
+        grad_units = (omega.to(grad.dtype) @ members.t()).mul_(grad) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return grad_units, None, None, None
         shares = logits.softmax(-1, dtype=omega.dtype)
-        pulls = ((grad * gated) @ _members(labels, experts, grad.dtype)).to(omega.dtype)
+        pulls = ((grad * gated) @ members).to(omega.dtype)
         pulls = pulls * (shares / omega if fade else 1 / experts)
         grad_logits = (1 - fade) * experts * (pulls - shares * pulls.sum(-1, keepdim=True))
         return grad_units, grad_logits.to(logits.dtype), None, None
 
 
-class _Idle(torch.autograd.Function):
-    """(u, weight) -> u; the gradient of weight is zero."""
+class _Idle(PositionalFunction):
+    """Function (u, weight) -> u. The gradient of weight is zero."""
 
     generate_vmap_rule = True
 

@@ -1,9 +1,9 @@
 """Metrics of dense multi-task prediction, pooled over a whole data set.
 
-Each metric has `update(pred, target, ...)` for one batch on any device, `compute()` -> dict of plain numbers, and `reset()`. They
-are torchmetrics Metrics with sums as states: under torch.distributed `compute` adds the states of all processes. The states are
-on the metric's device (`metric.to(device)`; NCCL needs a GPU, and MPS devices have no fp64, so keep the metric on the CPU
-there). Shares are fractions in [0, 1]; `compute` also returns the number of pixels or images. Importing this package imports
+Each metric has `update(pred, target, ...)` for one batch on any device, `compute()` -> dict of plain numbers, and `reset()`.
+They are torchmetrics Metrics with sums as states. Under torch.distributed, `compute` adds the states of all processes. The
+states are on the metric's device (`metric.to(device)`). NCCL needs a GPU. MPS devices have no fp64, so keep the metric on the
+CPU there. Shares are fractions in [0, 1]. `compute` also returns the number of pixels or images. Importing this package imports
 torchmetrics.
 """
 

@@ -1,33 +1,32 @@
 """F-measure of boundaries at the best threshold of the data set (odsF).
 
-For each threshold the probability map is binarised and thinned, its pixels are matched one to one with true boundary pixels
-at most max_dist x image diagonal away, and counts are added over all images:
+For each threshold the probability map is binarised and thinned, its pixels are matched one to one with true boundary pixels at
+most max_dist x image diagonal away, and counts are added over all images:
 
     P = matched / predicted,   R = matched / true,   F = 2 P R / (P + R),   ods_f = max over thresholds of F
 
-The protocol of Martin et al. (IEEE PAMI 26(5), 2004) as in SEISM (Pont-Tuset and Marques, CVPR 2013), which multi-task papers
-use: positive where probability > threshold, 99 thresholds k / 100, thinning until convergence, unmodified targets. max_dist is
-0.0075 for PASCAL and 0.011 for NYUD. An F of pixels that must coincide is not odsF.
+This is the protocol of Martin et al. (IEEE PAMI 26(5), 2004) as in SEISM (Pont-Tuset and Marques, CVPR 2013), which multi-task
+papers use. A pixel is positive if probability > threshold. There are 99 thresholds k / 100, thinning runs until convergence,
+and targets are not modified. max_dist is 0.0075 for PASCAL and 0.011 for NYUD. An F of pixels that must coincide is not odsF.
 
 Differences from SEISM's Matlab code. Its correspondPixels computes a matching of least total distance, with a cost of unmatched
-pixels above any distance and some randomness in sparse graphs; the counts depend only on the number of matched pixels, which
-is the largest possible here. One annotation per image. Probabilities are not rounded to 8 bits. Piotr Dollar's edgesEvalDir
-interpolates F between thresholds; here and in SEISM it is the maximum over them. Non-maximum suppression along the
+pixels above any distance and some randomness in sparse graphs. The counts depend only on the number of matched pixels, which is
+the largest possible here. An image has one annotation. Probabilities are not rounded to 8 bits. Piotr Dollar's edgesEvalDir
+interpolates F between thresholds. Here and in SEISM, F is the maximum over the thresholds. Non-maximum suppression along the
 gradient is left out, as in SEISM.
 
-The largest one-to-one matching is extended along augmenting paths until there is none, which proves that it is the largest
-(Berge): a search in breadth from a free pixel of one side passes to those that hold a pixel of the other side within its radius,
-until one there is free. Pixels that a search without result has reached lie on no path, and no later search of the same map
-visits them. Searches start on the side with fewer free pixels. A map starts from the matching of the map before, because maps of
-neighbouring thresholds differ little. scipy's maximum_bipartite_matching takes exponential time on pixels along lines (scipy
-issue 26147, open at 1.17: no result within minutes on a map of 240 x 320), and its maximum_flow, the reference of the tests, 0.1
-to 0.4 s a map.
+The one-to-one matching is extended along augmenting paths until there is none, which proves that it is the largest (Berge). A
+breadth-first search begins at a free pixel of one side. It passes to the pixels that hold a pixel of the other side within its
+radius, until it finds a free pixel there. Pixels that a search without result has reached are on no path, and no later search
+of the same map visits them. Searches start on the side with fewer free pixels. A map starts from the matching of the map
+before, because maps of neighbouring thresholds differ little. scipy's maximum_bipartite_matching takes exponential time on
+pixels along lines (scipy issue 26147, open at 1.17: no result within minutes on a map of 240 x 320), and its maximum_flow, the
+reference of the tests, 0.1 to 0.4 s a map.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
 import torch
@@ -43,22 +42,22 @@ FREE, _ABSENT = -1, -2
 
 
 class BoundaryF(Sums):
-    """odsF, and oisF with the best threshold of each image.
+    """Scores odsF, and oisF with the best threshold of each image.
 
     Args:
-        max_dist: largest distance of matched pixels, a fraction of the image diagonal.
-        thresholds: number of thresholds n, k / (n + 1) for k = 1..n.
-        thinning: False for predictions that are thin already.
-        scores: kind of the predictions, "logits" or "probabilities".
-        ignore_index: label of ignored pixels, None for no such label.
-        options: options of torchmetrics.Metric.
+        max_dist: Largest distance of matched pixels, as a fraction of the image diagonal.
+        thresholds: Number n of thresholds, k / (n + 1) for k = 1..n.
+        thinning: Whether predictions are thinned. False for predictions that are thin already.
+        scores: Kind of the predictions, "logits" or "probabilities".
+        ignore_index: Label of ignored pixels. None for no such label.
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = True
-    matched: Tensor  # (n,) by threshold
+    matched: Tensor  # numbers (n,) by threshold
     predicted: Tensor
     true: Tensor
-    best: Tensor  # matched, predicted at the best threshold of each image
+    best: Tensor  # numbers matched and predicted at the best threshold of each image
     images: Tensor
 
     def __init__(
@@ -69,7 +68,7 @@ class BoundaryF(Sums):
         thinning: bool = True,
         scores: str = "logits",
         ignore_index: int | None = 255,
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(**options)
         if not 0 <= max_dist < 1:
@@ -83,17 +82,17 @@ class BoundaryF(Sums):
         self.add_sums(matched=(thresholds,), predicted=(thresholds,), true=(), best=(2,), images=())
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch; computed on the CPU.
+        """Add a batch. The counts are computed on the CPU.
 
         An image without a true boundary counts by its false positives.
 
         Args:
-            pred: float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) with boundaries last.
-            target: 1 on boundaries, otherwise 0 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w). Ignored pixels
-                hold neither predictions nor true boundaries.
+            pred: Predictions float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) with boundaries last.
+            target: Targets bool, int or float (b, h, w) or (b, 1, h, w): 1 on boundaries, otherwise 0 or ignore_index. Ignored
+                pixels hold neither predictions nor true boundaries.
 
         Raises:
-            UserError: for different sizes, other targets, NaN, and predictions that are not floats or not `scores`.
+            UserError: If sizes differ, targets have other values, or predictions are NaN, not floats, or not `scores`.
         """
         probabilities = probability("BoundaryF", pred, self.scores).cpu()
         positive, valid = binary("BoundaryF", target.cpu(), self.ignore_index)
@@ -114,11 +113,11 @@ class BoundaryF(Sums):
         """Return the scores.
 
         Returns:
-            "ods_f" in [0, 1], with "precision" and "recall" at the best "threshold", the lowest of equally good ones; "ois_f";
-            the numbers of "images" and of "pixels" of true boundaries.
+            Numbers by name: "ods_f" in [0, 1], with "precision" and "recall" at the best "threshold" (the lowest of equally
+            good ones), "ois_f", and the numbers of "images" and of "pixels" of true boundaries.
 
         Raises:
-            UserError: without a true boundary pixel, because recall would be 0 / 0.
+            UserError: If there is no true boundary pixel, because recall would be 0 / 0.
         """
         fix = f"give it data, check targets and ignore_index={self.ignore_index}"
         true = require_any("BoundaryF", self.true, "boundary pixel", fix)
@@ -138,11 +137,14 @@ class BoundaryF(Sums):
         }
 
     def _counts(self, levels: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return matched and predicted pixels, int64 (n,), by threshold. levels: (h, w), thresholds below each pixel."""
+        """Return matched and predicted pixels, int64 (n,), by threshold.
+
+        levels: Number of thresholds below each pixel, (h, w).
+        """
         levels = levels.astype(np.min_scalar_type(self.thresholds + 1))  # small integers compare faster
         # Maps differ only at levels that occur.
         steps = np.flatnonzero(np.bincount(levels.ravel())[1:]) + 1
-        # The last map is empty, of thresholds above all pixels.
+        # The last map is empty. It belongs to thresholds above all pixels.
         maps = levels[None] >= np.append(steps, self.thresholds + 1).astype(levels.dtype)[:, None, None]
         if self.thinning:
             maps = thin(maps)
@@ -156,21 +158,22 @@ def matching_sizes(truth: np.ndarray, maps: np.ndarray, radius: float) -> np.nda
     """Return the size of the largest matching of each map with the truth, int64 (n,).
 
     Args:
-        truth: bool (h, w), the true pixels.
-        maps: bool (n, h, w), the candidates.
-        radius: largest distance of matched pixels, in pixels.
+        truth: True pixels, bool (h, w).
+        maps: Candidates, bool (n, h, w).
+        radius: Largest distance of matched pixels, in pixels.
     """
     reach = min(int(radius), max(truth.shape))
     span = np.arange(-reach, reach + 1)
     offsets = np.stack(np.meshgrid(span, span), -1).reshape(-1, 2)
     squared = (offsets**2).sum(1)
-    # Nearest first: a pixel takes the nearest free candidate.
+    # The nearest come first, so that a pixel takes the nearest free candidate.
     offsets = offsets[np.argsort(squared, kind="stable")][: (squared <= radius * radius).sum()]
-    border = ((reach, reach), (reach, reach))  # which no offset leaves
+    border = ((reach, reach), (reach, reach))  # no offset leaves the border
     steps = offsets[:, 0] * (truth.shape[1] + 2 * reach) + offsets[:, 1]
     true = np.flatnonzero(np.pad(truth, border))
     padded = np.pad(maps, ((0, 0), *border)).reshape(len(maps), -1)
-    # For each place of one side its partner's place on the other, FREE for none, _ABSENT where this side has no pixel.
+    # For each place of one side, the place of its partner on the other side. FREE stands for no partner, _ABSENT for no
+    # pixel on this side.
     candidate_of, true_of = np.full((2, padded.shape[1]), _ABSENT, dtype=np.int32)
     candidate_of[true] = FREE
     sizes, before = [], true[:0]
@@ -195,10 +198,10 @@ def matching_sizes(truth: np.ndarray, maps: np.ndarray, radius: float) -> np.nda
 def _extend(partner: np.ndarray, other: np.ndarray, starts: np.ndarray, steps: np.ndarray) -> None:
     """Make a matching the largest, in place.
 
-    partner, other: int32 (places,), the partners of the side of the free pixels `starts`, and of the other side. steps: from
-    a place to those within the radius.
+    partner, other: Partners int32 (places,) of the side of the free pixels `starts`, and of the other side. steps: Steps from a
+    place to the places within the radius.
     """
-    reached = np.zeros(len(partner), dtype=np.bool_)  # by this search, or by one that found no path
+    reached = np.zeros(len(partner), dtype=np.bool_)  # by this search, or by a search that found no path
     above, queue = np.empty_like(partner), np.empty_like(partner)  # above: the place from which a search came
     for start in starts:
         queue[0], above[start], reached[start] = start, -1, True

@@ -1,14 +1,14 @@
 """Metrics of classes: mean intersection over union of pixels, and the accuracy over images.
 
-The intersection over union is that of one confusion matrix of the whole data set:
+The intersection over union comes from one confusion matrix of the whole data set:
 
     IoU_c = TP_c / (TP_c + FP_c + FN_c),   mIoU = mean_c IoU_c,   pixel accuracy = sum_c TP_c / pixels
     mean accuracy = mean over labelled classes of TP_c / (TP_c + FN_c)
 
-Pixels with the ignore label are not counted. A class that does not occur, neither as a label nor as a prediction, has IoU 0 / 0,
-which the literature treats differently: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter),
-as NaN, which makes the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled
-has IoU 0 in all conventions. The accuracy is the share of images whose largest logit is that of their class.
+Pixels with the ignore label are not counted. A class that occurs neither as a label nor as a prediction has IoU 0 / 0. The
+literature treats it in three ways: as 0, which enters the mean (Vandenhende et al., arXiv 2004.13379, InvPT, TaskPrompter), as
+NaN, which makes the mean NaN (LibMTL, arXiv 2203.14338), or left out of the mean. A class that is predicted but not labelled
+has IoU 0 in all conventions. The accuracy is the share of images whose largest logit belongs to their class.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ _ABSENT = ("zero", "skip", "nan")
 
 
 class MeanIoU(Sums):
-    """mIoU over all classes, background included where it is a class.
+    """Mean IoU over all classes. A background class counts too.
 
     Args:
-        num_classes: number of classes k, 2 or more.
-        ignore_index: label of ignored pixels, None for no such label.
-        absent: how a class counts that does not occur: "zero" (Vandenhende, InvPT, TaskPrompter), "nan" (LibMTL) or "skip".
-        options: options of torchmetrics.Metric.
+        num_classes: Number k of classes, 2 or more.
+        ignore_index: Label of ignored pixels. None for no such label.
+        absent: How a class that does not occur counts: "zero" (Vandenhende, InvPT, TaskPrompter), "nan" (LibMTL) or "skip".
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = True
     confusion: Tensor
 
     def __init__(
-        self, num_classes: int, *, ignore_index: int | None = 255, absent: str = "zero", **options: Any
+        self, num_classes: int, *, ignore_index: int | None = 255, absent: str = "zero", **options: object
     ) -> None:
         super().__init__(**options)
         if num_classes < 2:
@@ -50,15 +50,15 @@ class MeanIoU(Sums):
         self.add_sums(confusion=(num_classes, num_classes))
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch; images with ignored pixels alone do not count.
+        """Add a batch. Images in which all pixels are ignored do not count.
 
         Args:
-            pred: float logits (b, k, h, w), or int classes (b, h, w) or (b, 1, h, w).
-            target: int classes (b, h, w) or (b, 1, h, w).
+            pred: Logits float (b, k, h, w), or classes int (b, h, w) or (b, 1, h, w).
+            target: Classes int (b, h, w) or (b, 1, h, w).
 
         Raises:
-            UserError: for different sizes, labels or predicted classes outside of [0, k) at pixels that count, NaN, and targets
-                that are not integers.
+            UserError: If sizes differ, targets are not integers, predictions are NaN, or a label or predicted class at a pixel
+                that counts is outside of [0, k).
         """
         if target.is_floating_point():
             raise UserError(
@@ -79,12 +79,12 @@ class MeanIoU(Sums):
         """Return the scores.
 
         Returns:
-            "miou", "pixel_accuracy" and "mean_accuracy" in [0, 1]; "iou", a list of k floats, NaN for a class that does not
-            occur; "confusion", k rows of k numbers of pixels, by the true class and then by the predicted one; the number of
-            "pixels".
+            Numbers by name: "miou", "pixel_accuracy" and "mean_accuracy" in [0, 1], "iou" (a list of k floats, NaN for a class
+            that does not occur), "confusion" (k rows of k numbers of pixels, by the true class and then by the predicted
+            class), and the number of "pixels".
 
         Raises:
-            UserError: without a labelled pixel.
+            UserError: If there is no labelled pixel.
         """
         fix = f"give it data, check ignore_index={self.ignore_index}"
         pixels = require_any("MeanIoU", self.confusion.sum(), "labelled pixel", fix)
@@ -123,15 +123,15 @@ class Accuracy(Sums):
     """Top-1 accuracy over images, not a mean over classes.
 
     Args:
-        num_classes: number of classes k, 2 or more.
-        options: options of torchmetrics.Metric.
+        num_classes: Number k of classes, 2 or more.
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = True
     correct: Tensor
     images: Tensor
 
-    def __init__(self, num_classes: int, **options: Any) -> None:
+    def __init__(self, num_classes: int, **options: object) -> None:
         super().__init__(**options)
         if num_classes < 2:
             raise UserError(f"Accuracy: num_classes = {num_classes}; it must be at least 2.")
@@ -142,11 +142,11 @@ class Accuracy(Sums):
         """Add a batch.
 
         Args:
-            pred: float logits (b, k).
-            target: int64 (b,), in [0, k); leave out images without a class.
+            pred: Logits float (b, k).
+            target: Labels int64 (b,), in [0, k). Leave out images without a class.
 
         Raises:
-            UserError: for other shapes, NaN, and labels out of range.
+            UserError: If a shape is wrong, a prediction is NaN, or a label is out of range.
         """
         if pred.ndim != 2 or pred.shape[1] != self.num_classes or target.shape != pred.shape[:1]:
             raise UserError(
@@ -163,7 +163,7 @@ class Accuracy(Sums):
         """Return "accuracy" in [0, 1] and the number of "images".
 
         Raises:
-            UserError: without an image.
+            UserError: If there is no image.
         """
         images = require_any("Accuracy", self.images, "image with a class", "give it data")
         return {"accuracy": int(self.correct) / images, "images": images}

@@ -9,21 +9,21 @@ from vismt.base.errors import UserError
 
 
 def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float], lower_is_better: Mapping[str, bool]) -> float:
-    """Return Delta_m = (100 / T) sum_t (-1)^{l_t} (M_t - B_t) / B_t, l_t = 1 where lower is better.
+    """Return Delta_m = (100 / T) sum_t (-1)^{l_t} (M_t - B_t) / B_t, with l_t = 1 if lower is better.
 
-    Report the baseline with the number: usually single-task models with the same backbone; Table 3 of EMTAL takes TaskPrompter.
-    LibMTL's Delta_p averages several metrics inside each task first and returns a fraction.
+    Report the baseline with the number. Usually it is single-task models with the same backbone. Table 3 of EMTAL takes
+    TaskPrompter. LibMTL's Delta_p averages several metrics inside each task first and returns a fraction.
 
     Args:
-        scores: one score M_t for each task.
-        baseline: B_t of the same tasks, > 0.
-        lower_is_better: direction of each score.
+        scores: Score M_t of each task.
+        baseline: Score B_t of the same tasks, > 0.
+        lower_is_better: Direction of each score.
 
     Returns:
-        Delta_m in per cent; positive values are gains.
+        Delta_m in per cent. Positive values are gains.
 
     Raises:
-        UserError: without a task, for names that differ, values that are not finite, and a baseline <= 0.
+        UserError: If there is no task, names differ, a value is not finite, or a baseline is <= 0.
     """
     if not scores:
         raise UserError("delta_m: no task; give scores by task.")

@@ -1,19 +1,20 @@
-"""Errors of depth maps, pooled over all valid pixels of the data set: the root is taken once, never per image.
+"""Errors of depth maps, pooled over all valid pixels of the data set. The root is taken once, never per image.
 
     rmse = sqrt(mean (p - g)^2)              abs_err = mean |p - g|            log_rmse = sqrt(mean (ln p - ln g)^2)
     abs_rel = mean |p - g| / g               sq_rel = mean (p - g)^2 / g       delta_k = share with max(p / g, g / p) < 1.25^k
 
-Conventions:
+There are two conventions:
+
 "pooled"  Vandenhende et al. (arXiv 2004.13379), InvPT, TaskPrompter: predictions are clamped to at least 1e-9 in every error.
-          Valid there: g != 255 in the older code (`ignore=255`), 0 < g < 80 in TaskPrompter (`valid_range=(0, 80)`).
-"libmtl"  LibMTL (arXiv 2203.14338): predictions enter rmse, abs_err and the relative errors without clamping. Valid: g != 0.
-          It reports abs_err and abs_rel.
+Valid there: g != 255 in the older code (`ignore=255`), 0 < g < 80 in TaskPrompter (`valid_range=(0, 80)`).
+
+"libmtl"  LibMTL (arXiv 2203.14338): predictions enter rmse, abs_err and the relative errors without clamping. Valid: g != 0. It
+reports abs_err and abs_rel.
+
 log_rmse and delta_k clamp in both, because a negative prediction has no logarithm and would pass max(p / g, g / p) < 1.25.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,13 +38,13 @@ POWERS = 3
 class DepthErrors(Sums):
     """Depth errors in the unit of the target.
 
-    A target pixel is valid where g is finite and satisfies the mask of `update`, `valid_range` and `ignore`.
+    A target pixel is valid if g is finite and satisfies the mask of `update`, `valid_range` and `ignore`.
 
     Args:
-        valid_range: (min, max) of valid depths, both excluded; None for no bounds.
-        ignore: depth of pixels without a value; None for no such depth.
+        valid_range: Bounds (min, max) of valid depths, both excluded. None for no bounds.
+        ignore: Depth of pixels without a value. None for no such depth.
         convention: "pooled" or "libmtl", see the module's docstring.
-        options: options of torchmetrics.Metric.
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = False
@@ -57,7 +58,7 @@ class DepthErrors(Sums):
         valid_range: tuple[float, float] | None = None,
         ignore: float | None = 0.0,
         convention: str = "pooled",
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(**options)
         if valid_range is not None and not valid_range[0] < valid_range[1]:
@@ -69,16 +70,15 @@ class DepthErrors(Sums):
         self.add_sums(within=(POWERS,), pixels=())
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch; images without a valid pixel do not count.
+        """Add a batch. Images without a valid pixel do not count.
 
         Args:
-            pred: float (b, h, w) or (b, 1, h, w).
-            target: float (b, h, w) or (b, 1, h, w).
-            mask: bool like target, True at valid pixels.
+            pred: Depths float (b, h, w) or (b, 1, h, w).
+            target: Depths float (b, h, w) or (b, 1, h, w).
+            mask: Mask bool in the shape of target, True at valid pixels.
 
         Raises:
-            UserError: for different sizes, predictions that are not finite at valid pixels, and valid targets that are not
-                positive.
+            UserError: If sizes differ, a prediction at a valid pixel is not finite, or a valid target is not positive.
         """
         pred = map_of("DepthErrors", "prediction", pred)
         target = map_of("DepthErrors", "target", target).to(pred.device)
@@ -105,11 +105,11 @@ class DepthErrors(Sums):
         """Return the errors.
 
         Returns:
-            "rmse" and "abs_err" in the target's unit, "log_rmse" (natural logarithm), "abs_rel", "sq_rel", "delta1" to "delta3"
-            in [0, 1], and the number of valid "pixels".
+            Numbers by name: "rmse" and "abs_err" in the target's unit, "log_rmse" (natural logarithm), "abs_rel", "sq_rel",
+            "delta1" to "delta3" in [0, 1], and the number of valid "pixels".
 
         Raises:
-            UserError: without a valid pixel.
+            UserError: If there is no valid pixel.
         """
         fix = "give it data, check mask, valid_range and ignore"
         pixels = require_any("DepthErrors", self.pixels, "valid pixel", fix)

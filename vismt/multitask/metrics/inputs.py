@@ -1,4 +1,7 @@
-"""The base of the metrics; checks and conversions of their inputs, which take the name of the metric for errors."""
+"""The base class of the metrics, and checks and conversions of their inputs.
+
+The checks take the name of the metric for errors.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ class Sums(Metric):
 
 
 def map_of(metric: str, what: str, values: Tensor) -> Tensor:
-    """Return (b, h, w) from (b, h, w) or (b, 1, h, w), any dtype; raise UserError for other shapes."""
+    """Return (b, h, w) from (b, h, w) or (b, 1, h, w), any dtype. Raise UserError for other shapes."""
     if values.ndim == 4 and values.shape[1] == 1:
         return rearrange(values, "b 1 h w -> b h w")
     if values.ndim != 3:
@@ -51,7 +54,7 @@ def to_fp64(values: Tensor) -> Tensor:
 
 
 def require_numbers(metric: str, pred: Tensor, infinite: bool = False) -> Tensor:
-    """Return `pred`; raise UserError for NaN and, unless `infinite`, for infinite values, which logits may hold."""
+    """Return `pred`. Raise UserError for NaN and, unless `infinite`, for infinite values, which logits may hold."""
     broken = int((pred.isnan() if infinite else ~pred.isfinite()).sum())
     if broken:
         kind = "NaN" if infinite else "NaN or infinite"
@@ -60,7 +63,10 @@ def require_numbers(metric: str, pred: Tensor, infinite: bool = False) -> Tensor
 
 
 def apply_mask(metric: str, valid: Tensor, mask: Tensor | None) -> Tensor:
-    """Return valid & mask, bool (b, h, w); mask: bool (b, h, w) or (b, 1, h, w), True where the target has a value."""
+    """Return valid & mask, bool (b, h, w).
+
+    mask: Mask bool (b, h, w) or (b, 1, h, w), True if the target has a value.
+    """
     if mask is None:
         return valid
     if mask.dtype != torch.bool:
@@ -74,12 +80,12 @@ def probability(metric: str, pred: Tensor, scores: str) -> Tensor:
     """Return P(positive), fp64 (b, h, w).
 
     Args:
-        metric: name of the metric.
-        pred: (b, h, w) or (b, 1, h, w) of one score, or (b, 2, h, w) of negative and positive.
+        metric: Name of the metric.
+        pred: Scores (b, h, w) or (b, 1, h, w), or (b, 2, h, w) of negative and positive.
         scores: "logits" (sigmoid of one, softmax of two) or "probabilities".
 
     Raises:
-        UserError: for probabilities outside of [0, 1], NaN, other shapes, and integers.
+        UserError: If a probability is outside of [0, 1], or the scores are NaN, integers or of another shape.
     """
     if not pred.is_floating_point():
         raise UserError(f"{metric}: thresholds need scores, not a map of {pred.dtype}; give the model's float output.")
@@ -97,7 +103,7 @@ def probability(metric: str, pred: Tensor, scores: str) -> Tensor:
 
 
 def binary(metric: str, target: Tensor, ignore_index: int | None) -> tuple[Tensor, Tensor]:
-    """Return (positive, valid), bool (b, h, w), of a target of 1, 0 and `ignore_index`; raise UserError for other values."""
+    """Return (positive, valid), bool (b, h, w), of a target of 1, 0 and `ignore_index`. Raise UserError for other values."""
     target = map_of(metric, "target", target)
     target = target.long() if not target.is_floating_point() else target
     valid = torch.ones_like(target, dtype=torch.bool) if ignore_index is None else target != ignore_index
@@ -110,14 +116,14 @@ def binary(metric: str, target: Tensor, ignore_index: int | None) -> tuple[Tenso
 
 
 def check_thresholds(metric: str, thresholds: int) -> int:
-    """Return `thresholds`; raise UserError unless it is at least 1."""
+    """Return `thresholds`. Raise UserError unless it is at least 1."""
     if thresholds < 1:
         raise UserError(f"{metric}: thresholds = {thresholds}; it must be at least 1.")
     return thresholds
 
 
 def require_any(metric: str, count: Tensor, what: str, fix: str) -> int:
-    """Return `count`; raise UserError when it is 0, so that there is nothing to compute from."""
+    """Return `count`. Raise UserError if it is 0, so that there is nothing to compute from."""
     if not int(count):
         raise UserError(f"{metric}: no {what} was counted; {fix}.")
     return int(count)

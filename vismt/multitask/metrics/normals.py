@@ -2,20 +2,17 @@
 
     angle = 2 atan2(|p - g|, |p + g|)
 
-with p and g of unit length (InvPT, TaskPrompter); the arccos of p . g within [-1, 1] (ASTMT, LibMTL) is less exact near 0. The
-mean is over pixels (Vandenhende's online evaluation calls this mean "rmse"); rmse here is the root of the mean squared angle.
-The mean, rmse and the shares are exact; the median is read from a histogram of 0.001 degree steps, which bounds memory and can
-be added over processes; it is within 0.0005 degrees of the median of all angles.
+with p and g of unit length (InvPT, TaskPrompter). The arccos of p . g within [-1, 1] (ASTMT, LibMTL) is less exact near 0. The
+mean is over pixels (Vandenhende's online evaluation calls this mean "rmse"). rmse here is the root of the mean squared angle.
+The mean, rmse and the shares are exact. The median is read from a histogram of 0.001 degree steps, which bounds memory and can
+be added over processes. It is within 0.0005 degrees of the median of all angles.
 
-Conventions for pixels without a normal, in addition to `mask`:
-"pooled"  g = (255, 255, 255) (Vandenhende, InvPT, TaskPrompter), g = 0, or a component that is not finite.
-"libmtl"  the components of g sum to 0 (LibMTL, arXiv 2203.14338), which also drops genuine normals such as (1, -1, 0).
-A predicted zero vector has no direction and counts as 90 degrees.
+Conventions for pixels without a normal, in addition to `mask`: "pooled"  g = (255, 255, 255) (Vandenhende, InvPT,
+TaskPrompter), g = 0, or a component that is not finite. "libmtl"  the components of g sum to 0 (LibMTL, arXiv 2203.14338),
+which also drops genuine normals such as (1, -1, 0). A predicted zero vector has no direction and counts as 90 degrees.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +22,7 @@ from vismt.multitask.metrics.inputs import Sums, apply_mask, check_same_size, re
 
 _CONVENTIONS = ("pooled", "libmtl")
 LIMITS = (11.25, 22.5, 30.0)
-_STEPS = 1000  # of the histogram, per degree
+_STEPS = 1000  # steps of the histogram, per degree
 _MARK = 255
 
 
@@ -34,16 +31,16 @@ class NormalErrors(Sums):
 
     Args:
         convention: "pooled" or "libmtl", see the module's docstring.
-        options: options of torchmetrics.Metric.
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = False
-    sums: Tensor  # of angles and squared angles
+    sums: Tensor  # sums of angles and of squared angles
     within: Tensor
-    histogram: Tensor  # of angles rounded to steps
+    histogram: Tensor  # counts of angles rounded to steps
     pixels: Tensor
 
-    def __init__(self, *, convention: str = "pooled", **options: Any) -> None:
+    def __init__(self, *, convention: str = "pooled", **options: object) -> None:
         super().__init__(**options)
         require_known("NormalErrors: convention", [convention], _CONVENTIONS)
         self.convention = convention
@@ -51,15 +48,15 @@ class NormalErrors(Sums):
         self.add_sums(within=(len(LIMITS),), histogram=(180 * _STEPS + 1,), pixels=())
 
     def update(self, pred: Tensor, target: Tensor, mask: Tensor | None = None) -> None:
-        """Add a batch; images without a valid pixel do not count, nor do zero targets, whatever the mask.
+        """Add a batch. Images without a valid pixel do not count. Zero targets do not count either, whatever the mask.
 
         Args:
-            pred: float (b, 3, h, w), vectors of any length, which are scaled to unit length.
-            target: float (b, 3, h, w), like `pred`.
-            mask: bool (b, h, w) or (b, 1, h, w), True at valid pixels.
+            pred: Vectors float (b, 3, h, w) of any length, which are scaled to unit length.
+            target: Vectors float (b, 3, h, w).
+            mask: Mask bool (b, h, w) or (b, 1, h, w), True at valid pixels.
 
         Raises:
-            UserError: for other shapes, different sizes, and predictions that are not finite at valid pixels.
+            UserError: If a shape is wrong, sizes differ, or a prediction at a valid pixel is not finite.
         """
         for what, values in (("prediction", pred), ("target", target)):
             if values.ndim != 4 or values.shape[1] != 3:
@@ -82,11 +79,11 @@ class NormalErrors(Sums):
         """Return the errors.
 
         Returns:
-            "mean", "median" and "rmse" in degrees; "within_11.25", "within_22.5" and "within_30" in [0, 1]; the number of valid
-            "pixels".
+            Numbers by name: "mean", "median" and "rmse" in degrees, "within_11.25", "within_22.5" and "within_30" in [0, 1],
+            and the number of valid "pixels".
 
         Raises:
-            UserError: without a valid pixel.
+            UserError: If there is no valid pixel.
         """
         pixels = require_any("NormalErrors", self.pixels, "valid pixel", "give it data, check the mask and the targets")
         mean, square = (self.sums / pixels).tolist()

@@ -2,16 +2,14 @@
 
     F = (1 + beta^2) P R / (beta^2 P + R),   P = TP / predicted positives,   R = TP / positives,   maxF = max over thresholds
 
-beta^2 = 0.3 (Achanta et al., CVPR 2009). Counts per threshold are added over all pixels and P and R computed once, as in InvPT
-and TaskPrompter; saliency benchmarks often average P and R over images instead, which is not offered. A pixel is positive where
-probability >= threshold, thresholds k / (n + 1) for k = 1..n. InvPT and TaskPrompter take 19 thresholds (`thresholds=19`), and
-their code applies a second sigmoid to probabilities, after which few thresholds have an effect. The saliency mIoU of Vandenhende
-et al. and MTLoRA is a different metric.
+beta^2 = 0.3 (Achanta et al., CVPR 2009). Counts per threshold are added over all pixels, and P and R are computed once, as in
+InvPT and TaskPrompter. Saliency benchmarks often average P and R over images instead, which is not offered. A pixel is positive
+if probability >= threshold, with thresholds k / (n + 1) for k = 1..n. InvPT and TaskPrompter take 19 thresholds
+(`thresholds=19`), and their code applies a second sigmoid to probabilities, after which few thresholds have an effect. The
+saliency mIoU of Vandenhende et al. and MTLoRA is a different metric.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,14 +21,14 @@ SCORES = ("logits", "probabilities")
 
 
 class MaxF(Sums):
-    """maxF of a binary map.
+    """Score maxF of a binary map.
 
     Args:
-        thresholds: number of thresholds n.
+        thresholds: Number n of thresholds.
         beta_squared: beta^2 of the F-measure, > 0.
-        ignore_index: label of ignored pixels, None for no such label.
-        scores: kind of the predictions, "logits" or "probabilities".
-        options: options of torchmetrics.Metric.
+        ignore_index: Label of ignored pixels. None for no such label.
+        scores: Kind of the predictions, "logits" or "probabilities".
+        options: Options of torchmetrics.Metric.
     """
 
     higher_is_better = True
@@ -43,7 +41,7 @@ class MaxF(Sums):
         beta_squared: float = 0.3,
         ignore_index: int | None = 255,
         scores: str = "logits",
-        **options: Any,
+        **options: object,
     ) -> None:
         super().__init__(**options)
         self.thresholds = check_thresholds("MaxF", thresholds)
@@ -55,14 +53,14 @@ class MaxF(Sums):
         self.add_sums(counts=(2, thresholds + 1))
 
     def update(self, pred: Tensor, target: Tensor) -> None:
-        """Add a batch; images with ignored pixels alone do not count.
+        """Add a batch. Images in which all pixels are ignored do not count.
 
         Args:
-            pred: float (b, 1, h, w) or (b, h, w) of one score, or (b, 2, h, w) of background and salient.
-            target: 0, 1 or ignore_index; bool, int or float (b, h, w) or (b, 1, h, w).
+            pred: Scores float (b, 1, h, w) or (b, h, w), or (b, 2, h, w) of background and salient.
+            target: Targets bool, int or float (b, h, w) or (b, 1, h, w): 0, 1 or ignore_index.
 
         Raises:
-            UserError: for different sizes, other targets, NaN, and predictions that are not floats or not `scores`.
+            UserError: If sizes differ, targets have other values, or predictions are NaN, not floats, or not `scores`.
         """
         values = probability("MaxF", pred, self.scores)
         positive, valid = binary("MaxF", target.to(values.device), self.ignore_index)
@@ -76,11 +74,11 @@ class MaxF(Sums):
         """Return the score.
 
         Returns:
-            "max_f" in [0, 1], with "precision" and "recall" at the best "threshold", the lowest of equally good ones, and the
-            number of valid "pixels".
+            Numbers by name: "max_f" in [0, 1], with "precision" and "recall" at the best "threshold" (the lowest of equally
+            good ones), and the number of valid "pixels".
 
         Raises:
-            UserError: without a salient pixel, because recall would be 0 / 0.
+            UserError: If there is no salient pixel, because recall would be 0 / 0.
         """
         fix = f"give it data, check targets and ignore_index={self.ignore_index}"
         require_any("MaxF", self.counts[1].sum(), "salient pixel", fix)
@@ -99,7 +97,7 @@ class MaxF(Sums):
 def curves(
     true: Tensor, predicted: Tensor, positives: Tensor, beta_squared: float = 1.0
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return precision, recall and F, fp64, from counts; 0 where they would be 0 / 0."""
+    """Return precision, recall and F, fp64, from counts. A value of 0 / 0 is 0."""
     precision = (true / predicted.double()).nan_to_num(0.0)
     recall = (true / positives.double()).nan_to_num(0.0)
     f = (1 + beta_squared) * precision * recall / (beta_squared * precision + recall)

@@ -1,16 +1,16 @@
 """The two modules of MTLoRA: a linear with a pair of factors for each task, and the block around three of them.
 
     shared   y   = W x + b + s B A d(x)                    d: dropout
-    task t   y_t = W x + b + s_t B_t A_t x_t               x: the shared input; x_t: that of the task, d(x) in proj
+    task t   y_t = W x + b + s_t B_t A_t x_t               x: shared input; x_t: input of the task, d(x) in proj
 
 In the last block of a stage (input x, attention output o, LN2 one norm for all):
 
     h   = x + proj(o)              u   = fc1(LN2 h)             y   = h + fc2(act u)           goes on through the network
     h_t = x + proj_t(o)            u_t = fc1_t(LN2 h, LN2 h_t)  y_t = h_t + fc2_t(act u, act u_t)     leaves for the decoder of t
 
-The frozen product is that of the shared input, and the task's output is without the shared pair. So a task costs low-rank
-products, and no product with W. Rows of a batch are stream-major, the shared features first: (s b), s = 1 + t.
-Agiza et al., CVPR 2024, arXiv 2403.20320, mode "matrix" of the released code; see method.py.
+The frozen product is computed from the shared input, and the task's output does not include the shared pair. A task therefore
+costs low-rank products, and no product with W. Rows of a batch are stream-major, the shared features first: (s b), s = 1 + t.
+This is Agiza et al., CVPR 2024, arXiv 2403.20320, mode "matrix" of the released code, see method.py.
 """
 
 from __future__ import annotations
@@ -31,13 +31,16 @@ from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.model.starts import Initialiser
 from vismt.multitask.streams import task_features
 
-SCALE = 4.0  # of both kinds of pairs in every released configuration, whatever the rank
-SITES = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # in a block; a SwiGLU has two fc1
+SCALE = 4.0  # scale of both kinds of pairs in every released configuration, for any rank
+SITES = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # linears of a block (a SwiGLU has two fc1)
 
 
 @dataclass(frozen=True)
 class TaskSettings(LowRankSettings):
-    """Settings of a linear with pairs of tasks. rank, scale: of the shared pair. task_rank, task_scale: r_t, s_t."""
+    """Settings of a linear with pairs of tasks.
+
+    rank, scale: Rank and scale of the shared pair. task_rank, task_scale: r_t and s_t.
+    """
 
     tasks: tuple[str, ...] = ()
     task_rank: int = 4
@@ -54,9 +57,9 @@ class TaskSettings(LowRankSettings):
 class TaskLinear(LowRankLinear):
     """nn.Linear with a shared pair and a pair for each task.
 
-    forward: x (..., i) -> (..., o), the shared features. Inside `task_features` the rows of x are streams, (s b) ... i, and the
-    result's are; the projection of attention takes the shared rows alone, and opens the streams.
-    Parameters task_A (r_t, i) and task_B (o, r_t) of each task, in lists in the order of `tasks`.
+    forward: x (..., i) -> (..., o), the shared features. Inside `task_features` the rows of x are streams, (s b) ... i, and so
+    are the rows of the result. The projection of attention takes only the shared rows, and opens the streams. The parameters
+    task_A (r_t, i) and task_B (o, r_t) of each task are in lists in the order of `tasks`.
     """
 
     Settings = TaskSettings
@@ -83,7 +86,7 @@ class TaskLinear(LowRankLinear):
         of_tasks: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> LayerSpec:
-        """Return the spec of a linear; of a plain low-rank layer where `of_tasks`, settings by path, does not name it.
+        """Return the spec of a linear. A linear that `of_tasks` (settings by path) does not name is a plain low-rank layer.
 
         Without alpha the scale is `SCALE`.
         """
@@ -100,7 +103,7 @@ class TaskLinear(LowRankLinear):
         return spec_of(path, module, cls, TaskSettings(**asdict(settings), **own))
 
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> TaskLinear:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: object) -> TaskLinear:
         return cls(base, spec.settings, spec.path.endswith(SITES[0]), **how)
 
     @classmethod
@@ -148,7 +151,7 @@ class TaskLinear(LowRankLinear):
         if scope is None:
             return super().forward(x)
         x = in_autocast(x)
-        # Sizes by `shape`, not by `len`: an exported graph keeps the batch free.
+        # Sizes come from `shape` and not from `len`, so that an exported graph keeps the batch free.
         shared = x if self.opens else x[: x.shape[0] // (1 + scope.streams)]
         rows = shared.shape[0]
         base = F.linear(shared, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x.dtype))
@@ -158,7 +161,7 @@ class TaskLinear(LowRankLinear):
         own = torch.cat([dropped] * scope.streams) if self.opens else x[rows:]
         A = torch.stack([self.task_A[task] for task in groups]).to(x.dtype)
         B = torch.stack([self.task_B[task] for task in groups]).to(x.dtype)
-        out = torch.cat([base] * (1 + scope.streams))  # a copy, which `expand` is not: it is added to in place
+        out = torch.cat([base] * (1 + scope.streams))  # a copy, because it is added to in place (`expand` makes none)
         width = x.shape[-1]
         hidden = dropped.reshape(-1, width) @ self.lora_A.to(x.dtype).t()
         out[:rows].view(-1, out.shape[-1]).addmm_(hidden, self.lora_B.to(x.dtype).t(), alpha=self.scale)
@@ -169,7 +172,10 @@ class TaskLinear(LowRankLinear):
 
 @dataclass(frozen=True)
 class BlockSettings:
-    """Settings of a block with features of tasks. last: whether it is the model's last block."""
+    """Settings of a block with features of tasks.
+
+    last: Whether it is the model's last block.
+    """
 
     tasks: tuple[str, ...]
     last: bool
@@ -182,8 +188,8 @@ class BlockSettings:
 class TaskBlock(AdapterModule):
     """A timm block (of a ViT, an EVA or a Swin) whose projection, fc1 and fc2 are `TaskLinear`s.
 
-    forward: x (b, ..., d) -> the shared features of the same shape. Inside `task_features` those of tasks, (t b) rows, are put
-    into its `own`; with `per_sample` the model's last block returns them, one row for each sample.
+    forward: x (b, ..., d) -> the shared features of the same shape. Inside `task_features`, the features of tasks, (t b) rows,
+    are put into its `own`. With `per_sample` the model's last block returns them, one row for each sample.
     """
 
     Settings = BlockSettings
@@ -196,7 +202,8 @@ class TaskBlock(AdapterModule):
 
     def adopt(self, base: nn.Module | None) -> None:
         super().adopt(base)
-        # The forward of the shell runs on the present children; its mask of windows and its layer scales are this module's too.
+        # The forward of the shell runs on the present children. Its mask of windows and its layer scales belong to this
+        # module too.
         self.shell._modules = self._modules
         for table in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
             self.__dict__[table] = getattr(self.shell, table)
@@ -207,27 +214,28 @@ class TaskBlock(AdapterModule):
         return stock
 
     def __getattr__(self, name: str) -> Any:
-        """Return what the block has besides: timm changes the input size of a model block by block."""
+        """Return other attributes of the block. timm changes the input size of a model block by block."""
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self.__dict__.get("shell"), name)
 
-    def forward(self, x: Tensor, **options: Any) -> Tensor:
+    def forward(self, x: Tensor, **options: object) -> Tensor:
         scope, block = task_features.scope(), self.shell
         if scope is None:
             return block.forward(x, **options)
         batch = x.shape[0]
         scope.check(self.about.tasks, batch)
         parts: Any = block
-        attend = getattr(block, "_attn", parts.attn)  # a Swin's cuts windows around it
+        attend = getattr(block, "_attn", parts.attn)  # attention of a Swin cuts windows around it
         first, second = (_layer_scale(block, branch) for branch in (1, 2))
         h = parts.drop_path1(first(attend(parts.norm1(x), **options)))
         h = (x + h.unflatten(0, (1 + scope.streams, batch))).flatten(0, 1)
         y = h + parts.drop_path2(second(parts.mlp(parts.norm2(h))))
         shared, own = y[:batch], y[batch:]
         if self.about.last:
-            # Nothing reads the shared output: a term of no elements keeps its pair in the graph, where several processes wait.
+            # Nothing reads the shared output. A term of no elements keeps its pair in the graph, where several
+            # processes wait.
             own = own + shared[:0].sum()
             if scope.per_sample:
                 return own
@@ -259,7 +267,7 @@ class TaskBlock(AdapterModule):
         return cls(base, spec.settings)
 
 
-def _layer_scale(block: Any, branch: int) -> Callable[[Tensor], Tensor]:
-    """Return the layer scale of a branch: a module of a ViT's block, a parameter of an EVA's."""
+def _layer_scale(block: object, branch: int) -> Callable[[Tensor], Tensor]:
+    """Return the layer scale of a branch. A ViT's block has a module, an EVA's block has a parameter."""
     gamma = getattr(block, f"gamma_{branch}", None)
     return getattr(block, f"ls{branch}", nn.Identity()) if gamma is None else partial(torch.mul, gamma)

@@ -1,10 +1,10 @@
 """MTLoRA: a shared pair of factors in every linear of the blocks, and a pair for each task where a decoder reads (layers.py).
 
 Agiza, Neseem and Reda, CVPR 2024, arXiv 2403.20320; released code scale-lab/MTLoRA at 333a375. In the last block of each stage
-the projection of attention, fc1 and fc2 give every task features of its own, which leave the network there. A plain ViT has
-one stage and heads that read several blocks: its task blocks are the four evenly spaced ones that dense heads read
-(`default_blocks`), so that every map of a head is the task's, as in the paper. For T tasks in blocks of width D and hidden
-width 4 D, a shared pair has 16 D r numbers a block, a task block 12 D r_t T more.
+the projection of attention, fc1 and fc2 give every task features of its own, which leave the network there. A plain ViT has one
+stage and heads that read several blocks. Its task blocks are the four evenly spaced blocks that dense heads read
+(`default_blocks`), so that every map of a head belongs to the task, as in the paper. For T tasks in blocks of width D and
+hidden width 4 D, a shared pair has 16 D r numbers a block, a task block 12 D r_t T more.
 
 Two forms were compared. The released one, y_t = W x + b + s_t B_t A_t x_t with the frozen product of the shared input, is
 implemented. In the other one a task's rows run through W + both updates, y_t = (W + s B A + s_t B_t A_t) x_t:
@@ -13,15 +13,15 @@ implemented. In the other one a task's rows run through W + both updates, y_t = 
     released   +0.43 G (2 %)                                                    the shared pairs outside of task blocks' three
     rows       +16.6 G (93 %): 9 D^2 a token, task and task block               see below
 
-A task's rows in the last block of a plain ViT would merge into a stock ViT. With task blocks in several stages they would
-not: a merged block hands its task features to the next stage, which reads the shared ones here. (So `combine` of a shared and a
-task's adapter is the task's model only where its pairs are in the last block.) The price is the whole saving of the paper.
+A task's rows in the last block of a plain ViT would merge into a stock ViT. With task blocks in several stages they would not.
+A merged block hands its task features to the next stage, which reads the shared features here. (So `combine` of a shared and a
+task's adapter gives the task's model only if its pairs are in the last block.) The price is the whole saving of the paper.
 
-Departures from the released code: taps lie before Swin's merging, not after it; tables of positions, norms and mergings are
-trained where also_train names them (the code always does); a task scale of its own (the code's TASK_SCALE is not read);
-dropout reaches a task's pair in proj alone, as there; one set of pairs is skipped by the optimiser, decay included, while its
-task has no gradient. Left out: the modes "addition", "matrixv2" and "lora_only", trained scales, ranks that differ by task.
-The shared pair of fc2 in the last block reaches no head; its numbers are counted, in the paper too.
+Four things differ from the released code. Taps are before Swin's merging and not after it. Tables of positions, norms and
+mergings are trained only if also_train names them (the code always trains them). Tasks have a scale of their own (the code's
+TASK_SCALE is not read). While a task has no gradient, the optimiser skips its pairs (weight decay too). As in the code, dropout
+reaches a task's pair in proj alone. Left out: the modes "addition", "matrixv2" and "lora_only", trained scales, ranks that
+differ by task. The shared pair of fc2 in the last block reaches no head. Its numbers are counted, as in the paper.
 """
 
 from __future__ import annotations
@@ -65,9 +65,10 @@ def mtlora(
 ) -> AdaptReport:
     """Add a shared pair at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and pairs of tasks in some blocks.
 
-    alpha: None means a scale of 4, whatever the rank. tasks: their names, which a dense run gives itself. task_rank,
-    task_scale: of the pairs of tasks, one number, or one for each block: {pattern of its path: number}. task_blocks: paths;
-    None means the last block of each stage, in a plain ViT four evenly spaced ones. Further options: those of `inject`.
+    alpha: None means a scale of 4, for any rank. tasks: Names of the tasks, which a dense run gives itself. task_rank,
+    task_scale: Rank and scale of the pairs of tasks, as one number, or one for each block, {pattern of its path: number}.
+    task_blocks: Paths of blocks. None means the last block of each stage, or four evenly spaced blocks in a plain ViT. Further
+    options are the options of `inject`.
     """
     refuse_adapted(model)
     tasks = need_names("mtlora: tasks", tasks)
@@ -94,7 +95,7 @@ def mtlora(
     }
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
-    on_tasks = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
+    on_tasks: dict[str, Any] = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
     report = inject(model, "mtlora", kaiming, offset=False, targets=targets, **on_tasks, **options)
     missing = sites.keys() - {spec.path for spec in report.specs}
     if missing:
@@ -105,7 +106,7 @@ def mtlora(
 
 
 def _stage_ends(blocks: Sequence[str]) -> list[str]:
-    """Return the last block of each stage; of a single stage, those that dense heads read."""
+    """Return the last block of each stage. For a single stage, return the blocks that dense heads read."""
     stages: dict[str, list[str]] = {}
     for path in blocks:
         stages.setdefault(path.rpartition(".")[0], []).append(path)
@@ -114,7 +115,7 @@ def _stage_ends(blocks: Sequence[str]) -> list[str]:
     return [stage[number] for stage in stages.values() for number in dict.fromkeys(default_blocks(len(stage)))]
 
 
-def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
+def _by_block(name: str, value: object, paths: Sequence[str]) -> dict[str, Any]:
     table = value if isinstance(value, Mapping) else {path: value for path in paths}
     matched = pattern_values(f"mtlora: {name}", table, paths)
     values = {path: matched.get(path) for path in paths}
@@ -127,17 +128,19 @@ def _by_block(name: str, value: Any, paths: Sequence[str]) -> dict[str, Any]:
 
 
 def merge_shared(model: nn.Module) -> nn.Module:
-    """Fold the shared pairs into their weights outside of the linears with pairs of tasks: the same functions, faster.
+    """Fold the shared pairs into their weights, outside of the linears with pairs of tasks.
+
+    The functions stay the same, and run faster.
 
     Args:
-        model: adapted by "mtlora"; changed in place. It is not an adapter afterwards, and cannot be undone or saved as one: save
-            its state dict.
+        model: Model adapted by "mtlora", changed in place. Afterwards it has no adapter that can be undone or saved.
+            Save its state dict.
 
     Returns:
         The model.
 
     Raises:
-        UserError: for a model of another method, one with further adapters, and updates that are not finite.
+        UserError: If the model has another method or further adapters, or an update is not finite.
     """
     record = need_record(model, "merge_shared")
     refuse_offloaded(model, "merge_shared")
@@ -156,10 +159,10 @@ def merge_shared(model: nn.Module) -> nn.Module:
 
 
 def skip_absent(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Let the optimiser leave out the pairs of a task whose gradient is zero everywhere: no decay, no momentum."""
+    """Let the optimiser skip the pairs of a task whose gradient is zero everywhere, without decay or momentum."""
     layers = [layer for layer in adapter_layers(model).values() if isinstance(layer, TaskLinear)]
 
-    def skip(*_: Any) -> None:
+    def skip(*_: object) -> None:
         for task in range(len(layers[0].tasks)):
             pairs = [of[task] for layer in layers for of in (layer.task_A, layer.task_B)]
             largest = [pair.grad.abs().amax() for pair in pairs if pair.grad is not None]

@@ -1,11 +1,11 @@
 """Base classes of the tasks of a dense run: a loss over valid pixels, a metric with one score, and pictures of maps.
 
-Targets of a batch, by `key`: labels int64 (b, h, w), 255 for pixels without a label; depth float (b, h, w) in metres, 0 for
-pixels without a value; normals float (b, 3, h, w) of unit length, zeros for pixels without a value; the class of an image
-int64 (b,), -1 for images without a class. A sample that lacks a task's labels has a map without a valid pixel (partial labels):
-it enters neither the loss nor the metric. The loss takes the valid pixels of the batch (for classification its labelled images)
-as one list, so that nothing at other pixels, NaN included, reaches the loss or its gradient; a mean is over the valid pixels of
-the batch, not over images.
+A batch has these targets, by `key`. Labels are int64 (b, h, w), 255 for pixels without a label. Depth is float (b, h, w) in
+metres, 0 for pixels without a value. Normals are float (b, 3, h, w) of unit length, zeros for pixels without a value. The class
+of an image is int64 (b,), -1 for images without a class. A sample that lacks a task's labels has a map without a valid pixel
+(partial labels). It enters neither the loss nor the metric. The loss takes the valid pixels of the batch (for classification
+its labelled images) as one list, so that nothing at other pixels, NaN included, reaches the loss or its gradient. A mean is
+over the valid pixels of the batch, not over images.
 """
 
 from __future__ import annotations
@@ -38,8 +38,6 @@ TASKS: Registry[type[Task]] = Registry(
 # Options of tasks that change the loss and not the score.
 LOSS_OPTIONS = (
     "class_weights",
-    "logit_adjustment",
-    "focal",
     "class_counts",
     "dice",
     "label_smoothing",
@@ -66,20 +64,20 @@ class Number:
 
     @property
     def name(self) -> str:
-        """The label with its unit."""
+        """Label with its unit."""
         return f"{self.label} in {self.unit}" if self.unit else self.label
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Task(ABC):
-    """Base class of all tasks, including those that predict one value for the whole image.
+    """Base class of all tasks, including tasks that predict one value for the whole image.
 
     Args:
-        loss_weight: factor of the loss, > 0.
+        loss_weight: Factor of the loss, > 0.
 
     Attributes:
-        vector: whether the target has a dimension of 3 channels.
-        predicts_classes: whether the answer is the class with the largest logit, of each pixel or of the image.
+        vector: Whether the target has a dimension of 3 channels.
+        predicts_classes: Whether the answer is the class with the largest logit, of each pixel or of the image.
     """
 
     vector: ClassVar[bool] = False
@@ -109,7 +107,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def numbers(self) -> Mapping[str, Number]:
-        """What reports show of the metric's `compute()`, by its entries: the score and further numbers.
+        """Entries of the metric's `compute()` that reports show: the score and further numbers.
 
         Each is a smooth function of sums over pixels, so that the jackknife's interval holds.
         """
@@ -121,24 +119,24 @@ class Task(ABC):
 
     @property
     def default_class_names(self) -> Sequence[str]:
-        """Names of the classes where no data set names them; empty when the task has no such names."""
+        """Names of the classes if no data set names them. Empty if the task has no such names."""
         return ()
 
     def __post_init__(self) -> None:
         check_number(self.name, "loss_weight", self.loss_weight, 0, float("inf"))
 
     def loss(self, prediction: Tensor, target: Tensor) -> Tensor | None:
-        """Return the loss without its weight; under several processes it is the mean over this process's pixels.
+        """Return the loss without its weight. With several processes it is the mean over this process's pixels.
 
         Args:
-            prediction: float (b, channels, h, w), at the target's size; (b, channels) for tasks of whole images.
-            target: the task's target, see the module's docstring.
+            prediction: Prediction float (b, channels, h, w), at the target's size, or (b, channels) for tasks of whole images.
+            target: Target of the task, see the module's docstring.
 
         Returns:
-            A scalar in at least fp32, or None when the batch has no valid pixel.
+            A scalar in at least fp32, or None if the batch has no valid pixel.
 
         Raises:
-            UserError: for other shapes, sizes and dtypes, and labels out of range.
+            UserError: If a shape, size or dtype is wrong, or a label is out of range.
         """
         self.check(prediction, target)
         valid = self.valid(target)
@@ -151,7 +149,7 @@ class Task(ABC):
     def update(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
         """Add a batch to the metric, without the samples that have no valid pixel.
 
-        Takes the arguments of `loss` and raises its errors and those of the metric.
+        It takes the arguments of `loss`, and raises its errors and the errors of the metric.
         """
         self.check(prediction, target)
         labelled = self.valid(target)[:, None].flatten(1).any(1)
@@ -161,27 +159,27 @@ class Task(ABC):
     def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
         """Convert a prediction (b, channels, ...) to the form in which it is averaged with other views of the image.
 
-        mirrored: whether the image was mirrored; the returned prediction is always that of the unmirrored image.
+        mirrored: Whether the image was mirrored. The returned prediction always belongs to the unmirrored image.
         """
         return prediction
 
     def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
-        """Return the values of `numbers` from the metric's `compute()`, NaN for one that is undefined."""
+        """Return the values of `numbers` from the metric's `compute()`. An undefined value is NaN."""
         return {key: float(computed[key]) for key in self.numbers}
 
-    def score(self, computed: Mapping[str, Any]) -> float:
+    def score(self, computed: Mapping[str, object]) -> float:
         """Return the score, the number that enters Delta_m, from the metric's `compute()`."""
         return self.values(computed)[self.measure]
 
     def constant(self, values: Tensor) -> Tensor:
-        """Return the best prediction (channels,) that is the same everywhere, here the mean.
+        """Return the best prediction (channels,) that is the same everywhere. The default is the mean.
 
-        values: the targets of p > 0 valid pixels or images of the training part, (p,) or (p, 3).
+        values: Targets (p,) or (p, 3) of the p > 0 valid pixels or images of the training part.
         """
         return values.double().mean(0).reshape(self.channels).float()
 
     def resized(self, logits: Tensor, size: Sequence[int]) -> Tensor:
-        """Resize the logits of a head to the size (h, w) of the targets; logits of whole images stay unchanged."""
+        """Resize the logits of a head to the size (h, w) of the targets. Logits of whole images stay unchanged."""
         return logits
 
     def rescaled(self, prediction: Tensor, s: float) -> Tensor:
@@ -205,7 +203,10 @@ class Task(ABC):
 
     @abstractmethod
     def pixel_loss(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """Return the loss of p > 0 valid pixels. prediction: at least fp32 (p, channels). target: (p,) or (p, 3)."""
+        """Return the loss of p > 0 valid pixels.
+
+        prediction: Logits or values (p, channels), at least fp32. target: Targets (p,) or (p, 3).
+        """
 
     def count(self, metric: Metric, prediction: Tensor, target: Tensor) -> None:
         """Update the metric with samples that all have a valid pixel."""
@@ -216,13 +217,13 @@ class Task(ABC):
         """Raise UserError unless prediction and target have this task's shapes and dtypes and the same size."""
 
     def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
-        """Return a short text that describes a prediction (channels, h, w) or (channels,), "" when there is none."""
+        """Return a short text that describes a prediction (channels, h, w) or (channels,), or "" if there is none."""
         return ""
 
     def legend(self, map: Tensor, class_names: Sequence[str] = ()) -> list[tuple[str, str]]:
         """Return (class name, colour "#rrggbb") of the classes in a picture, most frequent first.
 
-        map: A prediction (channels, h, w), or labels of any shape.
+        map: Prediction (channels, h, w), or labels of any shape.
         """
         return []
 
@@ -238,17 +239,17 @@ class MapTask(Task):
         return prediction.flip(-1) if mirrored else prediction
 
     def picture(self, map: Tensor, like: Tensor | None = None) -> Tensor:
-        """Draw the map of one sample; pixels without a value are dark grey.
+        """Draw the map of one sample. Pixels without a value are dark grey.
 
         Args:
-            map: a prediction (channels, h, w), or a target as in a batch but without the batch dimension.
-            like: a map that sets the range of colours (depth), so that a prediction is drawn like its target.
+            map: Prediction (channels, h, w), or a target as in a batch but without the batch dimension.
+            like: Map that sets the range of colours (depth), so that a prediction is drawn like its target.
 
         Returns:
-            uint8 (3, h, w) on the CPU.
+            The picture, uint8 (3, h, w) on the CPU.
 
         Raises:
-            UserError: for other shapes.
+            UserError: If the shape is wrong.
         """
         predicted = map.ndim == 3 and len(map) == self.channels and map.is_floating_point()
         if not predicted and map.ndim != 2 + self.vector:
@@ -313,21 +314,21 @@ def check_labels(task: str, target: Tensor, classes: int, ignore: int) -> None:
         raise UserError(f"{task}: label {int(strange[0])}; classes are 0 to {classes - 1}, {ignore} means no label.")
 
 
-def check_number(task: str, option: str, value: Any, low: float, high: float) -> None:
+def check_number(task: str, option: str, value: object, low: float, high: float) -> None:
     """Raise UserError unless low < value < high."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not low < value < high:
         raise UserError(f"{task}: {option} {shown_value(value)}; it must be a number above {low:g} and below {high:g}.")
 
 
-def make_task(spec: str | Mapping[str, Any]) -> Task:
+def make_task(spec: str | Mapping[str, object]) -> Task:
     """Return the task of a specification.
 
     Args:
-        spec: the name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images
-            may have another name, with kind: classify. A task of your own may name the module that registers it, with module.
+        spec: Name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images may
+            have another name, with kind: classify. A task of your own may name the module that registers it, with module.
 
     Raises:
-        UserError: for an unknown name or option, a missing option, and values out of range.
+        UserError: If a name or option is unknown, an option is missing, or a value is out of range.
     """
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {shown_value(spec)}; give its name, or its options with the name as 'name'.")

@@ -1,18 +1,19 @@
 """Tasks whose answer is a class: semantic segmentation, human parts, and classification of the whole image.
 
-Segmentation: L = mean over valid pixels of -log softmax(z)_y, on request balanced over the classes, plus Dice. The plain loss is
-the same in all multi-task work (ASTMT, arXiv 1904.08918; InvPT, arXiv 2203.07997; LibMTL, arXiv 2203.14338), which differs in how
-a class counts that does not occur in the test set: see `absent` and vismt/multitask/metrics/classes.py. LibMTL marks pixels
-without a class by -1, which a reader must turn into 255. The options for classes of unequal frequency are those of
-vismt/multitask/class_loss.py, which that work leaves out although mIoU weighs all classes alike and the plain loss all pixels.
+Segmentation: L = mean over valid pixels of -log softmax(z)_y, on request balanced over the classes, plus Dice. The plain loss
+is the same in all multi-task work (ASTMT, arXiv 1904.08918, InvPT, arXiv 2203.07997, LibMTL, arXiv 2203.14338). The papers
+differ in how a class counts that does not occur in the test set, see `absent` and vismt/multitask/metrics/classes.py. LibMTL
+marks pixels without a class by -1, which a reader must turn into 255. vismt/multitask/class_loss.py has the options for classes
+of unequal frequency. The papers have no such options, although mIoU weighs all classes alike and the plain loss weighs all
+pixels alike.
 
-Human parts: segmentation into background and 6 parts of PASCAL-Context people, with weight 2 (ASTMT; InvPT). As in ASTMT's
+Human parts: segmentation into background and 6 parts of PASCAL-Context people, with weight 2 (ASTMT, InvPT). As in ASTMT's
 loader, the target is 0, background, on everything but annotated parts, also on people whose parts nobody annotated. Images
 without annotated parts have no target.
 
-Classification next to dense tasks: L = mean over labelled images of -sum_c q_c log softmax(z)_c with the label smoothing s,
-q_c = (1 - s) [c = y] + s / K (Szegedy et al., arXiv 1512.00567); s = 0 is the plain cross-entropy. The logits (b, K) are computed
-from the mean of the image's patch tokens (PooledHead); they are neither resized nor drawn. Images without a class (-1) enter
+Classification next to dense tasks: L = mean over labelled images of -sum_c q_c log softmax(z)_c with the label smoothing s, q_c
+= (1 - s) [c = y] + s / K (Szegedy et al., arXiv 1512.00567). s = 0 is the plain cross-entropy. The logits (b, K) are computed
+from the mean of the image's patch tokens (PooledHead). They are neither resized nor drawn. Images without a class (-1) enter
 neither the loss nor the score, which is the share of labelled images that are classified correctly.
 
 Several such tasks t with K_t classes may have one label space, as in EMTAL (vismt/multitask/nets.py): z is the logits of all of
@@ -33,7 +34,7 @@ from torch import Tensor
 from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.maps.dense_sample import CLASS, NO_CLASS
-from vismt.multitask.class_loss import ClassLoss, check_factor, dice_loss
+from vismt.multitask.class_loss import ClassLoss, check_loss_factor, dice_loss
 from vismt.multitask.tasks.base import (
     IGNORE,
     PASCAL_WEIGHTS,
@@ -59,15 +60,15 @@ CLASS_NUMBERS = {
 @TASKS.register("semseg")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Segmentation(LabelTask, ClassLoss):
-    """The task "semseg"; also takes the options of `ClassLoss`.
+    """The task "semseg". It also takes the options of `ClassLoss`.
 
     Args:
-        classes: number of classes, background included where it is a class.
-        absent: how the score counts a class that does not occur, "zero", "skip" or "nan", see the metric.
-        class_names: name of each class; None for the names on the card of the data.
-        colors: (r, g, b) in 0..255 of each class; None for distinct hues.
-        dice: factor of the Dice loss, which is added, >= 0.
-        loss_weight: factor of the loss, > 0.
+        classes: Number of classes. A background class counts too.
+        absent: How the score counts a class that does not occur: "zero", "skip" or "nan", see the metric.
+        class_names: Name of each class. None for the names on the card of the data.
+        colors: Colour (r, g, b) in 0..255 of each class. None for distinct hues.
+        dice: Factor of the Dice loss, which is added, >= 0.
+        loss_weight: Factor of the loss, > 0.
     """
 
     name, key = "semseg", "semseg"
@@ -85,7 +86,7 @@ class Segmentation(LabelTask, ClassLoss):
         need_whole(f"{self.name}: classes", self.classes, 2, IGNORE)
         require_known(f"{self.name}: absent", [self.absent], _ABSENT)
         self.check_options(self.name, self.classes)
-        check_factor(self.name, "dice", self.dice)
+        check_loss_factor(self.name, "dice", self.dice)
         names = self.class_names
         if names is not None and (isinstance(names, str) or len(names) != self.classes):
             raise UserError(f"{self.name}: class_names {shown_value(names)}; give {self.classes} names.")
@@ -108,7 +109,7 @@ class Segmentation(LabelTask, ClassLoss):
 
     @property
     def shown_names(self) -> list[str]:
-        """The name of each class, "class 4" without names."""
+        """Name of each class, "class 4" without names."""
         names = self.class_names or self.default_class_names
         return list(map(str, names)) or [f"class {label}" for label in range(self.classes)]
 
@@ -148,7 +149,7 @@ class Segmentation(LabelTask, ClassLoss):
 @TASKS.register("parts")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class HumanParts(Segmentation):
-    """The task "parts"; options of `Segmentation`, with 7 classes as the default."""
+    """The task "parts". It has the options of `Segmentation`, with 7 classes as the default."""
 
     name, key = "parts", "parts"
     classes: int = len(PARTS)
@@ -162,13 +163,13 @@ class HumanParts(Segmentation):
 @TASKS.register("classify")
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Classification(Task, ClassLoss):
-    """The task "classify"; also takes the options of `ClassLoss`, for long-tailed classes.
+    """The task "classify". It also takes the options of `ClassLoss`, for long-tailed classes.
 
     Args:
-        name: name of the task, where a run has several of whole images.
-        classes: number of classes K, 2 or more.
-        label_smoothing: s, 0 <= s < 1.
-        loss_weight: factor of the loss, > 0.
+        name: Name of the task, if a run has several tasks of whole images.
+        classes: Number K of classes, 2 or more.
+        label_smoothing: Share s of the label that is spread over all classes, 0 <= s < 1.
+        loss_weight: Factor of the loss, > 0.
     """
 
     measure = "accuracy"
@@ -245,13 +246,13 @@ class Classification(Task, ClassLoss):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class UnionClassification(Classification):
-    """A task of whole images whose answer is among the classes of several such tasks, one softmax over all of them.
+    """A task of whole images whose answer is among the classes of several such tasks, with one softmax over all of them.
 
-    Its head has the rows of its own classes, and its logits (b, C) are those of all tasks side by side (`DenseNet`).
+    Its head has the rows of its own classes, and its logits (b, C) are the logits of all tasks side by side (`DenseNet`).
 
     Args:
-        offset: place of the task's first class.
-        total: number C of classes of all tasks.
+        offset: Place of the task's first class.
+        total: Number C of classes of all tasks.
     """
 
     offset: int
@@ -266,15 +267,17 @@ class UnionClassification(Classification):
 
 
 def unite(tasks: Sequence[Task]) -> list[Task]:
-    """Return tasks in the same order, those of whole images over the union of their classes, whose losses need no counts."""
+    """Return tasks in the same order.
+
+    Tasks of whole images are over the union of their classes, and their losses need no counts.
+    """
     total, offset = sum(task.classes for task in tasks if isinstance(task, Classification)), 0
     united: list[Task] = []
     for task in tasks:
         if isinstance(task, Classification):
-            if task.class_weights is not None or task.logit_adjustment:
+            if task.class_weights is not None:
                 raise UserError(
-                    f"tasks: {task.name}: class_weights and logit_adjustment are over the classes of one task; set "
-                    "head.labels to separate."
+                    f"tasks: {task.name}: class_weights are over the classes of one task; set head.labels to separate."
                 )
             options = {field.name: getattr(task, field.name) for field in fields(Classification)}
             task, offset = UnionClassification(**options, offset=offset, total=total), offset + task.classes

@@ -4,11 +4,11 @@ Boundaries and saliency are binary maps with few positive pixels, with the weigh
 
     L = mean over valid pixels of   w y softplus(-z) + (1 - w) (1 - y) softplus(z)
 
-z is the single logit, or the difference z_1 - z_0 of two logits, for which L is the weighted cross-entropy of their softmax. The
-mean divides by the number of pixels (Vandenhende et al., arXiv 2004.13379; InvPT, arXiv 2203.07997); torch's mean of a weighted
-cross-entropy divides by the sum of the weights and is a different loss. w is a number, or None ("balanced") for
-w = #negative / #valid of the batch (HED, arXiv 1504.06375). A batch without positives then has w = 1 and loss 0; w also depends
-on how the batch is split over processes.
+z is the single logit, or the difference z_1 - z_0 of two logits, for which L is the weighted cross-entropy of their softmax.
+The mean divides by the number of pixels (Vandenhende et al., arXiv 2004.13379, InvPT, arXiv 2203.07997). torch's mean of a
+weighted cross-entropy divides by the sum of the weights and is another loss. w is a number, or None ("balanced") for w =
+#negative / #valid of the batch (HED, arXiv 1504.06375). A batch without positives then has w = 1 and loss 0. w also depends on
+how the batch is split over processes.
 
     boundaries  w = 0.95, loss weight 50: ASTMT (arXiv 1904.08918), InvPT, TaskPrompter, MTLoRA. The score is odsF with max_dist
                 0.0075 of the diagonal for PASCAL and 0.011 for NYUD
@@ -16,11 +16,11 @@ on how the batch is split over processes.
                 TaskPrompter) or 1 (ASTMT, MTLoRA). Two for the score: "max_f", beta^2 = 0.3 (InvPT, TaskPrompter), or "miou" of
                 background and salient (Vandenhende et al.; MTLoRA) at the threshold 1/2
 
-Depth: L = mean over valid pixels of |p - g| in metres (InvPT; LibMTL, arXiv 2203.14338). A pixel is valid where
-0 < g < max_depth. TaskPrompter takes max_depth = 80, the others no bound. The score is `measure`, pooled over the data set:
-"rmse" (InvPT and TaskPrompter), "abs_err" or "abs_rel" (both of LibMTL) or "log_rmse". All are smooth functions of the sums
-over pixels, so the jackknife's interval holds. `convention`, "pooled" (InvPT, TaskPrompter) or "libmtl", decides how the metric
-treats predictions that are not positive: vismt/multitask/metrics/depth.py. What a run writes and draws is what is scored.
+Depth: L = mean over valid pixels of |p - g| in metres (InvPT, LibMTL, arXiv 2203.14338). A pixel is valid if 0 < g < max_depth.
+TaskPrompter takes max_depth = 80, the others no bound. The score is `measure`, pooled over the data set: "rmse" (InvPT and
+TaskPrompter), "abs_err" or "abs_rel" (both of LibMTL) or "log_rmse". All are smooth functions of the sums over pixels, so the
+jackknife's interval holds. `convention`, "pooled" (InvPT, TaskPrompter) or "libmtl", decides how the metric treats predictions
+that are not positive: vismt/multitask/metrics/depth.py. What a run writes and draws is what is scored.
 
 Normals: the head's vector p is scaled to unit length, n = p / |p|, and compared with the true normal g by `convention`:
 
@@ -28,9 +28,10 @@ Normals: the head's vector p is scaled to unit length, n = p / |p|, and compared
     "astmt"     the same with a mean over channels, a third of it         (ASTMT; MTLoRA), weight 10
     "libmtl"    mean over valid pixels of 1 - n . g                       (LibMTL), weight 1
 
-A normal is valid where g is not zero; in LibMTL where the components of g do not sum to 0, which also drops genuine normals such
-as (1, -1, 0). The score is the mean angle in degrees over all valid pixels of the data set. The metric also computes the median,
-which LibMTL reports, but it cannot be the score: the jackknife, which gives the intervals, does not hold for a median.
+A normal is valid if g is not zero. In LibMTL it is valid if the components of g do not sum to 0, which also drops genuine
+normals such as (1, -1, 0). The score is the mean angle in degrees over all valid pixels of the data set. The metric also
+computes the median, which LibMTL reports, but it cannot be the score: the jackknife, which gives the intervals, does not hold
+for a median.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ if TYPE_CHECKING:
 
 PASCAL_MAX_DIST = 0.0075
 SALIENCY_NUMBERS = {"max_f": {"max_f": Number("maxF", share=True)}, "miou": CLASS_NUMBERS}  # by measure
-DEPTH_CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # default measure of each
+DEPTH_CONVENTIONS = {"pooled": "rmse", "libmtl": "abs_err"}  # default measure of each convention
 DEPTH_NUMBERS = {
     "rmse": Number("RMSE", "m", lower_is_better=True),
     "abs_err": Number("mean absolute error", "m", lower_is_better=True),
@@ -72,8 +73,8 @@ DEPTH_NUMBERS = {
     "log_rmse": Number("RMSE of the log", lower_is_better=True),
     **{f"delta{power}": Number(f"delta {power}", share=True) for power in (1, 2, 3)},
 }
-DEPTH_MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")  # that can be the score
-LEAST = 1e-9  # smallest predicted depth: a depth of 0 has no logarithm
+DEPTH_MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")  # measures that can be the score
+LEAST = 1e-9  # smallest predicted depth (a depth of 0 has no logarithm)
 RAMP = (
     (0.99, 0.91, 0.15),
     (0.45, 0.80, 0.36),
@@ -87,7 +88,7 @@ NORMALS_NUMBERS = {
     **{f"within_{limit}": Number(f"within {limit} degrees", share=True) for limit in ("11.25", "22.5", "30")},
 }
 NORMALS_CONVENTIONS = ("invpt", "astmt", "libmtl")
-SHORTEST = 1e-4  # shorter vectors are divided by it instead, so that the gradient stays finite at 0
+SHORTEST = 1e-4  # shorter vectors are divided by this length, so that the gradient stays finite at 0
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -95,8 +96,8 @@ class BinaryTask(LabelTask):
     """Base class of binary maps.
 
     Args:
-        positive_weight: w in (0, 1), or None for the balanced weight.
-        loss_weight: factor of the loss, > 0.
+        positive_weight: Weight w in (0, 1). None for the balanced weight.
+        loss_weight: Factor of the loss, > 0.
     """
 
     classes = 2
@@ -141,10 +142,10 @@ class Edges(BinaryTask):
     """The task "edge".
 
     Args:
-        positive_weight: w in (0, 1), or None for the balanced weight.
-        max_dist: largest distance of matched pixels in the metric, a fraction of the image diagonal.
-        thresholds: number of thresholds of the metric; fewer are faster.
-        loss_weight: factor of the loss, > 0.
+        positive_weight: Weight w in (0, 1). None for the balanced weight.
+        max_dist: Largest distance of matched pixels in the metric, as a fraction of the image diagonal.
+        thresholds: Number of thresholds of the metric. Fewer are faster.
+        loss_weight: Factor of the loss, > 0.
     """
 
     name, key, channels = "edge", "edge", 1
@@ -172,10 +173,10 @@ class Saliency(BinaryTask):
     """The task "saliency".
 
     Args:
-        positive_weight: w in (0, 1), or None for the balanced weight.
-        channels: of the head, 2 or 1.
-        measure: score of the task, "max_f" or "miou".
-        loss_weight: factor of the loss, > 0.
+        positive_weight: Weight w in (0, 1). None for the balanced weight.
+        channels: Number of channels of the head, 2 or 1.
+        measure: Score of the task, "max_f" or "miou".
+        loss_weight: Factor of the loss, > 0.
     """
 
     name, key = "saliency", "saliency"
@@ -210,11 +211,11 @@ class Depth(MapTask):
     """The task "depth".
 
     Args:
-        max_depth: bound of valid depths in metres, excluded; None for no bound.
-        convention: "pooled" or "libmtl", of predictions that are not positive.
-        measure: the score of the task, "rmse", "abs_err", "abs_rel" or "log_rmse"; None for the first of them with "pooled", the
-            second with "libmtl". The others stand beside it.
-        loss_weight: factor of the loss, > 0.
+        max_depth: Bound of valid depths in metres, excluded. None for no bound.
+        convention: "pooled" or "libmtl", for predictions that are not positive.
+        measure: Score of the task, "rmse", "abs_err", "abs_rel" or "log_rmse". None for "rmse" with "pooled" and "abs_err" with
+            "libmtl". The other measures are reported beside it.
+        loss_weight: Factor of the loss, > 0.
     """
 
     name, key, channels = "depth", "depth", 1
@@ -250,7 +251,7 @@ class Depth(MapTask):
         return (prediction[:, 0] - target).abs().mean()
 
     def answer(self, prediction: Tensor) -> Tensor:
-        """Return the depths that the score is of."""
+        """Return the depths that are scored."""
         return prediction[0] if self.convention == "libmtl" else prediction[0].clamp_min(LEAST)
 
     def metric(self) -> Metric:
@@ -265,7 +266,7 @@ class Depth(MapTask):
         return (high, low) if self.inverse else (low, high)
 
     def rescaled(self, prediction: Tensor, s: float) -> Tensor:
-        """Convert the depth of an image enlarged s times to the unit of the original: enlarging by s divides depth by s."""
+        """Convert the depth of an image enlarged s times to the unit of the original. Enlarging by s divides depth by s."""
         return prediction / s if self.inverse else prediction * s
 
     def caption(self, prediction: Tensor, class_names: Sequence[str] = ()) -> str:
@@ -290,7 +291,10 @@ class Depth(MapTask):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class InverseDepth(Depth):
-    """The task "depth" on data sets that store multiples of 1/depth, which are large for near pixels; options of `Depth`."""
+    """The task "depth" on data sets that store multiples of 1/depth, which are large for near pixels.
+
+    It has the options of `Depth`.
+    """
 
     inverse = True
 
@@ -306,8 +310,8 @@ class Normals(MapTask):
     """The task "normals".
 
     Args:
-        convention: "invpt", "astmt" or "libmtl", of the loss and of valid pixels.
-        loss_weight: factor of the loss, > 0; None for the convention's default.
+        convention: Convention of the loss and of valid pixels: "invpt", "astmt" or "libmtl".
+        loss_weight: Factor of the loss, > 0. None for the convention's default.
     """
 
     name, key, channels = "normals", "normals", 3
@@ -335,7 +339,7 @@ class Normals(MapTask):
         return error.sum(1).mean() if self.convention == "invpt" else error.mean()
 
     def view(self, prediction: Tensor, mirrored: bool) -> Tensor:
-        """Return unit vectors; those of a mirrored image with the sign of x reversed."""
+        """Return unit vectors. For a mirrored image, the sign of x is reversed."""
         normal = F.normalize(super().view(prediction, mirrored), dim=1, eps=SHORTEST)
         return normal * normal.new_tensor([-1.0, 1.0, 1.0])[:, None, None] if mirrored else normal
 

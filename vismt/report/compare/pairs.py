@@ -1,9 +1,9 @@
 """Paired differences of models on the same examples, of runs of vismt and of tables that another program wrote.
 
 The mean difference has the interval of `vismt.report.comparison.Evidence.difference`, over the examples or their groups, and
-over the training seeds if there are several. p is by sign flips of the units for one training of each model, and that of the
-interval for several, because sign flips of examples leave the seeds out. Holm's method corrects p over the pairs of one set
-and metric.
+over the training seeds if there are several. For one training of each model, p comes from sign flips of the units. For several
+trainings it comes from the interval, because sign flips of examples leave the seeds out. Holm's method corrects p over the
+pairs of one set and metric.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import torch
 
 from vismt.base.errors import UserError
-from vismt.report.compare.score_tables import Say, Training
+from vismt.report.compare.score_tables import Say, TrainingValues
 from vismt.report.comparison import CONSTANT, Comparison, Values
 from vismt.report.results import Result, Score, result_of
 from vismt.report.tables import interval_text, number_text, without_further
@@ -107,8 +107,8 @@ def paired_differences(comparisons: Sequence[Comparison], baseline: str | None =
     """Return the difference of each pair of models that have the same examples.
 
     Args:
-        comparisons: Of the models, by metric, condition and set.
-        baseline: The model that all others are compared with. None for all pairs.
+        comparisons: Comparisons of the models, by metric, condition and set.
+        baseline: Model that all others are compared with. None for all pairs.
     """
     several = len({c.row.protocol for c in comparisons}) > 1
     found = []
@@ -126,7 +126,7 @@ def paired_differences(comparisons: Sequence[Comparison], baseline: str | None =
 
 
 def _compared(c: Comparison, metric: str, a: str, b: str) -> PairedDifference | None:
-    """Return the difference of two models, None if their examples differ."""
+    """Return the difference of two models. Return None if their examples differ."""
     difference = c.pair(b, a)
     if difference is None:
         return None
@@ -139,10 +139,10 @@ def _compared(c: Comparison, metric: str, a: str, b: str) -> PairedDifference | 
 
 
 class GivenScores:
-    """Rows and values by example of tables that another program wrote, in the form of a run's."""
+    """Rows and values by example of tables that another program wrote, in the form of a run's rows."""
 
-    def __init__(self, trainings: Sequence[Training]) -> None:
-        """trainings: With the same examples for each set, as `match` returns them."""
+    def __init__(self, trainings: Sequence[TrainingValues]) -> None:
+        """trainings: Trainings with the same examples for each set, as `match` returns them."""
         self.results: list[Result] = []
         self._measures: dict[tuple[object, ...], Measure] = {}
         seeds = {name: number for number, name in enumerate(sorted({one.seed for one in trainings}))}
@@ -170,16 +170,16 @@ class GivenScores:
         self.results.append(row)
 
     def of(self, result: Result) -> Values | None:
-        """Return a row's values by example, None for a metric that is not a mean over the examples."""
+        """Return a row's values by example. Return None for a metric that is not a mean over the examples."""
         measure = self._measures[result.key]
         return dict(measure.values) if measure.paired else None
 
     def groups(self, result: Result) -> Mapping[str, str]:
-        """Return the group of each example, {} if the examples are independent."""
+        """Return the group of each example. Return {} if the examples are independent."""
         return self._measures[result.key].groups
 
 
-def _measures(training: Training) -> Iterable[Measure]:
+def _measures(training: TrainingValues) -> Iterable[Measure]:
     """Yield the measures of one training."""
     groups = dict(zip(training.ids, training.groups, strict=True)) if training.groups else {}
     for metric, values in training.values.items():
@@ -195,17 +195,17 @@ def _measures(training: Training) -> Iterable[Measure]:
         yield Measure("ECE-15", by_id, SHARE, LOWER, error=error, paired=False, groups=groups, grouped_by="groups")
 
 
-def match(trainings: Sequence[Training], common: bool, say: Say) -> list[Training]:
+def match(trainings: Sequence[TrainingValues], common: bool, say: Say) -> list[TrainingValues]:
     """Return the trainings with the same examples in the same order, for each set.
 
     Args:
-        trainings: Of all models.
-        common: Keep the examples and seeds that all models have. Otherwise a difference is an error.
-        say: Called with a sentence about what was left out.
+        trainings: Trainings of all models.
+        common: Whether to keep the examples and seeds that all models have. Otherwise a difference is an error.
+        say: Function that takes a sentence about what was left out.
 
     Raises:
-        UserError: examples or seeds that not all models have, an example that comes twice, an example with two labels or
-            groups, and fewer than two common examples.
+        UserError: If some models lack examples or seeds, an example comes twice or has two labels or groups, or fewer than two
+            examples are common.
     """
     named = {one.data for one in trainings} - {""}
     if len(named) > 1 and any(not one.data for one in trainings):
@@ -221,7 +221,7 @@ def match(trainings: Sequence[Training], common: bool, say: Say) -> list[Trainin
     return found
 
 
-def _matched(trainings: Sequence[Training], data: str, common: bool, say: Say) -> list[Training]:
+def _matched(trainings: Sequence[TrainingValues], data: str, common: bool, say: Say) -> list[TrainingValues]:
     """Return the trainings of one set with the same examples."""
     trainings, faults = _with_shared_seeds(trainings, data)
     places: list[dict[str, int]] = []  # row of each example
@@ -250,7 +250,7 @@ def _matched(trainings: Sequence[Training], data: str, common: bool, say: Say) -
     return _with_groups(trainings, [[place[name] for name in kept] for place in places], data)
 
 
-def _with_shared_seeds(trainings: Sequence[Training], data: str) -> tuple[list[Training], list[str]]:
+def _with_shared_seeds(trainings: Sequence[TrainingValues], data: str) -> tuple[list[TrainingValues], list[str]]:
     """Return the trainings whose seed every model has, and what to say about the others."""
     seeds: dict[str, set[str]] = {}
     for one in trainings:
@@ -266,7 +266,7 @@ def _with_shared_seeds(trainings: Sequence[Training], data: str) -> tuple[list[T
     return [one for one in trainings if one.seed in shared], [listed]
 
 
-def _with_groups(trainings: Sequence[Training], rows: Sequence[list[int]], data: str) -> list[Training]:
+def _with_groups(trainings: Sequence[TrainingValues], rows: Sequence[list[int]], data: str) -> list[TrainingValues]:
     """Return the chosen rows of each training, with the groups that any input names."""
 
     def taken(column: list[T], places: list[int]) -> list[T]:

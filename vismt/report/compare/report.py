@@ -1,4 +1,4 @@
-"""One report over separate runs and tables of other programs, with paired differences where the examples are the same."""
+"""One report over separate runs and tables of other programs, with paired differences if the examples are the same."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
@@ -18,13 +18,13 @@ from vismt.report.compare.pairs import GivenScores, PairedDifference, match, pai
 from vismt.report.compare.score_tables import (
     NO_COLUMNS,
     Columns,
-    Training,
+    TrainingValues,
     columns_of_object,
     is_table,
     read_path,
     read_table,
 )
-from vismt.report.comparison import ExampleValues, Values, compare
+from vismt.report.comparison import ExampleValues, Values, compare_results
 from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
@@ -32,7 +32,7 @@ from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table, scale_text
 from vismt.report.trainings import Cost, cost_section, read_costs
 from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
-from vismt.storage.outputs import note
+from vismt.storage.outputs import note_outputs
 from vismt.uncertainty.intervals import CLEAN
 
 T = TypeVar("T")
@@ -42,7 +42,7 @@ SETTINGS_NOTE = (
 )
 
 
-MOST_FIGURES, MOST_PAIRS = 6, 15  # of pairs: figures, and pairs in one
+MOST_FIGURES, MOST_PAIRS = 6, 15  # numbers of figures of pairs, and of pairs in one figure
 PAIRS_CAPTION = "Paired differences with 95 % intervals. Where an interval contains 0, no difference is shown."
 _PAIRS_NOTE = (
     "± is the 95 % interval. A difference that cannot be seen is one that this comparison finds in fewer than 80 % of cases. "
@@ -59,13 +59,13 @@ class Joined:
     sources: Mapping[str, tuple[ValuesByExample, str]]
 
     def of(self, result: Result) -> Values | None:
-        """Return a row's values by example, under names that are equal where two runs have the same example."""
+        """Return a row's values by example. The names are equal if two runs have the same example."""
         values, arm = self.sources[result.arm]
         found = values.of(replace(result, arm=arm))
         return None if found is None else self._named(result, found)
 
     def groups(self, result: Result) -> dict[str, str]:
-        """Return the group of each example of a row under the names of `of`, {} if its examples are independent."""
+        """Return the group of each example of a row under the names of `of`. Return {} if its examples are independent."""
         values, arm = self.sources[result.arm]
         return self._named(result, values.groups(replace(result, arm=arm)))
 
@@ -77,7 +77,7 @@ class Joined:
 def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
     """Return the rows of several run folders, of all or the named arms. An arm whose name two runs have is named "RUN: ARM".
 
-    Raises UserError for fewer than two folders, a folder twice or without results, and an arm that no run has.
+    Raise UserError for fewer than two folders, a folder twice or without results, and an arm that no run has.
     """
     if len({folder.resolve() for folder in folders}) < max(2, len(folders)):
         given = ", ".join(map(str, folders)) or "nothing"
@@ -104,19 +104,19 @@ def join(folders: Sequence[Path], arms: Sequence[str] = ()) -> Joined:
     return Joined(results, sources)
 
 
-def gather(
-    inputs: Mapping[str, Any], columns: Columns = NO_COLUMNS, common: bool = False, arms: Sequence[str] = ()
+def read_inputs(
+    inputs: Mapping[str, object], columns: Columns = NO_COLUMNS, common: bool = False, arms: Sequence[str] = ()
 ) -> tuple[list[Result], ExampleValues]:
     """Return the rows of run folders, tables and samples of lm-evaluation-harness, and the values by example of each row.
 
     Args:
         inputs: Paths, lists of mappings and frames of pandas by name.
         columns: Names of the columns of tables.
-        common: Keep the examples that all tables have.
+        common: Whether to keep the examples that all tables have.
         arms: Arms of runs to keep. Empty for all.
 
     Raises:
-        UserError: as of `join`, `vismt.report.compare.score_tables.read_path` and `vismt.report.compare.pairs.match`.
+        UserError: If `join`, `vismt.report.compare.score_tables.read_path` or `vismt.report.compare.pairs.match` raises it.
     """
     paths = {name: Path(given) for name, given in inputs.items() if isinstance(given, str | Path)}
     runs = [path for path in paths.values() if not is_table(path)]
@@ -139,8 +139,8 @@ def gather(
     return scores.results, scores
 
 
-def _trainings_of_run(folder: Path, arms: Sequence[str]) -> list[Training]:
-    """Return the clean values by example of the arms of a run, those of an arm's trainings averaged."""
+def _trainings_of_run(folder: Path, arms: Sequence[str]) -> list[TrainingValues]:
+    """Return the clean values by example of the arms of a run. Several trainings of an arm are averaged."""
     rows = [row for row in read_results(folder / RESULTS) if row.seed is None and row.condition == CLEAN.label]
     if not rows:
         raise UserError(f"compare: no results in '{folder}'; make them with `vismt evaluate {folder}`.")
@@ -151,12 +151,12 @@ def _trainings_of_run(folder: Path, arms: Sequence[str]) -> list[Training]:
             groups = values.groups(row)
             listed = [groups[name] for name in by_example] if groups else []
             of_metric = {row.metric: list(by_example.values())}
-            found.append(Training(str(folder), row.arm, row.data, "", list(by_example), of_metric, groups=listed))
+            found.append(TrainingValues(str(folder), row.arm, row.data, "", list(by_example), of_metric, groups=listed))
     return found
 
 
 def input_names(paths: Sequence[Path]) -> list[str]:
-    """Return a name for each input: its folder's or file's, with the folder above if two have one name."""
+    """Return a name for each input: the name of its folder or file, with the folder above if two have one name."""
     names = [path.resolve().name if path.is_dir() else path.stem for path in paths]
     return [str(path.parent / name) if names.count(name) > 1 else name for path, name in zip(paths, names, strict=True)]
 
@@ -176,19 +176,19 @@ def compare_inputs(
         inputs: Run folders, tables, folders of tables, and folders of lm-evaluation-harness.
         target: Folder of the report.
         arms: Arms of runs to keep. Empty for all.
-        formats: As of `vismt.report.writer.write_report`.
+        formats: Formats, as for `vismt.report.writer.write_report`.
         columns: Names of the columns of tables.
-        common: Keep the examples that all tables have.
+        common: Whether to keep the examples that all tables have.
         baseline: Arm that all others are compared with. None for all pairs.
 
     Returns:
-        The files of the report, and the difference of each pair. UserErrors are those of `gather`.
+        The files of the report, and the difference of each pair. It raises the UserErrors of `read_inputs`.
     """
     named = dict(zip(input_names(inputs), inputs, strict=True))
-    results, values = gather(named, columns, common, arms)
+    results, values = read_inputs(named, columns, common, arms)
     arms_found = list(dict.fromkeys(row.arm for row in results))
     require_known("compare: no model", [baseline] if baseline else [], arms_found)
-    comparisons = compare(results, values, {row.task: baseline for row in results} if baseline else None)
+    comparisons = compare_results(results, values, {row.task: baseline for row in results} if baseline else None)
     pairs = paired_differences(comparisons, baseline)
     headings = {name: run_heading(path) for name, path in named.items() if (path / FACTS).exists()}
     facts = []
@@ -205,7 +205,7 @@ def compare_inputs(
         if cost := read_costs(of_run.folder, [arm]).get(arm):
             costs[label] = cost
     conclusion = conclude(comparisons, {label: cost.trained for label, cost in costs.items()})
-    note("compare", target)
+    note_outputs("compare", target)
     with figure_formats(formats):
         sections = [
             cost_section(target, comparisons, costs),

@@ -25,7 +25,7 @@ ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
 MOST_CHARACTERS = 1 << 26  # of a line
 CORRECT = "accuracy"
-# The names that a column may have if the user names none.
+# Names that a column may have if the user names none.
 USUAL = {
     "id": "id example image file filename path doc_id question_id sample_id name key",
     "score": "score correct acc accuracy loss dice iou f1 nll",
@@ -36,7 +36,8 @@ USUAL = {
     "seed": "seed",
     "set": "set dataset",
 }
-OWN_KEYS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}  # of the harness
+# keys of the harness
+OWN_KEYS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
 Say = Callable[[str], None]  # takes a sentence about what was guessed or left out
 
 
@@ -46,13 +47,13 @@ class Columns:
 
     Args:
         id: Name of the example.
-        score: A number for each example: 1 and 0 for right and wrong, a loss, a Dice score.
-        label: The right answer.
-        answer: The answer of the model.
-        probability: Probability of the answer. A name with a `*` in the place of a class: the probability of each class.
-        group: Examples of one group depend on each other.
-        seed: The training that gave the row.
-        set: The data set of the row.
+        score: Number for each example: 1 and 0 for right and wrong, a loss, a Dice score.
+        label: Right answer.
+        answer: Answer of the model.
+        probability: Probability of the answer. A name with a `*` for the class names a column for each class.
+        group: Group of the example. Examples of one group depend on each other.
+        seed: Training that gave the row.
+        set: Data set of the row.
     """
 
     id: str | None = None
@@ -69,11 +70,11 @@ NO_COLUMNS = Columns()
 
 
 @dataclass
-class Training:
+class TrainingValues:
     """The values of one training of a model on one set.
 
     Args:
-        where: The input, for messages.
+        where: Name of the input, for messages.
         model: Name of the model.
         data: Name of the set, "" if the input does not say it.
         seed: Name of the training, "" if the input does not say it.
@@ -102,17 +103,17 @@ def is_table(path: Path) -> bool:
     return path.suffix.lower() in ENDINGS
 
 
-def read_path(path: Path, model: str, columns: Columns, say: Say) -> list[Training]:
+def read_path(path: Path, model: str, columns: Columns, say: Say) -> list[TrainingValues]:
     """Return the trainings of one model in a table, a folder of tables, or a folder or file of the harness.
 
     Args:
-        path: A file, or a folder.
+        path: File or folder.
         model: Name of the model.
         columns: Names of the columns.
-        say: Called with a sentence about what was guessed or left out.
+        say: Function that takes a sentence about what was guessed or left out.
 
     Raises:
-        UserError: a file that cannot be read, a column that is missing or not clear, and a value that is not a number.
+        UserError: If a file cannot be read, a column is missing or not clear, or a value is not a number.
     """
     samples = [path] if _SAMPLES.fullmatch(path.name) else [] if path.is_file() else _samples(path)
     if samples:
@@ -132,9 +133,12 @@ def read_path(path: Path, model: str, columns: Columns, say: Say) -> list[Traini
 
 
 def read_table(
-    table: Mapping[str, Sequence[Any]], where: str, model: str, columns: Columns, say: Say
-) -> list[Training]:
-    """Return the trainings of one model in a table. table: columns by name. Other arguments and errors: as of `read_path`."""
+    table: Mapping[str, Sequence[object]], where: str, model: str, columns: Columns, say: Say
+) -> list[TrainingValues]:
+    """Return the trainings of one model in a table.
+
+    table: Columns by name. Other arguments and errors are as for `read_path`.
+    """
     rows = len(next(iter(table.values()), ()))
     if not rows:
         raise UserError(f"compare: '{where}' has no rows.")
@@ -153,11 +157,11 @@ def read_table(
     for row, key in enumerate(zip(data, seeds, strict=True)):
         places.setdefault(key, []).append(row)
 
-    def taken(texts: Sequence[Any], chosen: Sequence[int]) -> list[Any]:
+    def taken(texts: Sequence[object], chosen: Sequence[int]) -> list[Any]:
         return list(texts) if len(chosen) == rows else [texts[row] for row in chosen] if texts else []
 
     return [
-        Training(
+        TrainingValues(
             where,
             model,
             name,
@@ -170,8 +174,8 @@ def read_table(
     ]
 
 
-def columns_of_object(given: Any, name: str) -> dict[str, list[Any]]:
-    """Return the columns of a frame of pandas or a list of mappings. Raises UserError for another object."""
+def columns_of_object(given: object, name: str) -> dict[str, list[Any]]:
+    """Return the columns of a pandas frame or a list of mappings. Raise UserError for another object."""
     if hasattr(given, "columns") and hasattr(given, "to_dict"):
         return {str(column): values for column, values in given.to_dict("list").items()}
     if not isinstance(given, Sequence) or isinstance(given, str):
@@ -181,7 +185,7 @@ def columns_of_object(given: Any, name: str) -> dict[str, list[Any]]:
     return columns_of_rows(given, name)
 
 
-def columns_of_rows(rows: Iterable[Mapping[str, Any]], where: str) -> dict[str, list[Any]]:
+def columns_of_rows(rows: Iterable[Mapping[str, object]], where: str) -> dict[str, list[Any]]:
     """Return the columns of a list of mappings, with None where a row lacks a key."""
     rows = list(rows)
     number = next((number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)
@@ -218,9 +222,9 @@ def _resolve(columns: Columns, known: Sequence[str], where: str, say: Say) -> di
 
 
 def _values_of(
-    table: Mapping[str, Sequence[Any]], names: Mapping[str, str], where: str
+    table: Mapping[str, Sequence[object]], names: Mapping[str, str], where: str
 ) -> tuple[dict[str, list[float]], list[float]]:
-    """Return the value of each row by metric, and the probability of each answer, [] if it is not known."""
+    """Return the value of each row by metric, and the probability of each answer ([] if it is not known)."""
     if "score" in names:
         return {names["score"]: _numbers(table, names["score"], where)}, []
     labels, answers = ([_text(value) for value in table[names[role]]] for role in ("label", "answer"))
@@ -267,7 +271,7 @@ def _numbers(table: Mapping[str, Sequence[Any]], column: str, where: str) -> lis
     return numbers
 
 
-def _probabilities(table: Mapping[str, Sequence[Any]], column: str, where: str) -> list[float]:
+def _probabilities(table: Mapping[str, Sequence[object]], column: str, where: str) -> list[float]:
     numbers = _numbers(table, column, where)
     row = next((row for row, number in enumerate(numbers, 1) if not 0 <= number <= 1), None)
     if row is not None:
@@ -275,7 +279,7 @@ def _probabilities(table: Mapping[str, Sequence[Any]], column: str, where: str) 
     return numbers
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     """Return a name as text: a whole number without a decimal point, as one table may have 7 and another 7.0."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
@@ -341,7 +345,7 @@ def _parquet_columns(path: Path) -> dict[str, list[Any]]:
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Yield the lines of a text file. Raises ValueError for a line of more than MOST_CHARACTERS."""
+    """Yield the lines of a text file. Raise ValueError for a line of more than MOST_CHARACTERS."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         number = 0
         while line := file.readline(MOST_CHARACTERS + 1):
@@ -361,7 +365,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
                 raise ValueError(f"line {number} is not JSON ({error})") from error
 
 
-def _read_samples(paths: Sequence[Path], model: str, say: Say) -> list[Training]:
+def _read_samples(paths: Sequence[Path], model: str, say: Say) -> list[TrainingValues]:
     """Return a training for each task of the harness, from the newest file of the task."""
     newest: dict[str, Path] = {}
     for path in sorted(paths, key=lambda path: (_SAMPLES.fullmatch(path.name) or {"time": ""})["time"] or ""):
@@ -373,7 +377,7 @@ def _read_samples(paths: Sequence[Path], model: str, say: Say) -> list[Training]
     return [_read_task(path, model, task, say) for task, path in sorted(newest.items())]
 
 
-def _read_task(path: Path, model: str, task: str, say: Say) -> Training:
+def _read_task(path: Path, model: str, task: str, say: Say) -> TrainingValues:
     """Return the values of one task: the metrics that are numbers, each with the name of its filter if the task has several."""
     values: dict[str, dict[str, float]] = {}
     truths: dict[str, str] = {}
@@ -401,7 +405,7 @@ def _read_task(path: Path, model: str, task: str, say: Say) -> Training:
     if not whole:
         raise UserError(f"compare: '{path}' has no metric with a number for every document.")
     ids = list(truths)
-    return Training(
+    return TrainingValues(
         str(path),
         model,
         task,

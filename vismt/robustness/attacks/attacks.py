@@ -23,9 +23,11 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, near
 from vismt.base.norm_balls import NORMS, PIXELS, within_budget
 from vismt.base.seeds import mix_seed
-from vismt.config.typed import Checked, Names, within
+from vismt.config.sections import fraction
+from vismt.config.typed import Checked, within
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.functional import answers
+from vismt.robustness.attack_settings import AttackSettings
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
 from vismt.robustness.attacks.fab import fab
 from vismt.robustness.attacks.foreign import L2_ENDING, PREFIX, attack_class, foreign
@@ -79,30 +81,29 @@ def budget_text(norm: str, epsilon: float) -> str:
 
 
 @dataclass(frozen=True)
-class AttackSpec(Checked):
-    """One attack and its budget.
+class AttackSpec(AttackSettings, Checked):
+    """One attack and its budget, in numbers.
 
     name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
-    apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1]. step_size: None =
-    2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM always 1, APGD and FAB 100, Square 5000 queries,
-    strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD only. Raises UserError for an
-    unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
+    apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1], as a number or as text
+    such as "8/255". step_size: None = 2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM always 1,
+    APGD and FAB 100, Square 5000 queries, strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD
+    only. Raises UserError for an unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
     """
 
-    name: str = "pgd"
     epsilon: Annotated[float, within(0, unit=PIXELS)] = 4.5 / 255
     step_size: float | None = None
-    steps: Annotated[int, within(1)] | None = None
-    norm: Annotated[str, Names(NORMS, only=True)] = "linf"
-    restarts: Annotated[int, within(1)] | None = None
     seed: int = 0
-    random_start: bool = True
     KEY: ClassVar = "attack"
     kind: ClassVar[Literal["attack"]] = "attack"
     # The clean image is inside every budget, so an example that is wrong there is not robust.
     worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        for key in ("epsilon", "step_size"):
+            value = getattr(self, key)
+            if isinstance(value, str):
+                object.__setattr__(self, key, fraction(value, f"attack.{key}"))
         super().__post_init__()
         if self.name not in KINDS and not self.name.startswith(PREFIX):
             raise UserError(f"attack '{self.name}' is not known.{near(self.name, (*KINDS, PREFIX))}")
@@ -188,7 +189,7 @@ class AttackSpec(Checked):
         """Return every field, for a protocol's hash."""
         return asdict(self)
 
-    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> Tensor:
+    def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, **how: object) -> Tensor:
         """Return the images of `search`, with its arguments, on the device of the clean ones."""
         return self.search(model, images, labels, **how).adversarial.to(images.device)
 
@@ -327,7 +328,7 @@ def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
 
 def _trial(spec: AttackSpec) -> Callable[..., None]:
     """Return the function that runs one wave of an attack."""
-    budget = {"epsilon": spec.epsilon, "norm": spec.norm}
+    budget: dict[str, Any] = {"epsilon": spec.epsilon, "norm": spec.norm}
     by_name: dict[str, Callable[..., None]] = {
         "pgd": partial(pgd, step=spec.step, steps=spec.length, start=spec.random_start),
         "fgsm": partial(pgd, step=spec.epsilon, steps=1, start=False),
@@ -342,7 +343,7 @@ def _trial(spec: AttackSpec) -> Callable[..., None]:
         return partial(by_name[spec.name], **budget)
     name = spec.name.removeprefix(PREFIX)
     attack_class(name)
-    options = {"steps": spec.steps, "seed": spec.seed, "restarts": spec.restarts or 1}
+    options: dict[str, Any] = {"steps": spec.length, "seed": spec.seed, "restarts": spec.restarts or 1}
     return partial(foreign, name=name, step=spec.step, **options, **budget)
 
 

@@ -1,0 +1,67 @@
+"""Certified accuracy at several l2 radii, and abstentions: `evaluate.certify` (vismt/robustness/smoothing.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from torch import Tensor
+
+from vismt.evaluation.sections import FEATURES
+from vismt.robustness.smoothing import ABSTAINED, Smoothing
+from vismt.storage.records import Field
+from vismt.uncertainty.features import PIXELS, PROBABILITIES, Answers, Feature, Quantity
+from vismt.uncertainty.intervals import LOWER, Condition
+
+_RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
+
+
+@dataclass
+class CertifyKeys:
+    """The key of the feature.
+
+    Args:
+        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}, or null for none.
+    """
+
+    certify: Smoothing | None = None
+
+
+@FEATURES.register("certify")
+class Certify(Feature):
+    """The smoothed classifier is right and certified at a radius, or it abstains."""
+
+    key, needs, keys = "certify", frozenset({PROBABILITIES, PIXELS}), CertifyKeys
+
+    @property
+    def label(self) -> str:
+        """The text of the smoothed classifier, "smoothed 0.25"."""
+        return f"smoothed {self.section.sigma:g}"
+
+    def settings(self) -> Mapping[str, object]:
+        return asdict(self.section)
+
+    def fields(self, classes: int) -> dict[str, Field]:
+        return {self.label: Field(ABSTAINED, classes - 1, whole=True), f"{self.label} radius": Field(0)}
+
+    def columns(self, answers: Answers) -> dict[str, Tensor]:
+        assert answers.net is not None and answers.images is not None  # of a job that provides PIXELS
+        found, radii = self.section.certify(answers.net, answers.images, answers.keys)
+        return {self.label: found, f"{self.label} radius": radii}
+
+    def quantities(self) -> list[Quantity]:
+        certified = [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in self._radii()]
+        abstention = Condition(self.label, "certified", self.label)
+        return [
+            *(Quantity(condition, "accuracy", counts=True) for condition in certified),
+            Quantity(abstention, "abstentions", better=LOWER, counts=True),
+        ]
+
+    def values(self, columns: Mapping[str, Tensor], labels: Tensor) -> list[Tensor]:
+        answers, radii = columns[self.label], columns[f"{self.label} radius"]
+        right = [((answers == labels) & (radii >= radius)).double() for radius in self._radii()]
+        return [*right, (answers == ABSTAINED).double()]
+
+    def _radii(self) -> list[float]:
+        """Return the radii that a certificate can reach."""
+        return [radius for radius in _RADII if radius <= self.section.largest]
