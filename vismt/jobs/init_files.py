@@ -1,7 +1,8 @@
 """`vismt init`: a commented configuration of a job that runs as written, from templates beside the modules of the job.
 
-`start.yaml` of a job is the template. `$job` and `$config` are the job and the name of the file. A job that fills in more has
-INIT in `init.py`.
+`start.yaml` of a job is the template. `$job` and `$config` are the job and the name of the file. `$lr` is LoRA's learning rate
+as studies chose it (docs/rates.md), `$rates` has three rates around it, and `$rate_METHOD` is the rate of a method in units of
+LoRA's rate. A job that fills in more has INIT in `init.py`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from string import Template
 from typing import TYPE_CHECKING
 
 from vismt.base.errors import UserError
+from vismt.config.yaml_text import read_yaml
 from vismt.jobs import JOBS
 from vismt.storage.wheels import one_line
 
@@ -89,6 +91,10 @@ def template(job: str, name: str = "start.yaml") -> Template:
 
 def config(job: str, *, file: str = "start.yaml", about: str = "", title: str = "", **values: object) -> Files:
     """Return the configuration of a job. about: What it is about, for the comment in its first line."""
-    name = f"{job}.yaml"
+    name, path = f"{job}.yaml", Path(__file__).with_name("start_rates.yaml")
+    rates = read_yaml(path, str(path))
+    below, lr, above = (f"{factor * rates['jobs'].get(job, 1e-3):.1e}".replace("e-0", "e-") for factor in (0.3, 1, 3))
+    values |= {"lr": lr, "rates": f"[{below}, {lr}, {above}]"}
+    values |= {f"rate_{method}": f"{rate:g}" for method, rate in rates["methods"].items()}
     text = template(job, file).substitute(job=job, config=name, about=one_line(about), title=quoted(title), **values)
     return {name: text}
