@@ -7,6 +7,7 @@ python scripts/benchmarks.py
 from __future__ import annotations
 
 import argparse
+import ast
 import json
 import sys
 from pathlib import Path
@@ -17,17 +18,22 @@ from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+BENCHES = DOCS.parent / "scripts/bench"
 HEAD = """# Benchmarks
 
-Each table compares vismt with another library or with a plain loop. A ratio below 1 means that the first takes less time or
-memory; "reached" says whether an aim that was set before the measurement is met.
+How much time and memory vismt needs, against another library or a plain loop. A ratio below 1 means that the first of two needs
+less. "Aim" was set before the measurement, and "reached" says whether the ratio meets the aim.
 
-A ratio is the median over the rounds, with the smallest and the largest beside it. The candidates of a round run one after the
-other in rotating order. On a CPU, times are CPU seconds on one thread. What each bench measures stands at the top of its
-file in `scripts/bench/`. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`;
-benches without a section here were [measured earlier](benchmarks/earlier.md).
+```bash
+python -m scripts.bench core --rounds 5 --device cpu     # in a clone
+```
+
+Each ratio is the median over the rounds, with the smallest and the largest ratio beside it. The candidates of a round run one after
+the other in rotating order. On a CPU, times are CPU seconds on one thread. The top of each file in `scripts/bench/` says what the
+bench measures. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`. Benches without a section here were
+[measured earlier](benchmarks/earlier.md).
 """
-COLUMNS = ("", "ratio of", "", "min", "max", "aim", "reached")
+COLUMNS = ("Task", "Ratio", "Median", "Smallest", "Largest", "Aim", "Reached")
 NEEDED = ("bench", "rounds", "command", "date", "hardware", "versions", "results")
 
 
@@ -50,17 +56,18 @@ def read(path: Path) -> dict[str, Any]:
 def section(content: dict[str, Any]) -> str:
     """Return the section of one bench; "note" may be added to its file by hand, to say what was special."""
     versions = ", ".join(f"{name} {version}" for name, version in content["versions"].items())
+    doc = ast.get_docstring(ast.parse((BENCHES / f"{content['bench']}.py").read_text(encoding="utf8"))) or ""
     lines = [
         f"## {content['bench']}",
         "",
-        f"`{content['command']}`, {content['rounds']} rounds, {content['date']}. {content['hardware']}; {versions}."
-        f"{content.get('note', '')}",
+        f"{doc.splitlines()[0].partition('`: ')[2]}{content.get('note', '')}",
         "",
         _row(COLUMNS),
         _row("---" for _ in COLUMNS),
     ]
     for result in content["results"]:
-        lines += [_row(cells(result["title"], comparison)) for comparison in result["comparisons"]]
+        for number, comparison in enumerate(result["comparisons"]):
+            lines.append(_row(cells("" if number else result["title"].replace("; ", ", "), comparison)))
     for result in content["results"]:
         if "table" in result:
             heads, *rows = result["table"]
@@ -72,7 +79,8 @@ def section(content: dict[str, Any]) -> str:
                 _row("---" for _ in heads),
                 *map(_row, rows),
             ]
-    return "\n".join([*lines, ""])
+    made = f"`{content['command']}`, {content['rounds']} rounds, {content['date']}. {content['hardware']}. {versions}."
+    return "\n".join([*lines, "", made, ""])
 
 
 def cells(title: str, comparison: dict[str, Any]) -> list[str]:

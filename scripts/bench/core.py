@@ -1,4 +1,4 @@
-"""`scripts.bench core`: forward and backward of a LoRA r=16 on every linear, against peft, full fine-tuning and the floor.
+"""`scripts.bench core`: Forward and backward pass of a LoRA of rank 16 on every linear layer, against peft and other steps.
 
 Random models: timm vit_small_patch16_224, batch 8 x 3 x 224 x 224 and 32 x 3 x 48 x 48, and a Llama of hidden 512, 8 layers,
 ffn 1376, vocabulary 2048, batch 4 x 128 tokens. Saved activations are the storages that a forward pass creates and keeps for the

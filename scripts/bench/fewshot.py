@@ -1,4 +1,4 @@
-"""`python -m scripts.bench fewshot`: the few-shot protocol against a plain loop over episodes, as easyfsl and P>M>F evaluate.
+"""`python -m scripts.bench fewshot`: The few-shot protocol, against a plain loop over episodes as in easyfsl and P>M>F.
 
 5-way 5-shot episodes with 15 queries a class on 1,000 digits at 48 px (10 tokens): clean with a random ViT-Ti/16, whose forward
 pass is short, so that all other work of the protocol counts, and attacked with a random ViT-S/16. The plain loop runs the

@@ -1,4 +1,4 @@
-"""`python -m scripts.bench floor`: the part of a LoRA r=16 step that every implementation has to compute.
+"""`python -m scripts.bench floor`: The part of a LoRA step of rank 16 that every implementation has to compute.
 
 On n tokens a frozen linear (o x i) has two products, W x and W^T g: 4 n i o FLOPs. Its factors have six thin ones, x A^T, h B^T,
 g B and those of the gradients of A, B and x: 6 n r (i + o) FLOPs. Each reads or writes all of x or y, so their rate is lower.

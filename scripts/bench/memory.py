@@ -1,4 +1,4 @@
-"""`scripts.bench memory`: the memory of a training step, measured and by formula, for several methods on the same model.
+"""`scripts.bench memory`: The memory of a training step, measured and by formula, for several methods on the same model.
 
 A random Llama of hidden 512, 8 layers, ffn 1376, vocabulary 2048 (27 M parameters), a larger one (`--model 88M`,
 `--model 158M`; `--model all` for the three, ratios by size), or a language model by its name; batch 4 x 256 tokens,

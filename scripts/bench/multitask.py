@@ -1,4 +1,4 @@
-"""`scripts.bench multitask`: a training step balanced by gradients on adapters, against LibMTL's way on all shared parameters.
+"""`scripts.bench multitask`: A step that balances gradients on adapters, against LibMTL's way on all shared parameters.
 
 A random ViT-S/16, 4 x 224 px, three tasks as LibMTL's NYUv2 (semantic segmentation of 13 classes, depth, normals), PCGrad,
 AdamW. Heads are 1x1 convolutions, so that the step is that of the backbone. "vismt, adapters": LoRA r=16 on every linear,

@@ -1,4 +1,4 @@
-"""`scripts.bench scale`: what `vismt` costs as models get deeper and data sets larger.
+"""`scripts.bench scale`: How the costs of vismt grow with deeper models and larger data sets.
 
 Layers: adapt, save, load, merge, export and verify for every method, on a random Llama of width 32 with 8 to 64 layers. A method
 that needs a ViT gets one of the same width. `verify` gets the base weights, too.

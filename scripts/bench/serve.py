@@ -1,4 +1,4 @@
-"""`scripts.bench serve`: a batch with 8 different LoRA adapters against the same batch with one, and against peft's mixed batch.
+"""`scripts.bench serve`: A batch with 8 different LoRA adapters, against the same batch with one adapter and in peft.
 
 The random Llama of `bench core` (hidden 512, 8 layers, ffn 1376) with rank 16 on every linear, and 8 prompts: "generate"
 writes 32 tokens after prompts of 16, "forward" runs prompts of 128 tokens once, as a classifier does. peft gets the same

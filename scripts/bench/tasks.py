@@ -1,4 +1,4 @@
-"""`scripts.bench tasks`: four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
+"""`scripts.bench tasks`: Four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
 
 "forward", what four tasks take of an image, on DINOv3's ViT-S/16 and a Swin-T: a pass through a merged model for each task; a
 mixed batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can

@@ -36,9 +36,9 @@ def test_a_table_for_each_bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert make(tmp_path, monkeypatch) == 0
     page = (tmp_path / "benchmarks.md").read_text()
     assert "| 600 episodes | time: vismt / plain loop | 0.500 | 0.250 | 0.750 | at most 0.60 | yes |" in page
-    assert "| 600 episodes | time: plain loop / vismt | 2.000 | 1.333 | 4.000 | at most 1.00 | no |" in page
+    assert "|  | time: plain loop / vismt | 2.000 | 1.333 | 4.000 | at most 1.00 | no |" in page
     assert page.index("## core") < page.index("another machine") < page.index("## fewshot")
-    line = page[page.index("## fewshot") :].splitlines()[2]
+    line = page.splitlines()[-1]
     for fact in (content["command"], content["date"], content["hardware"], f"torch {content['versions']['torch']}"):
         assert fact in line
 
