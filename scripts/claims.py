@@ -30,7 +30,7 @@ SHOWN, MIXED, REFUTED, NOT_TESTED = (
     "Not testable here",
 )
 OUTCOMES = (SHOWN, MIXED, REFUTED, NOT_TESTED)
-HEADS = ("Claim", "Tested here by", "Effect", "Verdict")
+HEADS = ("Claim", "Tested here by", "Holds if", "Effect", "Verdict")
 
 
 def sections() -> str:
@@ -38,7 +38,7 @@ def sections() -> str:
     papers = read_claims()
     lines = ["", _line(("Paper", *OUTCOMES)), "|" + "---|" * (1 + len(OUTCOMES))]
     for paper in papers:
-        cells = {outcome: " ".join(c.claim for c in paper.claims if _outcome(c) == outcome) for outcome in OUTCOMES}
+        cells = {outcome: "<br>".join(f"• {c.claim}" for c in paper.claims if _outcome(c) == outcome) for outcome in OUTCOMES}
         lines.append(_line((f"[{paper.title}]({paper.page})", *cells.values())))
     return "\n".join([*lines, "", *map(_section, papers)])
 
@@ -88,23 +88,22 @@ def _rows(claim: Claim, evidence: ClaimEvidence) -> list[StudyRow]:
     return [found, of.over_domains(found, where)] if evidence.domains else [found]
 
 
-def _cells(evidence: ClaimEvidence, rows: Sequence[StudyRow]) -> tuple[str, str, str]:
-    """Return what tests a claim, the effect, and the verdict."""
+def _cells(evidence: ClaimEvidence, rows: Sequence[StudyRow]) -> tuple[str, ...]:
+    """Return what tests a claim, when it holds, the effect, and the verdict."""
     if evidence.why:
-        return "", "", f"{NOT_HERE}: {evidence.why}"
+        return "", "", "", f"{NOT_HERE}: {evidence.why}"
+    note = f" ({evidence.note})" if evidence.note else ""
     if evidence.test:
-        note = f"; {evidence.note}" if evidence.note else ""
-        return f"`{evidence.test}`{note}", "exact", f"**{evidence.verdict}**"
+        return f"`{evidence.test}`{note}", "the test passes", "exact", f"**{evidence.verdict}**"
     metric = scale_text(rows[0].metric, rows[0].scale) if rows else evidence.metric
     condition = "" if evidence.condition == "clean" else f" under {evidence.condition}"
     arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
-    parts = (f"{_link(evidence)}: {metric}{condition}, {evidence.data}, {arms}", evidence.note, needed(evidence))
-    tested = "; ".join(filter(None, parts))
+    tested = f"{_link(evidence)}: {arms}, {metric}{condition}, {evidence.data}{note}"
     if not rows:
-        return tested, "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
+        return tested, needed(evidence), "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
     row, seeds = rows[0], len(study(evidence.study).trainings(rows[0])) or 1
     effect = both_intervals(*rows) if evidence.domains else interval_text(row)
-    return tested, f"{effect}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
+    return tested, needed(evidence), f"{effect}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
 
 
 def needed(evidence: ClaimEvidence) -> str:

@@ -30,7 +30,7 @@ def interval_text(row: StudyRow) -> str:
 
 def both_intervals(row: StudyRow, domains: StudyRow) -> str:
     """Return the number of an average with its interval and that over new domains, which is symmetric."""
-    return f"{interval_text(row)}; {texts(domains)[0].partition(' ')[2]} over domains"
+    return f"{interval_text(row)} ({texts(domains)[0].partition(' ')[2]} over domains)"
 
 
 def texts(row: StudyRow) -> tuple[str, str]:
