@@ -242,7 +242,7 @@ def _picture(
     if draw:
         pareto_figure(points, "trained parameters", head, PAGE.with_name(f"{name}.svg"), lower=lower)
     return [
-        f"![{head} against trained parameters; the line joins the arms that no other one beats in both]({name}.svg)\n"
+        f"![{head} against trained parameters. The line joins the arms that no other arm beats in both]({name}.svg)\n"
     ]
 
 
