@@ -270,7 +270,7 @@ def row(family: str) -> str:
     report = vismt.adapt(model, "lora", TARGETS, rank=1, exclude=FAMILIES[family].exclude)
     linears = "all" if any(spec.kind == "linear" for spec in report.specs) else "none"
     linears += " but `qkv`" * any("is never called" in text for text in report.skipped)
-    convolutions = "all" + " but those in groups" * any("in groups" in text for text in report.skipped)
+    convolutions = "all" + " without groups" * any("in groups" in text for text in report.skipped)
     methods = "all" + (f" but {', '.join(f'`{name}`' for name in refused)}" if refused else "")
     tasks, maps = "yes" if takes_tasks(family) else "no", ", ".join(map(str, strides(family)))
     cells = (family, type(model).__name__, linears, convolutions, methods, tasks, jobs(family), maps)
