@@ -193,7 +193,7 @@ def test_frames_of_a_traffic_sign_are_in_one_part() -> None:
         others = [~torch.isin(torch.arange(len(images)), index) for index in parts.values()]
         return sum(int(alike[index][:, other].any(1).sum()) for index, other in zip(parts.values(), others))
 
-    groups = groups_of(images, images.labels, images.read)
+    groups = groups_of(images)
     assert leaks(groups) <= 20 < 400 < leaks(None)
     for label, signs in {"00": 5, "16": 10, "23": 12, "41": 6}.items():  # files come in rounds, a frame of each sign
         (place,) = [i for i, name in enumerate(images.ids) if name == f"{label}/0001.jpg"]

@@ -43,33 +43,26 @@ _CHUNK = 1024
 TILE, MARGIN = 64, 28  # pixels of an image of a contact sheet, and of the number of its row
 
 
-def groups_of(images: ImageSet | DenseSet, labels: Tensor, read: Callable[[int], Tensor]) -> Tensor:
-    """Return the group of each image of a set, int64 (n,): the index of the first image of its group.
-
-    The groups are named by the card, or they are near-duplicates, for which every image is decoded. labels: Labels int64 (n,).
-    read: Function from i to image i, (3, h, w).
-    """
-    if images.groups is None:
-        return near_duplicates(read, labels, images.name)
-    first: dict[Any, int] = {}
-    named = [(images.groups[name],) if name in images.groups else name for name in images.ids]
-    return torch.tensor([first.setdefault(group, i) for i, group in enumerate(named)], dtype=torch.int64)
-
-
 def with_groups(images: S) -> S:
     """Return a set with its near-duplicates found, if its card does not name its groups. Every image is then decoded."""
     if images.groups is not None:
         return images
-    if isinstance(images, ImageSet):
-        found = groups_of(images, images.labels, images.read)
-    else:
-        labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-        found = groups_of(images, labels, partial(load_picture, images))
+    labels = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
+    read = images.read if isinstance(images, ImageSet) else partial(load_picture, images)
+    found = near_duplicates(read, labels, images.name)
     return replace(images, groups={name: images.ids[first] for name, first in zip(images.ids, found.tolist())})
 
 
+def groups_of(images: ImageSet | DenseSet) -> Tensor:
+    """Return the group of each image of a set, int64 (n,): the index of the first image of its group."""
+    groups = with_groups(images).groups or {}
+    first: dict[Any, int] = {}
+    named = [(groups[name],) if name in groups else name for name in images.ids]
+    return torch.tensor([first.setdefault(group, i) for i, group in enumerate(named)], dtype=torch.int64)
+
+
 def near_duplicates(read: Callable[[int], Tensor], labels: Tensor, name: str) -> Tensor:
-    """Return the group of near-duplicates of each image, like `groups_of`.
+    """Return the group of near-duplicates of each image, int64 (n,): the index of the first image of its group.
 
     name: Name of the set, for the console. Images of a class are compared in pairs. A class that is mostly one chain looks
     alike without being frames of one object, and only its copies are in groups. Copies are also found in different classes.

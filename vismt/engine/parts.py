@@ -25,8 +25,8 @@ class PartsConfig:
         validation: Cards to choose settings on.
         test_share: Share of `train` that is split off for the test if `test` is empty.
         validation_share: Share of `train` that is split off for validation if `validation` is empty.
-        limit: Largest number of training images, or rows of text, from the rest of `train`. The limit does not change the
-            shares. null for all.
+        limit: Largest number of training images, or rows of text, from the rest of `train`, the same number of each class as far
+            as it has so many. Images without a class count as one class. The limit does not change the shares. null for all.
     """
 
     train: list[str] = field(default_factory=list)

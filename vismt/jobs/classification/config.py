@@ -38,8 +38,6 @@ class TaskConfig(PartsConfig):
 
     Args:
         name: name of the task.
-        limit: largest number of training images of the task in all, the same number of each class as far as it has so many. It
-            counts what the shares leave of `train`; null for all.
     """
 
     name: str = ""

@@ -10,13 +10,11 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.batching import Gathered
-from vismt.data.division import divide, limited
-from vismt.data.images import ImageSet, open_images
-from vismt.data.near_duplicates import groups_of, with_groups
+from vismt.data.images import ImageSet
 from vismt.data.pixels import Pixels
-from vismt.data.set_entries import card_and_split, overlap
-from vismt.engine.parts import shares
+from vismt.data.set_entries import overlap
 from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
+from vismt.jobs.sets import Sets, divided
 from vismt.multitask.nets import Union
 
 Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
@@ -33,7 +31,7 @@ class TaskData:
     def __init__(self, config: MultitaskConfig, size: int) -> None:
         self._config = config
         self.size = size
-        self._sets: dict[str, ImageSet] = {}
+        self._sets = Sets(config.on_bad_sample, config.download)
         self._parts: list[dict[str, list[Chosen]]] = []
         self._gathered: dict[tuple[int, str], Gathered] = {}
         self.classes: list[list[str]] = []
@@ -97,7 +95,7 @@ class TaskData:
 
     def outside(self, *names: str) -> Gathered:
         """Return the images of sets that are not of any task, with the labels of each set."""
-        sets = [self._open(name, grouped=True) for name in names]
+        sets = [self._sets.images(name, grouped=True) for name in names]
         return Gathered([(Pixels(images, self.size), images.labels) for images in sets])
 
     def _numbers(self, tasks: Sequence[str]) -> list[int]:
@@ -108,8 +106,7 @@ class TaskData:
         return [(Pixels(images, self.size), labels + offset) for images, labels in self._parts[task][part]]
 
     def _open_task(self, task: TaskConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
-        kept = shares(task)
-        sets = [self._open(name, grouped=bool(kept)) for name in task.train]
+        sets = [self._sets.images(entry) for entry in task.train]
         for images in sets:
             repeated = next((name for name in images.classes if images.classes.count(name) > 1), None)
             if repeated is not None:
@@ -117,49 +114,22 @@ class TaskData:
                     f"tasks: {task.name}: '{images.name}' has two classes named '{repeated}'; give them different names."
                 )
         classes = list(dict.fromkeys(name for images in sets for name in images.classes))
-        parts: dict[str, list[Chosen]] = {"train": [], "validation": [], "test": []}
-        for images in sets:
-            groups = groups_of(images, images.labels, images.read) if kept else None
-            for part, index in divide(images.labels, kept, images.name, groups, images.classes).items():
-                parts[part].append(self._chosen(task, images.take(index.tolist()) if kept else images, classes))
-        for part in ("validation", "test"):
-            named = [self._open(name, grouped=True) for name in getattr(task, part)]
-            parts[part] += [self._chosen(task, images, classes) for images in named]
-        if task.limit is not None:
-            parts["train"] = _limit(parts["train"], task.limit)
+        parts = {
+            part: [self._chosen(task, images, index, classes) for images, index in chosen]
+            for part, chosen in divided(task, self._sets.images).items()
+        }
         missing = set(range(len(classes))) - {label for _, labels in parts["train"] for label in labels.tolist()}
         if missing:
             raise UserError(f"tasks: {task.name}: no training image of class '{classes[min(missing)]}'; raise limit.")
         return classes, parts
 
-    def _open(self, name: str, grouped: bool = False) -> ImageSet:
-        """Return a set; grouped: with the groups of its images."""
-        if name not in self._sets:
-            self._sets[name] = open_images(
-                *card_and_split(name), on_bad_sample=self._config.on_bad_sample, download=self._config.download
-            )
-        if grouped:
-            self._sets[name] = with_groups(self._sets[name])
-        return self._sets[name]
-
-    def _chosen(self, task: TaskConfig, images: ImageSet, classes: Sequence[str]) -> Chosen:
+    def _chosen(self, task: TaskConfig, images: ImageSet, index: Tensor, classes: Sequence[str]) -> Chosen:
         places = {name: number for number, name in enumerate(classes)}
         numbers = torch.tensor([places.get(name, -1) for name in images.classes])
-        labels = numbers[images.labels]
+        labels = numbers[images.labels[index]]
         if bool((labels < 0).any()):
-            unknown = images.classes[int(images.labels[labels < 0][0])]
+            unknown = images.classes[int(images.labels[index][labels < 0][0])]
             raise UserError(
                 f"tasks: {task.name}: '{images.name}:{images.split}' has class '{unknown}', which training does not have."
             )
-        return images, labels
-
-
-def _limit(parts: Sequence[Chosen], limit: int) -> list[Chosen]:
-    """Keep `limit` images before any is decoded, so that a limit of a thousand reads a thousand images."""
-    labels = torch.cat([labels for _, labels in parts])
-    kept = torch.zeros(len(labels), dtype=torch.bool)
-    kept[limited(labels, [f"{images.name}:{name}" for images, _ in parts for name in images.ids], limit)] = True
-    indices = [mask.nonzero().flatten() for mask in kept.split([len(images) for images, _ in parts])]
-    return [
-        (images.take(index.tolist()), labels[index]) for (images, labels), index in zip(parts, indices) if len(index)
-    ]
+        return images if len(index) == len(images) else images.take(index.tolist()), labels

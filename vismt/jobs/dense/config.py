@@ -46,10 +46,6 @@ class DenseDataConfig(PartsConfig):
     Further tasks of whole images name sets of their own, with the same keys in their entry of `tasks`.
 
     A share is split off the end of each training set, within each class where images have classes.
-
-    Args:
-        limit: largest number of training images in all, at even distances in the order of the sets, whatever their classes. It
-            counts what the shares leave of `train`; null for all.
     """
 
 

@@ -15,15 +15,12 @@ from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
-from vismt.data.division import divide
 from vismt.data.image_set import named_groups
 from vismt.data.maps import dense_transforms as transforms
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
-from vismt.data.maps.dense_set import DenseSet, open_samples
-from vismt.data.near_duplicates import groups_of, load_picture, with_groups
-from vismt.data.set_entries import card_and_split
-from vismt.engine.parts import PartsConfig, shares
+from vismt.data.maps.dense_set import DenseSet
 from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tasks, own_parts, trained_tasks
+from vismt.jobs.sets import Sets, divided
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
 from vismt.multitask.tasks import MapTask, Task
@@ -104,14 +101,15 @@ class DenseData:
     def __init__(self, config: DenseConfig) -> None:
         tasks = all_tasks(config)
         self.size = canvas_of(config)
+        self._sets = Sets()
         self._counts: dict[str, list[int]] = {}
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for parts, key in [
             (config.data, CLASS),
             *((own, f"{CLASS}:{name}") for name, own in own_parts(config).items()),
         ]:
-            for part, entries in _divided(parts, key).items():
-                self.parts[part].entries.extend(entries)
+            for part, chosen in divided(parts, partial(_samples, self._sets, key)).items():
+                self.parts[part].entries.extend((images, i) for images, index in chosen for i in index.tolist())
         sets = list({id(images): images for rows in self.parts.values() for images, _ in rows.entries}.values())
         for images in sets:
             _check_set(images, tasks)
@@ -138,7 +136,7 @@ class DenseData:
 
     def outside(self, name: str) -> FittedImages:
         """Return the images of a set that is not of the run."""
-        images = with_groups(_open(name))
+        images = self._sets.samples(name, grouped=True)
         return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
 
     def classes(self, part: str, task: Task) -> Tensor:
@@ -277,29 +275,11 @@ class DenseBatches:
         return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
 
 
-def _open(name: str, key: str = CLASS) -> DenseSet:
-    images = open_samples(*card_and_split(name), key)
+def _samples(sets: Sets, key: str, entry: str, grouped: bool = False) -> DenseSet:
+    images = sets.samples(entry, grouped, key)
     if key != CLASS and images.labels is None:
         raise UserError(f"tasks: {key.partition(':')[2]}: '{images.name}' has maps; name it in data.")
     return images
-
-
-def _divided(parts: PartsConfig, key: str) -> dict[str, list[tuple[DenseSet, int]]]:
-    found: dict[str, list[tuple[DenseSet, int]]] = {part: [] for part in ("train", "validation", "test")}
-    for name in parts.train:
-        images = with_groups(_open(name, key)) if shares(parts) else _open(name, key)
-        strata = torch.zeros(len(images), dtype=torch.int64) if images.labels is None else images.labels
-        groups = groups_of(images, strata, partial(load_picture, images)) if shares(parts) else None
-        for part, index in divide(strata, shares(parts), images.name, groups, images.image_classes).items():
-            found[part] += [(images, i) for i in index.tolist()]
-    for part in ("validation", "test"):
-        for images in [with_groups(_open(name, key)) for name in getattr(parts, part)]:
-            found[part] += [(images, i) for i in range(len(images))]
-    if parts.limit is not None:
-        every = found["train"]
-        count = min(parts.limit, len(every))
-        found["train"] = [every[i * len(every) // count] for i in range(count)]
-    return found
 
 
 def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:

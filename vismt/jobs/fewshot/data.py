@@ -19,13 +19,14 @@ from vismt.base.errors import UserError
 from vismt.base.objects import object_named
 from vismt.data.batching import Gathered
 from vismt.data.formats.python_sets import features_of
-from vismt.data.images import ImageSet, open_images
+from vismt.data.images import ImageSet
 from vismt.data.near_duplicates import groups_of
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.transforms import augment
 from vismt.evaluation.sections import asked_features
 from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.sets import Sets
 from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 from vismt.metatune.protonet import EpisodeBatches
 from vismt.robustness.corruptions import CORRUPTIONS, corrupt
@@ -60,13 +61,14 @@ class FewShotData:
 
     def __init__(self, config: FewShotConfig) -> None:
         self.config = config
+        self._sets = Sets(config.on_bad_sample, config.download)
         self._pixels: dict[tuple[str, int], Pixels | Vectors] = {}
         self._groups: dict[str, Tensor | None] = {}
 
     def variant(self, config: FewShotConfig) -> FewShotData:
         """Return the same sets for an arm with another backbone; sets of one image size are shared."""
         other = FewShotData(config)
-        other._pixels, other._groups = self._pixels, self._groups
+        other._sets, other._pixels, other._groups = self._sets, self._pixels, self._groups
         return other
 
     @cached_property
@@ -108,9 +110,7 @@ class FewShotData:
             given = object_named(card)
             features = None if given is None else features_of(given, row_name(card), split)
             if features is None:
-                images = open_images(
-                    card, split, on_bad_sample=self.config.on_bad_sample, download=self.config.download
-                )
+                images = self._sets.images(name)
                 self._check_pixels(row_name(name))
                 self._pixels[name, size] = Pixels(images, size)
             else:
@@ -157,7 +157,7 @@ class FewShotData:
         """Return the group of each image of a set, int64 (n,); None where all are independent."""
         if name not in self._groups:
             images = self.open(name).images
-            self._groups[name] = None if images.groups == {} else groups_of(images, images.labels, images.read)
+            self._groups[name] = None if images.groups == {} else groups_of(images)
         return self._groups[name]
 
     def batches(self, config: FewShotConfig) -> EpisodeBatches:
