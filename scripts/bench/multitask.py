@@ -26,7 +26,7 @@ from vismt.methods import adapt
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.heads import make_map_head
 from vismt.multitask.nets import DenseNet
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import Task, make_task
 
 MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "pcgrad"
@@ -74,7 +74,9 @@ def make_net(model: str, size: int, tasks: Sequence[Task]) -> DenseNet:
 def step_of(net: DenseNet, tasks: Sequence[Task], batch: Batch) -> Step:
     """Return a step of vismt that balances the gradients of what is trained in the stock model."""
     shared = [parameter for parameter in net.stock.parameters() if parameter.requires_grad]
-    objective = DenseObjective(net, tasks, make_balancer(BALANCER, [task.name for task in tasks]), shared)
+    objective = MultitaskObjective(
+        net, tasks, balancer=make_balancer(BALANCER, [task.name for task in tasks]), balanced=shared
+    )
     return training_step(net, lambda: objective(batch)["loss"])
 
 

@@ -270,13 +270,14 @@ def test_tuning_takes_the_accuracy_into_its_score(room: Path, tmp_path: Path) ->
 
 
 def test_training_labels_are_counted_where_a_loss_needs_them(room: Path, tmp_path: Path) -> None:
-    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, {**CLASSIFY, "class_weights": "inverse"}]
-    job = make_job(load_config(write(tmp_path, **on_room(room, tasks=tasks)), []), tmp_path / "run")
+    tasks = [{"name": "semseg", "classes": 3, "class_weights": "sqrt"}, CLASSIFY]
+    changes = on_room(room, tasks=tasks, class_weights="inverse")
+    job = make_job(load_config(write(tmp_path, **changes), []), tmp_path / "run")
     labels = [np.asarray(Image.open(path)) for path in sorted((room / "data/scenes/train/label").iterdir())]
     wanted = [int(sum((label == c).sum() for label in labels)) for c in range(3)]
     config = job.study.arms["adapted"]
     objective = job.objective(config, job.fresh(config), [])
-    assert objective.tasks["semseg"].class_counts == wanted and objective.tasks["classify"].class_counts == [3, 3]
+    assert objective.tasks["semseg"].class_counts == wanted and objective.class_loss.class_counts == [3, 3]
     plain = DenseData(load_config(write(tmp_path, **on_room(room)), []))
     assert plain.counted(list(plain.tasks.values()))[0].class_counts is None
     plain.parts["train"].entries.clear()
@@ -289,7 +290,7 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
     arms = {
         "plain": {},
         "sqrt": {"tasks.semseg.class_weights": "sqrt", "tasks.semseg.loss_weight": 2.0},
-        "inverse": {"tasks.semseg.class_weights": "inverse", "tasks.classify.label_smoothing": 0.1},
+        "inverse": {"tasks.semseg.class_weights": "inverse", "label_smoothing": 0.3},
     }
     path = write(tmp_path, **on_room(room, arms=arms, adapt=None, fade=None))
     folder = run_config(path)
@@ -322,6 +323,7 @@ def test_arms_that_differ_in_their_losses_alone(room: Path, tmp_path: Path) -> N
             "is 'dark' in 'tones' and 'dim' in 'others'; give both",
         ),
         ({"head": {"name": "pooled"}}, "head.name: 'pooled' is not known"),
+        ({"tasks": ["semseg", {**CLASSIFY, "label_smoothing": 0.1}]}, "give label_smoothing beside tasks"),
         ({"batch": 13}, "batch: 13, with 12 training images"),
     ],
 )
@@ -341,7 +343,7 @@ def test_depth_of_the_motorcycle_and_digits(tmp_path: Path) -> None:
     """Real images that travel with scikit-image and scikit-learn: metric depth from one set, ten classes from the other."""
     path = write(
         tmp_path,
-        tasks=["depth", {"name": "classify", "classes": 10, "label_smoothing": 0.1}],
+        tasks=["depth", {"name": "classify", "classes": 10}],
         data={"train": ["motorcycle:train", "digits"], "test_share": 0.05},
         augment={"flip": False, "strength": 0},
         balancing={"method": "dwa"},

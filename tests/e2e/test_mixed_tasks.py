@@ -19,8 +19,8 @@ from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.predictions import TABLE
 from vismt.multitask.heads import make_map_head, make_pooled_head
-from vismt.multitask.nets import DenseNet
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.nets import DenseNet, Union
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.classes import unite
 from vismt.storage.files import read_sealed
@@ -118,11 +118,14 @@ def test_the_loss_of_a_union_is_over_the_classes_of_all_tasks() -> None:
     rows = torch.cat([heads["a"](tap), heads["b"](tap)], 1)
     assert torch.equal(outputs["a"], rows) and torch.equal(outputs["b"], rows)
     batch = {"image": images, "class:a": torch.tensor([1, -1, -1]), "class:b": torch.tensor([-1, 1, 2])}
-    result = DenseObjective(net, tasks)(batch)
+    result = MultitaskObjective(net, [semseg], Union(("a", "b"), (2, 3)))(batch)
     log_p = rows.log_softmax(1)
     assert result["a"].item() == pytest.approx(-log_p[0, 1].item(), rel=1e-5)
     assert result["b"].item() == pytest.approx(-(log_p[1, 3] + log_p[2, 4]).item() / 2, rel=1e-5)
-    assert result["semseg"].isnan()
+    assert result["semseg"].isnan() and result["loss"].item() == pytest.approx(result["ce"].item())
+    assert result["ce"].item() == pytest.approx(
+        (result["a"] + 2 * result["b"]).item() / 3, rel=1e-5
+    )  # one mean over images
     metric = tasks[2].metric()
     tasks[2].update(metric, torch.eye(5)[[3, 1, 4]], torch.tensor([1, 1, -1]))
     assert metric.compute() == {"accuracy": 0.5, "images": 2}

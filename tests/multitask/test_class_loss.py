@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from vismt.base.errors import UserError
 from vismt.multitask.class_loss import ClassLoss, adjusted, dice_loss
 from vismt.multitask.nets import Union
-from vismt.multitask.objectives import UnionObjective
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import IGNORE, make_task
 
 COUNTS = [64, 16, 4]  # N = 84
@@ -92,8 +92,13 @@ def test_the_union_has_counts_over_all_tasks_and_separate_heads_their_own(head: 
     logits = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([0, 1, 3, 4])
     options = {"class_weights": "sqrt"}
-    objective = UnionObjective(
-        torch.nn.Identity(), union, head=head, class_loss=ClassLoss(**options, class_counts=counts), label_smoothing=0.1
+    objective = MultitaskObjective(
+        torch.nn.Identity(),
+        (),
+        union,
+        head=head,
+        class_loss=ClassLoss(**options, class_counts=counts),
+        label_smoothing=0.1,
     )
     got = objective({"images": logits, "labels": labels})["loss"].item()
     if head == "union":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -17,8 +18,8 @@ from vismt.jobs.dense.pooled_score import PooledScore
 from vismt.multitask.balancing.base import BALANCERS, make_balancer
 from vismt.multitask.heads import HEADS, PooledHead, make_map_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy
-from vismt.multitask.nets import DenseNet
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.nets import DenseNet, Union
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import MapTask, make_task
 
 LN2 = math.log(2)
@@ -210,6 +211,14 @@ def test_the_pooled_head_by_itself() -> None:
 # Partial labels --------------------------------------------------------------------------------------------------------------
 
 
+def objective_of(model: DenseNet, tasks: list, **options: Any) -> MultitaskObjective:
+    """Return the objective of tasks, the last of which is of whole images."""
+    *maps, whole = tasks
+    return MultitaskObjective(
+        model, maps, Union((whole.name,), (whole.classes,)), weights=[whole.loss_weight], **options
+    )
+
+
 def gradients(model: DenseNet) -> dict[str, Tensor]:
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -219,7 +228,7 @@ def gradients(model: DenseNet) -> dict[str, Tensor]:
 def test_heads_without_a_labelled_image_get_a_gradient_of_zero(balancing: str | None, maps: int, classes: int) -> None:
     model, names = net(), [task.name for task in TASKS]
     balancer = make_balancer(balancing, names) if balancing else None
-    objective = DenseObjective(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
+    objective = objective_of(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
     scalars = objective(batch(maps, classes))
     scalars["loss"].backward()
     assert scalars["loss"].isfinite()
@@ -234,7 +243,7 @@ def test_heads_without_a_labelled_image_get_a_gradient_of_zero(balancing: str | 
 def test_a_single_task_passes_over_a_batch_of_the_other(balancing: str | None) -> None:
     model = net(TASKS[1:])
     balancer = make_balancer(balancing, ["classify"]) if balancing else None
-    scalars = DenseObjective(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(
+    scalars = objective_of(model, TASKS[1:], balancer=balancer, balanced=list(model.backbone.vit.parameters()))(
         batch(3, 0)
     )
     scalars["loss"].backward()
@@ -250,9 +259,9 @@ def test_a_mixed_batch_is_the_sum_of_its_two_halves() -> None:
         {"image": data["image"][:2], "semseg": data["semseg"][:2]},
         {"image": data["image"][2:], "class": data["class"][2:]},
     ]
-    scalars = DenseObjective(mixed, TASKS)(data)
+    scalars = objective_of(mixed, TASKS)(data)
     scalars["loss"].backward()
-    separate = [DenseObjective(model, TASKS)(part) for model, part in zip(halves, parts)]
+    separate = [objective_of(model, TASKS)(part) for model, part in zip(halves, parts)]
     for half in separate:
         half["loss"].backward()
     assert scalars["semseg"].item() == pytest.approx(separate[0]["semseg"].item(), rel=1e-5)

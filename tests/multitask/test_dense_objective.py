@@ -11,10 +11,10 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import collate
 from vismt.multitask.balancing.base import make_balancer
-from vismt.multitask.emtal.retain import DenseRetaining
-from vismt.multitask.heads import make_map_head, resize_logits
-from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.emtal.retain import QualityRetaining
+from vismt.multitask.heads import make_map_head, make_pooled_head, resize_logits
+from vismt.multitask.nets import DenseNet, Union, check_blocks, default_blocks
+from vismt.multitask.objectives import WHOLE, MultitaskObjective
 from vismt.multitask.tasks import make_task
 
 MEAN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -63,7 +63,7 @@ def test_one_forward_of_the_backbone_gives_every_head_its_taps() -> None:
 
 def test_the_loss_is_the_weighted_sum_of_the_tasks() -> None:
     model, data = net(), batch()
-    scalars = DenseObjective(model, TASKS)(data)
+    scalars = MultitaskObjective(model, TASKS)(data)
     logits = model(data["image"])
     losses = {task.name: task.loss(resize_logits(logits[task.name], (16, 24)), data[task.key]) for task in TASKS}
     for name, value in losses.items():
@@ -80,7 +80,7 @@ def test_an_absent_task_is_left_out_and_its_head_stays_in_the_graph(how: str, ba
     model = net()
     data = batch(depth=(0, 1, 2)) if how == "no key" else {**batch(), "depth": torch.zeros(3, 16, 24)}
     balancer = make_balancer(balancing, [task.name for task in TASKS]) if balancing else None
-    objective = DenseObjective(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
+    objective = MultitaskObjective(model, TASKS, balancer=balancer, balanced=list(model.backbone.vit.parameters()))
     with torch.no_grad():
         model.heads["depth"].predict.bias.fill_(torch.inf)  # must not affect the loss
     scalars = objective(data)
@@ -94,8 +94,8 @@ def test_an_absent_task_is_left_out_and_its_head_stays_in_the_graph(how: str, ba
 def test_a_batch_without_any_label_has_a_loss_of_zero() -> None:
     model = net()
     data = {"image": batch()["image"]}
-    retain = DenseRetaining(4)
-    objective = DenseObjective(model, TASKS, retain=retain)
+    retain = QualityRetaining(4)
+    objective = MultitaskObjective(model, TASKS, retain={"semseg": retain})
     scalars = objective(data)
     scalars["loss"].backward()
     objective.step()
@@ -108,17 +108,17 @@ def test_a_sample_without_labels_moves_no_loss() -> None:
     partial["image"] = partial["image"].clone()
     changed = {**partial, "image": torch.where(torch.arange(3)[:, None, None, None] == 1, 0.0, partial["image"])}
     model = net()
-    depth, other, of_all = (DenseObjective(model, TASKS)(data)["depth"] for data in (partial, changed, whole))
+    depth, other, of_all = (MultitaskObjective(model, TASKS)(data)["depth"] for data in (partial, changed, whole))
     assert torch.allclose(depth, other) and not torch.allclose(depth, of_all)
 
 
 def test_equal_weighting_is_the_sum_and_balancers_get_their_parameters() -> None:
     data, plain, balanced = batch(), net(), net()
-    DenseObjective(plain, TASKS)(data)["loss"].backward()
+    MultitaskObjective(plain, TASKS)(data)["loss"].backward()
     shared = list(balanced.backbone.vit.parameters())
-    scalars = DenseObjective(balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared)(
-        data
-    )
+    scalars = MultitaskObjective(
+        balanced, TASKS, balancer=make_balancer("ew", [t.name for t in TASKS]), balanced=shared
+    )(data)
     scalars["loss"].backward()
     assert {"weight/semseg", "weight/depth", "weight/edge"} <= set(scalars)
     pairs = zip(plain.named_parameters(), balanced.parameters())
@@ -128,8 +128,8 @@ def test_equal_weighting_is_the_sum_and_balancers_get_their_parameters() -> None
 
 
 def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
-    model, retain, alone = net(), DenseRetaining(4), DenseRetaining(4)
-    objective = DenseObjective(model, TASKS, retain=retain)
+    model, retain, alone = net(), QualityRetaining(4), QualityRetaining(4)
+    objective = MultitaskObjective(model, TASKS, retain={"semseg": retain})
     first, second = batch(3), batch(2)
     scalars = [objective(first), objective(second)]
     assert not bool(retain.bank.any())
@@ -139,7 +139,7 @@ def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
     assert float(scalars[0]["retain"]) == pytest.approx(pull.item(), rel=1e-5)
     alone.update(torch.cat(logits), torch.cat([first["semseg"], second["semseg"]]))
     assert torch.allclose(retain.bank, alone.bank) and torch.allclose(retain.ema, alone.ema)
-    plain = DenseObjective(model, TASKS)(first)["loss"]
+    plain = MultitaskObjective(model, TASKS)(first)["loss"]
     assert scalars[0]["loss"].item() == pytest.approx((plain + pull).item(), rel=1e-5)
     objective(batch(1, semseg=(0,)))
     objective.step()  # a step without a labelled image does not change the bank
@@ -147,13 +147,13 @@ def test_retaining_sees_the_heads_own_logits_of_all_batches_of_a_step() -> None:
 
 
 def test_retaining_adds_its_gradient_to_the_balanced_one() -> None:
-    model, data, retain = net(), batch(), DenseRetaining(4)
+    model, data, retain = net(), batch(), QualityRetaining(4)
     shared = list(model.backbone.vit.parameters())
     found = []
-    for own in (None, retain):
+    for own in (None, {"semseg": retain}):
         model.zero_grad()
         balancer = make_balancer("pcgrad", [task.name for task in TASKS])
-        DenseObjective(model, TASKS, balancer=balancer, balanced=shared, retain=own)(data)["loss"].backward()
+        MultitaskObjective(model, TASKS, balancer=balancer, balanced=shared, retain=own)(data)["loss"].backward()
         found.append(model.heads["semseg"].predict.weight.grad.clone())
     pull = retain.loss(model(data["image"])["semseg"], data["semseg"])
     (expected,) = torch.autograd.grad(pull, model.heads["semseg"].predict.weight)
@@ -164,7 +164,7 @@ def test_famo_is_updated_with_the_weighted_losses_after_the_step() -> None:
     model, data = net(), batch(2)
     shared = list(model.backbone.vit.parameters())
     balancer = make_balancer("famo", [task.name for task in TASKS])
-    objective = DenseObjective(model, TASKS, balancer=balancer, balanced=shared)
+    objective = MultitaskObjective(model, TASKS, balancer=balancer, balanced=shared)
     losses = objective.losses(data)
     scalars = objective(data)
     for task in TASKS:
@@ -176,14 +176,14 @@ def test_famo_is_updated_with_the_weighted_losses_after_the_step() -> None:
 
 
 def test_state_of_all_parts_is_saved() -> None:
-    objective = DenseObjective(
+    objective = MultitaskObjective(
         net(),
         TASKS,
         balancer=make_balancer("dwa", [t.name for t in TASKS]),
         balanced=[nn.Parameter(torch.zeros(1))],
-        retain=DenseRetaining(4),
+        retain={"semseg": QualityRetaining(4)},
     )
-    assert {"retain.bank", "retain.ema", "balancer.calls"} <= set(objective.state_dict())
+    assert {"retain.semseg.bank", "retain.semseg.ema", "balancer.calls"} <= set(objective.state_dict())
 
 
 def test_taps_are_spread_evenly() -> None:
@@ -202,4 +202,27 @@ def test_errors() -> None:
     with pytest.raises(UserError, match=r"takes taps of widths \[32\], the net has \[32, 32\]"):
         DenseNet(model.backbone, {"depth": make_map_head("linear", [32], 1)}, [0, 1])
     with pytest.raises(UserError, match="must be the same"):
-        DenseObjective(model, TASKS[:2])
+        MultitaskObjective(model, TASKS[:2])
+
+
+def test_classes_of_whole_images_and_of_pixels_are_retained_side_by_side() -> None:
+    """A batch with a class for its second image alone: the bank of whole images takes that image, the bank of maps all."""
+    backbone = Backbone(tiny_vit(0, num_classes=0, img_size=(16, 24)), **MEAN)
+    heads = {"semseg": make_map_head("linear", [32, 32], 4), "a": make_pooled_head([32, 32], 2)}
+    model = DenseNet(backbone, {**heads, "b": make_pooled_head([32, 32], 3)}, [0, 1], union=["a", "b"])
+    union = Union(("a", "b"), (2, 3))
+    retain = {"semseg": QualityRetaining(4), WHOLE: QualityRetaining(5, union.task_of_class())}
+    data = {**batch(), "class:a": torch.tensor([-1, -1, -1]), "class:b": torch.tensor([-1, 2, -1])}
+    objective = MultitaskObjective(model, TASKS[:1], union, retain=retain)
+    scalars = objective(data)
+    outputs = model(data["image"])
+    whole, maps = QualityRetaining(5, union.task_of_class()), QualityRetaining(4)
+    pull = whole.loss(outputs["a"][1:2], torch.tensor([4])) + maps.loss(outputs["semseg"], data["semseg"])
+    assert scalars["retain"].item() == pytest.approx(pull.item(), rel=1e-5)
+    plain = MultitaskObjective(model, TASKS[:1], union)(data)["loss"]
+    assert scalars["loss"].item() == pytest.approx((plain + pull).item(), rel=1e-5)
+    objective.step()
+    assert torch.allclose(retain[WHOLE].bank[4, 1], outputs["b"][1]) and not retain[WHOLE].bank[:4].any()
+    assert retain["semseg"].bank.any()
+    objective({**data, "class:b": torch.tensor([-1, -1, -1])})["loss"].backward()  # no image with a class
+    assert all(parameter.grad is not None for parameter in model.heads.parameters())

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import TaskClassifier, Union
-from vismt.multitask.objectives import UnionObjective
+from vismt.multitask.objectives import WHOLE, MultitaskObjective
 
 UNION = Union(("birds", "cars", "signs"), (3, 2, 4))
 LABELS = torch.tensor([0, 2, 2, 4, 3, 1])  # birds and cars, no signs
@@ -51,14 +51,14 @@ def test_the_right_class_of_the_wrong_task_is_wrong() -> None:
         logits[:, UNION.span(1)], net.logits[:, UNION.span(1)]
     )
     assert torch.allclose(F.cross_entropy(logits, labels), F.cross_entropy(net.logits[:, 3:5], labels - 3))
-    assert float(UnionObjective(net, UNION)(batch(labels))["accuracy"]) == 0
-    assert float(UnionObjective(net, UNION, head="separate")(batch(labels))["accuracy"]) == 1
+    assert float(MultitaskObjective(net, (), UNION)(batch(labels))["accuracy"]) == 0
+    assert float(MultitaskObjective(net, (), UNION, head="separate")(batch(labels))["accuracy"]) == 1
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_one_mean_over_the_mixed_batch(smoothing: float) -> None:
     net = Fixed()
-    scalars = UnionObjective(net, UNION, label_smoothing=smoothing)(batch())
+    scalars = MultitaskObjective(net, (), UNION, label_smoothing=smoothing)(batch())
     expected = F.cross_entropy(net.logits, LABELS, label_smoothing=smoothing)
     assert torch.allclose(scalars["loss"], expected) and torch.allclose(scalars["ce"], expected)
     # Not the mean of the tasks' means: birds have four images, cars two.
@@ -71,7 +71,7 @@ def test_one_mean_over_the_mixed_batch(smoothing: float) -> None:
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_separate_heads_are_a_softmax_over_the_own_slice(smoothing: float) -> None:
     net = Fixed()
-    UnionObjective(net, UNION, head="separate", label_smoothing=smoothing)(batch())["loss"].backward()
+    MultitaskObjective(net, (), UNION, head="separate", label_smoothing=smoothing)(batch())["loss"].backward()
     twin = net.logits.detach().clone().requires_grad_()
     parts = [(rows, UNION.span(task)) for task, rows in ((0, [0, 1, 2, 5]), (1, [3, 4]))]
     total = sum(
@@ -85,7 +85,7 @@ def test_separate_heads_are_a_softmax_over_the_own_slice(smoothing: float) -> No
 
 def test_the_loss_sees_the_bank_before_its_own_logits() -> None:
     net, retain = Fixed(), QualityRetaining(9, UNION.task_of_class())
-    objective = UnionObjective(net, UNION, label_smoothing=0.1, retain=retain)
+    objective = MultitaskObjective(net, (), UNION, label_smoothing=0.1, retain={WHOLE: retain})
     fresh = QualityRetaining(9, UNION.task_of_class())
     for _ in range(3):  # the second and third step use the bank of the steps before
         scalars = objective(batch())
@@ -101,7 +101,7 @@ def test_the_loss_sees_the_bank_before_its_own_logits() -> None:
 
 def test_an_accumulated_step_moves_the_bank_once() -> None:
     net, retain = Fixed(), QualityRetaining(9, UNION.task_of_class())
-    objective = UnionObjective(net, UNION, retain=retain)
+    objective = MultitaskObjective(net, (), UNION, retain={WHOLE: retain})
     objective(batch(LABELS[:3])), objective(batch(LABELS[:3]))
     objective.step()
     fresh = QualityRetaining(9, UNION.task_of_class())
@@ -115,7 +115,7 @@ def test_an_accumulated_step_moves_the_bank_once() -> None:
 def test_a_balancer_gets_one_mean_for_each_task_that_is_there() -> None:
     net = Fixed()
     balancer = make_balancer("ew", UNION.tasks, weights={"cars": 2.0})
-    objective = UnionObjective(net, UNION, balancer=balancer, balanced=[net.logits])
+    objective = MultitaskObjective(net, (), UNION, balancer=balancer, balanced=[net.logits])
     scalars = objective(batch())
     birds, cars = (F.cross_entropy(net.logits[rows], LABELS[rows]) for rows in ([0, 1, 2, 5], [3, 4]))
     assert torch.allclose(scalars["loss"], birds + 2 * cars)
@@ -125,7 +125,7 @@ def test_a_balancer_gets_one_mean_for_each_task_that_is_there() -> None:
 def test_famo_sees_the_same_batch_before_and_after_the_step() -> None:
     net, twin = Fixed(), Fixed()
     balancer, reference = (make_balancer("famo", UNION.tasks) for _ in range(2))
-    objective = UnionObjective(net, UNION, balancer=balancer, balanced=[net.logits])
+    objective = MultitaskObjective(net, (), UNION, balancer=balancer, balanced=[net.logits])
     steps = [LABELS, LABELS.flip(0), LABELS]
     for labels in steps:
         objective(batch(labels))["loss"].backward()
@@ -140,7 +140,7 @@ def test_famo_sees_the_same_batch_before_and_after_the_step() -> None:
         assert torch.equal(balancer.xi, reference.xi) and balancer.before.isnan().all()
     assert balancer.xi[:2].abs().min() > 0 and int(balancer.updates) == 3
     # Without the call the next batch takes its place.
-    late = UnionObjective(twin, UNION, balancer=make_balancer("famo", UNION.tasks), balanced=[twin.logits])
+    late = MultitaskObjective(twin, (), UNION, balancer=make_balancer("famo", UNION.tasks), balanced=[twin.logits])
     late(batch(steps[0]))
     assert not late.balancer.before[:2].isnan().any() and not late.balancer.xi.any()
     objective.step()  # nothing since the last step
@@ -150,17 +150,19 @@ def test_famo_sees_the_same_batch_before_and_after_the_step() -> None:
 def test_only_balancers_of_gradients_clip_the_balanced_parameters_alone() -> None:
     net = Fixed()
     for name, alone in (("nash", True), ("pcgrad", True), ("ew", False), ("famo", False)):
-        objective = UnionObjective(net, UNION, balancer=make_balancer(name, UNION.tasks), balanced=[net.logits])
+        objective = MultitaskObjective(net, (), UNION, balancer=make_balancer(name, UNION.tasks), balanced=[net.logits])
         assert (objective.clipped == (net.logits,)) if alone else objective.clipped is None
-    assert UnionObjective(net, UNION).clipped is None
+    assert MultitaskObjective(net, (), UNION).clipped is None
 
 
 def test_the_state_of_retaining_is_the_objectives() -> None:
     objective, twin = (
-        UnionObjective(Fixed(seed), UNION, retain=QualityRetaining(9, UNION.task_of_class())) for seed in (0, 1)
+        MultitaskObjective(Fixed(seed), (), UNION, retain={WHOLE: QualityRetaining(9, UNION.task_of_class())})
+        for seed in (0, 1)
     )
     objective(batch())
     objective.step()
-    assert not torch.equal(twin.retain.ema, objective.retain.ema)
+    assert not torch.equal(twin.retain[WHOLE].ema, objective.retain[WHOLE].ema)
     twin.load_state_dict(objective.state_dict())
-    assert torch.equal(twin.retain.ema, objective.retain.ema) and torch.equal(twin.retain.bank, objective.retain.bank)
+    state = objective.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in twin.retain.state_dict(prefix="retain.").items())

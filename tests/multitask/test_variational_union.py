@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.multitask.nets import Union
-from vismt.multitask.objectives import VariationalUnionObjective
+from vismt.multitask.objectives import VariationalObjective
 from vismt.uncertainty.vbll import VBLLClassifier
 
 UNION = Union(("a", "b"), (2, 3))
@@ -34,16 +34,16 @@ def batch() -> dict[str, Tensor]:
 
 def test_without_smoothing_the_loss_is_that_of_the_head() -> None:
     net, data = Net(), batch()
-    loss = VariationalUnionObjective(net, UNION)(data)["loss"]
+    loss = VariationalObjective(net, (), UNION)(data)["loss"]
     assert torch.allclose(loss, net.head.loss(data["images"].flatten(1), data["labels"]))
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
 def test_the_loss_bounds_the_expected_smoothed_cross_entropy_from_above(smoothing: float) -> None:
     net, data = Net(), batch()
-    objective = VariationalUnionObjective(net, UNION, label_smoothing=smoothing)
+    objective = VariationalObjective(net, (), UNION, label_smoothing=smoothing)
     penalty = (net.head.kl() - net.head.noise_log_prior()) / 50
-    bound = objective.outputs(data["images"], data["labels"], data["labels"])[1] - penalty
+    bound = objective.entropies(objective.classes(data["images"]), data["labels"], data["labels"])[1] - penalty
     mean, variance = net.head.logit_distribution(data["images"].flatten(1))
     draws = mean + variance.sqrt() * torch.randn(20000, 6, 5, generator=torch.Generator().manual_seed(0))
     target = (1 - smoothing) * torch.eye(5)[data["labels"]] + smoothing / 5

@@ -13,7 +13,7 @@ from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER, has_adapter
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
-from vismt.multitask.objectives import TaskObjective
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.routers import ROUTERS
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
@@ -50,7 +50,7 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         return self.evaluation.outputs(merged, plain)
 
     def step(self, objective: nn.Module, number: int) -> None:
-        if isinstance(objective, TaskObjective):
+        if isinstance(objective, MultitaskObjective):
             objective.step()
 
     def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:

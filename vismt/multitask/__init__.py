@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from vismt.multitask.emtal.fading import RouterFade as RouterFade
     from vismt.multitask.emtal.ffn import MoEfiedMlp as MoEfiedMlp
     from vismt.multitask.emtal.method import set_fade as set_fade
-    from vismt.multitask.emtal.retain import DenseRetaining as DenseRetaining
     from vismt.multitask.emtal.retain import QualityRetaining as QualityRetaining
     from vismt.multitask.heads import make_map_head as make_map_head
     from vismt.multitask.heads import resize_logits as resize_logits

@@ -48,7 +48,7 @@ class Union:
 
     def task_of_class(self) -> Tensor:
         """Return the task number of every label, int64 (C,)."""
-        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts))
+        return torch.arange(len(self.counts)).repeat_interleave(torch.tensor(self.counts, dtype=torch.int64))
 
 
 class TaskClassifier(nn.Module):

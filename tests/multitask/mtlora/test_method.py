@@ -274,7 +274,7 @@ def test_the_pairs_of_a_task_without_a_loss_neither_move_nor_decay() -> None:
     for losses in (TASKS, ("edge",)):
         before = snapshot(model.stock)
         logits = model(images())
-        # As DenseObjective does: the head of an absent task stays in the graph with a gradient of zero.
+        # As MultitaskObjective does: the head of an absent task stays in the graph with a gradient of zero.
         sum(
             logits[task].square().sum() if task in losses else logits[task].flatten()[:0].sum() for task in TASKS
         ).backward()

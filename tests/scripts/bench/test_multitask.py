@@ -15,7 +15,7 @@ from scripts.bench.multitask import FULL, PEER, VISMT
 from scripts.bench.timing import PEAK
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.nets import DenseNet
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import Task, make_task
 
 
@@ -42,7 +42,9 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[T
     other = copy.deepcopy(net)
     multitask.peer_gradients(net, tasks, batch, random.Random(0))
     balancer = make_balancer("pcgrad", [task.name for task in tasks])
-    DenseObjective(other, tasks, balancer, list(other.stock.parameters()))(batch)["loss"].backward()
+    MultitaskObjective(other, tasks, balancer=balancer, balanced=list(other.stock.parameters()))(batch)[
+        "loss"
+    ].backward()
     assert all(value > 1 for value in balancer.last_alpha().values())  # each was projected
     peer, ours = gradients(net), gradients(other)
     assert peer.keys() >= ours.keys() and all(not peer[name].any() for name in peer.keys() - ours.keys())

@@ -27,6 +27,11 @@ _TARGETS = (*MAPS, CLASS)
 Sample = dict[str, Tensor]
 
 
+def class_key(task: str) -> str:
+    """Return the target of a task of whole images, which has sets of its own unless it is called "classify"."""
+    return CLASS if task == "classify" else f"{CLASS}:{task}"
+
+
 def is_class(target: str) -> bool:
     """Return whether a target is a class of the whole image."""
     return target.partition(":")[0] == CLASS

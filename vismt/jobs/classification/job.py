@@ -43,7 +43,7 @@ from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.lowrank.model.record import count_parameters
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.objectives import UnionObjective, VariationalUnionObjective
+from vismt.multitask.objectives import WHOLE, MultitaskObjective, VariationalObjective
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result, Score
 from vismt.report.tables import Section
@@ -145,15 +145,15 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
             config = replace(config, adapt=settings)
         return super().prepare(net, config)
 
-    def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> UnionObjective:
+    def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> MultitaskObjective:
         union = self.data.union
-        retain = None
+        retain = {}
         if config.retain is not None:
-            retain = QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))
-        kind = VariationalUnionObjective if is_variational(config.head_section.name) else UnionObjective
+            retain = {WHOLE: QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))}
+        kind = VariationalObjective if is_variational(config.head_section.name) else MultitaskObjective
         return kind(
             net,
-            union,
+            union=union,
             head=config.head_section.labels,
             label_smoothing=config.label_smoothing,
             class_loss=class_loss(config, self.data.class_counts()),

@@ -24,7 +24,7 @@ from vismt.jobs.task_sections import (
 )
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
-from vismt.multitask.emtal.retain import DenseRetaining
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.heads import check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
@@ -155,6 +155,8 @@ class DenseConfig(StudyConfig):
         augment: augmentation of training images and maps.
         fade: the fading of routers; null leaves them at their start value.
         retain: quality retaining; null for none.
+        label_smoothing: share of the label of a whole image that is spread over all classes, in [0, 1).
+        class_weights: weights of the classes of whole images by their training counts; null for none.
         balancing: how the losses of the tasks are weighed; null for the sum of the weighted losses.
         baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m.
         evaluate: the evaluation.
@@ -175,6 +177,8 @@ class DenseConfig(StudyConfig):
     augment: DenseAugmentConfig = field(default_factory=DenseAugmentConfig)
     fade: FadeConfig | None = field(default=None, metadata=SCHEDULED)
     retain: RetainConfig | None = None
+    label_smoothing: Annotated[float, within(0, below=1)] = 0.1
+    class_weights: str | None = None
     balancing: BalancingConfig | None = None
     baseline: str | dict[str, str] | None = None
     evaluate: DenseEvaluateConfig = field(default_factory=DenseEvaluateConfig)
@@ -266,13 +270,19 @@ def _check_values(config: DenseConfig) -> None:
         from vismt.multitask.nets import SEGMENTATION
 
         classes = next((task.channels for task in trained_tasks(config) if task.name == SEGMENTATION), None)
-        if classes is None:
-            raise UserError(f"retain: compares class logits and needs the task {SEGMENTATION}; set retain to null.")
-        DenseRetaining(classes, **asdict(config.retain))
+        if classes is None and not (image_tasks(trained_tasks(config)) and config.head.labels == "union"):
+            raise UserError(
+                f"retain: compares logits of {SEGMENTATION}, or of whole images with head.labels: union; set retain to null."
+            )
+        QualityRetaining(classes or 1, **asdict(config.retain))
 
 
 def _check_parts(config: DenseConfig) -> None:
     own = own_parts(config)
+    for spec in config.tasks:
+        whole = not isinstance(spec, str) and Classification.name in (spec.get("kind"), spec.get("name"))
+        for key in (key for key in ("label_smoothing", "class_weights") if whole and key in spec):
+            raise UserError(f"tasks: {spec['name']}: {key} is of all tasks of whole images; give {key} beside tasks.")
     for task in all_tasks(config):
         named = isinstance(task, Classification) and task.name != Classification.name
         if named != (task.name in own):

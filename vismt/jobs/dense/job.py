@@ -44,10 +44,12 @@ from vismt.jobs.predictions import Options, Predictions, check_target, image_fil
 from vismt.jobs.risk import check_threshold_examples, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.methods import METHODS, needs
-from vismt.multitask.emtal.retain import DenseRetaining
+from vismt.multitask.class_loss import ClassLoss
+from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.mtlora.method import merge_shared
-from vismt.multitask.nets import SEGMENTATION, DenseNet
-from vismt.multitask.objectives import DenseObjective
+from vismt.multitask.nets import SEGMENTATION, DenseNet, Union
+from vismt.multitask.objectives import WHOLE, MultitaskObjective
+from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth
 from vismt.report.comparison import CONSTANT
@@ -140,15 +142,26 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
             )
         return method
 
-    def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> DenseObjective:
+    def objective(self, config: DenseConfig, net: DenseNet, balanced: Sequence[Tensor]) -> MultitaskObjective:
         tasks = self.data.counted(trained_tasks(config))
-        retain = None
+        whole = [task for task in tasks if isinstance(task, Classification)]
+        union = Union(tuple(task.name for task in whole), tuple(task.classes for task in whole))
+        counts = [count for task in whole for count in self.data.class_counts(task)] if config.class_weights else None
+        retain = {}
         if config.retain is not None:
-            classes = next(task.channels for task in tasks if task.name == SEGMENTATION)
-            retain = DenseRetaining(classes, **asdict(config.retain))
-        return DenseObjective(
+            options = asdict(config.retain)
+            maps = {task.name: task.channels for task in tasks if task.name == SEGMENTATION}
+            retain = {name: QualityRetaining(classes, **options) for name, classes in maps.items()}
+            if whole and config.head.labels == "union":
+                retain[WHOLE] = QualityRetaining(union.num_classes, union.task_of_class(), **options)
+        return MultitaskObjective(
             net,
-            tasks,
+            [task for task in tasks if isinstance(task, MapTask)],
+            union,
+            head=config.head.labels,
+            label_smoothing=config.label_smoothing,
+            class_loss=ClassLoss(class_weights=config.class_weights, class_counts=counts),
+            weights=[task.loss_weight for task in whole],
             balancer=make_configured_balancer(config.balancing, [task.name for task in tasks]),
             balanced=balanced,
             retain=retain,

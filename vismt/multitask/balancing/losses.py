@@ -102,7 +102,7 @@ class Famo(Balancer):
         z = softmax(xi),  D_t = L_t - least_t + 1e-8,  alpha_t = c z_t / D_t,  1 / c = sum_t z_t / D_t
         Adam (rate lr, betas 0.9 and 0.999) updates xi with the gradient (dz/dxi)^T (log D - log D_after) + gamma xi
 
-    D_after is computed on the same batch after the optimiser's step. Objectives pass it to `update` (TaskObjective.step), at
+    D_after is computed on the same batch after the optimiser's step. Objectives pass it to `update` (MultitaskObjective.step), at
     the price of another forward pass. Without a call of `update`, the losses of the next call of `combine` are used, which adds
     the difference of two batches to the signal. Between the batches of one accumulated step, the signal is that difference
     alone. The softmax runs over the present tasks, and in the update of xi over the tasks that are present both before and

@@ -15,7 +15,7 @@ or NaN logit do not change the state.
 
 It raises the accuracy of a classifier and lowers the quality of its probabilities, which a temperature restores.
 
-Maps (`DenseRetaining`; EMTAL section 3.1, which the released code lacks, so the details are ours):
+Maps (EMTAL section 3.1, which the released code lacks, so the details are ours):
 
     L_QR = mean over valid pixels p of KD_p / ema     KD_p with the bank's logits of the class y(p)
     z_bc = mean of the detached logits over the pixels of class c in image b: the "sample" of the bank
@@ -39,7 +39,6 @@ alone, and a uniform teacher instead of the bank.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -57,9 +56,12 @@ REDUCTIONS = ("mean", "sum")
 class QualityRetaining(nn.Module):
     """Quality retaining: call `loss(logits, labels)`, then `update(logits, labels)`, once for every optimiser step.
 
+    Logits (b, C) and labels int64 (b,), 0 to C-1, are of whole images. Logits (b, C, r, c) and labels int64 (b, h, w) of any
+    size, 0 to C-1 or 255, are of maps.
+
     Args:
         num_classes: Number C of classes of all tasks.
-        task_of_class: Task number of each class, int64 (C,), 0 to t-1. Every task has at least one class.
+        task_of_class: Task number of each class, int64 (C,), 0 to t-1. Every task has at least one class. None for one task.
         temperature: Temperature T > 0.
         mode: "fifo2" (the last two logits) or "ema" (a running mean).
         ema_decay: Decay of the running cross-entropy, in [0, 1].
@@ -84,7 +86,7 @@ class QualityRetaining(nn.Module):
     def __init__(
         self,
         num_classes: int,
-        task_of_class: Tensor | Sequence[int],
+        task_of_class: Tensor | Sequence[int] | None = None,
         temperature: float = 2.0,
         mode: str = "fifo2",
         ema_decay: float = 0.95,
@@ -95,7 +97,7 @@ class QualityRetaining(nn.Module):
         reverse: bool = False,
     ) -> None:
         super().__init__()
-        tasks = torch.as_tensor(task_of_class)
+        tasks = torch.zeros(num_classes).long() if task_of_class is None else torch.as_tensor(task_of_class)
         _check_tasks(tasks, num_classes)
         for name, value, choices in (("mode", mode, MODES), ("reduction", reduction, REDUCTIONS)):
             require_known(f"quality retaining: {name}", [value], choices)
@@ -114,23 +116,25 @@ class QualityRetaining(nn.Module):
         self.register_buffer("ema", torch.full((int(tasks.max()) + 1,), float(ema_init)))
 
     def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return L_QR of a batch without changing the state.
+        """Return L_QR of a batch without changing the state. Every process must call it, also without a label.
 
         Under several processes the mean or sum is over this process's samples, and the weights depend on all samples.
 
         Args:
-            logits: Logits (b, C) of any floating dtype, over the classes of all tasks.
-            labels: Labels int64 (b,), 0 to C-1.
+            logits: Logits of any floating dtype, over the classes of all tasks.
+            labels: Labels.
 
         Returns:
-            A scalar in at least fp32. Its gradient reaches only `logits`.
+            A scalar in at least fp32, 0 without a label. Its gradient reaches only `logits`.
 
         Raises:
             UserError: If a shape or dtype is wrong, or, on the CPU, a label is out of range.
         """
-        self._check(logits, labels)
-        student = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        rows, labels, _ = self._samples(logits, labels)
+        student = rows.to(torch.promote_types(rows.dtype, torch.float32))
         ema = self._next_ema(student, labels)
+        if not len(labels):
+            return student.sum()
         T = self.temperature
         teacher = (self.bank[labels].to(student.dtype) / T).log_softmax(-1)
         softened = (student / T).log_softmax(-1)[:, None].expand_as(teacher)
@@ -146,9 +150,16 @@ class QualityRetaining(nn.Module):
 
         For a class with several samples the bank shifts once and stores the last sample (of the last process).
         """
-        self._check(logits, labels)
-        student = logits.detach().to(torch.promote_types(logits.dtype, torch.float32))
+        rows, labels, image = self._samples(logits.detach(), labels)
+        student = rows.to(torch.promote_types(rows.dtype, torch.float32))
         self.ema.copy_(self._next_ema(student, labels))
+        if logits.ndim == 4:
+            key = image * self.num_classes + labels
+            present, counts = key.unique(return_counts=True)
+            parts = student[key.argsort(stable=True)].split(counts.tolist())
+            # The mean of every class in every image, sorted by image. A scatter would add in undefined order on a GPU.
+            means = [part.mean(0) for part in parts]
+            student, labels = torch.stack(means) if means else student, present % self.num_classes
         self._store(student, labels)
 
     def _store(self, student: Tensor, labels: Tensor) -> None:
@@ -183,25 +194,35 @@ class QualityRetaining(nn.Module):
         mean = total / count.clamp_min(1)
         return torch.where(count > 0, self.ema_decay * self.ema + (1 - self.ema_decay) * mean, self.ema)
 
-    def _check(self, logits: Tensor, labels: Tensor) -> None:
-        shape = (len(labels) if labels.ndim else 0, self.num_classes)
-        if (
-            tuple(logits.shape) != shape
-            or not logits.is_floating_point()
-            or labels.ndim != 1
-            or labels.dtype != torch.int64
-        ):
+    def _samples(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits (n, C), labels (n,) and image numbers (n,) of whole images, or of valid pixels, sorted by image."""
+        maps = logits.ndim == 4
+        fits = (
+            labels.ndim == (3 if maps else 1)
+            and len(logits) == len(labels)
+            and logits.shape[1:2] == (self.num_classes,)
+        )
+        if not fits or logits.ndim not in (2, 4) or not logits.is_floating_point() or labels.dtype != torch.int64:
             raise UserError(
                 f"quality retaining: logits {tuple(logits.shape)} {logits.dtype}, labels {tuple(labels.shape)} {labels.dtype}; "
-                f"needed (b, {self.num_classes}) floating point and (b,) int64."
+                f"needed (b, {self.num_classes}) floating point and (b,) int64, or of maps (b, {self.num_classes}, r, c) and "
+                "(b, h, w)."
             )
-        if not len(labels):
-            raise UserError("quality retaining: the batch is empty.")
-        if labels.device.type == "cpu" and not 0 <= int(labels.min()) <= int(labels.max()) < self.num_classes:
-            raise UserError(
-                f"quality retaining: labels from {int(labels.min())} to {int(labels.max())}, the union has {self.num_classes} "
-                "classes; add each task's offset once."
-            )
+        if maps and labels.shape[-2:] != logits.shape[-2:]:
+            labels = F.interpolate(labels[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
+        image = torch.arange(len(labels), device=labels.device)
+        if maps:
+            valid = labels != IGNORE
+            image = image[:, None, None].expand_as(labels)[valid]
+            logits, labels = logits.movedim(1, -1)[valid], labels[valid]
+        if len(labels) and labels.device.type == "cpu":
+            low, high = int(labels.min()), int(labels.max())
+            if not 0 <= low <= high < self.num_classes:
+                raise UserError(
+                    f"quality retaining: labels from {low} to {high}, the union has {self.num_classes} classes; add each task's "
+                    "offset once."
+                )
+        return logits, labels, image
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QualityRetaining:
         bank, ema = self.bank, self.ema
@@ -236,70 +257,3 @@ def _from_all(rows: Tensor) -> Tensor:
     parts = [torch.empty_like(padded) for _ in sizes]
     dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes)])
-
-
-class DenseRetaining(QualityRetaining):
-    """Quality retaining of maps: call `loss(logits, target)`, then `update(logits, target)`, once for every optimiser step.
-
-    The state is the state of `QualityRetaining` with a single task: the fp32 buffers bank (C, 2 or 1, C) and ema (1,).
-
-    Args:
-        num_classes: Number C of classes of the segmentation.
-        options: Options of `QualityRetaining`.
-    """
-
-    def __init__(self, num_classes: int, **options: Any) -> None:
-        super().__init__(num_classes, torch.zeros(num_classes, dtype=torch.int64), **options)
-
-    def loss(self, logits: Tensor, target: Tensor) -> Tensor:
-        """Return L_QR of a batch. Every process must call it, also without a valid pixel.
-
-        Args:
-            logits: Logits (b, C, r, c), any floating dtype.
-            target: Labels int64 (b, h, w), 0 to C-1 or 255, of any size.
-
-        Returns:
-            A scalar in at least fp32, 0 without a valid pixel. Its gradient reaches only `logits`.
-
-        Raises:
-            UserError: If a shape or dtype is wrong, or, on the CPU, a label is out of range.
-        """
-        rows, labels, _ = self._pixels(logits, target)
-        if not len(labels):
-            self._next_ema(rows.float(), labels)  # takes part in the all-reduce of the other processes
-            return rows.sum(dtype=torch.promote_types(rows.dtype, torch.float32))
-        return super().loss(rows, labels)
-
-    @torch.no_grad()
-    def update(self, logits: Tensor, target: Tensor) -> None:
-        """Add the batch to the bank and the running cross-entropy. Arguments and errors are as for `loss`."""
-        rows, labels, image = self._pixels(logits.detach(), target)
-        self._check(rows, labels)
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        self.ema.copy_(self._next_ema(rows, labels))
-        key = image * self.num_classes + labels
-        present, counts = key.unique(return_counts=True)
-        parts = rows[key.argsort(stable=True)].split(counts.tolist())
-        # The mean of every class in every image, sorted by image. A scatter would add in undefined order on a GPU.
-        means = [part.mean(0) for part in parts]
-        self._store(torch.stack(means) if means else rows, present % self.num_classes)
-
-    def _pixels(self, logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits (p, C), labels (p,) and image numbers (p,) of the valid pixels, sorted by image."""
-        valid_shapes = (
-            logits.ndim == 4 and target.ndim == 3 and len(logits) == len(target) and logits.shape[1] == self.num_classes
-        )
-        if not valid_shapes or target.dtype != torch.int64:
-            raise UserError(
-                f"quality retaining: logits {tuple(logits.shape)}, target {tuple(target.shape)} {target.dtype}; needed "
-                f"(b, {self.num_classes}, r, c) and int64 (b, h, w) of the same images."
-            )
-        if target.shape[-2:] != logits.shape[-2:]:
-            target = F.interpolate(target[:, None].float(), logits.shape[-2:], mode="nearest-exact")[:, 0].long()
-        valid = target != IGNORE
-        image = torch.arange(len(target), device=target.device)[:, None, None].expand_as(target)
-        return logits.movedim(1, -1)[valid], target[valid], image[valid]
-
-    def _check(self, logits: Tensor, labels: Tensor) -> None:
-        if len(labels):
-            super()._check(logits, labels)

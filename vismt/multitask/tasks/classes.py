@@ -33,7 +33,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.data.formats.pascal_context import PARTS
-from vismt.data.maps.dense_sample import CLASS, NO_CLASS
+from vismt.data.maps.dense_sample import NO_CLASS, class_key
 from vismt.multitask.class_loss import ClassLoss, check_loss_factor, dice_loss
 from vismt.multitask.tasks.base import (
     IGNORE,
@@ -195,7 +195,7 @@ class Classification(Task, ClassLoss):
 
     @property
     def key(self) -> str:
-        return CLASS if self.name == Classification.name else f"{CLASS}:{self.name}"
+        return class_key(self.name)
 
     @property
     def outputs(self) -> int:
