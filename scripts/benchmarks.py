@@ -28,10 +28,10 @@ less. "Aim" was set before the measurement, and "reached" says whether the ratio
 python -m scripts.bench core --rounds 5 --device cpu     # in a clone
 ```
 
-Each ratio is the median over the rounds, with the smallest and the largest ratio beside it. The candidates of a round run one after
-the other in rotating order. On a CPU, times are CPU seconds on one thread. The top of each file in `scripts/bench/` says what the
-bench measures. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`. Benches without a section here were
-[measured earlier](benchmarks/earlier.md).
+Each ratio is the median over the rounds, with the smallest and the largest ratio beside it. The candidates of a round run one
+after the other in rotating order. On a CPU, times are CPU seconds on one thread. The top of each file in `scripts/bench/` says
+what the bench measures. `python scripts/benchmarks.py` made this page from the files in `benchmarks/`. Benches without a
+section here were [measured earlier](benchmarks/earlier.md).
 """
 COLUMNS = ("Task", "Ratio", "Median", "Smallest", "Largest", "Aim", "Reached")
 NEEDED = ("bench", "rounds", "command", "date", "hardware", "versions", "results")

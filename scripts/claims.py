@@ -38,7 +38,9 @@ def sections() -> str:
     papers = read_claims()
     lines = ["", _line(("Paper", *OUTCOMES)), "|" + "---|" * (1 + len(OUTCOMES))]
     for paper in papers:
-        cells = {outcome: "<br>".join(f"• {c.claim}" for c in paper.claims if _outcome(c) == outcome) for outcome in OUTCOMES}
+        cells = {
+            outcome: "<br>".join(f"• {c.claim}" for c in paper.claims if _outcome(c) == outcome) for outcome in OUTCOMES
+        }
         lines.append(_line((f"[{paper.title}]({paper.page})", *cells.values())))
     return "\n".join([*lines, "", *map(_section, papers)])
 

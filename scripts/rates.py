@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import wrap
 
 from scripts import committed
 from vismt.report.plotting import INK, MUTED, PALETTE, axes_at, dress, new_figure, save_figure
@@ -180,12 +181,13 @@ def page(found: dict[str, dict[str, Choice]]) -> str:
 
 def sentence(method: str, found: dict[str, dict[str, Choice]]) -> str:
     """Return the sentence about the rate of a method for its page."""
-    shares = {family: of[method].text.rstrip("*") for family, of in found.items() if method in of}
-    each = ", ".join(f"{share} ({family})" for family, share in shares.items())
-    return (
-        f"<!-- rate -->\nIts learning rate is LoRA's rate times {each}, as chosen on validation examples "
-        f"([all rates](../rates.md)).\n<!-- end -->"
-    )
+    families: dict[str, list[str]] = {}
+    for family, of in found.items():
+        if method in of:
+            families.setdefault(of[method].text.rstrip("*"), []).append(family)
+    each = ", ".join(f"{share} ({', '.join(names)})" for share, names in families.items())
+    text = f"In units of LoRA's learning rate, validation examples chose {each}. [All rates](../rates.md)."
+    return "\n".join(("<!-- rate -->", *wrap(text, 130), "<!-- end -->"))
 
 
 def starts(found: dict[str, dict[str, Choice]]) -> str:

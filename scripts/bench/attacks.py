@@ -1,4 +1,4 @@
-"""`python -m scripts.bench attacks`: AutoAttack and the few-shot PGD protocol, against torchattacks and the way other packages work.
+"""`python -m scripts.bench attacks`: AutoAttack and the few-shot PGD protocol, against torchattacks and other packages.
 
 AutoAttack of linf 8/255 at its published lengths (APGD-CE 100 steps, APGD-T and FAB-T 100 steps x 9 targets, Square 5,000
 queries) on two small ViTs (16 px patterns of 10 classes, 48 wide, 3 blocks, 16 images): one trained without attacks, which
