@@ -70,6 +70,7 @@ Which learning rate does a method need, if LoRA's rate is known? Multiply LoRA's
 
 In each study every arm tried the same rates with its first seed and kept the rate with the best validation score. Neighbouring
 rates of a study differ by a factor of about three, under attack by five. So a number is known to within one step of its grid.
+An asterisk marks a rate at the end of the grid, beyond which a better rate may lie.
 
 """
 RANGES = """
@@ -88,7 +89,6 @@ FOOTER = """
 - The rank is 8, for depth and normals 4, and for `vera` 64. How a rate changes with the rank is not measured. LoRA's scale is
   constant (alpha = rank).
 - The models are small, the trainings are short (80 to 400 steps), and the optimiser is AdamW.
-- A rate at the end of a grid may not be the best rate. An asterisk marks it.
 """
 
 
