@@ -1,18 +1,18 @@
 """Features that are computed once: f(x; W) is a function of the image and of weights that no task changes.
 
-Episodes draw the same images again and again. `number` marks a batch with the rows of its images in their set, and
-`features` then takes the features of rows that were seen before from a store. An image that was changed (attacked, shifted,
-augmented) is another tensor without a mark, so it is computed; the same holds under gradients and for the weights of a single
-task (`WithWeights.lasting`).
+Episodes draw the same images again and again. `number` marks a batch with the rows of its images in their set. `features` then
+takes the features of rows that were seen before from a store. An image that was changed (attacked, shifted, augmented) is another
+tensor without a mark, so its features are computed. They are also computed under gradients, and for the weights of a single task
+(`WithWeights.lasting`).
 
-A store computes the identity of a backbone, which takes longer than a small forward pass, once, and again after a change that
-can be seen without reading the weights: another version or place of a tensor, another attribute of a module. What is changed
-through `.data` or on a class while a store is open is not seen. Another store sees it.
+A store computes the identity of a backbone once, because this takes longer than a small forward pass. It computes the identity
+again after a change that can be seen without reading the weights: another version or place of a tensor, or another attribute of a
+module. A store does not see a change through `.data` or of a class while it is open. Another store sees it.
 
-On a CPU a stored feature has the same bits in every run: the first batch of every backbone is computed in two ways and
-compared. Where the order of sums depends on the batch's size (some CPUs with several threads), stored features are computed
-in batches of EQUAL images, and differ by rounding from those that are not stored. A feature that depends on the other images
-is not stored. On a GPU kernels depend on the batch's shape, and features may differ by rounding.
+On a CPU a stored feature has the same bits in every run. The first batch of every backbone is computed in two ways and
+compared. If the order of sums depends on the size of the batch (some CPUs with several threads), stored features are computed
+in batches of EQUAL images. They then differ by rounding from features that are not stored. A feature that depends on the other
+images is not stored. On a GPU, kernels depend on the shape of the batch, and features may differ by rounding.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ STATES = 256  # of backbones of one store
 
 @dataclass(frozen=True)
 class BatchRows:
-    """The rows of a batch's images in the set of a store; version: of the batch when it was marked."""
+    """The rows of a batch's images in the set of a store. version: Version of the batch when it was marked."""
 
     store: FeatureStore
     index: list[int]
@@ -47,14 +47,14 @@ class BatchRows:
 
 
 def number(images: Tensor, store: FeatureStore | None, index: Tensor) -> Tensor:
-    """Mark images (b, 3, h, w) as the rows `index` (b,) of the set of a store, and return them; None for no store."""
+    """Mark images (b, 3, h, w) as the rows `index` (b,) of the set of a store, and return them. Without a store, mark nothing."""
     if store is not None and not images.is_inference():
         setattr(images, _MARK, BatchRows(store, index.tolist(), images._version))
     return images
 
 
 def features(backbone: nn.Module, images: Tensor) -> Tensor:
-    """Return the features (b, d) of images (b, 3, h, w), _IMAGES in a forward pass; those in a store from there."""
+    """Return the features (b, d) of images (b, 3, h, w), from a store if it has them, with _IMAGES in a forward pass."""
     rows: BatchRows | None = getattr(images, _MARK, None)
     table = None
     if rows is not None and rows.version == images._version and not torch.is_grad_enabled():
@@ -74,7 +74,7 @@ class FeatureStore:
     Use as a context manager: at its end, features of stock models are written to the cache folder (vismt.storage.stored_tensors).
 
     Args:
-        data: a text that differs for any other images; None keeps all features in memory only.
+        data: Text that differs for any other images. None keeps all features in memory only.
     """
 
     def __init__(self, data: str | None = None) -> None:
@@ -91,7 +91,7 @@ class FeatureStore:
             table.save()
 
     def table(self, backbone: nn.Module) -> _Table | None:
-        """Return the features of a backbone as it is now; None where they cannot be kept."""
+        """Return the features of a backbone as it is now. None if they cannot be kept."""
         if isinstance(backbone, WithWeights) and not backbone.lasting:
             return None
         module, weights = (backbone.module, backbone.weights) if isinstance(backbone, WithWeights) else (backbone, {})
@@ -124,7 +124,7 @@ class FeatureStore:
 
 
 class _Watched:
-    """The modules of a backbone that run for features, and what is found in them. No other object gets the id of a kept one."""
+    """The modules of a backbone that run for features, and their state. They are kept, so that no other object gets their ids."""
 
     def __init__(self, module: nn.Module) -> None:
         # What maps features to classes does not run for the features.
@@ -144,17 +144,17 @@ class _Watched:
         ]
 
     def state(self) -> list[int]:
-        """Return what changes where a module, an attribute or a tensor is replaced, or a tensor is changed in place."""
+        """Return values that change if a module, an attribute or a tensor is replaced, or a tensor is changed in place."""
         return [*map(id, self._objects()), *_versions(self._tensors)]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the places in memory of tensors, 0 for one without memory of its own, and the versions that autograd counts."""
+    """Return the address and the autograd version of each tensor. A tensor without memory of its own has the address 0."""
     return [tensor.data_ptr() for tensor in tensors] + [-1 - tensor._version for tensor in tensors]
 
 
 class _Table:
-    """Features by row of one identity of a backbone, with those of the file `path` where there is one."""
+    """Features by row of one identity of a backbone. If there is a file `path`, its features are included."""
 
     def __init__(self, path: Path | None, device: torch.device) -> None:
         self.path = path
@@ -187,7 +187,7 @@ class _Table:
         return _computed(backbone, filled, EQUAL)[: len(images)]
 
     def _checked(self, backbone: nn.Module, images: Tensor, new: Tensor) -> Tensor:
-        """Return the features to keep of a first batch, given as `new`, and choose how the later ones are computed."""
+        """Return the features to keep of a first batch, given as `new`, and choose how later batches are computed."""
         if isinstance(new, Tensor) and new.ndim == 2 and len(new) == len(images):
             self.equal = False
             if self._repeatable(backbone, images, new):

@@ -1,4 +1,4 @@
-"""A module run with other weights: a task's weights, without a change of the module."""
+"""Run a module with the weights of a task, without changing the module."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from vismt.base.errors import UserError, near
 
 
 class WithWeights(nn.Module):
-    """Run `module` with `weights` in place of its tensors of those names; the other tensors are the module's.
+    """Run `module` with `weights` in place of its tensors of the same names.
 
-    weights: {name of a parameter or buffer of the module: tensor of its shape}, on the device they are to run on. They are
-    detached (memory is shared, not copied), and neither parameters nor buffers: `.to`, `parameters()` and `state_dict()`
-    act on the module's tensors alone, and two modules of this class may share a module. Gradients reach the images. To tune the
-    weights, build a new WithWeights from tuned copies of `weights`. lasting: whether other tasks have the same weights, so
-    that features may be kept. Raises UserError for an unknown name or a shape that does not fit.
+    The weights are detached (memory is shared, not copied). They are neither parameters nor buffers: `.to`, `parameters()` and
+    `state_dict()` act only on the tensors of the module, and two objects of this class may share a module. Gradients reach the
+    images. To tune the weights, build a new WithWeights from tuned copies of `weights`.
+
+    weights: Tensors by the name of a parameter or buffer of the module, of the same shape, on the device on which they run.
+    lasting: Whether other tasks have the same weights, so that features may be kept.
+
+    Raises UserError for an unknown name or a shape that does not fit.
     """
 
     def __init__(self, module: nn.Module, weights: Mapping[str, Tensor], *, lasting: bool = False) -> None:
@@ -51,10 +54,11 @@ def check_named_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> Non
 
 
 def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Tensor:
-    """Return what a model gives for images (b, 3, h, w), in the one form that attacks and evaluations share.
+    """Return the output of a model for images (b, 3, h, w), in the same way for attacks and evaluations.
 
-    Pixels are float32, whatever the type of the weights: half precision would round small changes away. A model that takes its
-    own type alone gets that. Autocast is off. rows: passed to the model's `rows_of` where it has one (packed.py).
+    Pixels are float32 for weights of any type, because half precision would round small changes away. A model that takes only
+    its own type gets this type. Autocast is off. rows: Rows that are passed to the method `rows_of`, if the model has one
+    (`PackedClassifier`).
     """
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     wide = images.to(torch.promote_types(dtype, torch.float32))
@@ -71,9 +75,9 @@ def answers(model: nn.Module, images: Tensor, rows: Tensor | None = None) -> Ten
 
 
 def report_lost(rows: Sequence[Mapping], fields: Mapping[str, str]) -> None:
-    """Say on the console how many images attacks counted as broken that are right in the evaluation.
+    """Print how many images an attack counted as broken that are right in the evaluation.
 
-    rows: records. fields: of their counts, by attack.
+    rows: Records. fields: Name of the field with the count, by attack.
     """
     for attack, field in fields.items():
         count = sum(row.get(field, 0) for row in rows)

@@ -1,9 +1,8 @@
 """Cosine prototypes: p_c is the mean feature of class c, a query's logit is s * cos(f(x), p_c).
 
-Snell et al., arXiv 1703.05175, with the cosine classifier of Hu et al. (P>M>F), arXiv 2204.07305, as AMT uses it:
-features are averaged without normalisation and normalised only inside the cosine. The additive bias of the released
-classifier shifts every logit equally and is left out. Training on class labels takes a learned vector of each class in place
-of p_c.
+Snell et al., arXiv 1703.05175, with the cosine classifier of Hu et al. (P>M>F), arXiv 2204.07305, as AMT uses it. Features are
+averaged without normalisation and normalised only inside the cosine. The additive bias of the released classifier shifts every
+logit equally and is left out. Training on class labels takes a learned vector of each class in place of p_c.
 """
 
 from __future__ import annotations
@@ -27,14 +26,14 @@ def prototypes(features: Tensor, labels: Tensor) -> Tensor:
     """Return the mean feature of each class.
 
     Args:
-        features: floating (s, d).
+        features: Features, floating (s, d).
         labels: Integers (s,) in 0..N-1, every class present.
 
     Returns:
         (N, d) in the features' dtype. Half precision is averaged in float32, also under autocast.
 
     Raises:
-        UserError: A class without a feature, or shapes that do not fit.
+        UserError: If a class has no feature, or shapes do not fit.
     """
     if features.ndim != 2 or labels.shape != features.shape[:1] or not len(labels):
         raise UserError(
@@ -54,9 +53,9 @@ def prototypes(features: Tensor, labels: Tensor) -> Tensor:
 
 
 def cosine_logits(features: Tensor, prototypes: Tensor, scale: float | Tensor = 10.0) -> Tensor:
-    """Return scale * cos(feature, prototype), (M, N) within [-scale, scale], of features (M, d) and prototypes (N, d).
+    """Return scale * cos(feature, prototype), (M, N), of features (M, d) and prototypes (N, d).
 
-    Norms below 1e-12 count as 1e-12, so a zero feature has zero logits.
+    Norms below 1e-12 count as 1e-12, so that a zero feature has zero logits.
     """
     with torch.autocast(features.device.type, enabled=False):
         wide = features if features.dtype == torch.float64 else features.float()
@@ -83,9 +82,10 @@ class PrototypeClassifier(nn.Module):
 class ProtoNet(nn.Module):
     """A backbone, images (b, 3, h, w) in [0, 1] -> features (b, d), with a cosine prototype classifier on top.
 
-    `scale` is a trainable Parameter, shape (), init 10 (the authors train it with the adapters). Queries never enter
-    the prototypes, so a query's logits do not depend on the other queries. `vectors`, None or a Parameter (C, d) that no run
-    saves, replaces the prototypes in training.
+    Queries never enter the prototypes, so the logits of a query do not depend on the other queries.
+
+    scale: Parameter () that starts at 10 and is trained with the adapters, as by the authors. vectors: Parameter (C, d) that
+    replaces the prototypes in training, or None. No run saves it.
     """
 
     vectors: nn.Parameter | None
@@ -115,22 +115,22 @@ class ProtoNet(nn.Module):
         return {"scale": self.scale}
 
     def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Copy the `own_tensors` of another net; `what` names the source in errors."""
+        """Copy the `own_tensors` of another net. what: Name of the source in errors."""
         check_tensors(what, {"scale": ()}, tensors)
         with torch.no_grad():
             self.scale.copy_(tensors["scale"])
 
     def forward(self, support_images: Tensor, support_labels: Tensor, query_images: Tensor) -> Tensor:
-        """Return query logits (M, N) from (s, 3, h, w), (s,), (M, 3, h, w); gradients reach both image sets and the scale."""
+        """Return query logits (M, N) from (s, 3, h, w), (s,) and (M, 3, h, w). Gradients reach both image sets and the scale."""
         support, query = self.features(support_images, query_images)
         return cosine_logits(query, self.centres(support, support_labels), self.scale)
 
     def features(self, *images: Tensor) -> tuple[Tensor, ...]:
-        """Return the features (b, d) of each batch of images, from one pass: a CPU multiplies few rows slowly."""
+        """Return the features (b, d) of each batch of images, from one pass, because a CPU multiplies few rows slowly."""
         return self.backbone(torch.cat(images)).split([len(part) for part in images])
 
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> PrototypeClassifier:
-        """Return the query classifier of a task. It shares the backbone; prototypes and scale are frozen copies."""
+        """Return the query classifier of a task. It shares the backbone. Prototypes and scale are frozen copies."""
         with torch.no_grad():
             centres = prototypes(features(self.backbone, support_images), support_labels)
             task = PrototypeClassifier(self.backbone, centres, self.scale)
@@ -141,7 +141,7 @@ class ProtoNet(nn.Module):
 class EpisodeObjective(nn.Module):
     """objective(batch) -> {"loss", "accuracy"} for a batch of `EpisodeBatches`.
 
-    proto: (support, support_labels, query) -> query logits, as `ProtoNet`.
+    proto: Module that maps (support, support_labels, query) to query logits, such as `ProtoNet`.
     """
 
     def __init__(self, proto: nn.Module) -> None:
@@ -149,7 +149,7 @@ class EpisodeObjective(nn.Module):
         self.proto = proto
 
     def forward(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w) and query_labels (m,) to two scalars."""
+        """Return two scalars of a batch: support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,)."""
         logits = self.proto(batch["support"], batch["support_labels"], batch["query"])
         labels = batch["query_labels"]
         accuracy = (logits.argmax(1) == labels).float().mean()
@@ -159,8 +159,8 @@ class EpisodeObjective(nn.Module):
 class EpisodeBatches:
     """batches(k) -> the k-th training episode as image tensors.
 
-    sources: (pixels by index, episode by number) of each source set; a batch draws one of them uniformly. augment: (images,
-    seed) -> images. classes: whether all images of an episode are queries, labelled by their class in the set.
+    sources: Pair (pixels by index, episode by number) of each source set. A batch draws one set uniformly. augment: Function
+    from (images, seed) to images. classes: Whether all images of an episode are queries, labelled by their class in the set.
     """
 
     def __init__(

@@ -22,14 +22,14 @@ class AdversaryForm(Checked):
     """The settings of both attacks without a budget.
 
     Args:
-        steps: steps of the input attack (`pyramid_attack`).
-        step_ratio: its step as a multiple of the budget.
-        pyramid: its levels, each [cells a side (null for single pixels), multiplier of its change].
+        steps: number of steps of the input attack (`pyramid_attack`).
+        step_ratio: step of the input attack, as a multiple of the budget.
+        pyramid: levels of the input attack, each [cells a side (null for single pixels), multiplier of the change].
         weight: lambda of the loss.
         kl: order of the divergence in the loss (vismt.metatune.amt.method).
         weight_attack: form of the weight attack nu (vismt.metatune.amt.method).
         gamma: size of nu.
-        support: whether prototypes are of perturbed or clean support images.
+        support: weights under which the prototypes are computed, perturbed (theta + nu) or clean (theta).
         warmup: episodes over which budget and gamma grow linearly to their full size.
     """
 
@@ -49,9 +49,9 @@ class AdversaryForm(Checked):
 class Adversary(AdversaryForm):
     """The attacks on one expert.
 
-    epsilons: budgets in pixel units of [0, 1] (for a corruption severities, for noise standard deviations), of which each
-    episode draws one; (0.0,) leaves the input attack out. norm: one of THREATS; l2 attacks single pixels whatever `pyramid`
-    is. seed: of the draws and the attack's random start.
+    epsilons: Budgets in pixel units of [0, 1] (severities for a corruption, standard deviations for noise). Each episode draws
+    one. (0.0,) leaves the input attack out. norm: One of THREATS. l2 attacks single pixels for any `pyramid`. seed: Seed of the
+    draws and of the attack's random start.
     """
 
     epsilons: tuple[float, ...] = (8 / 255,)
@@ -69,9 +69,9 @@ class FineTuneSettings(Checked):
     """Settings of the fine-tuning on a task.
 
     Args:
-        lr: Adam's; 0 skips the tuning, auto chooses one for each task.
+        lr: learning rate of Adam. 0 skips the tuning, and auto chooses a rate for each task.
         steps: number of steps.
-        parameters: all of the backbone, frozen or not, or attention_scale.
+        parameters: parameters to tune, all (of the backbone, frozen or not) or attention_scale.
     """
 
     KEY: ClassVar = "finetune"
@@ -90,10 +90,10 @@ class MamlSettings(Checked):
     """Settings of the inner loop.
 
     Args:
-        algorithm: the algorithm.
-        inner_lr: rate of the inner loop, its start in metasgd.
-        inner_steps: steps of the inner loop.
-        engine: func (torch.func) or learn2learn.
+        algorithm: maml, fomaml (first order) or metasgd (learned rates).
+        inner_lr: learning rate of the inner loop. In metasgd, its start.
+        inner_steps: number of steps of the inner loop.
+        engine: implementation, func (torch.func) or learn2learn.
     """
 
     KEY: ClassVar = "meta"

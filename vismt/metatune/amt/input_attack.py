@@ -1,17 +1,21 @@
-"""The pyramid attack: a bounded change per cell of several grids, coarse ones multiplied (Herrmann et al., arXiv 2111.15121).
+"""The pyramid attack: a bounded change for each cell of several grids (Herrmann et al., arXiv 2111.15121).
 
     compose(x, d):  for each level l:  x <- clamp(x + m_l * nearest(d_l), lo, hi)
     T times:        d_l <- clamp(d_l + alpha * sign(dJ / dd_l), -eps, eps),    J = sum_q KL(p(x_q) || p(compose(x, d)_q))
 
-AMT (Yang, Liu, Wei, NeurIPS 2024) attacks its training queries with it: grids of 4 and 8 cells a side and single pixels,
-multipliers 20, 10 and 1. The released code fixes the grids for 128 pixels and applies no delta; here the cells follow the
-size of the image. The paper prints a cross-entropy with labels; here the KL of the code is used, which needs no labels. The
-target p(x) is computed once, in the released code again in every step. One level (None, 1.0) is plain PGD on the KL.
+The changes of coarse grids are multiplied. AMT (Yang, Liu, Wei, NeurIPS 2024) attacks its training queries with this attack.
+Its grids have 4 and 8 cells a side and single pixels, with the multipliers 20, 10 and 1. One level (None, 1.0) is plain PGD on
+the KL. With labels, J is the cross-entropy.
 
-For the l2 norm, which has that level alone, with g the gradient and norms per image in pixel units (Madry et al., arXiv
-1706.06083):    d <- P(d + alpha * g / ||g||_2),    P(d) = d * min(1, eps / ||d||_2)
+    released code                                 here
+    fixes the grids for 128 pixels                the cells follow the size of the image
+    applies no delta                              applies the deltas
+    computes the target p(x) in every step        computes it once
 
-With labels, J is the cross-entropy.
+The paper prints a cross-entropy with labels. Here the KL of the code is used, which needs no labels.
+
+The l2 norm allows only the level of single pixels. With the gradient g, and norms of each image in pixel units (Madry et al.,
+arXiv 1706.06083):    d <- P(d + alpha * g / ||g||_2),    P(d) = d * min(1, eps / ||d||_2)
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ PYRAMID: Levels = ((4, 20.0), (8, 10.0), (None, 1.0))
 PLAIN: Levels = ((None, 1.0),)
 NORMS = ("linf", "l2")
 STARTS = ("uniform", "normal", "zero")
-_SCALE = 1024.0  # of the objective: its gradient's size is not used, and half precision must not flush it to zero
+_SCALE = 1024.0  # factor of the objective: half precision must not flush its gradient to zero, whose size is not used
 
 
 def pyramid_attack(
@@ -51,33 +55,33 @@ def pyramid_attack(
     clean_logits: Tensor | None = None,
     labels: Tensor | None = None,
 ) -> Tensor:
-    """Perturb images so that the predictions move away from those of the clean images; no parameter gets a gradient.
+    """Perturb images so that the predictions move away from the predictions on the clean images.
 
-    A pixel moves by at most epsilon times the sum of the multipliers (31 with the defaults) and stays in [0, 1]; with "l2"
-    an image moves by at most epsilon in its l2 norm.
+    A pixel moves by at most epsilon times the sum of the multipliers (31 with the defaults) and stays in [0, 1]. With "l2" an
+    image moves by at most epsilon in its l2 norm. No parameter gets a gradient.
 
     Args:
-        logits_fn: Images -> logits (m, k); a query's logits must not depend on the other queries.
-        images: floating (m, c, h, w).
-        epsilon: Bound of every cell's change in pixel units of [0, 1]; with "l2" of the whole image's. With 0 a copy of the
-            images is returned.
-        step_size: Step of every cell's change, with "l2" of the image's, in pixel units.
+        logits_fn: Function from images to logits (m, k). The logits of a query must not depend on the other queries.
+        images: Images, floating (m, c, h, w).
+        epsilon: Bound of the change of every cell, in pixel units of [0, 1]. With "l2", bound of the change of the whole image.
+            With 0 a copy of the images is returned.
+        step_size: Step of every cell's change (with "l2", of the image's change), in pixel units.
         steps: Number of steps.
-        levels: (cells a side, multiplier) each; None stands for a cell per pixel.
+        levels: Pairs (cells a side, multiplier). None stands for a cell for each pixel.
         norm: "linf", or "l2" with the levels `PLAIN`.
-        init: "uniform" in +-epsilon (with "l2" a uniform length up to epsilon in a random direction), "normal" (0.001
-            N(0, 1) in the images' units) or "zero", where the gradient of the KL is rounding noise.
-        mean: Per channel, when `images` are normalised; the budget is still in pixel units.
-        std: Per channel, with mean.
-        generator: Of the start, by default seeded with 0.
-        clean_logits: `logits_fn(images)` where the caller has them.
-        labels: Integers (m,); the attack then raises the cross-entropy in place of the KL.
+        init: Start of the changes. "uniform" in +-epsilon (with "l2", a uniform length up to epsilon in a random direction),
+            "normal" (0.001 N(0, 1) in the images' units), or "zero", for which the gradient of the KL is rounding noise.
+        mean: Mean of each channel, if `images` are normalised. The budget is still in pixel units.
+        std: Standard deviation of each channel, together with mean.
+        generator: Source of the start, by default seeded with 0.
+        clean_logits: `logits_fn(images)`, if the caller has them.
+        labels: Integers (m,). With labels, the attack raises the cross-entropy in place of the KL.
 
     Returns:
         The perturbed images, detached, in the shape, dtype and device of `images`.
 
     Raises:
-        UserError: Images, budget, level or start out of range, or mean without std.
+        UserError: If images, budget, a level or the start are out of range, or for mean without std.
     """
     _check(images, epsilon, step_size, steps, levels, norm, init, mean, std)
     images = images.detach()
@@ -118,12 +122,12 @@ def _compose(images: Tensor, deltas: Sequence[Tensor], levels: Levels, low: Tens
 
 
 def _direction(gradient: Tensor, norm: str) -> Tensor:
-    """Return the direction of norm 1 in which J rises most; gradient (m, c, h, w) per pixel unit, in its dtype."""
+    """Return the direction of norm 1 in which J rises most, in the dtype of the gradient (m, c, h, w) per pixel unit."""
     return steepest(gradient.float(), gradient, 1.0, norm).to(gradient.dtype)
 
 
 def _bounded(change: Tensor, bound: Tensor, norm: str) -> Tensor:
-    """Return the nearest change within the budget; bound (1, c, 1, 1) is the budget in the images' units."""
+    """Return the nearest change within the budget. bound: Budget (1, c, 1, 1) in the images' units."""
     if norm == "linf":
         return torch.clamp(change, -bound, bound)
     length = size((change / bound).float(), norm).clamp_min(1)

@@ -1,12 +1,13 @@
-"""Test-time merging: a task's support set weights the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
+"""Test-time merging: the support set of a task weights the experts of a pool (AMT: Yang, Liu, Wei, NeurIPS 2024).
 
     zeta = rule(support)    (selection_rules.py),        W(zeta) = W_res + sum_i zeta_i B_i A_i    (pool.py)
 
 A rule of `combine` in place of zeta merges the updates of the experts once, for all tasks.
-A task has one zeta for all sites; the prototypes are those of the clean support under W(zeta), and queries are not used. The
-code scores augmented images (DiffAugment, two forwards an expert); the paper does not, and vismt follows the paper. At one
-shot every C_i is 1. Trimming keeps the leading singular values of chosen *merged*
-weights, exactly (the code: an unseeded randomised SVD).
+
+A task has one zeta for all adapted weights. The prototypes are computed from the clean support under W(zeta). Queries are not
+used. The released code scores augmented images (DiffAugment, two forward passes for each expert). The paper does not, and vismt
+follows the paper. At one shot every C_i is 1. Trimming keeps the leading singular values of chosen *merged* weights, exactly. The
+released code trims by a randomised SVD without a seed.
 """
 
 from __future__ import annotations
@@ -32,13 +33,14 @@ class PoolNet(nn.Module):
         if settings.strategy == "expert":
             pool.index(str(settings.expert))
         self._trims = pattern_values("merging.trim", settings.trim, pool.paths)
-        self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that last
+        self._kept: dict[tuple[float, ...] | None, dict[str, Tensor]] = {}  # weights that other tasks use too
 
     @torch.no_grad()
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> nn.Module:
-        """Return the query classifier of a support (s, 3, h, w) in [0, 1], (s,); its `mixture` (P,) is the zeta in use.
+        """Return the query classifier of a support of images (s, 3, h, w) in [0, 1] and labels (s,).
 
-        The average of logits and the rules of `combine` have no mixture. The pool is not changed.
+        Its attribute `mixture` (P,) is the zeta in use. The average of logits and the rules of `combine` have no mixture. The
+        pool is not changed.
         """
         strategy, pool = self.settings.strategy, self.pool
         equal = pool.uniform()
@@ -64,7 +66,7 @@ class PoolNet(nn.Module):
         return task
 
     def weights(self, zeta: Tensor | None) -> dict[str, Tensor]:
-        """Return W(zeta) by parameter name, or for None the weights by the settings' rule of `combine`; with their trim."""
+        """Return the trimmed weights W(zeta) by parameter name. None takes the rule of `combine` in the settings."""
         if not self.lasting(zeta):
             return self._computed(zeta)
         key = None if zeta is None else tuple(zeta.tolist())
@@ -73,7 +75,7 @@ class PoolNet(nn.Module):
         return dict(self._kept[key])
 
     def lasting(self, zeta: Tensor | None) -> bool:
-        """Return whether the weights are the same in other tasks: those of one expert, or that no task chooses."""
+        """Return whether other tasks have the same weights: the weights of one expert, or weights that no task chooses."""
         return zeta is None or self.settings.strategy == "average" or int(zeta.count_nonzero()) == 1
 
     def _computed(self, zeta: Tensor | None) -> dict[str, Tensor]:
@@ -87,7 +89,10 @@ class PoolNet(nn.Module):
         return weights
 
     def cosines(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Return cosines (P, s, N) between a support (s, 3, h, w), (s,) and its class means, as every expert has them."""
+        """Return the cosines (P, s, N) between the features of a support and its class means, under each expert.
+
+        images: Images (s, 3, h, w). labels: Labels (s,).
+        """
         found = []
         for index in range(len(self.pool)):
             expert = WithWeights(self.pool.backbone, self.pool.expert_weights(index), lasting=True)
@@ -108,7 +113,7 @@ class PoolNet(nn.Module):
 
 
 class LogitAverage(nn.Module):
-    """The mean of several classifiers' logits: the ensemble that merging is compared with, at P times the query cost."""
+    """The mean of the logits of several classifiers. Merging is compared with this ensemble, which costs P times as much."""
 
     def __init__(self, classifiers: list[PrototypeClassifier]) -> None:
         super().__init__()

@@ -1,6 +1,6 @@
-"""AMT: LoRA factors, tuned on episodes under two attacks (Yang, Liu, Wei, NeurIPS 2024).
+"""AMT: LoRA factors that are tuned on episodes under two attacks (Yang, Liu, Wei, NeurIPS 2024).
 
-An expert is one pair of factors for each of q, k and v, which starts at the principal part of the weight:
+An expert has one pair of factors for each of q, k and v, which starts at the principal part of the weight:
 
     DeltaW = s B A,    A = sqrt(S_r / s) V_r^T,  B = U_r sqrt(S_r / s)    of W = U S V^T
 
@@ -8,16 +8,22 @@ The training of an expert:
 
     L(theta) = CE(z(x), y) + lambda * mean_q KL(p(x_q) || p(x_q^adv)),    minimised at theta + nu
 
-x^adv: pyramid attack on the queries (input_attack.py), the support stays clean; beyond the paper also an attack in the l2
-ball, a corruption, or Gaussian noise, not clipped, for randomised smoothing. nu: one step of L's gradient on the LoRA factors
-(weight_attack.py). Both query branches have a gradient and share the prototypes of the clean support.
+x^adv is the pyramid attack on the queries (input_attack.py). The support stays clean. Beyond the paper, x^adv may also be an
+attack in the l2 ball, a corruption, or Gaussian noise for randomised smoothing, which is not clipped. nu is one step along the
+gradient of L on the LoRA factors (weight_attack.py). Both query branches have a gradient and share the prototypes of the clean
+support.
 
-Paper and code differ; the default is the code's form, and the paper's form is an option: KL(clean || adv) (the paper
-prints the reverse); nu normalised per tensor and for A and B at once (paper: plain gradient of the adversarial
-cross-entropy, A's update with A alone moved, B's with B alone). The code leaves the prototypes at theta (support="clean");
-the default here recomputes them at theta + nu, so that ascent and descent use the same function. The cosine's scale is
-trained, as in the release. Left out: the classifier's additive bias, which changes no loss. With learned vectors of classes
-in place of prototypes (protonet.py) the loss is TRADES on class labels. Pool and merging: pool.py, merging.py.
+Paper and released code differ. The default is the code's form, and the paper's form is an option:
+
+    part    code (default)                                        paper
+    KL      KL(clean || adv)                                      KL(adv || clean)
+    nu      normalised for each tensor, for A and B at once       plain gradient of the adversarial cross-entropy. The update of
+                                                                  A moves only A, and the update of B moves only B
+
+The code leaves the prototypes at theta (support="clean"). The default here computes them again at theta + nu, so that ascent
+and descent use the same function. The scale of the cosine is trained, as in the release. Left out: the classifier's additive
+bias, which changes no loss. With learned vectors of classes in place of prototypes (protonet.py), the loss is TRADES on class
+labels. pool.py has the pool, and merging.py the merging.
 """
 
 from __future__ import annotations
@@ -46,13 +52,13 @@ from vismt.methods import Method, register_method
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
-_FLAT = 0.01  # the surest prediction of an episode exceeds 1/k by no more
+_FLAT = 0.01  # largest excess over 1/k of the surest prediction of an episode that counts as flat
 
 
 def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **options: Any) -> AdaptReport:
     """Adapt a model as one AMT expert: factors for each q, k, v block and linear layer.
 
-    init: "svd" (principal factors), or "lora" (zero B). The other arguments are those of `inject`.
+    init: Start of the factors, "svd" (principal factors) or "lora" (zero B). options: Arguments of `inject`.
     """
     if init not in ("svd", "lora"):
         raise UserError(f"adapt.init: '{init}' for 'amt'.{near(str(init), ('svd', 'lora'))}")
@@ -68,8 +74,9 @@ register_method(Method("amt", amt, layers=(LowRankLayer,)))
 class AdversarialObjective(nn.Module):
     """objective(batch) -> {"loss", "accuracy", "robust", "kl"} for an episode of `EpisodeBatches`.
 
-    robust: accuracy on the attacked queries. Budget and random start are functions of (seed, the episode's number). The
-    parameters are not changed. corrupt: corrupts the queries of an adversary whose norm is "corruption".
+    "robust" is the accuracy on the attacked queries. Budget and random start are functions of the seed and the number of the
+    episode. The parameters are not changed. corrupt: Function that corrupts the queries, for an adversary with the norm
+    "corruption".
     """
 
     flat: Tensor
@@ -82,7 +89,7 @@ class AdversarialObjective(nn.Module):
         self.register_buffer("flat", torch.zeros((), dtype=torch.long), persistent=False)
 
     def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Map support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) and number () to scalars."""
+        """Return scalars of support (s, 3, h, w), support_labels (s,), query (m, 3, h, w), query_labels (m,) and number ()."""
         support, truth, query, labels = (batch[name] for name in ("support", "support_labels", "query", "query_labels"))
         number, adversary = int(batch["number"]), self.adversary
         strength = min(1.0, (number + 1) / adversary.warmup) if adversary.warmup else 1.0
@@ -91,7 +98,7 @@ class AdversarialObjective(nn.Module):
         factors = {name: p for name, p in named if name.endswith(("lora_A", "lora_B")) and p.requires_grad}
 
         # ---- at theta: the input attack needs the predictions, the weight attack their graph
-        if gamma and adversary.support == "clean":  # the graph of these prototypes outlives that of the queries
+        if gamma and adversary.support == "clean":  # the graph of these prototypes outlives the graph of the queries
             of_support, features = self.proto.backbone(support), self.proto.backbone(query)
         else:
             of_support, features = self.proto.features(support, query)
@@ -134,10 +141,11 @@ class AdversarialObjective(nn.Module):
         images: list[Tensor],
         labels: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        """Return loss and KL of the paper's form: A learns from the loss with A alone moved, B from that with B alone moved.
+        """Return loss and KL of the paper's form.
 
-        Other trainable parameters learn in the pass of A. task: support images and labels. The value is that of the pass
-        of A, the gradient the sum of both.
+        A learns from the loss in which only A is moved, and B from the loss in which only B is moved. Other trainable parameters
+        learn in the pass of A. The value is the loss of the pass of A, and the gradient is the sum of both passes. task: Images
+        and labels of the support.
         """
         support, truth = task
         passes = []
@@ -155,7 +163,7 @@ class AdversarialObjective(nn.Module):
         return loss + second - second.detach(), kl
 
     def collapsed(self, step: int) -> None:
-        """Raise Diverged when the last episodes all had a flat prediction; synchronises with the device."""
+        """Raise Diverged if the last episodes all had a flat prediction. Synchronises with the device."""
         if int(self.flat) >= PATIENCE:
             raise Diverged(
                 f"train: collapsed to the uniform prediction (seen at step {step}, {int(self.flat)} episodes in a row): the "
@@ -206,8 +214,8 @@ class AdversarialObjective(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return loss and KL with the parameters in `moved` replaced.
 
-        classes: prototypes (N, d), support labels (s,) and support images, from which the prototypes are recomputed where
-        they are given.
+        classes: Prototypes (N, d), support labels (s,) and support images. If there are images, the prototypes are computed
+        again from them.
         """
         centres, truth, support = classes
         parts = images if support is None else [support, *images]
@@ -236,10 +244,10 @@ class AdversarialObjective(nn.Module):
 def trades(
     clean: Tensor, adversarial: Tensor, labels: Tensor, weight: float, kl: str = "clean_adv"
 ) -> tuple[Tensor, Tensor]:
-    """Return CE(clean, labels) + weight * mean KL, and that KL (Zhang et al., arXiv 1901.08573).
+    """Return CE(clean, labels) + weight * mean KL, and the mean KL (Zhang et al., arXiv 1901.08573).
 
-    clean, adversarial: logits (m, k). labels (m,). kl: "clean_adv" is KL(p(clean) || p(adversarial)), "adv_clean" the
-    reverse. Gradients reach both logits.
+    clean, adversarial: Logits (m, k). labels: Labels (m,). kl: "clean_adv" for KL(p(clean) || p(adversarial)), or "adv_clean"
+    for the reverse. Gradients reach both logits.
     """
     log_clean, log_adversarial = F.log_softmax(clean.float(), 1), F.log_softmax(adversarial.float(), 1)
     first, second = (log_clean, log_adversarial) if kl == "clean_adv" else (log_adversarial, log_clean)
@@ -248,7 +256,7 @@ def trades(
 
 
 def _attack_dtype(images: Tensor) -> torch.dtype | None:
-    """Return the dtype of the input attack's products: that of autocast, bf16 on a CPU with units for it, or None."""
+    """Return the dtype of the products in the input attack: autocast's dtype, bf16 on a CPU with units for it, or None."""
     kind = images.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

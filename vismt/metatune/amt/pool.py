@@ -1,15 +1,15 @@
 """AMT's pool: P experts that were trained separately, and the weights of their mixtures.
 
-    W(zeta) = W + sum_i zeta_i DeltaW_i            sum zeta = 1; every adapted module has the same zeta
+    W(zeta) = W + sum_i zeta_i DeltaW_i            sum zeta = 1, with the same zeta for every adapted module
 
 DeltaW_i is the update of expert i against the stock weight W, s (B_i A_i - B_0 A_0) with a principal start B_0 A_0. Experts
 with one start have the paper's form (Yang, Liu, Wei, NeurIPS 2024), W_res + s sum_i zeta_i B_i A_i with W_res = W - s B_0 A_0,
-and an untuned pool is W. Experts of other ranks, scales or starts mix in the same way. The sum is that of `combine`; what
-all experts share, such as the start, enters it once. Nothing is changed in place: a mixture is a dict of weights for
+and an untuned pool is W. Experts of other ranks, scales or starts mix in the same way. `combine` computes the sum. A part that
+all experts share, such as the start, enters the sum once. Nothing is changed in place: a mixture is a dict of weights for
 `WithWeights`.
 
-A pool on disk is a folder with pool.json and an adapter folder for each expert. Left out: training the experts jointly,
-which neither paper nor code does.
+A pool on disk is a folder with pool.json and an adapter folder for each expert. The experts are not trained jointly, as in the
+paper and the code.
 """
 
 from __future__ import annotations
@@ -39,7 +39,11 @@ INDEX, _FORMAT = "pool.json", 1
 
 @dataclass(frozen=True)
 class Expert:
-    """A trained expert: label (the level, where a pool's configuration trained it), adapter folder and cosine scale."""
+    """A trained expert.
+
+    label: Name of the expert. It is the level if the configuration of a pool trained the expert. folder: Folder of the adapter.
+    scale: Scale of the cosines.
+    """
 
     label: str
     folder: Path
@@ -47,10 +51,11 @@ class Expert:
 
 
 class ExpertPool(nn.Module):
-    """A backbone with P experts; `backbone` is the stock backbone and is not changed.
+    """A backbone with P experts. `backbone` is the stock backbone and is not changed.
 
-    labels: of the experts, in order. scale: mean of the experts' cosine scales (accuracy does not depend on it). paths: of
-    the adapted modules. updates: of each expert on its own, then what all of them share, where they share anything.
+    labels: Labels of the experts, in order. scale: Mean of the experts' cosine scales. Accuracy does not depend on it. paths:
+    Paths of the adapted modules. updates: Update of each expert on its own, and after them the update that all experts share, if
+    they share one.
     """
 
     backbone: Any  # a Backbone, or a stand-in with `vit`
@@ -74,8 +79,8 @@ class ExpertPool(nn.Module):
     def weights(self, zeta: Tensor) -> dict[str, Tensor]:
         """Return the backbone's adapted weights under the mixture `zeta` (P,), by parameter name.
 
-        They are summed in fp32 or wider and rounded once. The weights of the latest mixture are kept: an average is the same
-        for every task. Raises UserError for another length and for weights that do not sum to one.
+        They are summed in fp32 or wider and rounded once. The weights of the latest mixture are kept, because an average is the
+        same for every task. Raises UserError if `zeta` has another length or does not sum to one.
         """
         self._check(zeta)
         if self._latest is not None and torch.equal(self._latest[0], zeta):
@@ -91,8 +96,8 @@ class ExpertPool(nn.Module):
     def mixture(self, zeta: Tensor) -> Updates:
         """Return the mixture `zeta` (P,) as updates of low rank on the CPU, for the stock model or for export.
 
-        The rank is that of the experts together, and of their start. Trimmed weights have no such form. Raises UserError as
-        `weights` does.
+        The rank is the sum of the ranks of the experts and of their start. Trimmed weights have no such form. Raises UserError
+        as `weights` does.
         """
         self._check(zeta)
         combined = self._combined(zeta)
@@ -100,7 +105,7 @@ class ExpertPool(nn.Module):
         return replace(combined, low_rank=factors, name="pool")
 
     def expert_weights(self, index: int) -> dict[str, Tensor]:
-        """Return the weights of expert `index` alone. They are cached (a backbone each), as every task scores every expert."""
+        """Return the weights of expert `index`. They are cached (one backbone each), because every task scores every expert."""
         if index not in self._merged:
             self._merged[index] = self.weights(torch.eye(len(self), device=self._device())[index])
         return self._merged[index]
@@ -156,7 +161,7 @@ class ExpertPool(nn.Module):
 
 
 def check_experts(experts: Sequence[Expert]) -> None:
-    """Raise UserError unless there are experts, with different labels, that adapt weights by updates of low rank alone."""
+    """Raise UserError unless there are experts with different labels that adapt weights only by low-rank updates."""
     if not experts:
         raise UserError("pool: no expert given, need at least one.")
     labels = [expert.label for expert in experts]
@@ -189,7 +194,7 @@ def read_pool(folder: Path) -> list[Expert]:
 
 
 def assemble(experts: Sequence[Expert], folder: Path) -> Path:
-    """Copy trained experts into a pool folder; the index is written last, so an interrupted copy is not read as a pool."""
+    """Copy trained experts into a pool folder. The index is written last, so that an interrupted copy is not read as a pool."""
     check_experts(experts)
     files, entries = {}, []
     for number, expert in enumerate(experts):
@@ -203,8 +208,8 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
                     f"expert '{expert.label}': '{expert.folder / part}' cannot be read ({error})."
                 ) from error
         entries.append({"label": expert.label, "folder": name, "scale": expert.scale})
-    # Everything is read before anything is written: the experts may be in this folder. The old index goes first, as it must
-    # not describe new files.
+    # Everything is read before anything is written, because the experts may be in this folder. The old index goes first, because
+    # it must not describe new files.
     with locked(folder):
         if (folder / INDEX).exists():
             (folder / INDEX).unlink()
@@ -223,7 +228,7 @@ def _load_updates(vit: nn.Module, expert: Expert) -> Updates:
 
 
 def _without_shared(experts: Sequence[Updates]) -> list[Updates]:
-    """Return the update of each expert without the columns that all have in common, then these columns, where there are any.
+    """Return the update of each expert without the columns that all experts share, and after them these columns, if any.
 
     A common start is subtracted once for the whole pool, whatever the number of experts in a mixture.
     """
@@ -248,7 +253,7 @@ def _without_shared(experts: Sequence[Updates]) -> list[Updates]:
 
 
 def _same_columns(updates: Sequence[LowRank]) -> Tensor | None:
-    """Return which terms of rank one, (r,), are the same in all updates; None where ranks or scales differ."""
+    """Return which terms of rank one, (r,), are the same in all updates. None if ranks or scales differ."""
     first, *others = updates
     same = torch.ones(first.rank, dtype=torch.bool)
     for update in others:

@@ -30,15 +30,15 @@ def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tupl
     """Score the experts of a pool on a support set (equations in this file's header).
 
     Args:
-        cosines: (P, S, N) between S support images and the N prototypes of each of P experts.
-        labels: Integers (S,) in 0..N-1, N >= 2, every class present. Classes have equal weight whatever their shots.
+        cosines: Cosines (P, S, N) between S support images and the N prototypes of each of P experts.
+        labels: Integers (S,) in 0..N-1, N >= 2, every class present. All classes have the same weight.
         balance: Weight of compactness, in [0, 1].
 
     Returns:
-        scores, compactness and divergence, each (P,), in fp32, or fp64 for fp64.
+        Scores, compactness and divergence, each (P,), in fp32, or in fp64 for cosines in fp64.
 
     Raises:
-        UserError: Shapes or labels that do not fit.
+        UserError: If shapes or labels do not fit.
     """
     if cosines.ndim != 3 or labels.shape != cosines.shape[1:2] or cosines.shape[2] < 2:
         shapes = f"cosines {tuple(cosines.shape)}, labels {tuple(labels.shape)}"
@@ -85,7 +85,8 @@ def min_ce(cosines: Tensor, labels: Tensor, scale: float, settings: MergeSetting
 # cosines (P, s, N) of the experts on a support, its labels (s,), scale of the cosines in logits, settings -> zeta (P,)
 Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
 RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce}
-COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")  # of `combine`, for all tasks; regmean needs inputs
+# Rules of `combine`, one merge for all tasks. regmean needs inputs.
+COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")
 STRATEGIES = (*RULES, "average", *COMBINED, "logits", "expert")
 SELECT = (*RULES, "average", *COMBINED)  # strategies of the model "merged", as configurations name them
 
@@ -96,7 +97,7 @@ class MergeSettings(Checked):
 
     Args:
         strategy: a rule of selection_rules.py (paper, min_ce), average, a rule of `combine` (core_ties, knots_ties, core_dare,
-            tsv), logits (mean of the experts' logits) or expert (the one with the label `expert`).
+            tsv), logits (mean of the experts' logits) or expert (the expert with the label `expert`).
         beta: sharpness of the mixture, at least 0.
         balance: weight of compactness in [0, 1] (the paper's lambda).
         top_k: number of experts that are kept.
