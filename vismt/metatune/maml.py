@@ -2,15 +2,18 @@
 
     w_0 = w,   w_{j+1} = w_j - a * grad L(w_j; support),   minimised over w (and a in MetaSGD): L(w_J; query)
 
-"maml" differentiates through the steps, "fomaml" takes each step's gradient as a constant, "metasgd" differentiates and
-learns a as well, one rate for each entry of each parameter. L is the mean cross-entropy. Finn et al., arXiv 1703.03400;
-Li et al., arXiv 1707.09835 (who draw the first rates at random; here they start at inner_lr).
+L is the mean cross-entropy. Finn et al., arXiv 1703.03400 (maml, fomaml), and Li et al., arXiv 1707.09835 (metasgd):
 
-Two engines with equal numbers: "func" is implemented here on torch.func; "learn2learn" runs the library with the plain
-attention kernel, which has a second derivative, frozen parameters left out, and buffers that a task does not change.
-Parameters that require a gradient when the net is built are adapted, the others (a frozen backbone under low-rank factors)
-never. Buffers, such as the statistics of batch norm, follow the mode: meta-training updates the learner's buffers in every
-forward pass, of support and queries; `classifier` works on copies.
+    maml       differentiates through the steps
+    fomaml     takes the gradient of each step as a constant
+    metasgd    differentiates, and also learns a, one rate for each entry of each parameter. The rates start at inner_lr. In the
+               paper they start at random values
+
+Two engines give equal numbers. "func" is implemented here on torch.func. "learn2learn" runs the library, with the plain
+attention kernel, which has a second derivative. It leaves frozen parameters out, and a task does not change buffers. Parameters
+that require a gradient when the net is built are adapted. The others (a frozen backbone under low-rank factors) are never
+adapted. Buffers, such as the statistics of batch norm, follow the mode: meta-training updates the buffers of the learner in
+every forward pass, of support and of queries. `classifier` works on copies.
 """
 
 from __future__ import annotations
@@ -43,9 +46,9 @@ Loss = Callable[[nn.Module, Tensors], Tensor]
 class LinearLearner(nn.Module):
     """A backbone and a linear head: images (b, 3, h, w) in [0, 1] -> logits (b, ways).
 
-    backbone: images -> features (b, d), with d as its attribute `width`. The head starts like nn.Linear's, uniform within
-    1 / sqrt(d), from `seed`, with a bias of zero; it is float32 where the backbone is in half precision. Raises UserError for
-    ways < 2 and an unknown width.
+    The head starts like nn.Linear, uniform within 1 / sqrt(d), from `seed`, with a bias of zero. It is float32 if the backbone is
+    in half precision. backbone: Module from images to features (b, d), with d as its attribute `width`. Raises UserError for ways
+    < 2 and an unknown width.
     """
 
     def __init__(self, backbone: nn.Module, ways: int, *, seed: int = 0) -> None:
@@ -65,7 +68,7 @@ class LinearLearner(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Set the head's start values, a function of the seed."""
+        """Set the start values of the head, which are a function of the seed."""
         generator = torch.Generator().manual_seed(self.seed)
         ways, width = self.head.weight.shape
         self.head.weight.copy_((2 * torch.rand(ways, width, generator=generator) - 1) / math.sqrt(width))
@@ -78,9 +81,9 @@ class LinearLearner(nn.Module):
 class MamlNet(nn.Module):
     """A learner and its inner loop.
 
-    learner: images (b, 3, h, w) -> logits (b, N), N fixed; it is referenced, not copied. The parameters that require a
-    gradient now are adapted. rates: MetaSGD's learned rates, a Parameter of the same shape for each adapted parameter, in
-    their order; empty for the other algorithms. Raises UserError for settings out of range, a missing learn2learn, a
+    learner: Module from images (b, 3, h, w) to logits (b, N), with a fixed N. It is referenced, not copied. Its parameters that
+    require a gradient now are adapted. rates: Learned rates of MetaSGD, a Parameter of the same shape for each adapted parameter,
+    in the same order. Empty for the other algorithms. Raises UserError for settings out of range, a missing learn2learn, a
     compiled learner and a learner without a trainable parameter.
     """
 
@@ -105,7 +108,7 @@ class MamlNet(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set every learned rate to inner_lr; the learner is not changed."""
+        """Set every learned rate to inner_lr. The learner is not changed."""
         for rate in self.rates:
             nn.init.constant_(rate, self.settings.inner_lr)
 
@@ -118,16 +121,16 @@ class MamlNet(nn.Module):
         return functional_call(self.learner, adapted, (query_images,))
 
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> WithWeights:
-        """Return the query classifier of a task, adapted in the learner's current mode; the learner is not changed.
+        """Return the query classifier of a task, adapted in the current mode of the learner. The learner is not changed.
 
-        The whole support set is one batch of every inner step. It also works under no_grad.
+        The whole support set is one batch of every inner step. Also works under no_grad.
         """
         buffers = {name: value.detach().clone() for name, value in self.learner.named_buffers()}
         adapted = self._adapt(support_images, support_labels, buffers, attached=False)
         return WithWeights(self.learner, {**buffers, **adapted})
 
     def own_tensors(self) -> Tensors:
-        """Return what a run saves with the adapter: adapted parameters outside the adapter file, and rates by parameter."""
+        """Return the tensors that a run saves with the adapter: adapted parameters outside its file, and rates by parameter."""
         saved = {
             f"{path}.{name}".lstrip(".")
             for path, module in self.learner.named_modules()
@@ -140,14 +143,17 @@ class MamlNet(nn.Module):
 
     @torch.no_grad()
     def load_own_tensors(self, tensors: Mapping[str, Tensor], what: str) -> None:
-        """Copy the `own_tensors` of another net; `what` names the source in the UserError for tensors that do not fit."""
+        """Copy the `own_tensors` of another net. what: Name of the source in the UserError for tensors that do not fit."""
         targets = self.own_tensors()
         check_tensors(what, {name: tuple(value.shape) for name, value in targets.items()}, tensors)
         for name, value in targets.items():
             value.copy_(tensors[name])
 
     def _adapt(self, images: Tensor, labels: Tensor, buffers: Tensors, *, attached: bool) -> Tensors:
-        """Return the adapted parameters after the inner loop. attached: with the graph to the start weights and the rates."""
+        """Return the adapted parameters after the inner loop.
+
+        attached: Whether they keep the graph to the start weights and the rates.
+        """
         if labels.shape != images.shape[:1] or not len(labels):
             shapes = f"images {tuple(images.shape)}, labels {tuple(labels.shape)}"
             raise UserError(f"maml: support of {shapes}: need (s, 3, h, w) and (s,), s > 0.")
@@ -202,7 +208,7 @@ class MamlNet(nn.Module):
             if not self.rates:
                 maml.adapt(loss(clone, buffers))
                 continue
-            # The library's MetaSGD fails on frozen parameters and separates shared weights; its MAML update does neither.
+            # The library's MetaSGD fails on frozen parameters and separates shared weights. Its MAML update does neither.
             moved = {name: value for name, value in clone.named_parameters() if name in self.adapted}
             support = loss(clone, buffers)
             gradients = torch.autograd.grad(support, list(moved.values()), create_graph=second_order, allow_unused=True)

@@ -1,12 +1,15 @@
-"""DiffAugment (Zhao et al., arXiv 2006.10738) as P>M>F and AMT apply it to the support set: differentiable and seeded.
+"""DiffAugment (Zhao et al., arXiv 2006.10738) as P>M>F and AMT apply it to the support set, differentiable and seeded.
 
     x <- (images - mean) / std
     flip          the whole batch, with probability 1/2
-    color         x + U(-.5, .5);   m + (x - m) U(0, 2), m the pixel's mean over channels;   m + (x - m) U(.5, 1.5), m the
-                  image's mean: brightness, saturation and contrast, a draw of each per image
-    translation   up to +-1/8 of either side, rounded to whole pixels, per image; the uncovered border is 0, the mean colour
+    brightness    x + U(-.5, .5)                                                       a draw for each image
+    saturation    m + (x - m) U(0, 2), with the mean m of a pixel over its channels    a draw for each image
+    contrast      m + (x - m) U(.5, 1.5), with the mean m of the image                 a draw for each image
+    translation   up to +-1/8 of either side, rounded to whole pixels, for each image. The uncovered border is 0, the mean colour
 
-The strengths are meant for normalised values, where a brightness of .5 is about 30 of 255, so images in [0, 1] are
+The type "color" is brightness, saturation and contrast.
+
+The strengths are meant for normalised values, for which a brightness of .5 is about 30 of 255. Images in [0, 1] are therefore
 normalised and converted back. Without that, the brightness would be four times as strong and the borders black.
 """
 
@@ -32,22 +35,22 @@ def diff_augment(
     mean: Sequence[float] | Tensor | None = None,
     std: Sequence[float] | Tensor | None = None,
 ) -> Tensor:
-    """Augment a batch of images with `probability`; the gradient reaches the images.
+    """Augment a batch of images with a probability. The gradient reaches the images.
 
     Args:
-        images: floating (b, c, h, w).
-        generator: Of every draw, in fp32 on the generator's device, so that a seed gives the same draws on every device.
-        types: The changes besides the flip, of _TYPES.
-        probability: With which the batch is changed.
-        mean: Per channel; None for images that are normalised already.
-        std: Per channel, with mean.
+        images: Images, floating (b, c, h, w).
+        generator: Source of every draw, in fp32 on the generator's device, so that a seed gives the same draws on every device.
+        types: Changes besides the flip, names among _TYPES.
+        probability: Probability with which the batch is changed.
+        mean: Mean of each channel. None for images that are normalised already.
+        std: Standard deviation of each channel, together with mean.
 
     Returns:
-        Images of the same shape, dtype and device. They are not clamped and may leave [0, 1], as in the released code;
-        `Backbone` takes any value.
+        Images of the same shape, dtype and device. They are not clamped and may leave [0, 1], as in the released code. `Backbone`
+        takes any value.
 
     Raises:
-        UserError: An unknown type, a probability outside [0, 1], mean without std, or images of another shape or dtype.
+        UserError: For an unknown type, a probability outside [0, 1], mean without std, or images of another shape or dtype.
     """
     _check(images, types, probability, mean, std)
     if _uniform(1, generator) >= probability or not len(images):

@@ -3,30 +3,33 @@
     p_c(theta) = mean feature of the clean support of class c
     theta <- Adam(theta, grad CE(s cos(f_theta(z), p(theta)), y)),    z = DiffAugment(support), drawn in every step
 
-Prototypes are recomputed in every step and have a gradient too; the scale s is fixed. The tuned weights are kept in a
-dictionary and the model runs on them by a functional call. The model is never changed, so there is nothing to reset, and
-tasks share neither weights nor Adam state. AMT's "Adv. TTF" is left out: the paper names it and does not specify it.
+Prototypes are computed again in every step and have a gradient too. The scale s is fixed. The tuned weights are kept in a
+dictionary, and the model runs on them by a functional call. The model is never changed, so there is nothing to reset. Tasks share
+neither weights nor Adam state. AMT's "Adv. TTF" is left out, because the paper names it and does not specify it.
 
-attention_scale trains a factor a_h for each head's attention logits, start 1, and nothing else. Multiplied into the rows of q
-in the fused query-key-value projection, weight and bias, it leaves the stock attention as it is:
+attention_scale trains a factor a_h for the attention logits of each head, which starts at 1, and nothing else. The factor is
+multiplied into the rows of q in the fused query-key-value projection, weight and bias. The stock attention stays as it is:
 
     a_h * (q_h k_h^T) / sqrt(d) = ((a_h q_h) k_h^T) / sqrt(d),    q_h = W_h x + b_h
 
-ATTNSCALE (Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix"; a scalar per head is our
-interpretation, and its domain adapter is left out.
+ATTNSCALE (Basu et al., arXiv 2304.01917) learns "scaling parameters for each attention matrix". A scalar for each head is our
+interpretation. The domain adapter of ATTNSCALE is left out.
 
 lr "auto" chooses the rate for every task on its own support:
 
-    lr* = argmax_{lr in RATES} accuracy of held-out support images under the weights tuned at lr on the other ones
+    lr* = argmax_{lr in RATES} accuracy of held-out support images under the weights tuned at lr on the other images
 
-The smallest rate wins a tie, and 0 skips the tuning: a task that gains nothing by it is left alone. Every class is cut in two
-halves, in the order of the support; each half is judged by the prototypes of the other half, under weights tuned on it. A
-class with one image cannot be cut: its image stays in the tuning, and VIEWS random crops of it are judged in its place,
-which the tuning, that shifts and recolours images but does not scale them, has not seen. At 1 shot these crops are all
-there is. A rate at which a loss is not finite is not chosen. The paper chooses one rate a domain on labelled validation
-tasks; its release takes these from the test loader, with their query labels. For single tasks the release keeps the first
-image of each class for tuning, judges the others once (so with one-shot tasks it never tunes), and has the same grid; here
-each image is judged once, and no query takes part.
+The smallest rate wins a tie, and a rate of 0 skips the tuning. A task that gains nothing by tuning is therefore left alone. A
+rate at which a loss is not finite is not chosen.
+
+Every class is cut in two halves, in the order of the support. Each half is judged by the prototypes of the other half, under
+weights tuned on the other half. A class with one image cannot be cut. Its image stays in the tuning, and VIEWS random crops of
+the image are judged in its place. The tuning has not seen these crops, because it shifts and recolours images but does not
+scale them. At 1 shot, only these crops are judged.
+
+The paper chooses one rate for a domain on labelled validation tasks. Its release takes these tasks from the test loader, with
+the labels of their queries. For single tasks the release has the same grid, keeps the first image of each class for tuning, and
+judges the others once. With one-shot tasks it therefore never tunes. Here each image is judged once, and no query takes part.
 """
 
 from __future__ import annotations
@@ -61,7 +64,7 @@ Features = Callable[[Tensor], Tensor]
 
 
 class LossNotFinite(UserError):
-    """A fine-tuning whose loss became infinite or not a number."""
+    """The loss of a fine-tuning is infinite or not a number."""
 
 
 def finetune(
@@ -73,26 +76,26 @@ def finetune(
     scale: float | Tensor,
     weights: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
-    """Tune a backbone's weights on a support set; the backbone is not changed.
+    """Tune the weights of a backbone on a support set. The backbone is not changed.
 
     The whole support is one batch. Steps are taken in fp32 or wider, with the backbone in eval mode. Callers may be under
     no_grad or inference_mode.
 
     Args:
-        backbone: Images (b, 3, h, w) in [0, 1] -> features (b, d). Where it has buffers mean and std, the augmentation
+        backbone: Module from images (b, 3, h, w) in [0, 1] to features (b, d). If it has buffers mean and std, the augmentation
             normalises with them.
-        support: (s, 3, h, w) in [0, 1].
-        labels: (s,) in 0..N-1, every class present.
-        settings: Of the fine-tuning.
-        scale: Of the cosine.
-        weights: Tensors by name to start from in place of the backbone's.
+        support: Images (s, 3, h, w) in [0, 1].
+        labels: Labels (s,) in 0..N-1, every class present.
+        settings: Settings of the fine-tuning.
+        scale: Scale of the cosine.
+        weights: Tensors by name to start from, in place of the tensors of the backbone.
 
     Returns:
-        The tuned tensors by name, for `WithWeights(backbone, ...)`: detached and new, in the dtype they started from; and
-        those of `weights` that are not tuned.
+        The tuned tensors by name, for `WithWeights(backbone, ...)`. They are detached and new, in the dtype of their start. The
+        tensors of `weights` that are not tuned are included.
 
     Raises:
-        UserError: Weights or labels that do not fit, a backbone with nothing to tune, or a loss that is not finite.
+        UserError: If weights or labels do not fit, the backbone has nothing to tune, or a loss is not finite.
     """
     if settings.lr == AUTO:
 
@@ -126,12 +129,13 @@ def finetune(
 
 
 class FineTuned(nn.Module):
-    """A few-shot model with a classifier that is fine-tuned on the task's support.
+    """A few-shot model with a classifier that is fine-tuned on the support of a task.
 
-    proto: a model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on
-    a `WithWeights` (ProtoNet, a pool with merging). Tuning starts from that backbone, prototypes are recomputed at its end,
-    other buffers of the classifier are copied. settings: of `finetune`. With lr or steps 0 the classifier is
-    returned unchanged.
+    The tuning starts from the backbone of another model's classifier. Prototypes are computed again at its end, and other buffers
+    of the classifier are copied. With lr or steps 0 the classifier is returned unchanged.
+
+    proto: Model with `classifier(support_images, support_labels)` that returns a `PrototypeClassifier` on a module or on a
+    `WithWeights` (ProtoNet, a pool with merging). settings: Settings of `finetune`.
     """
 
     def __init__(self, proto: FewShotModel, settings: FineTuneSettings) -> None:
@@ -139,7 +143,7 @@ class FineTuned(nn.Module):
         self.proto, self.settings = proto, settings
 
     def classifier(self, support_images: Tensor, support_labels: Tensor) -> PrototypeClassifier:
-        """Return the tuned query classifier of a support (s, 3, h, w), (s,)."""
+        """Return the tuned query classifier of a support of images (s, 3, h, w) and labels (s,)."""
         task = self.proto.classifier(support_images, support_labels)
         if not isinstance(task, PrototypeClassifier):
             raise UserError(
@@ -163,7 +167,7 @@ class FineTuned(nn.Module):
 
 
 class _AllParameters:
-    """Every parameter of the backbone, as leaves in fp32 or wider. tensors: the start, by name."""
+    """Every parameter of the backbone, as leaves in fp32 or wider. tensors: Start values by name."""
 
     def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         names = [name for name, _ in backbone.named_parameters() if tensors[name].is_floating_point()]
@@ -219,7 +223,7 @@ def attention_heads(backbone: nn.Module) -> list[QueryRows]:
 
 
 def _unsupported(module: Any, qkv: nn.Module | None) -> str:
-    """Return why the rows of q in `qkv` do not scale the logits of this attention; "" where they do."""
+    """Return why the rows of q in `qkv` do not scale the logits of this attention. Return "" if they do."""
     if type(qkv) is not nn.Linear and not isinstance(qkv, LowRankLinear):
         return "it has no fused qkv projection" if qkv is None else f"its qkv is {type(qkv).__name__}"
     if not isinstance(getattr(module, "q_norm", None), nn.Identity | None):
@@ -232,7 +236,7 @@ def _unsupported(module: Any, qkv: nn.Module | None) -> str:
 
 
 class _AttentionScale:
-    """A factor for each head of every attention. tensors: of the backbone, by name."""
+    """A factor for each head of every attention. tensors: Tensors of the backbone by name."""
 
     def __init__(self, backbone: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         self._tensors, self._heads = tensors, attention_heads(backbone)
@@ -279,7 +283,7 @@ def _tune(
 
 
 def _usable(tensor: Tensor) -> Tensor:
-    """Detach a tensor; copy it where it was created in inference mode, which autograd refuses."""
+    """Detach a tensor. Copy it if it was created in inference mode, because autograd refuses such a tensor."""
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
@@ -287,9 +291,9 @@ def choose_rate(tune: Callable[[Tensor, Tensor, float], Features], support: Tens
     """Return the rate of RATES that generalises best within a support set.
 
     Args:
-        tune: (images, labels, rate) -> features of images under the weights tuned on these images.
-        support: (s, 3, h, w) in [0, 1].
-        labels: (s,) in 0..N-1, every class present.
+        tune: Function from (images, labels, rate) to the features of images under the weights tuned on these images.
+        support: Images (s, 3, h, w) in [0, 1].
+        labels: Labels (s,) in 0..N-1, every class present.
     """
     alone = (labels[:, None] == labels).sum(1) == 1
     crops = [augment(support[alone], mix_seed(SEED, "crops", view)) for view in range(VIEWS)]
@@ -313,7 +317,7 @@ def choose_rate(tune: Callable[[Tensor, Tensor, float], Features], support: Tens
 
 
 def held_out(labels: Tensor) -> list[Tensor]:
-    """Return the folds, each a mask (s,) of the images that are held out; one empty mask where every class has one image."""
+    """Return the folds, each a mask (s,) of held-out images. If every class has one image, there is one empty mask."""
     same = labels[:, None] == labels
     place, count = same.tril(-1).sum(1), same.sum(1)
     masks = [(count > 1) & (place % 2 == half) for half in (0, 1)]

