@@ -1,11 +1,11 @@
 """Blocks of few-shot episodes: the classifier of each support, and its predictions on the queries under every condition.
 
-Blocks have fixed numbers of episodes. Attacks leave few surviving queries in each task, so an attack may pack the queries of
-several tasks into one classifier, and they fill the batches of the backbone that the tasks share:
+Blocks have fixed numbers of episodes. Attacks leave few surviving queries in each task. An attack may therefore pack the
+queries of several tasks into one classifier, so that they fill the batches of the backbone that the tasks share:
 
     logits of row q = s_t cos(f(x_q), p_t),    t the task of q
 
-The protocols at the top say what the episodes ask of models, samplers, images and conditions.
+The protocols at the top say what models, samplers, images and conditions have to provide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class FewShotModel(Protocol):
 
 
 class Sampler(Protocol):
-    """Episodes by number, the least number of ways in an episode, and a JSON-able description of the rules."""
+    """Episodes by number, the smallest number of ways in an episode, and a JSON-able description of the rules."""
 
     min_ways: int
 
@@ -47,10 +47,10 @@ class Sampler(Protocol):
 
 
 class QueryPerturbation(Protocol):
-    """A change of the query images, an attack or a corruption of `vismt.robustness`, and what a protocol records of it.
+    """A change of the query images (an attack or a corruption of `vismt.robustness`), and what a protocol records of the change.
 
-    It has perturb(classifier, images, labels, *, num_classes, keys) -> images, or prepare(support, labels), which is called once
-    an episode and returns such a function (`vismt.robustness.Transfer`).
+    It has the method perturb(classifier, images, labels, *, num_classes, keys) -> images. Instead it may have
+    prepare(support, labels), which is called once for each episode and returns such a function (`vismt.robustness.Transfer`).
     """
 
     @property
@@ -64,7 +64,7 @@ class QueryPerturbation(Protocol):
 class PixelStore(Protocol):
     """Images float (b, 3, h, w) in [0, 1] by int64 index (b,).
 
-    One with a text `key`, which differs for any other images, lets features be kept from run to run.
+    If it has a text `key`, which differs for any other images, features are kept from run to run.
     """
 
     def __getitem__(self, index: Tensor) -> Tensor: ...
@@ -73,14 +73,14 @@ class PixelStore(Protocol):
 class OutsidePixels(PixelStore, Protocol):
     """A pixel store of a set of other classes, from which each episode draws.
 
-    One with `group_of` (n,), integers equal for images that are not independent of each other, is divided by them.
+    If it has `group_of` (n,), integers that are equal for images that depend on each other, it is divided by these groups.
     """
 
     def __len__(self) -> int: ...
 
 
 def parts_of(sampler: Sampler) -> int:
-    """Return the number of parts of a sampler that share no image, 0 for one without."""
+    """Return the number of parts of a sampler that share no image. 0 for a sampler without parts."""
     return getattr(sampler, "parts", 0)
 
 
@@ -95,9 +95,9 @@ class _Task:
 class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
-    outside: sets of images of other classes, by condition, each divided into as many parts as the sampler has. stores: of the
-    features of `pixels` and of the outside sets, by condition, "" for `pixels`; a set without one has its features computed in
-    every episode. asked: features of the evaluation.
+    outside: Sets of images of other classes, by condition, each divided into as many parts as the sampler has. stores: Stores of
+    the features of `pixels` (under "") and of the outside sets (by condition). The features of a set without a store are computed
+    in every episode. asked: Features of the evaluation.
     """
 
     proto: FewShotModel
@@ -113,13 +113,13 @@ class EpisodeRunner:
     _divided: dict[str, list[Tensor]] = field(default_factory=dict)  # parts of the outside sets
 
     def blocks(self, episodes: int) -> list[range]:
-        """Return the numbers of the episodes that run together; single ones where no attack packs."""
+        """Return the numbers of the episodes that run together. Each runs alone if no attack packs."""
         size = _BLOCK if any(getattr(attack, "packs", False) for attack in self.attacks.values()) else 1
         return [range(start, min(start + size, episodes)) for start in range(0, episodes, size)]
 
     def __call__(self, block: range) -> dict[int, EpisodeOutcome]:
         outcomes: dict[int, EpisodeOutcome] = {}
-        together: list[_Task] = []  # may be packed; other tasks do not wait, as each may have weights of its own
+        together: list[_Task] = []  # may be packed. Other tasks do not wait, because each may have weights of its own
         for index in block:
             task = self._task(index)
             key = pack_key(task.classifier)
@@ -132,7 +132,7 @@ class EpisodeRunner:
         return outcomes
 
     def _finish(self, tasks: Sequence[_Task]) -> None:
-        """Add the predictions under attacks and what features ask for to the outcomes of tasks."""
+        """Add the predictions under attacks and the values of features to the outcomes of tasks."""
         for name, attack in self.attacks.items():
             for group in self._groups(tasks, attack):
                 self._perturb(group, name, attack)
@@ -173,7 +173,7 @@ class EpisodeRunner:
         return _Task(index, classifier, outcome)
 
     def _outside_part(self, name: str, index: int) -> Tensor:
-        """Return the indices of the outside images from which an episode draws, which no episode of another part draws."""
+        """Return the indices of the outside images from which an episode draws. Episodes of other parts do not draw them."""
         images, parts = self.outside[name], parts_of(self.sampler)
         if not parts:
             return torch.arange(len(images))
@@ -235,7 +235,7 @@ class EpisodeRunner:
     def _logits(
         self, classifier: nn.Module, images: Tensor, store: FeatureStore | None = None, index: Tensor | None = None
     ) -> Tensor:
-        """Return the logits of images on the CPU; index (b,): their rows in the set of the store, where they are unchanged."""
+        """Return the logits of images on the CPU. index: Rows (b,) of unchanged images in the set of the store."""
         parts = [part.to(self.device) for part in images.split(self.batch)]
         if index is not None:
             parts = [number(part, store, rows) for part, rows in zip(parts, index.split(self.batch))]
@@ -243,9 +243,9 @@ class EpisodeRunner:
 
 
 class PackedClassifier(nn.Module):
-    """The classifiers of tasks with equal `pack_key`; counts: the number of query images of each.
+    """The classifiers of tasks with equal `pack_key`. counts: Number of query images of each task.
 
-    `rows_of(images, rows)` classifies images (b, 3, h, w), where rows (b,) are positions in the concatenated queries.
+    `rows_of(images, rows)` classifies images (b, 3, h, w). rows: Positions (b,) in the concatenated queries.
     """
 
     directions: Tensor
@@ -270,9 +270,9 @@ class PackedClassifier(nn.Module):
 
 
 def pack_key(classifier: nn.Module) -> Hashable | None:
-    """Return a key that is equal for classifiers that can be packed; None for one that cannot be.
+    """Return a key that is equal for classifiers that can be packed together. None for a classifier that cannot be packed.
 
-    They have the same number of prototypes, and the same backbone with the same weights.
+    Packed classifiers have the same number of prototypes, and the same backbone with the same weights.
     """
     if type(classifier) is not PrototypeClassifier:
         return None

@@ -7,18 +7,19 @@ of class c outside the query set, N ways, u ~ U(0, 1) and a_c ~ U(log 1/2, log 2
     support in all     S   = min(500, sum_c floor(u * min(100, R_c) + 1))
     shots of class c   K_c = min(R_c, floor(p_c * (S - N)) + 1),   p_c proportional to |c| * exp(a_c)
 
-Episodes that reuse images say how well a mean over episodes is known for these images. Two forms of uniform episodes say it for
-new images: episodes in disjoint parts (`EpisodeSampler.parts`), whose means are independent, and episodes without a shared image
-(`DisjointSampler`; Lafargue et al., TMLR 2024, arXiv 2409.02850). A part has a share of the images of every class, or where these
-are too few all images of a share of the classes; both leave the distribution of a single episode as it is.
+Episodes that reuse images say how well a mean over episodes is known for these images. Two forms of uniform episodes say how
+well it is known for new images. One is episodes in disjoint parts (`EpisodeSampler.parts`), whose means are independent. The
+other is episodes without a shared image (`DisjointSampler`, Lafargue et al., TMLR 2024, arXiv 2409.02850). A part has a share
+of the images of every class. If classes have too few images, a part has all images of a share of the classes. Both forms keep
+the distribution of a single episode.
 
-Images of one group (frames of one object) are in one part, and in one of support and queries: the queries of an episode are of
-groups without a support image, and of the others only if these are too few. Parts that could force more than a tenth of all
-queries into groups of the support are too small, as they would change the distribution of an episode: of groups of six images,
-two in each part, accuracies rose from 68 to 94 % in a simulation.
+Images of one group (frames of one object) are in one part, and not in both support and queries. The queries of an episode come
+from groups without a support image. Other groups are used only if these are too few. Parts are too small if they could force
+more than a tenth of all queries into groups of the support, because this would change the distribution of an episode. In a
+simulation with two groups of six images in each part, accuracies rose from 68 to 94 %.
 
-Episode i of a sampler is a pure function of (seed, i): the same bits for any number of workers or ranks, and after a
-resume. Left out: WordNet itself; its internal nodes come in as `nodes`, lists of leaf classes.
+Episode i of a sampler is a pure function of (seed, i). It has the same bits for any number of workers or ranks, and after a
+resume. WordNet itself is left out. Its internal nodes are given as `nodes`, lists of leaf classes.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ MOST_SHARED = 0.1  # of all queries, in groups of their episode's support
 class Episode:
     """A few-shot task.
 
-    support (s,) and query (m,) are indices into the labelled set; support_labels (s,) and query_labels (m,) run 0..N-1 in
-    the order of classes (N,), the ids of the drawn classes. All are int64.
+    All tensors are int64. support, query: Indices (s,), (m,) into the labelled set. support_labels, query_labels: Labels (s,),
+    (m,) in 0..N-1, in the order of `classes`. classes: Ids (N,) of the drawn classes.
     """
 
     support: Tensor
@@ -62,12 +63,12 @@ class Episode:
 class LabelledSet:
     """The images of each class of a labelled set, from which episodes are drawn.
 
-    labels (n,) integers >= 0; superclass (n_classes,) or None; classes: ids to draw from, by default all that occur;
-    names: class names for messages. groups (n,): integers, equal for images that are not independent of each other, None if all
-    are independent. Raises UserError for labels, superclass, classes or groups that do not fit each other.
+    labels: Integers (n,) >= 0. superclass: Superclass of each class, (n_classes,), or None. classes: Ids to draw from, by default
+    all that occur. names: Class names for messages. groups: Integers (n,) that are equal for images that depend on each other.
+    None if all images are independent. Raises UserError if labels, superclass, classes and groups do not fit each other.
 
-    parts: number of parts that share no image, of which episode i draws from part i % parts; 0 where it draws from all.
-    covers: what an interval over the episodes covers.
+    parts: Number of parts that share no image. Episode i draws from part i % parts. 0 if each episode draws from all images.
+    covers: What an interval over the episodes covers.
     """
 
     parts = 0
@@ -113,7 +114,7 @@ class LabelledSet:
         self._parts_by_group: dict[int, list[Tensor]] = {}
 
     def name(self, class_id: int) -> str:
-        """Return "class 'oak'" where names are known, else "class 3"."""
+        """Return "class 'oak'" if names are known, else "class 3"."""
         if self.names is not None and class_id < len(self.names):
             return f"class '{self.names[class_id]}'"
         return f"class {class_id}"
@@ -126,8 +127,8 @@ class LabelledSet:
     def part(self, class_id: int, part: int) -> Tensor:
         """Return the indices of the images of a class in one part, int64 (count // parts,).
 
-        A function of the seed, the class and its groups; what does not divide is in no part. Parts of a class with groups of
-        several images have nearly the same sizes, and together all images.
+        The part is a function of the seed, the class and its groups. Images that remain after the division are in no part. If a
+        class has groups of several images, its parts have nearly the same sizes, and together all images.
         """
         if class_id in self._parts_by_group:
             return self._parts_by_group[class_id][part]
@@ -137,7 +138,7 @@ class LabelledSet:
         return members[torch.randperm(len(members), generator=generator)[part * size : (part + 1) * size]]
 
     def divided_by_group(self, count: int) -> dict[int, list[Tensor]]:
-        """Return `count` parts of each class with an image that is not alone in its group; no group is in two parts."""
+        """Return `count` parts of each class with an image that is not alone in its group. No group is in two parts."""
         found: dict[int, list[Tensor]] = {}
         if self.group_of is None:
             return found
@@ -161,7 +162,7 @@ class LabelledSet:
         return found
 
     def class_sets(self, least: int) -> list[Tensor]:
-        """Return the sets of classes that an episode may draw from: superclasses of at least `least` classes, else all."""
+        """Return the sets of classes that an episode may draw from: superclasses of at least `least` classes, or all classes."""
         if self.superclass is None:
             if len(self.classes) < least:
                 raise UserError(f"episodes: {len(self.classes)} classes cannot give {least} ways: lower ways.")
@@ -193,7 +194,7 @@ class LabelledSet:
     ) -> Episode:
         """Draw shots[j] support and `queries` query images of each class j of `drawn` (N,), without replacement.
 
-        part: of the images of each class to draw from, None for all.
+        part: Part of the images of each class to draw from. None for all images.
         """
         orders = []
         for class_id in drawn.tolist():
@@ -204,7 +205,7 @@ class LabelledSet:
         return self.episode(drawn, picked, shots, queries)
 
     def with_queries(self, order: Tensor, shots: int, support: Tensor) -> Tensor:
-        """Return images, support first, those of other groups than `support` next; each in their order."""
+        """Return the support, then images of groups without a support image, then the other images. Each keeps its order."""
         if self.group_of is None:
             return order
         later = order[shots:]
@@ -213,7 +214,7 @@ class LabelledSet:
 
     @staticmethod
     def episode(drawn: Tensor, picked: Sequence[Tensor], shots: Sequence[int], queries: int) -> Episode:
-        """Return the episode of classes (N,) and of the images picked for each, its support first."""
+        """Return the episode of classes (N,) and the images that were picked for each class, its support first."""
         pairs, ways = list(zip(picked, shots, strict=True)), torch.arange(len(drawn))
         support, query = (
             torch.cat(parts) for parts in zip(*((images[:shot], images[shot:]) for images, shot in pairs))
@@ -231,21 +232,21 @@ class LabelledSet:
 
 
 def image_parts(count: int, parts: int, seed: int, groups: Tensor | None = None) -> list[Tensor]:
-    """Return the indices of the images of disjoint parts of `count` images, drawn at random; groups: as of `LabelledSet`."""
+    """Return the indices of each of the disjoint parts of `count` images, drawn at random. groups: Groups as in `LabelledSet`."""
     images = LabelledSet(torch.zeros(count), seed=seed, groups=groups)
     images.parts, images._parts_by_group = parts, images.divided_by_group(parts)
     return [images.part(0, part) for part in range(parts)]
 
 
 def query_size(counts: Tensor, limit: int = 10) -> int:
-    """Return the queries per class, min(limit, floor(smallest class / 2)); `counts` (N,) images of each drawn class."""
+    """Return the queries per class, min(limit, floor(smallest class / 2)). counts: Number (N,) of images of each drawn class."""
     return min(limit, int(counts.min()) // 2)
 
 
 def support_total(remaining: Tensor, u: float, contribution: int = 100, limit: int = 500) -> int:
     """Return the number of support images, min(limit, sum_c floor(u * min(contribution, R_c) + 1)).
 
-    remaining: R (N,). u in [0, 1].
+    remaining: Images R (N,) outside the query set. u: Number in [0, 1].
     """
     shares = torch.floor(u * remaining.clamp(max=contribution).double() + 1)
     return min(limit, int(shares.sum()))
@@ -254,7 +255,8 @@ def support_total(remaining: Tensor, u: float, contribution: int = 100, limit: i
 def support_shots(counts: Tensor, remaining: Tensor, total: int, log_weights: Tensor) -> Tensor:
     """Return the shots of each class, min(R_c, floor(p_c (total - N)) + 1), int64 (N,).
 
-    p_c is proportional to |c| exp(log_weights_c); counts |c|, remaining R and log_weights are all (N,).
+    p_c is proportional to |c| exp(log_weights_c). counts: Images |c| of each class (N,). remaining: Images R (N,) outside the
+    query set. log_weights: Logarithms (N,) of the random weights.
     """
     weights = counts.double() * log_weights.double().exp()
     shares = weights / weights.sum()
@@ -262,26 +264,26 @@ def support_shots(counts: Tensor, remaining: Tensor, total: int, log_weights: Te
 
 
 class EpisodeSampler(LabelledSet):
-    """Uniform N-way K-shot episodes; `sampler[i]` is a pure function of (seed, i).
+    """Uniform N-way K-shot episodes. `sampler[i]` is a pure function of (seed, i).
 
     In a loader: `DataLoader(sampler, batch_size=None, sampler=range(episodes), num_workers=...)`.
 
     Args:
-        labels: Integers (n,).
-        ways: Classes in an episode, N >= 2.
-        shots: Support images of each class, K >= 1.
-        queries: Query images of each class, Q >= 1.
-        seed: Of all episodes.
-        superclass: (n_classes,); an episode then draws a superclass and its ways within it, both uniformly.
-        classes: The ids to draw from (a split), by default all.
-        names: Class names for messages.
-        groups: Integers (n,), equal for images that are not independent of each other; None where all are.
-        parts: Largest number of disjoint parts. They are parts of the images of each class, as many as the smallest class has
-            images and groups for; where these would be fewer than FEWEST_PARTS, parts of the classes (of superclasses whole
-            ones), each of at least `ways`; and none where these would be fewer, too.
+        labels: Labels of the images, integers (n,).
+        ways: Number N of classes in an episode, at least 2.
+        shots: Number K of support images of each class, at least 1.
+        queries: Number Q of query images of each class, at least 1.
+        seed: Seed of all episodes.
+        superclass: Superclass of each class, (n_classes,). An episode then draws a superclass and its ways within it, both
+            uniformly.
+        classes: Ids to draw from (a split), by default all. names: Class names for messages. groups: Integers (n,) that are
+        equal for images that depend on each other. None if all images are independent. parts: Largest number of disjoint parts.
+        The images of each class are divided, into as many parts as the smallest class has
+            images and groups for. If there would be fewer than FEWEST_PARTS, the classes are divided (superclasses stay whole),
+            into parts of at least `ways` classes. If there would still be fewer, there are no parts.
 
     Raises:
-        UserError: ways < 2, shots or queries < 1, too few or empty classes, or a class with fewer than K + Q images.
+        UserError: If ways < 2, shots or queries < 1, classes are empty or too few, or a class has fewer than K + Q images.
     """
 
     def __init__(
@@ -328,14 +330,14 @@ class EpisodeSampler(LabelledSet):
         return sum(map(self._most_shared, divided)) <= MOST_SHARED * count * len(self.classes)
 
     def _most_shared(self, images: Tensor) -> float:
-        """Return the share of the queries of a class in one part that are in groups of its support, at the most."""
+        """Return the largest possible share of the queries of a class in one part that are in groups of its support."""
         assert self.group_of is not None
         sizes = self.group_of[images].unique(return_counts=True)[1].sort(descending=True).values
         apart = len(images) - int(sizes[: self.shots].sum())
         return max(0, self.queries - apart) / self.queries
 
     def _divided(self, most: int) -> list[list[Tensor]]:
-        """Return the groups of classes of each part, divided at random; [] where there would be fewer than FEWEST_PARTS."""
+        """Return the groups of classes of each part, divided at random. [] if there would be fewer than FEWEST_PARTS."""
         whole = len(self._groups) > 1
         count = min(most, len(self._groups) if whole else len(self._groups[0]) // self.ways)
         if count < FEWEST_PARTS:
@@ -363,11 +365,12 @@ class EpisodeSampler(LabelledSet):
 
 
 class DisjointSampler(EpisodeSampler):
-    """Uniform episodes that share no image and, of a class, no group; there are len(sampler) of them.
+    """Uniform episodes that share no image, and no group of a class. len(sampler) is the number of episodes.
 
-    Every class is in the same number of episodes, which the smallest class limits, and so is every superclass where episodes
-    stay within one. Otherwise large classes would weigh more than in episodes that reuse images, and the mean be another one.
-    Arguments as for EpisodeSampler, without parts. Raises UserError also if there are fewer than two episodes.
+    Every class is in the same number of episodes, which the smallest class limits. If episodes stay within a superclass, every
+    superclass is in the same number of episodes too. Otherwise large classes would weigh more than in episodes that reuse images,
+    and the mean would be another one. The arguments are the arguments of EpisodeSampler, without parts. Raises UserError also if
+    there are fewer than two episodes.
     """
 
     covers: Covers = "images"
@@ -421,13 +424,18 @@ class DisjointSampler(EpisodeSampler):
 
 
 class VariableSampler(LabelledSet):
-    """Meta-Dataset's variable way, variable shot episodes; `sampler[i]` is a pure function of (seed, i).
+    """Episodes of Meta-Dataset with variable ways and shots. `sampler[i]` is a pure function of (seed, i).
 
-    The formulas are in this file's header. Without a hierarchy the ways are uniform in [min_ways, min(max_ways, classes)].
-    With superclass (n_classes,), as Omniglot's alphabets: a superclass of at least min_ways classes, then that rule within
-    it. With `nodes`, the internal nodes of a hierarchy, each a list of its leaf classes, as for ImageNet: a node of min_ways
-    to max_leaves leaves, then all of its leaves, or max_ways of them when it has more. The AMT paper's "5-way 1-shot" is
-    min_ways = max_ways = 5, max_contribution = 1. Raises UserError as EpisodeSampler does; a class needs 2 images.
+    The formulas are in this file's header. The ways depend on the hierarchy:
+
+    - Without a hierarchy, the ways are uniform in [min_ways, min(max_ways, classes)].
+    - With `superclass` (n_classes,), such as Omniglot's alphabets, a superclass of at least min_ways classes is drawn, and then
+      ways within it by the same rule.
+    - With `nodes`, such as the internal nodes of ImageNet's hierarchy, each a list of its leaf classes, a node of min_ways to
+      max_leaves leaves is drawn. The episode has all of its leaves, or max_ways of them if there are more.
+
+    The AMT paper's "5-way 1-shot" is min_ways = max_ways = 5, max_contribution = 1. Raises UserError as EpisodeSampler does. A
+    class needs 2 images.
     """
 
     def __init__(

@@ -1,11 +1,12 @@
-"""The few-shot protocol: n episodes, clean and under attack, one JSON line each; resumes at the block where it stopped.
+"""The few-shot protocol: n episodes, clean and under attack, with a JSON line for each. It resumes at the block where it stopped.
 
-Support images stay clean, the query images are attacked against the task's fixed classifier, and episode i is the same for
-every model that runs the same sampler, so methods can be compared in pairs (vismt.uncertainty.intervals). Episodes are run in
-blocks of fixed numbers, so that an attack can pack the queries of several tasks (episode_runner.py); an interrupted block is
-run again as a whole. Processes that share an evaluation (vismt/base/ranks.py) run a block each, and the first one writes the
-records in order. Features of clean images under weights that no task changes are computed once (features.py); accuracies
-stay the same.
+Support images stay clean. The query images are attacked against the fixed classifier of the task. Episode i is the same for every
+model that runs the same sampler, so that methods can be compared in pairs (vismt.uncertainty.intervals).
+
+Episodes are run in blocks of fixed numbers, so that an attack can pack the queries of several tasks (episode_runner.py). An
+interrupted block is run again as a whole. Processes that share an evaluation (vismt/base/ranks.py) run a block each, and the
+first process writes the records in order. Features of clean images under weights that no task changes are computed once
+(features.py), which does not change accuracies.
 """
 
 from __future__ import annotations
@@ -75,43 +76,43 @@ def run_protocol(
     """Evaluate a few-shot model on episodes, clean and under attack.
 
     Args:
-        proto: Turns a support set into a classifier of query images. A module is put in eval mode and restored.
-        pixels: The images of the data set.
-        sampler: Draws the episodes.
-        episodes: Number of episodes, at least 2; no more than a sampler with a length has.
+        proto: Model that turns a support set into a classifier of query images. A module is put in eval mode and restored.
+        pixels: Images of the data set.
+        sampler: Sampler of the episodes.
+        episodes: Number of episodes, at least 2. If the sampler has a length, at most so many episodes run.
         attacks: Attacks and corruptions of the query images, with different texts.
-        records: A JSON-lines file. Its first line holds the weights, the protocol and the settings; every episode adds a line,
-            with the `mixture` (P,) of a classifier that has one, under "<condition> right" a text with 1 for each right and 0
-            for each wrong query, and under "<condition> lost" the number of queries that an
-            attack counted as broken and that are right here, by rounding. A file of the same protocol is continued (a torn
-            last line is dropped), a file of another protocol is refused.
-        panel: An .npz of episode 0's images and predictions, at most 5 support and 5 query images of each class.
-        device: Where the classifiers run; by default the device of `proto`.
-        data: The data set's name, part of the records' header.
+        records: JSON-lines file. Its first line holds the weights, the protocol and the settings. Every episode adds a line. The
+            line has the `mixture` (P,) of a classifier with a mixture. "<condition> right" is a text with 1 for each right and 0
+            for each wrong query. "<condition> lost" is the number of queries that an attack counted as broken and that are right
+            here, by rounding. A file of the same protocol is continued (a torn last line is dropped). A file of another protocol
+            is refused.
+        panel: .npz file for images and predictions of episode 0, at most 5 support and 5 query images of each class.
+        device: Device on which the classifiers run, by default the device of `proto`.
+        data: Name of the data set, part of the records' header.
         fingerprint: The caller's name for the weights, part of the records' header.
-        examples: What tells the images from others of the same labels, part of the records' header.
+        examples: Text that tells the images from others of the same labels, part of the records' header.
         label: Text of the progress bar.
         model: Name of the model in the panel.
-        batch: Query images in one forward pass.
-        worst: {text of a worst case: texts of its attacks}. A query counts as right there when it is right when clean and
-            under each of them.
-        features: "auto" computes the features of an image once where that is exact, "off" in every episode.
-        probabilities: Also record the quality of the softmax of the clean logits.
-        temperature: Also record that of the softmax of the clean logits divided by it.
-        ood: {text of a condition: images of other classes}. Each episode draws as many of them as it has queries, the same
-            for every model, and records the AUROC with which the largest probability tells its queries from them. A sampler
-            with parts divides them, too, so that episodes of two parts share none.
-        asked: Features of the evaluation, which ask for scores of the clean queries (vismt/evaluation).
+        batch: Number of query images in one forward pass.
+        worst: Texts of the attacks of each worst case, by its text. A query counts as right there if it is right when clean and
+            under each of these attacks.
+        features: "auto" computes the features of an image once if that is exact, and "off" in every episode.
+        probabilities: Whether the quality of the softmax of the clean logits is recorded.
+        temperature: Temperature that divides the clean logits for a second record of this quality. None for no second record.
+        ood: Images of other classes, by the text of a condition. Each episode draws as many of them as it has queries, the same
+            images for every model, and records the AUROC with which the largest probability tells its queries from these images.
+            A sampler with parts divides these images too, so that episodes of two parts share none.
+        asked: Features of the evaluation, which compute scores of the clean queries (vismt/evaluation).
 
     Returns:
-        Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", each attack's text, then each
-        worst case. With `probabilities` also the fields of `vismt.uncertainty.probability_metrics.group_row`, such as
-        "clean nll" and "clean gaps" (episodes, 15), each a mean over an episode's queries. With `temperature` the same as
-        "tempered nll" and so on, and with `ood` the AUROC of each condition. With `asked` the mean
-        over the queries of every quantity, by its field.
+        Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", the text of each attack, then each
+        worst case. `probabilities` adds the fields of `vismt.uncertainty.probability_metrics.group_row`, such as "clean nll" and
+        "clean gaps" (episodes, 15), each a mean over the queries of an episode. `temperature` adds the same fields as "tempered
+        nll" and so on. `ood` adds the AUROC of each condition. `asked` adds the mean over the queries of every quantity, by its
+        field.
 
     Raises:
-        UserError: Fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
+        UserError: For fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
     questions = EpisodeQuestions(
         sampler, attacks, worst or {}, probabilities, temperature, ood or {}, asked, data, features
@@ -122,7 +123,7 @@ def run_protocol(
 
 @dataclass(frozen=True)
 class EpisodeQuestions:
-    """What is recorded of every episode. sampler, ...: as for `run_protocol`."""
+    """What is recorded of every episode. The fields are arguments of `run_protocol`."""
 
     sampler: Sampler
     attacks: Sequence[QueryPerturbation] = ()
@@ -153,12 +154,12 @@ class EpisodeQuestions:
 
     @property
     def forms(self) -> dict[str, float]:
-        """The temperatures of the clean logits whose probabilities are recorded, by form."""
+        """Temperature of each form of the clean logits whose probabilities are recorded."""
         unscaled = {UNSCALED: 1.0} if self.probabilities else {}
         return unscaled if self.temperature is None else {**unscaled, SCALED: self.temperature}
 
     def records(self, path: Path | None, weights: str, examples: str) -> Records:
-        """Open the records in a file. weights, examples: as in `vismt.storage.records.Header`."""
+        """Open the records in a file. weights, examples: Fields of `vismt.storage.records.Header`."""
         settings = {
             "conditions": ["clean", *self.conditions],
             "attacks": [dict(attack.settings()) for attack in self.attacks],
@@ -185,7 +186,7 @@ class EpisodeQuestions:
         device: torch.device | str | None = None,
         batch: int = _BATCH,
     ) -> dict[str, Tensor]:
-        """Return what `run_protocol` returns, from `log` where it is there. Arguments and errors as there."""
+        """Return what `run_protocol` returns, reading finished episodes from `log`. Arguments and errors are as there."""
         if isinstance(self.sampler, Sized):
             episodes = min(episodes, len(self.sampler))
         if episodes < 2:
@@ -223,7 +224,7 @@ class EpisodeQuestions:
         return [name for name, attack in self.conditions.items() if hasattr(attack, "search")]
 
     def _columns(self) -> dict[str, Field]:
-        """Return the fields with a number or several for each episode."""
+        """Return the fields with one number or several numbers for each episode."""
         shares = dict.fromkeys(["clean", *self.conditions, *self.worst, *self.ood], SHARE)
         asked = {of.field: Field() for feature in self.asked for of in feature.quantities()}
         return {**shares, **asked, **group_fields(self.forms)}
@@ -232,7 +233,7 @@ class EpisodeQuestions:
 def clean_logits(
     proto: FewShotModel, pixels: PixelStore, sampler: Sampler, episodes: int, label: str
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode, under a bar with `label`."""
+    """Yield the logits (m, N), on the CPU, and the labels (m,) of the clean queries of each episode. label: Text of the bar."""
     module, device = _placed(proto, None)
     stores = _stores({"": pixels}, read=True)
     run = EpisodeRunner(proto, pixels, sampler, device, stores=stores, batch=_BATCH)
@@ -242,12 +243,12 @@ def clean_logits(
 
 
 def _stores(sets: Mapping[str, PixelStore], *, read: bool) -> dict[str, FeatureStore]:
-    """Return a store for the features of each set; one that is not read needs no key, which would read the images."""
+    """Return a store for the features of each set. Without `read` the stores get no key, because a key reads the images."""
     return {name: FeatureStore(getattr(pixels, "key", None) if read else None) for name, pixels in sets.items()}
 
 
 def _placed(proto: FewShotModel, device: torch.device | str | None) -> tuple[nn.Module, torch.device | str]:
-    """Return the model as a module, an empty one where it is none, and `device` or that of the model."""
+    """Return the model as a module (an empty module if it is none), and `device` or the device of the model."""
     module = proto if isinstance(proto, nn.Module) else nn.Module()
     if device is None:
         device = next((p.device for p in module.parameters()), torch.device("cpu"))
