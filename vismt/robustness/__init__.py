@@ -1,4 +1,4 @@
-"""Attacks, corruptions and the evaluation of any classifier under them."""
+"""Attacks and corruptions, and the evaluation of any classifier under them."""
 
 from __future__ import annotations
 

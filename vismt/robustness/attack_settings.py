@@ -1,6 +1,6 @@
-"""The settings of an attack, as the section of a configuration and the attack itself have them.
+"""The settings of an attack, in the section of a configuration and in the attack itself.
 
-Every configuration imports this file, so it does not load the attacks.
+Every configuration imports this file, so the file does not load the attacks.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from vismt.config.typed import Names, within
 
 @dataclass(frozen=True)
 class AttackSettings:
-    """One attack and its budget, as they are written.
+    """One attack and its budget, as a user writes them.
 
     Args:
-        name: the attack; torchattacks:NAME takes one of that library.
+        name: name of the attack. torchattacks:NAME takes an attack of that library.
         epsilon: radius in pixel units of [0, 1], also as '4.5/255'.
-        step_size: step of pgd in the same units; null for 2.5 epsilon / steps.
-        steps: number of steps; null for the attack's own.
+        step_size: step of pgd in the same units. null means 2.5 epsilon / steps.
+        steps: number of steps. null means the attack's own.
         norm: norm of the radius.
-        restarts: number of restarts; null for the attack's own.
+        restarts: number of restarts. null means the attack's own.
         random_start: whether pgd starts at a random point of the ball.
     """
 

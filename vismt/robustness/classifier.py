@@ -1,7 +1,7 @@
 """Image classifiers as functions of pixels in [0, 1]: a timm name, a checkpoint of a timm model, RobustBench, or a function.
 
 Models of RobustBench (Croce et al., arXiv 2010.09670) are named `robustbench:MODEL[:DATASET[:THREAT]]`. The package is not a
-dependency. Its models take pixels in [0, 1] and normalise them themselves; their outputs are the classes of their data set in
+dependency. Its models take pixels in [0, 1] and normalise them themselves. Their outputs are the classes of their data set, in
 its order. Weights are kept under the cache folder.
 """
 
@@ -36,8 +36,9 @@ SUFFIXES = {".safetensors", ".pt", ".pth", ".bin", ".tar"}
 class PixelClassifier(nn.Module):
     """A classifier with its resizing and normalisation: images float (b, 3, h, w) in [0, 1] -> logits (b, c).
 
-    size: (h, w) that images are resized to. mean, std: per channel, of the normalisation. labels: names of the c classes, None
-    where they are not known. num_classes: c, by default that of the net.
+    size: Height and width to which images are resized. mean, std: Mean and standard deviation of each channel for the
+    normalisation. labels: Names of the c classes. None if they are not known. num_classes: Number c of classes, by default the
+    number of the net.
     """
 
     mean: Tensor
@@ -63,7 +64,7 @@ class PixelClassifier(nn.Module):
         if tuple(images.shape[-2:]) != self.size:
             images = F.interpolate(images, size=self.size, mode="bilinear", antialias=True, align_corners=False)
         normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
-        # Of half-precision weights the pixels stay wide until they are normalised.
+        # For half-precision weights, pixels stay in float32 until they are normalised.
         weights = (p.dtype for p in self.net.parameters() if p.is_floating_point())
         return self.net(normalised.to(next(weights, images.dtype)))
 
@@ -79,22 +80,22 @@ def load_classifier(
     """Load a timm classifier on the CPU, in eval mode.
 
     Args:
-        name_or_checkpoint: A timm name; or a .safetensors / .pt / .pth file of timm's keys (at the top, or under state_dict
-            or model), or a folder with model.safetensors. config.json beside a file, as `vismt merge` and timm write it, has
-            size, normalisation and names of the classes.
-        num_classes: Number of classes, by default that of the weights. Another number is refused, as a fresh head
+        name_or_checkpoint: A timm name, a .safetensors / .pt / .pth file of timm's keys (at the top, or under state_dict or
+            model), or a folder with model.safetensors. config.json beside a file, as `vismt merge` and timm write it, has size,
+            normalisation and names of the classes.
+        num_classes: Number of classes, by default the number in the weights. Another number is refused, because a fresh head
             classifies nothing.
-        architecture: The timm model of a file, or the "module:function" that builds the module whose state_dict the file has; by
-            default config.json beside the file names it, and img_size.
+        architecture: The timm model of a file, or the "module:function" that builds the module whose state_dict the file has. By
+            default, config.json beside the file names the model and img_size.
         pretrained: Whether timm fetches the weights of a name.
-        img_size: Pixels of the model's images; by default those of config.json beside a file, or of the timm model. A module of
-            your own needs it.
+        img_size: Size of the model's images in pixels. By default, the size in config.json beside a file, or of the timm model.
+            Your own module needs a size.
 
     Returns:
         The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
 
     Raises:
-        UserError: An unknown name, a missing or unreadable file, or weights that do not fit.
+        UserError: For an unknown name, a missing or unreadable file, or weights that do not fit.
     """
     about: dict[str, Any] = {}
     asked = {"img_size": img_size} if img_size else {}
@@ -122,7 +123,7 @@ def load_classifier(
 
 
 def checkpoint_file(name: str | Path) -> Path | None:
-    """Return the file of a classifier's weights, None for a name of timm. Raises UserError for a file that does not exist."""
+    """Return the file of a classifier's weights. None for a name of timm. Raises UserError for a file that does not exist."""
     path = Path(name)
     if path.is_dir():
         path = path / "model.safetensors"
@@ -130,7 +131,7 @@ def checkpoint_file(name: str | Path) -> Path | None:
         if not path.is_file():
             raise UserError(f"checkpoint '{path}': no such file.")
         return path
-    if len(path.parts) > 2:  # names have one slash at most, after hf-hub:
+    if len(path.parts) > 2:  # names have at most one slash, after hf-hub:
         raise UserError(f"model '{path}': no such file.")
     return None
 
@@ -139,12 +140,13 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
     """Return a copy of any module as a classifier of images in [0, 1], in eval mode.
 
     Args:
-        model: a timm model, which gets images normalised by its pretrained_cfg; a PixelClassifier; or any module that maps
-            images float (b, 3, h, w) in [0, 1] to logits (b, c).
-        img_size: pixels, by default those of a timm model.
+        model: A timm model, a PixelClassifier, or any module that maps images float (b, 3, h, w) in [0, 1] to logits (b, c). A
+        timm
+            model gets images that are normalised by its pretrained_cfg.
+        img_size: Size of the images in pixels, by default the size of a timm model.
 
     Raises:
-        UserError: a module without class scores, and one of unknown size.
+        UserError: For a module without class scores, or of unknown size.
     """
     model = copy.deepcopy(model).eval()
     if isinstance(model, PixelClassifier):
@@ -191,7 +193,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: obj
 
 
 def checkpoint_config(path: Path) -> dict[str, Any]:
-    """Return config.json beside a checkpoint, as `vismt merge` writes it; empty without one."""
+    """Return config.json beside a checkpoint, as `vismt merge` writes it. Empty if there is none."""
     config = path.parent / "config.json"
     try:
         return parse_json(config.read_text(encoding="utf8")) if config.is_file() else {}
@@ -238,17 +240,18 @@ def classifier_from_function(name: str, size: int | None = None) -> tuple[nn.Mod
     """Import a user's function, call it without arguments and return its classifier.
 
     Args:
-        name: "module:function"; the module is imported with the current folder on the path. The function returns
-            (classifier, number of classes), or the classifier alone. The classifier is an nn.Module that maps images float
-            (b, 3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
-        size: Pixels of an image, on which a classifier alone is run to see its number of classes.
+        name: Name "module:function". The module is imported with the current folder on the path. The function returns
+            (classifier, number of classes), or only the classifier. The classifier is an nn.Module that maps images float (b,
+            3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
+        size: Size of an image in pixels. If the function returns only the classifier, it is run on an image of this size to find
+            its number of classes.
 
     Returns:
         The classifier in eval mode, and its number of classes.
 
     Raises:
-        UserError: No "module:function", a module that cannot be imported, a missing attribute, an attribute that is not
-            callable, an error inside the function, or another return value.
+        UserError: If the name has another form, the module cannot be imported, the attribute is missing or not callable, or the
+            function fails or returns something else.
     """
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
@@ -295,7 +298,7 @@ def load_robustbench(name: str) -> tuple[nn.Module, int, int]:
         The classifier in eval mode, its number of classes, and the size of its images in pixels.
 
     Raises:
-        UserError: No package robustbench, an unknown model, data set or threat, or weights that cannot be fetched.
+        UserError: If robustbench is not installed, the model, data set or threat is unknown, or weights cannot be fetched.
     """
     parts = name.removeprefix(ROBUSTBENCH).split(":")
     if not 1 <= len(parts) <= 3 or not all(parts):

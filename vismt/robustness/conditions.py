@@ -1,11 +1,11 @@
-"""The perturbations of an evaluation: attacks, attacks computed on another model, corruptions.
+"""The perturbations of an evaluation: attacks, attacks that are computed on another model, and corruptions.
 
-Every perturbation has a `label` (its text in tables) and a `kind` ("attack" or "corruption"); `condition_of` gives the
-condition under which its scores are reported.
+Every perturbation has a `label` (its text in tables) and a `kind` ("attack" or "corruption"). `condition_of` gives the condition
+under which its scores are reported.
 
-Attacks on another model (Papernot et al., arXiv 1605.07277) need its task classifier: it is built from the same support as
-the evaluated model's. The images are computed again for every evaluated model, with the same seeds, so all of them get the
-same images, and the source itself gets its white-box attack.
+Attacks on another model (Papernot et al., arXiv 1605.07277) need the task classifier of that model, the source. It is built
+from the same support as the classifier of the evaluated model. The images are computed again for every evaluated model, with
+the same seeds. All models therefore get the same images, and the source itself gets its white-box attack.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ CORRUPTION_NAMES = ("all", *CORRUPTIONS)
 
 
 class TransferSource:
-    """The model that attacks are computed on, by name; `fingerprint` identifies its weights.
+    """The model on which attacks are computed, by name. `fingerprint` identifies its weights.
 
-    The classifier of the latest support is kept, so several attacks of one episode build it once.
+    The classifier of the latest support is kept, so that several attacks of one episode build it once.
     """
 
     def __init__(self, name: str, task: FewShotModel, fingerprint: str) -> None:
@@ -45,8 +45,8 @@ class TransferSource:
         self._classifier: nn.Module | None = None
 
     def classifier(self, support: Tensor, labels: Tensor) -> nn.Module:
-        """Return the source's classifier of this episode, made in eval mode; support (s, 3, h, w) in [0, 1], labels (s,)."""
-        # Not by identity: on another device than its images' an episode's support is a new copy for each attack.
+        """Return the source's classifier of this episode in eval mode. support: Images (s, 3, h, w) in [0, 1]. labels: (s,)."""
+        # Not by identity: if the device differs from the device of the images, the support is a new copy for each attack.
         if self._classifier is None or self._support is None or not torch.equal(self._support, support):
             source = self._task if isinstance(self._task, nn.Module) else nn.Module()
             with evaluating(source):
@@ -61,7 +61,7 @@ class Transfer:
     spec: AttackSpec
     source: TransferSource
     kind: ClassVar[Literal["attack"]] = "attack"
-    # Unlike a white-box attack it gives the same image for all, but the clean image is inside its budget all the same.
+    # Unlike a white-box attack, it gives all models the same image, but the clean image is also inside its budget.
     worst_case: ClassVar[bool] = True
 
     @property
@@ -84,7 +84,7 @@ class Transfer:
     def prepare(self, support: Tensor, labels: Tensor) -> Callable[..., Tensor]:
         """Return the attack of one episode from its support (s, 3, h, w) in [0, 1] and labels (s,).
 
-        Its images are computed on the source, all to the end, whatever model is evaluated on them.
+        All images are computed on the source to the end, for any model that is evaluated on them.
         """
         source = self.source.classifier(support, labels)
         return lambda model, images, truth, **options: self.spec.perturb(source, images, truth, **options, exhaust=True)
@@ -102,16 +102,16 @@ class AttackConfig(AttackSettings):
     """One attack of an evaluation.
 
     Args:
-        source: the model on whose task classifier the images are computed (a name as in evaluate.models); null for the
+        source: the model on whose task classifier the images are computed (a name as in evaluate.models). null means the
             evaluated model.
-        tasks: of a dense run, the tasks whose losses are raised; [] for all.
+        tasks: tasks of a dense run whose losses are raised. [] means all tasks.
     """
 
     source: str | None = None
     tasks: list[str] = field(default_factory=list)
 
     def spec(self, seed: int = 0) -> AttackSpec:
-        """Return the attack of a classifier with its numbers, whatever its source."""
+        """Return the attack of a classifier with its numbers, without its source."""
         from vismt.robustness.attacks.attacks import AttackSpec
 
         if self.tasks:
@@ -121,7 +121,7 @@ class AttackConfig(AttackSettings):
         return AttackSpec(**{item.name: getattr(self, item.name) for item in fields(AttackSettings)}, seed=seed)
 
     def dense(self, known: Sequence[str], seed: int = 0) -> DenseAttack:
-        """Return the attack of a dense net; known: the tasks of its run."""
+        """Return the attack of a dense net. known: Tasks of its run."""
         from vismt.robustness.attacks.dense_attack import DenseAttack
 
         _refuse_sources([self])
@@ -134,8 +134,8 @@ class CorruptionConfig:
     """Corruptions of images, see vismt.robustness.corruptions.
 
     Args:
-        name: one corruption, or all of them.
-        severities: some of 1 to 5.
+        name: name of a corruption, or all.
+        severities: severities from 1 to 5.
     """
 
     name: Annotated[str, Names(CORRUPTION_NAMES, only=True)] = "all"
@@ -144,7 +144,8 @@ class CorruptionConfig:
     def specs(self, *, of_maps: bool = False) -> list[CorruptionSpec]:
         """Return one spec for each corruption and severity.
 
-        of_maps: for images with a label at each pixel, which a corruption that moves pixels makes wrong: "all" leaves it out.
+        of_maps: Whether the images have a label at each pixel. "all" then leaves out the corruption that moves pixels away from
+        their labels.
         """
         if not self.severities:
             raise UserError(
@@ -164,7 +165,7 @@ class CorruptionConfig:
 def conditions(
     attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
 ) -> list[DirectPerturbation]:
-    """Return the attacks in their order, then the corruptions; seed: of the attacks.
+    """Return the attacks in their order, then the corruptions. seed: Seed of the attacks.
 
     Raises UserError for attacks on another model.
     """
@@ -175,7 +176,7 @@ def conditions(
 def few_shot_conditions(
     attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], TransferSource]
 ) -> list[Perturbation]:
-    """Return the same, also of attacks on another model; source: returns that model by name."""
+    """Return the attacks in their order, then the corruptions. source: Function that returns the source of an attack by name."""
     names = dict.fromkeys(attack.source for attack in attacks if attack.source is not None)
     sources = {name: source(name) for name in names}  # shared: an episode's classifier is built once for all attacks
     of_attacks = [
@@ -190,7 +191,7 @@ def check_conditions(
 ) -> None:
     """Raise UserError for values that do not fit and for two conditions with the same label, before a model is built.
 
-    ways: the least number of classes in an episode. sources: whether there are attacks on another model.
+    ways: Smallest number of classes in an episode. sources: Whether attacks on another model are possible.
     """
     if not sources:
         _refuse_sources(attacks)
@@ -212,7 +213,7 @@ def _specs(corruptions: Sequence[CorruptionConfig]) -> list[CorruptionSpec]:
 def dense_conditions(
     attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], tasks: Sequence[str], seed: int = 0
 ) -> list[DensePerturbation]:
-    """Return the attacks and corruptions of a dense run with these tasks, in their order; seed: of the attacks.
+    """Return the attacks and corruptions of a dense run with these tasks, in their order. seed: Seed of the attacks.
 
     Raises UserError for values that do not fit, and for two conditions with the same label.
     """
@@ -231,7 +232,7 @@ def _check_labels(labels: Sequence[str]) -> None:
 
 
 def condition_of(spec: Perturbation | DenseAttack, num_classes: int | None = None) -> Condition:
-    """Return what a score under a perturbation is filed under."""
+    """Return the condition under which a score under a perturbation is reported."""
     from vismt.robustness.attacks.attacks import AttackSpec
 
     label = spec.describe(num_classes)
@@ -244,7 +245,7 @@ def condition_of(spec: Perturbation | DenseAttack, num_classes: int | None = Non
 
 @dataclass(frozen=True)
 class WorstCase:
-    """The worst case over white-box attacks of one budget. attacks: their texts."""
+    """The worst case over white-box attacks of one budget. attacks: Texts of the attacks."""
 
     condition: Condition
     attacks: tuple[str, ...]

@@ -1,11 +1,15 @@
 """The 15 corruption types of ImageNet-C (Hendrycks & Dietterich, arXiv 1903.12261) at 5 severities, for any resolution.
 
-Written from the published parameters, which are for 224 pixels: every length (radius, sigma, displacement) is scaled by
-min(h, w) / 224, so a blur of less than half a pixel does nothing. Differences from ImageNet-C: frost is a procedural ridge
-texture (the original blends six photographs), glass blur draws each pixel from its neighbourhood (the original swaps one
-pixel after the other), fog's fractal sums random grids by octaves, blurs are computed in floating point, and the result is
-not rounded to 8 bit. As in the original (hendrycks/robustness, make_imagenet_c.py), elastic severities 1-2 and 3-5 differ in
-kind, and their lengths are multiples of 244, not of 224, pixels.
+Written from the published parameters, which are for 224 pixels. Every length (radius, sigma, displacement) is scaled by
+min(h, w) / 224, so a blur of less than half a pixel does nothing. Differences from ImageNet-C:
+
+- Frost is a procedural ridge texture. The original blends six photographs.
+- Glass blur draws each pixel from its neighbourhood. The original swaps one pixel after the other.
+- The fractal of fog sums random grids by octaves.
+- Blurs are computed in floating point, and the result is not rounded to 8 bits.
+
+As in the original (hendrycks/robustness, make_imagenet_c.py), elastic severities 1-2 and 3-5 differ in kind, and their lengths
+are multiples of 244 pixels, not of 224.
 
 The error under corruptions sums over severities s, of the model's errors E and, for the relative error, a baseline's errors B:
 
@@ -42,14 +46,14 @@ Corruption = Callable[[np.ndarray, int, Rng, float], np.ndarray]
 
 @dataclass(frozen=True)
 class CorruptionSpec(Checked):
-    """A corruption as a condition of a protocol: name of CORRUPTIONS, severity 1..5."""
+    """A corruption as a condition of a protocol. name: Name among CORRUPTIONS. severity: Severity from 1 to 5."""
 
     name: Annotated[str, Names("vismt.robustness.corruptions:CORRUPTIONS", only=True)]
     severity: Severity = 3
     seed: int = 0
     KEY: ClassVar = "corruption"
     kind: ClassVar[Literal["corruption"]] = "corruption"
-    # The corrupted image takes the place of the clean one: no worst case over both.
+    # The corrupted image takes the place of the clean image, so there is no worst case over both.
     worst_case: ClassVar[bool] = False
 
     @property
@@ -58,7 +62,7 @@ class CorruptionSpec(Checked):
         return f"{self.name} {self.severity}" + (f" seed {self.seed}" if self.seed else "")
 
     def describe(self, num_classes: int | None = None) -> str:
-        """Return `label`, whatever the number of classes."""
+        """Return `label`, for any number of classes."""
         return self.label
 
     def settings(self) -> dict[str, object]:
@@ -68,24 +72,24 @@ class CorruptionSpec(Checked):
     def perturb(
         self, model: nn.Module, images: Tensor, labels: Tensor, *, num_classes: int, keys: Sequence[tuple[int, int]]
     ) -> Tensor:
-        """Return the corrupted images, each with the random draws of its key; the model and the labels are not used."""
+        """Return the corrupted images, each with the random draws of its key. The model and the labels are not used."""
         return _corrupt(images, self, keys)
 
 
 def corrupt(images: Tensor, name: str, severity: int, *, seed: int = 0) -> Tensor:
-    """Corrupt images; image i of the batch depends on the image and (seed, i) only.
+    """Corrupt images. The result for image i of the batch depends only on the image and on (seed, i).
 
     Args:
-        images: float (b, 3, h, w) in [0, 1].
-        name: One of CORRUPTIONS.
-        severity: 1 to 5.
-        seed: Of the random draws.
+        images: Images, float (b, 3, h, w) in [0, 1].
+        name: Name among CORRUPTIONS.
+        severity: Severity from 1 to 5.
+        seed: Seed of the random draws.
 
     Returns:
         The corrupted images in [0, 1], of the same shape, dtype and device.
 
     Raises:
-        UserError: Unknown name, a severity outside 1..5, images of another shape or with pixels outside [0, 1].
+        UserError: For an unknown name, a severity outside 1 to 5, and images of another shape or with pixels outside [0, 1].
     """
     return _corrupt(images, CorruptionSpec(name, severity), [(seed, index) for index in range(len(images))])
 
@@ -178,7 +182,7 @@ def motion_blur(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray
 
 
 def _zoom(x: np.ndarray, factor: float) -> np.ndarray:
-    """Magnify (h, w, c) about its centre; the shape stays."""
+    """Magnify an image (h, w, c) about its centre. The shape stays."""
     centre = (np.array(x.shape[:2]) - 1) / 2
     offset = (*(centre * (1 - 1 / factor)), 0.0)
     return scipy.ndimage.affine_transform(x, (1 / factor, 1 / factor, 1.0), offset, order=1, mode="nearest")
@@ -215,7 +219,7 @@ def snow(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
         (0.55, 0.3, 4.5, 0.85, 12, 8, 0.65),
         (0.55, 0.3, 2.5, 0.85, 12, 12, 0.55),
     )[level]
-    # Drawn as if the shorter side had 224 pixels: flakes thinner than a pixel become shades of grey.
+    # Flakes are drawn as if the shorter side had 224 pixels. Flakes thinner than a pixel become shades of grey.
     flakes = _zoom(rng.normal(mean, spread, (*(round(side / scale) for side in x.shape[:2]), 1)), size)
     flakes = _motion(np.clip(np.where(flakes < least, 0, flakes), 0, 1), radius, sigma, rng.uniform(-135, -45))
     drawn = Image.fromarray(flakes[..., 0].astype(np.float32))
@@ -243,7 +247,7 @@ def fog(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 def brightness(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
     """Raise V of HSV."""
-    # Adding to V of HSV at fixed H and S scales all three channels; black has S = 0 and turns grey.
+    # Adding to V of HSV at fixed H and S scales all three channels. Black has S = 0 and turns grey.
     value = x.max(axis=2, keepdims=True)
     raised = np.clip(value + (0.1, 0.2, 0.3, 0.4, 0.5)[level], 0, 1)
     return np.where(value > 0, x * raised / np.maximum(value, 1e-12), raised)
@@ -257,7 +261,7 @@ def contrast(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
 
 def elastic_transform(x: np.ndarray, level: int, rng: Rng, scale: float) -> np.ndarray:
     """Warp the image by a random affine map and a smoothed random displacement."""
-    # In units of 244 pixels at 224: the published numbers are these times 244, for images of 224 pixels.
+    # In units of 244 pixels. The published numbers are these values times 244, for images of 224 pixels.
     levels = ((2, 0.7, 0.1), (2, 0.08, 0.2), (0.05, 0.01, 0.02), (0.07, 0.01, 0.02), (0.12, 0.01, 0.02))
     strength, sigma, jitter = levels[level]
     height, width = x.shape[:2]
@@ -302,25 +306,25 @@ WEATHER: tuple[Corruption, ...] = (snow, frost, fog, brightness)
 DIGITAL: tuple[Corruption, ...] = (contrast, elastic_transform, pixelate, jpeg_compression)
 CORRUPTIONS = {function.__name__: function for function in (*NOISE, *BLUR, *WEATHER, *DIGITAL)}
 
-# Corruptions after which the content of a pixel is elsewhere. At 224 px, severities 1 to 5, elastic_transform moves it by 19.2,
-# 40.5, 4.0, 4.2 and 4.6 px in the mean of 100 draws. Blurs keep the sharp image as a part, with its labels; the mean place of
-# what they mix moves too, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
+# Corruptions that move the content of a pixel. At 224 px, severities 1 to 5, elastic_transform moves it by 19.2, 40.5, 4.0, 4.2
+# and 4.6 px (mean of 100 draws). Blurs keep the sharp image as a part, with its labels. The mean place of the mixed pixels also
+# moves, by up to 11.6 px (motion_blur) and 14.1 px (zoom_blur, at the edge of the image).
 MOVING = ("elastic_transform",)
 
 
 def error_under_corruptions(errors: CorruptionErrors, baseline: CorruptionErrors | None = None) -> float:
-    """Return the error of a model under corruptions; every corruption has the same weight.
+    """Return the error of a model under corruptions. Every corruption has the same weight.
 
     Args:
         errors: Error in [0, 1] by corruption and severity.
-        baseline: Errors of the baseline for at least the same corruptions and severities; others are ignored.
+        baseline: Errors of the baseline for at least the same corruptions and severities. Others are ignored.
 
     Returns:
-        Without a baseline the mean over corruptions of the mean error over severities, in [0, 1]. With a baseline the
-        relative error, which is 1 for a model like the baseline.
+        Without a baseline, the mean over corruptions of the mean error over severities, in [0, 1]. With a baseline, the relative
+        error, which is 1 for a model like the baseline.
 
     Raises:
-        UserError: No corruption, a corruption without severities, a baseline without one of them or without any error.
+        UserError: If there is no corruption, a corruption has no severities, or the baseline lacks one of them or has no error.
     """
     if not errors or not all(errors.values()):
         empty = next((corruption for corruption, by_severity in errors.items() if not by_severity), None)

@@ -1,10 +1,12 @@
-"""Clean and robust accuracy of an image classifier, one record per example.
+"""Clean and robust accuracy of an image classifier, with a record for each example.
 
-Under an attack an example counts when the model is right on the clean image and on the attacked one: the unchanged image
-is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption the corrupted image alone
-counts. Intervals are Wilson's at 95 %. Forms of the clean logits (a temperature, say) have their answers and what the quality
-of their probabilities follows from on record; with the quantile of conformal sets (vismt/uncertainty/conformal.py), so has
-every condition. Processes that share an evaluation (vismt/base/ranks.py) run a batch each.
+Under an attack, an example counts as right if the model is right on the clean image and on the attacked image, because the
+unchanged image is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption, only the corrupted
+image counts. Intervals are Wilson's at 95 %.
+
+For each form of the clean logits (such as a temperature), the record has the answer and the numbers from which the quality of the
+probabilities follows. With the quantile of conformal sets (vismt/uncertainty/conformal.py), it has them for every condition.
+Processes that share an evaluation (vismt/base/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from vismt.uncertainty.probability_metrics import example_fields, example_values
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Keep = Callable[[str, int, Mapping[str, np.ndarray]], object]
-Form = Callable[[Tensor], Tensor]  # logits float64 (b, k) on the CPU to logits of the same shape
+Form = Callable[[Tensor], Tensor]  # function from logits float64 (b, k) on the CPU to logits of the same shape
 
 
 class RepeatableBatches(Protocol):
@@ -50,7 +52,7 @@ class RepeatableBatches(Protocol):
 class ConditionAccuracy:
     """Accuracy under one condition.
 
-    value and its 95 % interval [low, high] are in [0, 1], over n images; chance is 1 / num_classes.
+    The value and its 95 % interval [low, high] are in [0, 1], over n images. chance: Accuracy of guessing, 1 / num_classes.
     """
 
     condition: str
@@ -63,7 +65,7 @@ class ConditionAccuracy:
 
     @property
     def ci95(self) -> float:
-        """Half the width of the interval."""
+        """Half of the width of the interval."""
         return (self.high - self.low) / 2
 
 
@@ -72,10 +74,10 @@ def evaluate_classifier(
 ) -> list[ConditionAccuracy]:
     """Evaluate a classifier on clean images and under every condition of `specs`.
 
-    Args, options and errors are those of `evaluate_examples`.
+    Arguments, options and errors are as in `evaluate_examples`.
 
     Returns:
-        The accuracy "clean", then one for each of `specs` in their order.
+        The accuracy "clean", then the accuracy under each of `specs` in their order.
     """
     rows = evaluate_examples(model, batches, specs, num_classes=num_classes, **options)
     table = []
@@ -104,33 +106,35 @@ def evaluate_examples(
     """Return a record for every example, clean and under every condition of `specs`.
 
     Args:
-        model: Images float (b, 3, h, w) in [0, 1] -> logits (b, num_classes), normalisation included. Its mode and its
+        model: Module from images float (b, 3, h, w) in [0, 1] to logits (b, num_classes), normalisation included. Its mode and
+        its
             parameters' flags are restored afterwards.
-        batches: (images, labels (b,)) or (images, labels, ids), in the same order and sizes at every call. Ids are running
+        batches: Batches (images, labels (b,)) or (images, labels, ids), in the same order and sizes at every call. Ids are
+        running
             numbers by default.
         specs: Attacks and corruptions with different texts.
-        num_classes: Number of logits; labels are 0..num_classes-1.
+        num_classes: Number of logits. Labels are 0..num_classes-1.
         forms: Forms of the clean logits by name, "clean" for the logits themselves.
-        quantile: Threshold of -log p of conformal sets; None records no sets.
-        features: Of the evaluation, which record columns of their own (vismt/evaluation).
-        records: A line file, written batch by batch. An interrupted run continues with the batches that are missing.
+        quantile: Threshold of -log p of conformal sets. None records no sets.
+        features: Features of the evaluation, which record their own columns (vismt/evaluation).
+        records: Line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
         fingerprint: The caller's name for the weights. A file of other weights is refused.
-        examples: What tells the images from others of their names. A file of other images is refused.
+        examples: Text that tells the images from others of the same names. A file of other images is refused.
         label: Text of the progress bar.
-        keep: Called with each attack's text, the number of the batch and its arrays: "ids", "labels" int64 (b,), "clean" and
-            "attacked" float32 (b, 3, h, w), and "answers" int64 (b,) on the attacked images.
+        keep: Function that is called with each attack's text, the number of the batch and its arrays: "ids", "labels" int64 (b,),
+            "clean" and "attacked" float32 (b, 3, h, w), and "answers" int64 (b,) on the attacked images.
 
     Returns:
-        Records with id, label, the predictions "clean" and "<condition>", and the distances "<condition> linf" and
-        "<condition> l2", in the order of the examples; of an attack also "<condition> lost", 1 where the attack counted an image
-        as broken that is right here, by rounding. For each form also the answer "<form>" and the fields of
-        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". With a quantile the same for "clean" and
-        each condition, and the number of classes in the set, "<condition> set". For each feature its columns.
+        Records in the order of the examples. Each has id, label, the predictions "clean" and "<condition>", and the distances
+        "<condition> linf" and "<condition> l2". For an attack, "<condition> lost" is 1 if the attack counted an image as broken
+        that is right here, by rounding. Each form adds the answer "<form>" and the fields of
+        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". A quantile adds these fields for "clean" and
+        each condition, and the number of classes in the set, "<condition> set". Each feature adds its columns.
 
     Raises:
-        UserError: No example, labels or logits that do not fit num_classes, pixels outside [0, 1], two conditions with the
-            same text, a model that answers differently from call to call, or records of another run.
+        UserError: If there is no example, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have
+            the same text, the model answers differently from call to call, or the records are of another run.
     """
     questions = ImageQuestions(num_classes, specs, forms or {}, quantile, features, keep, data)
     log = questions.records(records, fingerprint, examples)
@@ -138,7 +142,7 @@ def evaluate_examples(
 
 
 def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
-    """Yield for every batch the function that returns it: a batch of a sequence is read where it is called."""
+    """Yield a function for every batch that returns the batch. A batch of a sequence is read when the function is called."""
     if isinstance(batches, Sized) and hasattr(batches, "__getitem__"):
         yield from (partial(batches.__getitem__, number) for number in range(len(batches)))
     else:
@@ -147,7 +151,7 @@ def _loads(batches: Iterable[Batch]) -> Iterator[Callable[[], Batch]]:
 
 @dataclass(frozen=True)
 class ImageQuestions:
-    """What is recorded of every image. specs, ...: as for `evaluate_examples`."""
+    """What is recorded of every image. The fields are arguments of `evaluate_examples`."""
 
     num_classes: int
     specs: Sequence[DirectPerturbation] = ()
@@ -166,7 +170,7 @@ class ImageQuestions:
         return found
 
     def records(self, path: Path | None, weights: str, examples: str) -> Records:
-        """Open the records in a file. weights, examples: as in `vismt.storage.records.Header`."""
+        """Open the records in a file. weights, examples: Fields of `vismt.storage.records.Header`."""
         settings = {
             "attacks": [dict(spec.settings()) for spec in self.specs],
             "forms": [*self.forms],
@@ -177,7 +181,7 @@ class ImageQuestions:
         return Records(path, header, self._fields())
 
     def answered(self, model: nn.Module, batches: Iterable[Batch], log: Records, label: str) -> list[dict]:
-        """Return the records of all images, from `log` where they are there. Errors as for `evaluate_examples`."""
+        """Return the records of all images. Records in `log` are read from it. Errors are as in `evaluate_examples`."""
         running = count()
 
         def run(numbered: tuple[int, Callable[[], Batch]]) -> tuple[list[str], list[dict]]:
@@ -263,9 +267,9 @@ class ImageQuestions:
 def accuracies(
     rows: Sequence[Mapping], specs: Sequence[Perturbation], num_classes: int
 ) -> list[tuple[Condition, dict[str, float]]]:
-    """Return, for clean images, each spec and each worst case, 1.0 for a right answer and 0.0 for a wrong one by image id.
+    """Return 1.0 for a right and 0.0 for a wrong answer, by image id, for clean images, each spec and each worst case.
 
-    rows: per-example records of `evaluate_classifier`. Under an attack the clean image has to be right as well.
+    Under an attack, the clean image also has to be right. rows: Records of the examples of `evaluate_classifier`.
     """
     conditions: list[tuple[Condition, bool, tuple[str, ...]]] = [(CLEAN, False, (CLEAN.label,))]
     for spec in specs:
@@ -297,12 +301,12 @@ def _check_labels(ids: Sequence[str], labels: Sequence[int], log: Records) -> No
 
 
 def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[int, int]]:
-    """Return the keys of the images of batch `number` under a condition, of which their random numbers are a function."""
+    """Return the keys of the images of batch `number` under a condition. Random numbers are functions of these keys."""
     return [(mix_seed(spec.seed, number), position) for position in range(count)]
 
 
 def probability_columns(name: str, logits: Tensor, labels: Tensor, quantile: float | None = None) -> dict[str, list]:
-    """Return the columns of a form of the logits (b, k), with the size of the conformal sets where there is a quantile."""
+    """Return the columns of a form of the logits (b, k), with the size of the conformal sets if there is a quantile."""
     logs = logits.log_softmax(1)
     sets = {} if quantile is None else {f"{name} set": set_sizes(logs, quantile).tolist()}
     values = {f"{name} {key}": value.tolist() for key, value in example_values(logs, labels).items()}

@@ -1,10 +1,12 @@
 """Checks that an attack is strong enough to measure robustness (Athalye et al., arXiv 1802.00420; Carlini et al., 1902.06705).
 
-Growing radii: nothing can stay right when 64/255 may be added to every pixel, as the images of two classes meet. In l2 and l1
-the last radius is that of such a change, 64/255 sqrt(n) and 64/255 n for images of n numbers. An attack that leaves the accuracy
-above chance there, or that does worse with a larger budget, follows misleading gradients.
-Reach: an attack whose steps cannot cross the ball from one side to the other depends on its start.
-Gap: PGD minus `strong` on the same images. Gradients may be honest and PGD weak all the same; only a stronger attack shows it.
+Growing radii. No model can stay right if 64/255 may be added to every pixel, because the images of two classes then meet. In l2
+and l1 the last radius is the norm of such a change, 64/255 sqrt(n) and 64/255 n for images of n numbers. An attack follows
+misleading gradients if it leaves the accuracy above chance there, or does worse with a larger budget.
+
+Reach. An attack whose steps cannot cross the ball from one side to the other depends on its start.
+
+Gap. PGD minus `strong` on the same images. PGD may be weak although the gradients are honest. Only a stronger attack shows this.
 """
 
 from __future__ import annotations
@@ -35,10 +37,12 @@ SLACK = 0.02  # the accuracy may rise by this much from one radius to the next
 class MaskingCheck:
     """Accuracy by radius over n images (episodes), and whether it behaves as under an attack with honest gradients.
 
-    monotone: no increase from one radius to the next beyond noise. reaches_chance: at the largest radius the accuracy is
-    not significantly above chance. reach: sum of the attack's steps over the radius; None for attacks that choose their own
-    steps. Where one of the three fails, the accuracy under this attack does not measure robustness. gap: accuracy under the
-    attack minus that under `strong` at the attack's own radius `gap_at`; None where it was not measured. norm: of the radii.
+    The accuracy under this attack does not measure robustness if monotone, reaches_chance or reach fails.
+
+    monotone: Whether the accuracy does not rise from one radius to the next beyond noise. reaches_chance: Whether the accuracy
+    at the largest radius is not significantly above chance. reach: Sum of the attack's steps over the radius. None for attacks
+    that choose their own steps. gap: Accuracy under the attack minus accuracy under `strong`, at the attack's own radius
+    `gap_at`. None if it was not measured. norm: Norm of the radii.
     """
 
     epsilons: tuple[float, ...]
@@ -62,7 +66,7 @@ class MaskingCheck:
         return self.monotone and self.reaches_chance and self.crosses
 
     def verdict(self) -> str:
-        """Return "pass", or "FAIL: " and what is wrong; then the gap to `strong` where it was measured."""
+        """Return "pass", or "FAIL: " and what is wrong, and after it the gap to `strong` if it was measured."""
         faults = []
         if not self.monotone:
             rises = [later - earlier for earlier, later in pairwise(self.accuracies)]
@@ -94,15 +98,14 @@ def check_masking(
     """Run an attack on a classifier at growing radii, and `strong` at the attack's own radius.
 
     Args:
-        model: As for `evaluate_classifier`.
-        batches: As for `evaluate_classifier`.
-        spec: The attack. Its step keeps its ratio to the radius.
-        num_classes: Number of logits.
-        epsilons: Radii; by default 0, half, once and twice the attack's, and that of a change of every pixel by 64/255.
+        model: Model as for `evaluate_classifier`. batches: Batches as for `evaluate_classifier`. spec: Attack to run. Its step
+        keeps its ratio to the radius. num_classes: Number of logits. epsilons: Radii. By default 0, half of the attack's
+        radius, the radius, its double, and the norm of a change of every pixel
+            by 64/255.
         **options: Further options of `evaluate_classifier`, such as a file of records.
 
     Returns:
-        The check; n counts images.
+        The check, in which n counts images.
     """
     if epsilons is None:
         whole = size_of_all(next(iter(batches))[0], spec.norm)
@@ -147,8 +150,8 @@ def check_episodes(
 ) -> MaskingCheck:
     """Run PGD-10 at `radii`, and `strong` at the default radius, on the first `episodes` (10) of the protocol.
 
-    radii: l_inf, in pixel units of [0, 1]; 0 is the clean accuracy. The other arguments are those of `run_protocol`; n of
-    the returned check counts episodes.
+    In the returned check, n counts episodes. radii: Radii in l_inf, in pixel units of [0, 1]. 0 gives the clean accuracy. The
+    other arguments are arguments of `run_protocol`.
     """
     spec = AttackSpec()
     attacks = {radius: replace(spec, epsilon=radius) for radius in sorted(set(radii) - {0.0} | {spec.epsilon})}
@@ -165,7 +168,7 @@ def check_episodes(
 
 
 def judge_curve(curve: Mapping[float, Tensor], chance: float) -> MaskingCheck:
-    """Judge accuracies (n,) by radius, from the smallest radius to the largest; chance is in [0, 1].
+    """Judge accuracies (n,) by radius, from the smallest radius to the largest. chance: Accuracy of guessing in [0, 1].
 
     From one radius to the next the mean may rise by SLACK, or by no more than the half width of the 95 % interval of
     the rise. At the largest radius the interval must reach chance or lie below it.

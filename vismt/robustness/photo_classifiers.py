@@ -1,8 +1,8 @@
-"""Two small classifiers for configs/robustness/quickstart.yaml, trained when they are asked for (about ten seconds each).
+"""Two small classifiers for configs/robustness/quickstart.yaml, trained when they are used (about ten seconds each).
 
-Both are the same convolutional net on the 720 training crops of photo_crops at 32 px; `hardened` trains on images under a
-two-step attack (Madry et al., arXiv 1706.06083). A function for `classifier.function` returns an nn.Module from images
-float (b, 3, h, w) in [0, 1] to logits, and the number of classes.
+Both are the same convolutional net on the 720 training crops of photo_crops at 32 px. `hardened` trains on images under a
+two-step attack (Madry et al., arXiv 1706.06083). A function for `classifier.function` returns the number of classes, and an
+nn.Module from images float (b, 3, h, w) in [0, 1] to logits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _EPSILON = 4.5 / 255
 
 
 def plain() -> tuple[nn.Module, int]:
-    """Return the net trained on the images as they are."""
+    """Return the net trained on the images without changes."""
     return _trained(epsilon=0.0)
 
 

@@ -2,16 +2,17 @@
 
     g(x) = argmax_c P(f(x + e) = c),    e ~ N(0, sigma^2 I) on the pixels in [0, 1], not clipped, before anything that f does
 
-FIRST draws choose the class c. Of n further draws k are answered c. With p the lower Clopper-Pearson bound at 1 - alpha,
+FIRST draws choose the class c. For k of n further draws, the answer is c. With p the lower Clopper-Pearson bound at 1 - alpha,
 
-    p = Beta^-1(alpha; k, n - k + 1),    p > 1/2:  g is c within the l2 distance sigma Phi^-1(p) of x;    else g abstains.
+    p = Beta^-1(alpha; k, n - k + 1),    p > 1/2:  g is c within the l2 distance sigma Phi^-1(p) of x,    else g abstains.
 
-The certificate of an image fails with a probability of at most alpha. It is about g, in l2, at the size in pixels at which f
-gets its images, and says nothing about f itself. Where no class has more than 40 % of the first draws, g abstains without the
-others. Few-shot: the support is not perturbed, and the prototypes and weights that follow from it are constants of f; the votes
+The certificate of an image fails with a probability of at most alpha. It is about g, in l2, at the size in pixels at which f gets
+its images, and says nothing about f itself. If no class has more than 40 % of the first draws, g abstains without further draws.
+
+In few-shot runs the support is not perturbed, and the prototypes and weights that follow from it are constants of f. The votes
 are over noisy predictions. Pautov et al. ("Smoothed Embeddings for Certified Few-Shot Learning", 2022, arXiv 2202.01186) smooth
-the embedding instead, h(x) = E phi(x + e) with |phi| = 1, and take their radius from its margin to the prototypes and its
-Lipschitz constant sqrt(2 / pi) / sigma.
+the embedding instead, h(x) = E phi(x + e) with |phi| = 1. They take the radius from the margin of h to the prototypes and from
+its Lipschitz constant sqrt(2 / pi) / sigma.
 """
 
 from __future__ import annotations
@@ -29,19 +30,19 @@ from vismt.base.seeds import mix_seed
 from vismt.config.typed import Checked, within
 
 FIRST, HOPELESS = 100, 0.4
-_CHUNK = 100  # draws in one forward pass; fixed, so that the draws do not depend on a batch size
+_CHUNK = 100  # draws in one forward pass, a fixed number, so that the draws do not depend on a batch size
 ABSTAINED = -1  # the answer of an abstention
 
 
 @dataclass(frozen=True)
 class Smoothing(Checked):
-    """A certified radius by randomised smoothing; l2 alone.
+    """A certified radius in l2, by randomised smoothing.
 
     Args:
         sigma: standard deviation of the noise, in pixel units of [0, 1].
-        samples: number of draws for the bound of one image; 100 more choose its class.
+        samples: number of draws for the bound of one image. 100 more draws choose its class.
         alpha: probability with which the certificate of one image may fail.
-        seed: of the draws.
+        seed: seed of the draws.
     """
 
     sigma: Annotated[float, within(above=0)] = 0.25
@@ -60,11 +61,11 @@ class Smoothing(Checked):
 
     @property
     def largest(self) -> float:
-        """The radius where all draws agree."""
+        """The radius if all draws agree."""
         return self.radius(self.samples)
 
     def radius(self, votes: int) -> float:
-        """Return the certified radius where `votes` of the samples have the class; 0 for an abstention."""
+        """Return the certified radius if `votes` of the samples have the class. 0 for an abstention."""
         from scipy.stats import beta, norm
 
         bound = float(beta.ppf(self.alpha, votes, self.samples - votes + 1)) if votes else 0.0
@@ -74,10 +75,10 @@ class Smoothing(Checked):
     def certify(
         self, logits: Callable[[Tensor], Tensor], images: Tensor, keys: Sequence[tuple[int | str, ...]]
     ) -> tuple[Tensor, Tensor]:
-        """Return the answers of g, int64 (b,), ABSTAINED for an abstention, and their radii, float64 (b,).
+        """Return the answers of g, int64 (b,), with ABSTAINED for an abstention, and the radii, float64 (b,).
 
-        logits: f, images (m, 3, h, w) to logits (m, k). images: (b, 3, h, w) in [0, 1]. keys: of the images, of which their draws
-        are a function.
+        logits: Function f from images (m, 3, h, w) to logits (m, k). images: Images (b, 3, h, w) in [0, 1]. keys: Keys of the
+        images. The draws are functions of the keys.
         """
         answers, radii = [], []
         for image, key in zip(images, keys, strict=True):
@@ -93,7 +94,7 @@ class Smoothing(Checked):
     def _votes(
         self, logits: Callable[[Tensor], Tensor], image: Tensor, count: int, generator: torch.Generator
     ) -> Tensor:
-        """Return the number of noisy copies of an image (3, h, w) that are answered each class, int64 (k,)."""
+        """Return the number of noisy copies of an image (3, h, w) with each class as the answer, int64 (k,)."""
         votes = torch.zeros(0, dtype=torch.long)
         for start in range(0, count, _CHUNK):
             noise = torch.randn(min(_CHUNK, count - start), *image.shape, generator=generator)

@@ -1,4 +1,4 @@
-"""Attacks on classifiers and dense nets, one threat model and one call for all of them."""
+"""Attacks on classifiers and dense nets. All have one threat model and one call."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""The active set of an attack: images that are wrong when clean or already broken are left out of the rest.
+"""The active set of an attack: images that are wrong when clean, or already broken, are not attacked further.
 
-For worst-case accuracy this is exact: an image counts as robust when no restart, target or step breaks it, so nothing more
-is to be learned from a broken one. A wave is a batch of trials, one for each image, restart and target; when a trial breaks
-its image, all trials of this image leave the wave. The random numbers of an image are a function of its own seed, so they
-do not depend on the other images of a batch.
+For worst-case accuracy this is exact. An image counts as robust if no restart, target or step breaks it, so a broken image
+needs no more trials. A wave is a batch of trials, one for each image, restart and target. When a trial breaks its image, all
+trials of this image leave the wave. The random numbers of an image are a function of its own seed and do not depend on the
+other images of a batch.
 
-Every image keeps the trial with the highest margin (the strongest other logit minus that of the label) over all restarts, targets
-and parts of an ensemble. Images for another model are computed without an active set: all trials run to their end, and the first
-step that breaks an image is a trial of its own, so that what breaks the source here is what breaks it with an active set.
+Every image keeps the trial with the highest margin over all restarts, targets and parts of an ensemble. The margin is the largest
+other logit minus the logit of the label. Images for another model are computed without an active set, and all trials run to their
+end. The first step that breaks an image is a trial of its own. The same images break the source with and without an active set.
 """
 
 from __future__ import annotations
@@ -32,9 +32,10 @@ LOST_SHARE = 0.25  # of the clean margin, which rounding cannot give back to a b
 class Outcome:
     """What the attacks have found so far.
 
-    clean (b, 3, h, w), labels (b,), seeds: one for each image. logits (b, k): of the clean images. adversarial: of each image the
-    trial with the highest margin, heights (b,); before the first trial the clean image and -inf. broken (b,): wrong when clean,
-    or broken by an attack. exhaust: run every trial of every image to its end.
+    clean: Clean images (b, 3, h, w). labels: Labels (b,). seeds: One seed for each image. logits: Logits (b, k) of the clean
+    images. adversarial: Trial with the highest margin of each image. Before the first trial, the clean image. heights: Margins
+    (b,) of these trials. Before the first trial, -inf. broken: Whether an image is wrong when clean or broken by an attack,
+    (b,). exhaust: Whether every trial of every image runs to its end.
     """
 
     clean: Tensor
@@ -67,7 +68,7 @@ class Outcome:
         self.heights[rows] = -torch.inf
 
     def keep(self, rows: Tensor, images: Tensor, logits: Tensor) -> None:
-        """Keep the trials that are higher than what their images have; rows (m,), where an image may come several times."""
+        """Keep the trials with a higher margin than their images have. rows: Images (m,) of the trials, also repeated ones."""
         heights = margin(logits, self.labels[rows]).float()
         wrong = logits.argmax(1) != self.labels[rows]
         heights = torch.where(wrong, heights.clamp_min(TINY), heights)  # a tie may also be wrong
@@ -82,10 +83,10 @@ class Outcome:
         self.broken = self.broken | (highest > 0)
 
     def lost(self, logits: Tensor, what: str) -> Tensor:
-        """Return which images count as broken here and are right in an evaluation, bool (b,); logits (b, k): of `adversarial`.
+        """Return which images count as broken here and are right in an evaluation, bool (b,).
 
-        Rounding differs from batch to batch, so an image at the boundary may be lost. Raises UserError where a lost image is
-        further from it than rounding explains.
+        Rounding differs from batch to batch, so an image at the boundary may be lost. Raises UserError if a lost image is further
+        from the boundary than rounding explains. logits: Logits (b, k) of `adversarial` in the evaluation.
         """
         logits = logits.to(self.labels.device).float()
         lost = self.broken & (logits.argmax(1) == self.labels)
@@ -109,7 +110,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Round:
-    """One pass over the active images: the number of the restart, and the clean rank of the target class or None."""
+    """One pass over the active images: the number of the restart, and the clean rank of the target class (or None)."""
 
     restart: int
     rank: int | None = None
@@ -118,7 +119,7 @@ class Round:
 class Wave:
     """The trials of a batch that are still needed. All tensors have one entry for each trial, (m, ...).
 
-    fill: trials that the device computes at once without loss.
+    fill: Number of trials that the device computes at once without loss of speed.
     """
 
     def __init__(self, outcome: Outcome, rows: Tensor, rounds: Sequence[Round], name: str, fill: int) -> None:
@@ -138,12 +139,12 @@ class Wave:
         """Record the images that are now broken, and drop all their trials unless every trial runs to its end.
 
         Args:
-            images: of the trials (m, 3, h, w), within the budget.
-            logits: of the images, (m, k).
-            inside: (m,) whether an image lies within the budget, None for all.
+            images: Images (m, 3, h, w) of the trials, within the budget.
+            logits: Logits (m, k) of the images.
+            inside: Whether an image lies within the budget, (m,). None for all.
 
         Returns:
-            Positions of the trials that stay, or None where all of them do; callers index their tensors with it.
+            Positions of the trials that stay, or None if all stay. Callers index their tensors with the positions.
         """
         outcome = self.outcome
         wrong = (logits.argmax(1) != self.labels) & (outcome.heights[self.rows] <= 0)
@@ -164,7 +165,7 @@ class Wave:
         return keep
 
     def finish(self, images: Tensor, logits: Tensor) -> None:
-        """Keep the images (m, 3, h, w) that the trials end with, where they are the highest; logits (m, k): theirs."""
+        """Keep the last images (m, 3, h, w) of the trials, with their logits (m, k), if they have the highest margin."""
         self.outcome.keep(self.rows, images, logits)
 
 
@@ -174,15 +175,15 @@ def select(keep: Tensor | None, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def restart_seed(seed: int, restart: int) -> int:
-    """Return the seed of what all images of a restart share; the first restart has the attack's own."""
+    """Return the seed of the random numbers that all images of a restart share. The first restart has the attack's own seed."""
     return mix_seed(seed, "restart", restart) if restart else seed
 
 
 def waves(outcome: Outcome, rounds: Sequence[Round], batch: int, name: str) -> Iterator[Wave]:
     """Yield the waves of an attack until its rounds end or every image is broken.
 
-    Few survivors run several rounds in one wave, up to the batch that the device needs to be busy. Images that are wrong when
-    clean have waves of their own, so that the others are in the same company with and without an active set.
+    If few images are left, several rounds run in one wave, up to the batch that keeps the device busy. Images that are wrong when
+    clean have waves of their own, so that the other images are in the same batches with and without an active set.
     """
     fill = batch if outcome.clean.device.type != "cpu" else min(batch, CPU_FILL)
     wrong = outcome.logits.argmax(1) != outcome.labels

@@ -1,12 +1,12 @@
 """Adversarial images of any classifier: PGD, FGSM, APGD, FAB-T, Square, AutoAttack and `strong`, each with restarts.
 
-The model takes pixels in [0, 1] and normalises them itself. While an attack runs the model is frozen, in eval mode and
-outside autocast; afterwards its flags and the random state are as before. An image that is wrong when clean, or that a step,
-restart, target or part of an ensemble has broken, is left out of the rest (active_set.py).
+The model takes pixels in [0, 1] and normalises them itself. While an attack runs, the model is frozen, in eval mode and outside
+autocast. Afterwards its flags and the random state are as before. An image that is wrong when clean, or that a step, restart,
+target or part of an ensemble has broken, is not attacked further (active_set.py).
 
-AutoAttack (Croce and Hein, arXiv 2003.01690) is APGD-CE, APGD-T and FAB-T with 100 steps and at most 9 targets, and Square
-with 5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 20 steps. APGD-T is not defined
-below 4 classes; both are then APGD-CE with 5 restarts, FAB-T and Square, which the condition's text names.
+AutoAttack (Croce and Hein, arXiv 2003.01690) is APGD-CE, APGD-T and FAB-T with 100 steps and at most 9 targets, and Square with
+5,000 queries. `strong` is its cheap form, the worst case of APGD-CE and APGD-T with 20 steps. APGD-T is not defined below 4
+classes. Both are then APGD-CE with 5 restarts, FAB-T and Square, which the text of the condition names.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ QUERIES = {"autoattack": 5000, "strong": 1000}  # of Square in an ensemble
 
 
 def radius_text(norm: str, epsilon: float) -> str:
-    """Return a radius as in tables, "4.5/255" in linf and "0.5" in the others."""
+    """Return a radius as in tables, "4.5/255" in linf and "0.5" in other norms."""
     return f"{epsilon * 255:.6g}/255" if norm == "linf" else f"{epsilon:.6g}"
 
 
@@ -84,11 +84,18 @@ def budget_text(norm: str, epsilon: float) -> str:
 class AttackSpec(AttackSettings, Checked):
     """One attack and its budget, in numbers.
 
-    name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
-    apgd_t, fab, square, autoattack, strong, torchattacks:NAME. epsilon: radius in pixel units of [0, 1], as a number or as text
-    such as "8/255". step_size: None = 2.5 epsilon / steps; only PGD and torchattacks use it. steps: None = 10 (FGSM always 1,
-    APGD and FAB 100, Square 5000 queries, strong 20). norm: "linf", "l2" or "l1". restarts: None = 1 (pgd 2). random_start: PGD
-    only. Raises UserError for an unknown name or norm, a norm that the attack does not have, a negative radius, a step of zero.
+    Args:
+        name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
+            apgd_t, fab, square, autoattack, strong, or torchattacks:NAME.
+        epsilon: Radius in pixel units of [0, 1], as a number or as text such as "8/255".
+        step_size: Step in the same units. None means 2.5 epsilon / steps. Only PGD and torchattacks use it.
+        steps: Number of steps. None means 10 (FGSM always 1, APGD and FAB 100, Square 5000 queries, strong 20).
+        norm: "linf", "l2" or "l1".
+        restarts: Number of restarts. None means 1 (for pgd 2).
+        random_start: Whether PGD starts at a random point.
+
+    Raises:
+        UserError: For an unknown name or norm, a norm that the attack does not have, a negative radius, or a step of zero.
     """
 
     epsilon: Annotated[float, within(0, unit=PIXELS)] = 4.5 / 255
@@ -156,7 +163,7 @@ class AttackSpec(AttackSettings, Checked):
 
     @property
     def label(self) -> str:
-        """The condition's text, "PGD-10 linf 4.5/255"; settings that are not the default follow."""
+        """The text of the condition, "PGD-10 linf 4.5/255", with settings that differ from the default."""
         return self.describe()
 
     def describe(self, num_classes: int | None = None) -> str:
@@ -179,7 +186,7 @@ class AttackSpec(AttackSettings, Checked):
         return self.label
 
     def check_classes(self, num_classes: int) -> None:
-        """Raise UserError where the attack's loss is not defined for so few classes."""
+        """Raise UserError if the attack's loss is not defined for so few classes."""
         if num_classes < self._kind.classes:
             raise UserError(
                 f"attack {self}: its loss needs {self._kind.classes} classes, here are {num_classes}: take apgd_ce, or strong."
@@ -190,33 +197,34 @@ class AttackSpec(AttackSettings, Checked):
         return asdict(self)
 
     def perturb(self, model: nn.Module, images: Tensor, labels: Tensor, **how: object) -> Tensor:
-        """Return the images of `search`, with its arguments, on the device of the clean ones."""
+        """Return the images of `search` on the device of the clean images. The arguments are the arguments of `search`."""
         return self.search(model, images, labels, **how).adversarial.to(images.device)
 
     def search(self, model: nn.Module, images: Tensor, labels: Tensor, **how: Any) -> Outcome:
-        """Return what `attack` finds: the images, and which of them it counts as broken; arguments as of `_run`."""
+        """Return the attacked images, and which of them the attack counts as broken. Arguments are as for `_run`."""
         return _run(model, images, labels, [self], **how)
 
 
 def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *, num_classes: int) -> Tensor:
     """Return adversarial images within spec.epsilon of `images`.
 
-    Deterministic in spec.seed and an image's position; the global random state is not changed.
+    The result is a function of spec.seed and the position of each image. The global random state is not changed.
 
     Args:
-        model: Maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags are
+        model: Module that maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags
+        are
             restored afterwards.
-        images: float (b, 3, h, w) in [0, 1].
+        images: Images, float (b, 3, h, w) in [0, 1].
         labels: Integers (b,) in 0..num_classes-1.
         spec: The attack. With epsilon 0 the images are returned.
         num_classes: Number of logits.
 
     Returns:
-        float32 (b, 3, h, w) in [0, 1] on the images' device. An image that is wrong when clean is returned unchanged; one
-        that withstands the attack as the trial left it that came closest to another class.
+        Images, float32 (b, 3, h, w) in [0, 1], on the images' device. An image that is wrong when clean is returned unchanged.
+        For an image that withstands the attack, the trial that came closest to another class is returned.
 
     Raises:
-        UserError: Pixels outside [0, 1], labels or logits that do not fit num_classes, logits or gradients that are not
+        UserError: For pixels outside [0, 1], labels or logits that do not fit num_classes, logits or gradients that are not
             finite, probabilities in place of logits, a model without a gradient, or fewer classes than the attack needs.
     """
     return spec.perturb(model, images, labels, num_classes=num_classes, keys=[(0, i) for i in range(len(images))])
@@ -225,22 +233,21 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 def robust_accuracy(
     model: nn.Module, images: Tensor, labels: Tensor, specs: Sequence[AttackSpec], *, num_classes: int, batch: int = 128
 ) -> Tensor:
-    """Return the worst case over a list of attacks: bool (b,), True where the clean and every attacked image is right.
+    """Return the worst case over a list of attacks: whether the clean and every attacked image is right, bool (b,).
 
-    The attacked images are evaluated once more, and this answer counts.
-
-    An image that one attack broke is not given to the next: list the cheap ones first. Its mean is the robust accuracy.
+    The mean of the result is the robust accuracy. The attacked images are evaluated once more, and this answer counts. An image
+    that one attack broke is not given to the next attack, so list cheap attacks first.
 
     Args:
-        model: As for `attack`.
-        images: float (b, 3, h, w) in [0, 1].
+        model: Module as for `attack`.
+        images: Images, float (b, 3, h, w) in [0, 1].
         labels: Integers (b,) in 0..num_classes-1.
-        specs: The attacks; with none of them the result is the clean correctness.
+        specs: Attacks. Without attacks, the result says which clean images are right.
         num_classes: Number of logits.
         batch: Largest number of images in one forward pass.
 
     Raises:
-        UserError: As for `attack`, and a model that answers differently from call to call.
+        UserError: As for `attack`, and for a model that answers differently from call to call.
     """
     keys = [(0, i) for i in range(len(images))]
     outcome = _run(model, images, labels, specs, num_classes=num_classes, keys=keys, batch=batch)
@@ -264,8 +271,8 @@ def _run(
 ) -> Outcome:
     """Run attacks one after the other on the images that are still right.
 
-    keys: one for each image, of which its random numbers are a function. exhaust: attack every image to the end, broken or not:
-    for images that are evaluated on another model.
+    keys: Key of each image. The random numbers of the image are a function of it. exhaust: Whether every image is attacked to the
+    end, broken or not. This is for images that are evaluated on another model.
     """
     clean = images.detach().float().clone()
     what = _named(specs)
@@ -317,7 +324,7 @@ def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
 
 
 def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
-    """Return the restarts of an attack, for each target class where it has targets."""
+    """Return the restarts of an attack, for each target class if the attack has targets."""
     restarts = range(spec.restarts or 1)
     if spec.name.startswith(PREFIX):
         return [Round(0)]  # with all of its restarts

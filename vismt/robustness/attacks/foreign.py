@@ -1,8 +1,8 @@
 """Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
 
-Such a class draws for a whole batch, so every restart takes all images that are right when clean, and these get the same draws
-when the images are for another model. Budget, step and length are passed where the class takes them; what leaves the budget, as
-the results of minimal-norm attacks may, is put back to the image.
+Such a class draws random numbers for a whole batch. Every restart therefore takes all images that are right when clean, and
+these images get the same draws if they are for another model. Budget, step and length are passed if the class takes them. An
+image outside the budget, as minimal-norm attacks may return, is replaced by the clean image.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from vismt.robustness.attacks.active_set import Wave, restart_seed
 from vismt.robustness.attacks.victim import Victim
 
 PREFIX = "torchattacks:"
-L2_ENDING = "L2"  # of the names of the classes whose radius is of l2; that of the others is of linf, or of their argument `norm`
+L2_ENDING = "L2"  # parts of names of classes with a radius in l2. Other classes have linf, or their argument `norm`
 
 
 class _Model(nn.Module):
@@ -68,7 +68,7 @@ def foreign(
 
 def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], name: str, seed: int) -> Tensor:
     model = _Model(victim, wave.rows).eval()
-    # Some attacks reset the global seed, and that of every CUDA device.
+    # Some attacks reset the global seed, and the seed of every CUDA device.
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)

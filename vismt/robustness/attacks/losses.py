@@ -1,12 +1,12 @@
-"""The losses of attacks, values (b,) that an attack raises, from logits z (b, k) in float64 and labels y (b,).
+"""The losses of attacks: values (b,) that an attack raises, from logits z (b, k) in float64 and labels y (b,).
 
     cross_entropy   log sum_{j != y} exp(z_j) - z_y
     dlr             -(z_y - max_{j != y} z_j) / (z_(1) - z_(3))                      3 classes or more
     targeted_dlr    -(z_y - z_t) / (z_(1) - (z_(3) + z_(4)) / 2)                     4 classes or more
-    margin          z_t - z_y, with t the largest other logit where no target is given
+    margin          z_t - z_y, with t the largest other logit if no target is given
 
-z_(i) is the i-th largest logit (Croce and Hein, arXiv 2003.01690). The cross-entropy is softplus of the value given here, so
-both have the same order and the same direction of the gradient; this one does not vanish where softmax is saturated.
+z_(i) is the i-th largest logit (Croce and Hein, arXiv 2003.01690). The cross-entropy is softplus of the value given here. Both
+have the same order and the same direction of the gradient, but the value given here does not vanish if softmax is saturated.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def _at(logits: Tensor, index: Tensor) -> Tensor:
 
 
 def _others(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return the logits with that of the label at -inf."""
+    """Return the logits, with -inf for the label."""
     return logits.scatter(1, labels[:, None], float("-inf"))
 
 
@@ -52,6 +52,6 @@ def targeted_dlr(logits: Tensor, labels: Tensor, targets: Tensor | None) -> Tens
 
 
 def margin(logits: Tensor, labels: Tensor, targets: Tensor | None = None) -> Tensor:
-    """Return the logit of the target, or of the strongest other class, minus that of the label."""
+    """Return the logit of the target, or of the strongest other class, minus the logit of the label."""
     other = _others(logits, labels).amax(1) if targets is None else _at(logits, targets)
     return other - _at(logits, labels)

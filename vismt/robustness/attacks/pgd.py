@@ -3,16 +3,18 @@
     PGD     x <- project(x + steepest step along the gradient),    from a random start in the ball
     APGD    z = project(x_k + eta step(g_k)),    x_{k+1} = project(x_k + a (z - x_k) + (1 - a) (x_k - x_{k-1}))
 
-PGD: Madry et al., arXiv 1706.06083; FGSM, from the image itself: Goodfellow et al., arXiv 1412.6572. The step is a multiple
-of epsilon: 2.5 epsilon / steps reaches the boundary from any start, epsilon / 10 of the few-shot papers hardly does in 10
-steps. An image counts as broken at the first iterate that is wrong.
+PGD: Madry et al., arXiv 1706.06083. FGSM, which starts at the image itself: Goodfellow et al., arXiv 1412.6572. The step is a
+multiple of epsilon. 2.5 epsilon / steps reaches the boundary from any start. epsilon / 10, the step of the few-shot papers,
+hardly does in 10 steps. An image counts as broken at the first iterate that is wrong.
 
-APGD: Croce and Hein, arXiv 2003.01690. a = 1 in the first step, then 0.75. eta starts at 2 epsilon. At the checkpoints, whose
-distance shrinks from 22 % of the steps by 3 % a time down to 6 %, eta is halved and the search goes on from the best point
-when the loss rose in no more than 75 % of the steps since the last checkpoint, or when neither eta nor the best loss has
-changed since then. In l1 the step goes to the largest entries of the gradient, whose share follows the sparsity of the best
-point, and eta is divided by 1.5 between epsilon and epsilon / 10 (Croce and Hein, arXiv 2103.01208); their three stages of
-growing radius are left out.
+APGD: Croce and Hein, arXiv 2003.01690. a = 1 in the first step, then 0.75. eta starts at 2 epsilon. The distance between
+checkpoints shrinks from 22 % of the steps by 3 % a time down to 6 %. At a checkpoint, eta is halved and the search goes on from
+the best point in two cases: if the loss rose in no more than 75 % of the steps since the last checkpoint, or if neither eta nor
+the best loss has changed since then.
+
+In l1 the step goes to the largest entries of the gradient, whose share follows the sparsity of the best point. eta is divided
+by 1.5 between epsilon and epsilon / 10 (Croce and Hein, arXiv 2103.01208). The three stages of growing radius in that paper are
+left out.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ L1_FIRST, L1_DECREASE, L1_SPARSER, L1_RANGE = 0.04, 1.5, 0.95, 10.0
 
 
 def pgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, step: float, steps: int, start: bool) -> None:
-    """Run `steps` steps of size `step`; start: from a random point, else from the image."""
+    """Run `steps` steps of size `step`. start: Whether to start at a random point, and not at the image."""
     images = random_start(wave.clean, epsilon, norm, wave.seeds, edge=False) if start else wave.clean.clone()
     for _ in range(steps):
         logits, _, gradient = victim.gradient(images, wave.rows, wave.labels, None, cross_entropy)
@@ -50,7 +52,7 @@ def pgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, step: float, s
 
 @dataclass
 class _State:
-    """The trials of a wave: one entry each."""
+    """The trials of a wave, with one entry for each trial."""
 
     images: Tensor
     previous: Tensor
@@ -75,7 +77,7 @@ class _State:
 
 
 def apgd(victim: Victim, wave: Wave, *, epsilon: float, norm: str, steps: int, loss: Loss) -> None:
-    """Run `steps` steps on a loss of `losses`; the wave has targets where the loss needs them."""
+    """Run `steps` steps on a loss of `losses`. The wave has targets if the loss needs them."""
     state = _start(victim, wave, epsilon, norm, loss)
     window, shortest, shrink = _windows(steps, norm)
     since = 0
@@ -145,7 +147,7 @@ def _move(wave: Wave, state: _State, epsilon: float, norm: str, *, first: bool) 
 
 
 def _evaluate(victim: Victim, wave: Wave, state: _State, loss: Loss, *, last: bool) -> None:
-    """Take loss and gradient at the new images, drop broken trials and keep the best points; the last needs no gradient."""
+    """Take loss and gradient at the new images, drop broken trials and keep the best points. The last step needs no gradient."""
     if last:
         with torch.no_grad():
             logits = victim.logits(state.images, wave.rows)

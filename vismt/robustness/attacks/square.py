@@ -1,12 +1,13 @@
-"""Square attack: random search with square changes, by logits alone (Andriushchenko et al., arXiv 1912.00049).
+"""Square attack: random search with square changes, which needs only logits (Andriushchenko et al., arXiv 1912.00049).
 
-A query changes a square window of the image to a corner of the ball and is kept when the margin z_y - max z_j falls. The
-window's share of the pixels starts at 80 % and is halved at nine points of the search. linf starts from vertical stripes of
-+-epsilon; l2 starts from a grid of bumps and moves norm from one window to another. Windows and signs are functions of the
-seed, the restart and the query, the same for all images; starts are functions of each image's seed.
+A query changes a square window of the image to a corner of the ball. The change is kept if the margin z_y - max z_j falls. The
+share of the pixels in the window starts at 80 % and is halved at nine points of the search. linf starts from vertical stripes
+of +-epsilon. l2 starts from a grid of bumps and moves norm from one window to another. Windows and signs are functions of the
+seed, the restart and the query, and are the same for all images. Starts are functions of the seed of each image.
 
-Most queries are not kept. So few images ask several queries ahead in one batch, as if none of them were kept; an image that
-keeps one goes on from there and asks the later ones again. The images are those of one query after the other.
+Most queries are not kept. If few images are left, they therefore ask several queries ahead in one batch, as if none of them were
+kept. An image that keeps a query continues from there and asks the later queries again. The result is the same as with one query
+after the other.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ TILES = 5  # of a side, in the l2 start
 class _Moves:
     """What each query changes: a window by its side (q,) and upper left corner (q, 2), signs (q, c, 1, 1).
 
-    l2: also the corner of the window that gives its norm, and whether the bump is turned (q,).
+    In l2 there are also the corner of the window that gives its norm, and whether the bump is turned (q,).
     """
 
     side: Tensor

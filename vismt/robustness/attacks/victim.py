@@ -1,8 +1,8 @@
 """The model under attack: logits, gradients of a loss on them, and the checks that keep a broken model from looking robust.
 
-The gradient of a loss is taken in two parts. The loss is differentiated by the logits in float64 and scaled for each image
-to a largest entry of 1, then propagated to the pixels. Attacks use the direction alone, so nothing changes, except that
-small gradients are not rounded to zero on the way.
+The gradient of a loss is taken in two parts. The loss is differentiated by the logits in float64 and scaled for each image to a
+largest entry of 1, and then propagated to the pixels. Small gradients are therefore not rounded to zero on the way. The scale
+has no other effect, because attacks use only the direction.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ PROBABILITY_SLACK = 1e-4
 class Victim:
     """A frozen model as a function of images and of the rows that they belong to.
 
-    model: images (b, 3, h, w) in [0, 1] -> logits (b, num_classes). A model with `rows_of` (see
+    model: Module from images (b, 3, h, w) in [0, 1] to logits (b, num_classes). A model with `rows_of` (see
     `vismt.metatune.protocol.episode_runner.PackedClassifier`) classifies each image by the task of its row.
     """
 
@@ -33,7 +33,7 @@ class Victim:
         self.has_gradient = False
 
     def logits(self, images: Tensor, rows: Tensor) -> Tensor:
-        """Return float32 logits (b, num_classes) of images (b, 3, h, w); rows (b,) number the attacked images."""
+        """Return float32 logits (b, num_classes) of images (b, 3, h, w). rows: Numbers (b,) of the attacked images."""
         output = answers(self.model, images, rows)
         fits = isinstance(output, Tensor) and tuple(output.shape) == (len(images), self.num_classes)
         if not fits or not bool(output.isfinite().all()):
@@ -47,7 +47,7 @@ class Victim:
 
     @torch.no_grad()
     def predictions(self, images: Tensor, rows: Tensor, batch: int) -> Tensor:
-        """Return clean logits (b, num_classes); refuse a model that returns probabilities."""
+        """Return clean logits (b, num_classes), and refuse a model that returns probabilities."""
         parts = [self.logits(*pair) for pair in zip(images.split(batch), rows.split(batch), strict=True)]
         logits = torch.cat(parts)
         if bool((logits >= 0).all()) and bool(((logits.sum(1) - 1).abs() < PROBABILITY_SLACK).all()):
@@ -62,7 +62,7 @@ class Victim:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits (b, k), losses (b,) in float64 and their gradient (b, 3, h, w), scaled for each image.
 
-        Raises UserError where no gradient reaches the images, or all of the first ones are zero.
+        Raises UserError if no gradient reaches the images, or all of the first gradients are zero.
         """
         leaf = images.detach().requires_grad_(True)
         output = self.logits(leaf, rows)
@@ -94,7 +94,7 @@ class Victim:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Hold the model in eval mode without trainable parameters; restore every flag."""
+    """Hold the model in eval mode without trainable parameters, and restore every flag afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with evaluating(model):
         try:
