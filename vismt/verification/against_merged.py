@@ -75,7 +75,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
 
 
 def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit], another: bool) -> Iterable[Finding]:
-    """Yield what is wrong with the merged updates. another: merged into another base, which explains other differences."""
+    """Yield the faults of the merged updates. another: Whether the base is another one, which explains other differences."""
     groups: dict[Finding, list[str]] = defaultdict(list)
     for path, found in fits.items():
         judged = _judged(facts, base, merged, path, found) if found.kind != "other" or not another else None
@@ -87,7 +87,7 @@ def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fi
 
 
 def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> Finding | None:
-    """Return what the fit of one module means; None where it was merged right."""
+    """Return the finding for the fit of one module. None if it was merged right."""
     if found.kind == "factor" and found.factor is not None:
         factor = round(found.factor, 2)
         code = "unmerged" if factor == 0 else "merged-twice" if "merged twice" in found.rule else "scale"
@@ -107,7 +107,7 @@ def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit)
 
 
 def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
-    """Return code and text of what M - W is where it is not a multiple of the update of this module."""
+    """Return code and text that explain M - W if it is not a multiple of the update of this module."""
     update = update_of(facts, facts.modules[path])
     assert update is not None
     W, M = base.matrix(path, update.shape), merged.matrix(path, update.shape)
@@ -140,7 +140,7 @@ def _explained(facts: Facts, base: Located, merged: Located, path: str, found: F
 
 
 def _bits(values: Tensor) -> int:
-    """Return 8 or 4 for rows on the grid of as many bits, or on the grid of NF4; 0 for others."""
+    """Return 8 or 4 if the rows lie on a grid of as many bits (NF4 counts as 4), or else 0."""
     most = values.abs().amax(1, keepdim=True).clamp_min(1e-30)
     for bits in (4, 8):
         places = values / most * (2 ** (bits - 1) - 1)
@@ -171,7 +171,7 @@ def _rounding(fits: Mapping[str, Fit]) -> Iterable[Finding]:
 
 
 def _lost(base: Located, merged: Located) -> list[str]:
-    """Return the weights of the base that a merged checkpoint lacks, where no library says what it needs."""
+    """Return the weights of the base that a merged checkpoint lacks, if no library says what it needs."""
     if merged.library is not None:
         return []
     shared = locate_all(base.facts, merged.facts)
@@ -246,7 +246,7 @@ def _same_values(base: Facts, name: str, merged: Facts, other: str) -> bool:
 
 
 def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
-    """Yield whole parameters of the adapter, and rows of embeddings, that the checkpoint does not hold."""
+    """Yield findings for whole parameters of the adapter, and rows of embeddings, that the checkpoint does not hold."""
     for tensor in facts.with_role("saved", "tokens"):
         if tensor.name.endswith(".base_layer.weight"):  # peft's copy of an embedding
             continue

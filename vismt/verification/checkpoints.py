@@ -1,6 +1,6 @@
-"""Checkpoints: opened by path or name, under the names of the model that reads them, and the adapted weights in them.
+"""Open checkpoints by path or name, translate their names to the model that reads them, and locate the adapted weights.
 
-The names in a file are not always those of the modules: transformers renames, stacks, splits and turns weights while it loads
+The names in a file are not always the names of the modules. transformers renames, stacks, splits and turns weights while it loads
 them, by the type of the model. The model is built without values, and its own conversion is applied to the names of the file.
 Nothing is fetched, no code of the folder is run, and sizes that would take long to build are refused. If the installed
 transformers has no such conversion or does not know the type, no model is built, and names are not judged.
@@ -80,7 +80,10 @@ def _from_hub(name: str, what: str) -> Path:
 
 @dataclass(frozen=True)
 class Library:
-    """A model of transformers on the meta device. shapes: of its weights and buffers, by name. tied: sets of tied names."""
+    """A model of transformers on the meta device.
+
+    shapes: Shapes of its weights and buffers, by name. tied: Sets of tied names.
+    """
 
     model: Any
     shapes: dict[str, tuple[int, ...]]
@@ -119,7 +122,7 @@ class Translated:
 def translated(facts: Facts, adapter: Facts | None = None) -> Translated:
     """Return a checkpoint under the names of the model that transformers makes of it.
 
-    adapter: whose class of model is taken, if the weights can be loaded into it.
+    adapter: Adapter whose class of model is taken, if the weights can be loaded into this class.
     """
     library = _library_of(facts, adapter)
     if library is None:
@@ -183,7 +186,7 @@ def _library_of(facts: Facts, adapter: Facts | None) -> Library | None:
 
 
 def _classes(config: Mapping[str, object], adapter: Facts | None) -> list[str]:
-    """Return names of classes of transformers: those that an adapter was trained on first, then that of the checkpoint."""
+    """Return names of classes of transformers: first the classes that the adapter was trained on, then the checkpoint's."""
     own = config.get("architectures")
     names: list[Any] = list(own) if isinstance(own, list) else []
     if adapter is not None:
@@ -208,7 +211,7 @@ def _of_task(task: object, config: Mapping[str, object]) -> str | None:
 
 @functools.lru_cache(maxsize=8)
 def _built(text: str, name: str) -> Library | None:
-    """Return the model of a config.json; None where the installed transformers cannot tell. text: the content."""
+    """Return the model of a config.json. None if the installed transformers does not know it. text: Content of the file."""
     config = _plain(json.loads(text))
     if config is None:
         return None
@@ -234,7 +237,7 @@ def _built(text: str, name: str) -> Library | None:
 
 
 def _plain(config: object, key: str = "") -> Any:
-    """Return a configuration without what fetches or runs something else; None where it cannot be built in a short time."""
+    """Return a configuration without keys that fetch or run something else. None if its model takes long to build."""
     if isinstance(config, dict):
         if any(FETCHING.search(name) and value for name, value in config.items()):
             return None
@@ -287,7 +290,7 @@ def _join(
     parts: Sequence[tuple[str, str]],
     stored: StoredTensors,
 ) -> list[str]:
-    """Take the weights in that a converter makes of several tensors of a file, or of one; return their names."""
+    """Add the weights that a converter makes of tensors of the file, and return the names of these weights."""
     from transformers.core_model_loading import dot_natural_key
 
     parts = sorted(parts, key=lambda part: dot_natural_key(part[1]))
@@ -368,11 +371,11 @@ class Located:
         return (flat != shape and not turned) or (A is not None and len(A.shape) != len(stored) > 1)
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Return the stored shape of a module's weight; () where the checkpoint has none."""
+        """Return the stored shape of a module's weight. () if the checkpoint has no such weight."""
         return self.facts.tensors[self.names[path]].shape if path in self.names else ()
 
     def matrix(self, path: str, shape: tuple[int, int]) -> Tensor | None:
-        """Return the weight (o, i) of a module; None where it is missing, has another shape, or is not of a float type."""
+        """Return the weight (o, i) of a module. None if it is missing, has another shape, or is not of a float type."""
         stored = self.shape(path)
         value = self.facts.stored.read(self.names[path]) if stored else None
         if value is None or value.dtype not in BITS:
@@ -443,7 +446,7 @@ def _stacks(facts: Facts, library: Library | None) -> dict[str, tuple[str, bool]
 
 
 def unheld(facts: Facts, base: Located) -> list[str]:
-    """Return the linears of the base that the settings name, like adapted ones of other layers, and the file does not hold."""
+    """Return the linear layers that the settings name and the file lacks, although it has them for other layers."""
     if facts.settings is None or base.change or len(base.names) < len(facts.modules):
         return []
     matrices = [name for name, stored in base.facts.tensors.items() if len(stored.shape) > 1]
@@ -454,7 +457,7 @@ def unheld(facts: Facts, base: Located) -> list[str]:
 
 
 def shape_of(module: ModuleFacts) -> tuple[int, int] | None:
-    """Return (o, i) of the update by the shapes of its factors; None where it has none."""
+    """Return (o, i) of the update by the shapes of its factors. None if it has no factors."""
     A, B = (module.tensors.get(role) for role in ("A", "B"))
     if A is not None and B is not None and len(A.shape) >= 2 and len(B.shape) >= 2 and A.shape[0] == B.shape[1]:
         return B.shape[0] * module.experts, int(torch.Size(A.shape[1:]).numel())
@@ -465,7 +468,7 @@ def shape_of(module: ModuleFacts) -> tuple[int, int] | None:
 
 
 def equal(W: Tensor, M: Tensor) -> bool:
-    """Return whether one is the other, or a cast of it."""
+    """Return whether two tensors are equal, or one is a cast of the other."""
     return torch.equal(W.to(M.dtype), M) or torch.equal(M.to(W.dtype), W)
 
 

@@ -1,4 +1,4 @@
-"""What is under verification: the facts of a folder, an adapter or a checkpoint, and the findings about it."""
+"""The facts of a folder under verification (an adapter or a checkpoint), and the findings about it."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def shorten_names(modules: Sequence[str]) -> str:
 
 @dataclass
 class Facts(AdapterFacts):
-    """What a folder holds, an adapter or a checkpoint.
+    """The content of a folder with an adapter or a checkpoint.
 
     kind: Kind of its files. A folder of `write_repository`, which has both, counts as peft's. model_config: config.json, also
     beside an adapter. files: Names in the folder. specs: Specs of a vismt adapter by path.
@@ -86,9 +86,9 @@ class Facts(AdapterFacts):
 
 
 def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
-    """Return what a folder (or a checkpoint file) holds. Raises UserError only where there is nothing at `folder`.
+    """Return the facts of a folder (or of a checkpoint file). Raises UserError only if nothing exists at `folder`.
 
-    as_checkpoint: pass by the files of an adapter beside the weights of a model.
+    as_checkpoint: Whether to ignore the files of an adapter beside the weights of a model.
     """
     path = Path(folder)
     if not path.exists():
@@ -154,7 +154,7 @@ def _read_vismt(facts: Facts) -> None:
 
 
 def _read_weights(path: Path) -> StoredTensors:
-    """Return the tensors of a checkpoint: a file, or of a folder the one of a whole model, those that an index names, or all."""
+    """Return the tensors of a checkpoint file, or of a folder: the whole model's file, the files of an index, or all files."""
     stored = StoredTensors()
     single = path / WEIGHTS
     if path.is_file() or single.is_file():  # which transformers takes first
@@ -182,7 +182,7 @@ def _read_weights(path: Path) -> StoredTensors:
 
 
 def _held(path: Path) -> dict[str, Tensor]:
-    """Return the tensors of an older checkpoint under their own names, or of one that holds them under another key."""
+    """Return the tensors of an older checkpoint under their own names, also if it holds them under another key."""
     try:
         return read_legacy(path)
     except UserError:

@@ -1,11 +1,11 @@
-"""One module of a merged checkpoint M against its base W and the update D of an adapter: which k makes M = round(W + k D)?
+"""Compare one module of a merged checkpoint M with its base W and the update D of an adapter: which k gives M = round(W + k D)?
 
     E = M - W,   c = <E, D> / <D, D>,   P_k = round_t(W + k D),   c_P = <P_1 - W, D> / <D, D>,   t the dtype of M
 
-min over s of |M - W - s D| is at s = c. Where W lies on the grid of t already, rounding is not independent of D: a right merge
-in bf16 with |D| / |W| = 1e-3 has c = 0.5, as every element that moves by less than half a spacing stays. So c is compared
-with c_P, not with 1, and k is named by the distance of M to P_k. The standard error of c from independent rounding is
-eps_t |M| / (|D| sqrt(N)), eps_t = 0.425 / 2^p the RMS relative error of a number with p significant bits.
+The minimum over s of |M - W - s D| is at s = c. If W already lies on the grid of t, rounding is not independent of D. A right
+merge in bf16 with |D| / |W| = 1e-3 has c = 0.5, because every element that moves by less than half a spacing stays. Therefore c
+is compared with c_P and not with 1, and k is named by the distance of M to P_k. The standard error of c from independent
+rounding is eps_t |M| / (|D| sqrt(N)). eps_t = 0.425 / 2^p is the RMS relative error of a number with p significant bits.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vismt.lowrank.update import Update
 
-_CHUNK = 2**18  # elements at a time: copies in other dtypes stay small
+_CHUNK = 2**18  # elements at a time, so that copies in other dtypes stay small
 SAMPLE = 2**20  # elements that distinguish one factor from another
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
@@ -28,7 +28,7 @@ Kind = Literal["right", "factor", "other", "unresolved", "none"]
 
 @dataclass(frozen=True)
 class Merge:
-    """What was done to the base: `times` times W + factor s B A. Two times once and once two times differ in DoRA, and bits."""
+    """A merge: W + factor s B A, `times` times. For DoRA and in bits, (times 2, factor 1) and (times 1, factor 2) differ."""
 
     factor: float = 1.0
     times: int = 1
@@ -36,11 +36,21 @@ class Merge:
 
 @dataclass(frozen=True)
 class Fit:
-    """How M stands to W and D.
+    """The relation of M to W and D.
 
-    kind: right; factor (M = round(W + factor D)); other (M - W is not a multiple of D); unresolved (rounding leaves fewer than
-    FEWEST elements that D moves); none (D is zero). rule: what makes this factor. scale: c. expected: c_P. resolution: relative
-    error of the factor, 6 standard errors. residual: |E - c D| / |M|. cosine: of E and D. norm: |D|. lost: |P_1 - (W + D)|.
+    Args:
+        kind: right, factor (M = round(W + factor D)), other (M - W is not a multiple of D), unresolved (rounding leaves fewer
+        than
+            FEWEST elements that D moves), or none (D is zero).
+        factor: Factor k of the update.
+        rule: Mistake that gives this factor.
+        scale: c.
+        expected: c_P.
+        resolution: Relative error of the factor, 6 standard errors.
+        residual: |E - c D| / |M|.
+        cosine: Cosine of E and D.
+        norm: |D|.
+        lost: |P_1 - (W + D)|.
     """
 
     kind: Kind
@@ -56,7 +66,7 @@ class Fit:
 
 
 Rounded = Callable[[Tensor, Tensor, torch.dtype], Tensor]
-# What merges do: add and round once, round D first, round W first; DoRA has `_merge_in_half`, too.
+# Ways to merge: add and round once, round D first, round W first. DoRA also has `_merge_in_half`.
 ROUNDED: tuple[Rounded, ...] = (
     lambda W, D, t: (W + D).to(t),
     lambda W, D, t: (W + D.to(t).to(W.dtype)).to(t),
@@ -66,7 +76,7 @@ ROUNDED: tuple[Rounded, ...] = (
 
 @dataclass
 class _Sums:
-    """Sums in fp64 over elements: products of E, D, M and P - W for each way to round."""
+    """Sums in fp64 over elements, of products of E, D, M and P - W for each way to round."""
 
     n: int = 0
     ed: float = 0.0
@@ -82,7 +92,7 @@ class _Sums:
 
 
 def fit_merge(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool = False) -> Fit:
-    """Return how the matrices W and M (o, i) stand to an update. rank, rslora: its settings, for rules of wrong factors."""
+    """Return the fit of matrices W and M (o, i) to an update. rank, rslora: Settings of the update, to name wrong factors."""
     sums = _sums(W, M, update, Merge(), _chunks(W), 1, wide=False)
     if sums.dd == 0:
         return Fit("none")
@@ -128,7 +138,7 @@ def _sums(
 ) -> _Sums:
     """Return the sums over rows for a merge.
 
-    ways: number of ways to round. wide: multiply in fp64, which the residual of an fp32 merge needs.
+    ways: Number of ways to round. wide: Whether to multiply in fp64, which the residual of an fp32 merge needs.
     """
     sums = _Sums()
     sums.pd, sums.pp, sums.distance, sums.lost = ([0.0] * ways for _ in range(4))
@@ -171,7 +181,7 @@ def _sums(
 
 
 def _merge_in_half(update: Update, W: Tensor, rows: slice, factor: float, dtype: torch.dtype) -> Tensor:
-    """Return rows of a merge of DoRA in a model of 16 bits, whose magnitudes and lengths are rounded, too."""
+    """Return rows of a merge of DoRA in a model of 16 bits, whose magnitudes and lengths are also rounded."""
     assert update.magnitude is not None
     block = update.blocks[0]
     product = block.B[rows].to(dtype).float() @ block.A.to(dtype).float()
@@ -198,7 +208,7 @@ def known_mistakes(update: Update, rank: int, rslora: bool) -> dict[str, Merge]:
 
 
 def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tuple[float, str] | None:
-    """Return the factor other than 1 that fits best, with its rules; None where 1 or no factor fits."""
+    """Return the factor other than 1 that fits best, with its rules. None if 1 or no factor fits."""
     chunks = _chunks(W)
     chosen = chunks[:: max(1, len(chunks) * _CHUNK // SAMPLE)]
 
@@ -211,7 +221,7 @@ def _named(W: Tensor, M: Tensor, update: Update, rank: int, rslora: bool) -> tup
     merge, trial = trials[best]
     distance, k = min(trial.distance), merge.factor * merge.times
     way = trial.distance.index(distance)
-    # The noise of rounding, which is larger where M was rounded twice, and 3 % of D: products in TF32 leave less.
+    # The noise of rounding, which is larger if M was rounded twice, and 3 % of D, which is more than products in TF32 leave.
     noise = trial.pp[way] - (trial.pd[way] ** 2 / trial.dd if trial.dd else 0.0)
     most = 2.25 * max(noise, 0.0) + 1e-3 * max(k**2, 1.0) * present.dd
     if distance > min(most, 0.25 * min(present.distance)):

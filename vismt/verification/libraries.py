@@ -1,4 +1,4 @@
-"""What each library, a reader, will do with a folder: which tensors it uses, ignores, refuses or misreads, and why.
+"""Predict which tensors of a folder each library (a reader) uses, ignores, refuses or misreads, and why.
 
 The answers follow from the rules that the folder meets (rules.py).
 """
@@ -17,7 +17,7 @@ from vismt.verification.rules import FolderCase, Met, met_rules, of_modules
 
 # The worst effect on a tensor counts.
 EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
-# peft's and transformers' rules were run, the others read from the source of this date.
+# The rules of peft and transformers were run. The rules of the others were read from the source of this date.
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
 _NAMES = {"vllm": "vLLM"}
 _RUN = ("peft", "transformers", "timm")
@@ -28,7 +28,10 @@ GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": 
 
 @dataclass(frozen=True)
 class Remark:
-    """What a reader does with some tensors. effect: of EFFECTS. expected: not run. groups: number of modules by kind."""
+    """What a reader does with some tensors.
+
+    effect: Name among EFFECTS. expected: Whether the rule was not run with the library. groups: Number of modules by kind.
+    """
 
     effect: str
     why: str
@@ -47,9 +50,10 @@ class Remark:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a reader does with a folder. applied: how many modules (of a checkpoint: tensors) it uses as they are meant.
+    """What a reader does with a folder.
 
-    table: by group of tensors, how many meet which effect, "used" among them.
+    applied: Number of modules (tensors of a checkpoint) that it uses as they are meant. table: Number of tensors with each effect
+    ("used" among them), by group of tensors.
     """
 
     reader: str
@@ -107,15 +111,15 @@ def readings(case: FolderCase, readers: Sequence[str] = ()) -> list[Reading]:
     """Return what readers will do with a folder.
 
     Args:
-        case: the folder; without its base, names and shapes are not compared.
-        readers: of VERSIONS; none for those that are made for the model.
+        case: Folder to read. Without its base, names and shapes are not compared.
+        readers: Names among VERSIONS. None given means the readers that are made for the model.
 
     Raises:
-        UserError: for the name of another reader.
+        UserError: For the name of another reader.
     """
     require_known("verify: no reader", readers, VERSIONS)
     facts, met = case.facts, list(met_rules(case))
-    if not readers:  # those that are made for a kind of model and of folder
+    if not readers:  # readers for a kind of model and of folder
         readers = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
         readers = readers if facts.kind == "checkpoint" else ("peft", *readers)
     return [_reading(reader, case, met) for reader in readers]
@@ -151,7 +155,7 @@ def _reading(reader: str, case: FolderCase, met: Sequence[Met]) -> Reading:
 
 
 def _source(reader: str) -> str:
-    """Return which version the rules of a reader are of."""
+    """Return the version of a reader to which its rules belong."""
     if reader not in _RUN:
         return f"as of {_NAMES.get(reader, reader)} {VERSIONS[reader]}"
     try:

@@ -1,6 +1,7 @@
 """`vismt merge ADAPTER`: an adapter folder of vismt or peft is merged into its base and written as a stock model.
 
-The adapter is verified against its base before the merge, and the merged checkpoint against both before it is put in its place.
+The adapter is verified against its base before the merge. The merged checkpoint is verified against both before it is put in its
+place.
 A LoRA is merged by vismt. Other tuners of peft, and DoRA, are merged by the installed peft.
 """
 
@@ -32,7 +33,7 @@ from vismt.verification.facts import MODEL_CONFIG, WEIGHTS, Facts, read_facts
 from vismt.verification.verify import Verdict, verify
 
 COMMAND = "merge"
-# Files beside the weights of a language model that are not of its weights.
+# Files beside the weights of a language model that belong to its tokenizer and settings.
 BESIDE: tuple[str, ...] = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -48,16 +49,16 @@ def merge_adapter(folder: Path, base: str, target: Path) -> Verdict:
     """Write the base with an adapter merged into its weights to a folder.
 
     Args:
-        folder: What `save_adapter`, `export_peft` or peft wrote.
+        folder: Folder that `save_adapter`, `export_peft` or peft wrote.
         base: The model that the adapter was trained on: a folder or file, an asset, a name of timm or of the hub.
-        target: Folder of the stock model: that of transformers' save_pretrained, or weights and config.json for timm.
+        target: Folder for the stock model: the folder of transformers' save_pretrained, or weights and config.json for timm.
 
     Returns:
         The verdict on the merged checkpoint, which is not broken.
 
     Raises:
-        UserError: An adapter that is broken or does not fit the base, a base that cannot be read, a merge that the verification
-            finds broken, and a folder that holds other files. Nothing is written then.
+        UserError: If the adapter is broken or does not fit the base, the base cannot be read, the verification finds the merge
+            broken, or the folder holds other files. Nothing is written then.
     """
     check_folder(COMMAND, target)
     with TemporaryDirectory(prefix="vismt-") as scratch:
@@ -86,9 +87,9 @@ def _need_sound(verdict: Verdict, what: str) -> None:
 
 
 def _timm_base(name: str, adapter: Facts, folder: Path) -> Path | None:
-    """Write the weights of a timm model, by its name or that of an asset, to a folder; None for any other base.
+    """Write the weights of a timm model to a folder, by its name or the name of an asset. None for any other base.
 
-    A head that the adapter saves replaces that of the weights.
+    A head that the adapter saves replaces the head of the weights.
     """
     import timm
 
@@ -110,7 +111,7 @@ def _preprocessing(model: Any) -> dict[str, Any]:
 
 
 def _saved_classes(model: nn.Module, adapter: Facts) -> int:
-    """Return the number of classes of the head that an adapter holds whole, 0 without one."""
+    """Return the number of classes of the head that an adapter holds whole. 0 without such a head."""
     heads = {f"{path}.weight" for path in classifier_paths(model)}
     shapes = [tensor.shape for tensor in adapter.with_role("saved") if tensor.path in heads]
     return shapes[0][0] if shapes else 0

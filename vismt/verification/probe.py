@@ -1,8 +1,8 @@
-"""What an adapter does on examples: scores of the base, of the base with the adapter and of a merged checkpoint.
+"""Scores of the base, of the base with the adapter and of a merged checkpoint on examples.
 
-Of a text file, every non-empty line is an example: the mean negative log-likelihood of its tokens. Of images with labels, an
-example is right or wrong. KL is that of the adapted model's answers from the base's, per token or image. Differences are paired:
-of the same examples. Intervals are 95 %, by Student's t over the examples.
+In a text file, every non-empty line is an example, and its score is the mean negative log-likelihood of its tokens. An image
+with a label is right or wrong. KL is the divergence of the adapted model's answers from the base's answers, for each token or
+image. Differences are paired on the same examples. Intervals are 95 %, by Student's t over the examples.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Row = dict[str, Any]
 
 
 def probe(facts: Facts, base: str, merged: str | None, data: str) -> tuple[list[Row], list[Finding]]:
-    """Return rows of scores on a text file, or on a card or folder of labelled images, and what they show.
+    """Return rows of scores on a text file, or on a card or folder of labelled images, and the findings that follow.
 
-    Raises UserError where the base, the merged checkpoint or the examples cannot be read.
+    Raises UserError if the base, the merged checkpoint or the examples cannot be read.
     """
     texts = Path(data).suffix == ".txt"
     model, examples = _lm(base, data) if texts else _classifier(base, data)
@@ -103,7 +103,7 @@ def _enough(examples: list[Example], data: str) -> list[Example]:
 
 
 def _adapt(model: nn.Module, facts: Facts) -> Callable[[], AbstractContextManager[Any]]:
-    """Put the adapter on a model; return what switches it off in a block."""
+    """Put the adapter on a model, and return a context manager that switches it off."""
     if facts.kind == "vismt":
         load_adapter(model, facts.folder, on_other_base="warn")
         return lambda: disabled(model)
@@ -154,8 +154,8 @@ def _changes(differences: list[float], moved: list[float], texts: bool) -> list[
 def _merged(differences: list[float], changes: list[float]) -> list[Finding]:
     """Return whether the merged checkpoint answers otherwise than base and adapter.
 
-    That is, on average by more than a quarter of what the adapter changes, or by more than 5 % and in one direction: rounding
-    in a 16-bit model moves answers in both.
+    This means on average by more than a quarter of the adapter's change, or by more than 5 % of it in one direction. Rounding
+    in a 16-bit model moves answers in both directions.
     """
     if not torch.tensor(differences).isfinite().all():
         return [Finding("broken", "merged-differs", "the merged checkpoint answers with NaN or infinite values")]

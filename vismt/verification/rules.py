@@ -1,14 +1,14 @@
-"""The conditions of a folder that matter to a library that loads it, a reader: _RULES has one rule for each.
+"""The conditions of a folder that matter to a library that loads it (a reader). _RULES has one rule for each condition.
 
 Each rule was run with the library, or read from its source (libraries.py has the versions). A rule with a code is a finding of
-`vismt verify`. An effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks what was
-reported or follows from a reader's source and was not run: it is expected, not certain.
+`vismt verify`. An effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks an effect
+that was reported or follows from the source of a reader, and was not run. Such an effect is expected, not certain.
 
 refused    the reader raises an error
 ignored    the tensors change nothing
-misread    they are applied to another weight, or without what belongs to them
+misread    the tensors are applied to another weight, or without parts that belong to them
 scaled     the update is applied with another factor than the settings give
-note       they are used, under the condition that the fix names
+note       the tensors are used, under the condition that the fix names
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
     "vllm": lambda settings, rank: settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r),
     "llama.cpp": lambda settings, rank: settings.lora_alpha / rank,
 }
-# Whether the folder meets it, or the names of the tensors that do, or paths of modules that the file lacks.
+# Whether the folder meets the rule, or the names of tensors that meet it, or paths of modules that the file lacks.
 Condition = Callable[["FolderCase"], "bool | Collection[str]"]
 
 
@@ -57,8 +57,9 @@ Condition = Callable[["FolderCase"], "bool | Collection[str]"]
 class Rule:
     """A condition and what it means.
 
-    why: in words; {case}, {module}, the first that meets it, the shapes of its {update} and {weight}, and {factors} are filled
-    in. effects: by reader. code, level: of the finding; without a code there is none.
+    why: Reason in words, with {case}, {module} (the first module that meets the condition), the shapes of its {update} and
+    {weight}, and {factors} to be filled in. effects: Effect by reader. code, level: Code and level of the finding. Without a code
+    there is no finding.
     """
 
     when: Condition
@@ -71,7 +72,7 @@ class Rule:
 
 @dataclass(frozen=True)
 class FolderCase:
-    """A folder, the places of its modules in its base where that is known, and of a checkpoint what its library makes of it."""
+    """A folder, the places of its modules in its base (if the base is known), and the model of a checkpoint's library."""
 
     facts: Facts
     base: Located | None = None
@@ -106,7 +107,7 @@ class FolderCase:
 
     @cached_property
     def factors(self) -> dict[str, dict[str, str]]:
-        """Return by how much a reader scales updates otherwise than the settings do, by reader and path of the module."""
+        """Return the ratio of a reader's scale of an update to the settings' scale, by reader and path of the module."""
         found: dict[str, dict[str, str]] = {reader: {} for reader in SCALES}
         for reader, module in product(SCALES, self.facts.modules.values()):
             settings = self.facts.settings
@@ -119,7 +120,7 @@ class FolderCase:
 
 @dataclass(frozen=True)
 class Met:
-    """A rule that a folder meets: by the names of these tensors, or modules that lack them, or as a whole."""
+    """A rule that a folder meets, with the names of the tensors or modules. Empty if the folder as a whole meets the rule."""
 
     rule: Rule
     names: list[str]
@@ -144,7 +145,7 @@ def met_rules(case: FolderCase) -> Iterable[Met]:
 
 
 def findings_of(case: FolderCase) -> Iterable[Finding]:
-    """Yield what a folder meets of the rules with a code."""
+    """Yield the rules with a code that a folder meets."""
     tensors, modules = case.facts.tensors, case.facts.modules
     for met in met_rules(case):
         code, level, fix = met.rule.code, met.rule.level, met.rule.fix
@@ -217,7 +218,7 @@ def _old(case: FolderCase, module: ModuleFacts) -> bool:
 
 
 def _absent(case: FolderCase, module: ModuleFacts) -> bool:
-    """Return whether the base lacks a module; experts and tied heads have other names in files than in models."""
+    """Return whether the base lacks a module. Experts and tied heads have other names in files than in models."""
     if case.base is None or not case.base.lacks(module.path):
         return False
     return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
@@ -234,7 +235,7 @@ def _outside(case: FolderCase, module: ModuleFacts) -> bool:
 
 
 def _other_rank(case: FolderCase, module: ModuleFacts) -> bool:
-    """Return whether the rank of the factors is not that of the settings; peft stacks the factors of experts."""
+    """Return whether the rank of the factors differs from the settings. peft stacks the factors of experts."""
     stacks = case.facts.settings.stack_owners if case.facts.settings else ()
     differs = None not in (module.rank, module.declared) and module.rank != module.declared
     return differs and not names_stack(stacks, module.key)
@@ -261,7 +262,7 @@ def _no_target(case: FolderCase) -> bool:
 
 
 def _not_held(case: FolderCase) -> list[str]:
-    """Return the modules that the settings name and the file lacks: those of the base, or those that are listed by path."""
+    """Return the modules that the settings name and the file lacks: modules of the base, or modules listed by path."""
     settings = case.facts.settings
     found = set(unheld(case.facts, case.base)) if case.base else set()
     if settings and isinstance(settings.target_modules, list) and _every_layer(case):
@@ -276,7 +277,7 @@ def _every_layer(case: FolderCase) -> bool:
 
 
 def _gaps(case: FolderCase) -> list[str]:
-    """Return the modules that most layers have factors of, where a layer has none."""
+    """Return the modules without factors in a layer, although most layers have factors for them."""
     layers: dict[str, dict[int, str]] = defaultdict(dict)
     for path in case.facts.modules if _every_layer(case) and not _not_held(case) else ():
         number = re.search(r"\.(\d+)\.", path)
@@ -308,7 +309,7 @@ def _saved(*kinds: str) -> Condition:
 
 
 def _biases_lost(case: FolderCase) -> list[str]:
-    """Return the biases of the base that the settings save, where the file has none."""
+    """Return the biases of the base that the settings save, if the file has no biases."""
     kind = case.facts.config.get("bias", "none")
     if (
         case.base is None
@@ -322,7 +323,7 @@ def _biases_lost(case: FolderCase) -> list[str]:
 
 
 def _not_saved(case: FolderCase) -> list[str]:
-    """Return the modules that the settings save and the file lacks; peft names heads of all its models where one is meant."""
+    """Return the modules that the settings save and the file lacks. peft names the heads of all its models for one head."""
     held = [tensor.path for tensor in case.facts.with_role("saved")]
     listed = texts(case.facts.settings.modules_to_save) if case.facts.settings else []
     lost = [name for name in listed if not any(f"{name}." in path for path in held)]
@@ -339,13 +340,13 @@ def _whole(names: Callable[[Translated], list[str]]) -> Condition:
 
 
 def _unused(whole: Translated) -> list[str]:
-    """Return the weights of the file like those of the model's layers that the model does not have."""
+    """Return the weights of the file that look like weights of the model's layers, but that the model does not have."""
     stems = {re.sub(r"\d+", "*", name) for name in (whole.library.shapes if whole.library else ())}
     return [name for name in whole.unknown if re.sub(r"\d+", "*", name) in stems]
 
 
 def _wrapped(case: FolderCase) -> list[str]:
-    """Return the tensors with the names that wrappers of training give; timm takes those at the start out."""
+    """Return the tensors with prefixes that training wrappers give. timm removes such prefixes at the start of names."""
     if not case.facts.is_adapter and (case.timm or not case.facts.model_config):
         return []
     names = {name: name.removeprefix(PREFIX) if case.facts.is_adapter else name for name in case.facts.tensors}

@@ -49,7 +49,7 @@ class Check:
     Attributes:
         name: What is looked at, "scale and merge".
         done: Whether it was looked at.
-        text: What was compared and how it stands; if it was not looked at, what it needs.
+        text: What was compared, and with which result. If it was not looked at, what the check needs.
     """
 
     name: str
@@ -62,15 +62,15 @@ class Verdict:
     """What `vismt verify` says about a folder. Printing it gives a table.
 
     Attributes:
-        folder: that was examined.
+        folder: Folder that was examined.
         kind: vismt, peft, checkpoint or none.
-        about: facts of the folder in words, by name.
-        checks: what was looked at and what was not, with what it needs.
-        findings: the most serious ones first.
-        modules: a row for each adapted module.
-        readers: what each reader will do, one row for each reader and group of tensors.
-        answer: the same in one line.
-        probe: rows of measured scores with 95 % intervals.
+        about: Facts of the folder in words, by name.
+        checks: Checks that were done, and checks that were not done, with what they need.
+        findings: Findings, the most serious first.
+        modules: A row for each adapted module.
+        readers: Rows with what each reader will do, one for each reader and group of tensors.
+        answer: What each reader will do, in one line.
+        probe: Rows of measured scores with 95 % intervals.
     """
 
     folder: str
@@ -84,7 +84,7 @@ class Verdict:
     probe: list[dict[str, Any]] = field(default_factory=list)
 
     def __repr__(self) -> str:
-        """Return the verdict, its reasons and what it could not see as a table."""
+        """Return the verdict, its reasons and the checks that were not done, as a table."""
         rows = [("verdict", f"{self.status}: {self.folder}"), ("readers", self.answer)]
         rows += [
             ("", f"{row['line'].partition(':')[0]} ({row['source']}): {remark}")
@@ -167,7 +167,7 @@ def verify(
         opened = [
             open_checkpoint(place, what) for place, what in ((base, "base"), (merged, "merged")) if place is not None
         ]
-        config = next((one.model_config for one in opened if one.model_config), {})  # that of the other for one without
+        config = next((one.model_config for one in opened if one.model_config), {})  # or of the other file
         opened = [replace(one, model_config=one.model_config or config) for one in opened]
         held, found = of_base(opened[0], facts)
         stock = locate(facts, held)
@@ -208,7 +208,7 @@ def verify(
 def _checks(
     facts: Facts, base: Located | None, whole: Translated | None, verdict: Verdict, merged: bool
 ) -> Iterable[Check]:
-    """Yield what was looked at, and what was not with what it needs. merged: whether a merged checkpoint was given."""
+    """Yield the checks that were done, and the others with what they need. merged: Whether a merged checkpoint was given."""
     if facts.kind == "none":
         return
     tensors = f"{len(facts.tensors):,} tensors"
@@ -241,7 +241,7 @@ def _checks(
 
 
 def verify_written(folder: Path) -> Verdict:
-    """Return the verdict on a folder that was just written, and print it; UserError where it is broken."""
+    """Return and print the verdict on a folder that was just written. Raises UserError if the folder is broken."""
     verdict = verify(folder)
     if verdict.status == "broken":
         worst = verdict.findings[0].text
@@ -295,14 +295,14 @@ def of_merged(facts: Facts, adapter: Facts, base: Translated) -> tuple[Translate
 
 
 def of_checkpoint(whole: Translated, what: str) -> list[Finding]:
-    """Return what is wrong with a checkpoint alone. what: its name in messages."""
+    """Return the findings about a checkpoint without a base. what: Name of the checkpoint in messages."""
     reasons = [Finding("broken", "malformed", f"{what}: {reason}") for reason in whole.raw.stored.reasons]
     found = findings_of(FolderCase(whole.raw, whole=whole))
     return [*reasons, *(replace(one, text=f"{what}: {one.text}") for one in found)]
 
 
 def configurations(base: Translated, merged: Translated) -> Iterable[Finding]:
-    """Yield what the config.json of a merged checkpoint says otherwise than the base's and what changes the function."""
+    """Yield findings for keys of a merged checkpoint's config.json that differ from the base and change the function."""
     ours, theirs = (one.facts.model_config for one in (merged, base))
     filled = [one.library.model.config for one in (merged, base) if one.library]
     if len(filled) == 2 and type(filled[0]) is type(filled[1]):
@@ -328,7 +328,7 @@ def _differing(ours: Mapping[str, object], theirs: Mapping[str, object], before:
 
 
 def named_base(facts: Facts, given: str, base: Facts) -> Iterable[Finding]:
-    """Yield whether the base that an adapter names is another model than the one that is given: by family and size."""
+    """Yield a finding if the base that an adapter names is another model than the given one, by family and size."""
     name = (facts.base or "").rstrip("/")
     known = [given.rstrip("/"), str(base.model_config.get("_name_or_path") or "").rstrip("/")]
     last = name.rpartition("/")[2].lower()

@@ -1,4 +1,4 @@
-"""Values of an adapter, alone and beside its base: faults, numbers of each update, whole parameters, tokenizers."""
+"""Examine the values of an adapter, alone and beside its base: faults, numbers of each update, whole parameters, tokenizers."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class ModuleRow:
 
 
 def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
-    """Return the update of a module; None where it is not a pair of factors, or the file does not determine it."""
+    """Return the update of a module. None if it is not a pair of factors, or the file does not determine it."""
     values = {role: facts.stored.read(tensor.name) for role, tensor in module.tensors.items()}
     known = {role: value for role, value in values.items() if value is not None}
     if len(known) < len(values) or not all(fits(value) for value in known.values()):
@@ -70,7 +70,7 @@ def update_of(facts: Facts, module: ModuleFacts) -> Update | None:
 
 
 def examine_values(facts: Facts, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
-    """Yield what is wrong with the values of an adapter, and fill its numbers into the row of each module."""
+    """Yield findings about the values of an adapter, and fill its numbers into the row of each module."""
     seen: dict[str, list[str]] = defaultdict(list)
     for path, module in facts.modules.items():
         values = [(role, facts.stored.read(tensor.name)) for role, tensor in module.tensors.items()]
@@ -93,7 +93,7 @@ def examine_values(facts: Facts, rows: Mapping[str, ModuleRow]) -> Iterable[Find
 
 
 def _signs(values: Mapping[str, Tensor]) -> Iterable[str]:
-    """Yield bad, edge or zero for the values of a module; where B is not zero, also their digest."""
+    """Yield bad, edge or zero for the values of a module, and their digest if B is not zero."""
     if not all(fits(value) for value in values.values()):
         yield "bad"
         return
@@ -143,13 +143,13 @@ def _findings_of(seen: dict[str, list[str]], facts: Facts) -> Iterable[Finding]:
 
 
 def _kind_of(module: ModuleFacts) -> str:
-    """Return the last name of the path of a module; none of an attention's, beside which peft keeps a zero update."""
+    """Return the last name of the path of a module. "" for an attention, beside which peft keeps a zero update."""
     return module.path.rpartition(".")[2] if module.named == module.path else ""
 
 
 # ---- beside the base
 def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> Iterable[Finding]:
-    """Yield what values and vocabularies show of another base, and fill the ratio of each row in."""
+    """Yield findings that values and vocabularies belong to another base, and fill in the ratio of each row."""
     yield from _same_base(facts, base, rows)
     large = [path for path, row in rows.items() if (row.ratio or 0.0) > LARGEST_RATIO]
     if large:
@@ -215,7 +215,7 @@ def _is_projection(update: Update, W: Tensor, norm: float, whole: float) -> bool
 
 
 def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
-    """Yield whole parameters that do not fit the base."""
+    """Yield findings for whole parameters that do not fit the base."""
     copies = facts.unlisted()
     for tensor in facts.with_role("saved"):
         name = find_parameter(tensor.path, base)
@@ -235,7 +235,7 @@ def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
 
 # ---- tokenizers
 def tokenizers(one: Facts, base: Facts, name: str) -> Iterable[Finding]:
-    """Yield differences of the tokenizers and chat templates of a folder and of the base. name: of the first, in messages."""
+    """Yield findings for tokenizers and chat templates that differ from the base. name: Name of the folder in messages."""
     for file in ("tokenizer.json", "vocab.json", "chat_template.jinja"):
         paths = [facts.folder / file for facts in (one, base)]
         if not all(path.is_file() for path in paths) or file_digest(paths[0]) == file_digest(paths[1]):
@@ -259,7 +259,7 @@ def tokenizers(one: Facts, base: Facts, name: str) -> Iterable[Finding]:
 
 
 def _ids(path: Path) -> dict[str, int] | None:
-    """Return the ids of a tokenizer's tokens; None for a file that cannot be read."""
+    """Return the ids of a tokenizer's tokens. None for a file that cannot be read."""
     if path.stat().st_size > LARGEST_VOCABULARY:
         return None
     try:
