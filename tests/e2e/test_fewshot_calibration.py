@@ -80,7 +80,7 @@ def test_the_temperature_is_the_best_of_the_validation_episodes(folder: Path) ->
     assert nll[1] < min(nll[0.9], nll[1.1]) or kept["temperature"] > 999
     # The records are those of this temperature.
     header = read_lines(folder / "episodes" / "seed-0" / "digits-3-way-1-shot-frozen-laplace.jsonl")[0]["settings"]
-    assert header["temperature"] == kept["temperature"] and header["ood"] == [OUTSIDE]
+    assert header["temperature"] == kept["temperature"] and header["outside"] == [OUTSIDE.removeprefix("against ")]
 
 
 def test_an_interrupted_evaluation_is_continued_with_the_same_temperature(tmp_path: Path) -> None:

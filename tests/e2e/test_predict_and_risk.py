@@ -16,9 +16,10 @@ from helpers.room import MAPS, dense
 from helpers.tiny_runs import TRAIN, VIT, refused, run_config, written
 
 from vismt.cli import main
+from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, RISK, SIZE, Risk
 from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs.dense.config import DenseEvaluateConfig
 from vismt.jobs.predictions import TABLE
-from vismt.jobs.risk import ACCEPTED, AURC, COVERED, RISK, SIZE
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
@@ -117,7 +118,7 @@ def test_the_probabilities_are_those_of_the_net(mixed: Path, tmp_path: Path) -> 
     other = copy.deepcopy(net)
     for parameter in other.parameters():
         parameter.data *= 1.5
-    fitted = job.evaluation.thresholds(lambda: other, training, tmp_path)["classify"]
+    fitted = Risk(True).fitted(job.evaluation.views(lambda: other, training, "test", tmp_path)["classify"])
     assert fitted.quantile != quantile and (tmp_path / "risk-classify.json").exists()
     answers = job.pooled(training, "test")["classify"].answers
     for name, row in answers.items():
@@ -143,8 +144,8 @@ def test_a_set_of_other_classes_is_told_by_the_largest_probability(mixed: Path) 
     inside = [
         row["clean confidence"] for row in open_run(mixed).job.pooled(training, "test")["classify"].answers.values()
     ]
-    path = next((training.folder / "records").glob("ood-*.jsonl"))
-    outside = [row["confidence"] for row in read_lines(path) if "id" in row]
+    path = next((training.folder / "records").glob("*-outside.jsonl"))
+    outside = [row["clean confidence"] for row in read_lines(path) if "id" in row]
     assert (len(inside), len(outside)) == (12, 12)
     pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
     row = rows_by_task(mixed, "both")["classify", "against reds:test", "AUROC"]
@@ -251,7 +252,8 @@ def test_predict_of_a_multitask_run_agrees_with_its_records(classes: Path, room:
     (training,) = job.study.trainings("adapted")
     names = job.data.label_names
     quantiles = {
-        task: read_sealed(training.folder / f"risk-{task}.json", "risk")["quantile"] for task in ("tones", "reds")
+        task: read_sealed(training.folder / f"records/risk-{task}.json", "risk")["quantile"]
+        for task in ("tones", "reds")
     }
     with (tmp_path / TABLE).open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -303,4 +305,4 @@ def test_a_robustness_run_takes_the_risk_of_a_dense_run_that_has_classes(
     folder = tmp_path / "maps"
     job = make_job(load_config(written(tmp_path / "maps.yaml", plain)), folder)
     with pytest.raises(Exception, match="has no class probabilities of images"):
-        job.check_risk()
+        job.check_features(DenseEvaluateConfig(risk=True))

@@ -20,9 +20,9 @@ from helpers.tiny_runs import CONFIGS, run_config, written
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.sections import ModelConfig
+from vismt.evaluation.risk import Risk
 from vismt.jobs import open_run
 from vismt.jobs.dense import models
-from vismt.jobs.risk import COLUMNS
 from vismt.jobs.run import Run
 from vismt.multitask.inference import predict
 from vismt.report.results import read_results
@@ -82,7 +82,7 @@ def test_risk_and_certified_radii(tmp_path: Path) -> None:
     settings = config("multitask", "test_convnext", adapt=None, tasks=tasks, evaluate=evaluate)
     rows = read_results(run_config(written(tmp_path / "run.yaml", settings)) / "results.jsonl")
     assert {row.level for row in rows if (row.kind, row.metric) == ("certified", "accuracy")} == {0.0, 0.25, 0.5}
-    assert {"abstentions", *COLUMNS} <= {row.metric for row in rows}
+    assert {"abstentions", *Risk.summary.metrics} <= {row.metric for row in rows}
 
 
 @pytest.mark.parametrize("name", models_of("test_convnext"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -13,13 +14,15 @@ from helpers.tiny_runs import SHORT, TRAIN, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
+from vismt.data.division import validation_parts
 from vismt.engine.study import read_choice
+from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, RISK, SIZE, Risk
 from vismt.jobs import open_run
-from vismt.jobs.risk import ACCEPTED, AURC, COLUMNS, COVERED, RISK, SIZE, fit_thresholds, validation_parts
 from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 
+COLUMNS = Risk.summary.metrics
 PGD = "PGD-2 linf 2/255"
 CONDITIONS = {
     "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],
@@ -59,7 +62,7 @@ def numbers(folder: Path) -> dict[tuple[str, str], Result]:
 
 def test_the_measures_are_what_the_records_and_the_thresholds_say(digits: Path) -> None:
     training = next((digits / "arms" / "adapted").glob("lr-*"))
-    thresholds = read_sealed(training / "risk-digits.json", "risk")
+    thresholds = read_sealed(training / "records" / "risk-digits.json", "risk")
     rows = [row for row in read_lines(training / "records" / "test-digits.jsonl") if "id" in row]
     found = numbers(digits)
     assert {condition for condition, _ in found} == {"clean", PGD, "fog 1", "fog 5"}
@@ -83,7 +86,7 @@ def test_the_measures_are_what_the_records_and_the_thresholds_say(digits: Path) 
 
 def test_a_set_has_the_label_where_its_record_says_so(digits: Path) -> None:
     training = next((digits / "arms" / "adapted").glob("lr-*"))
-    quantile = read_sealed(training / "risk-digits.json", "risk")["quantile"]
+    quantile = read_sealed(training / "records" / "risk-digits.json", "risk")["quantile"]
     for row in read_lines(training / "records" / "test-digits.jsonl"):
         if "id" in row and row["clean nll"] <= quantile:
             assert row["clean set"] >= 1
@@ -107,20 +110,22 @@ def test_a_tuned_runs_thresholds_come_from_the_half_of_validation_that_chose_no_
     job = open_run(run(tmp_path, "tuned", config)).job
     (training,) = job.trainings("adapted")
     labels = job.data.part(0, "validation").labels
-    chooses, gives = validation_parts(labels, True, job.config.tune)
+    chooses, gives = validation_parts(labels, True)
     assert chooses.sum() == len(labels) // 2 and not bool((chooses & gives).any())
     rows = [row for row in read_lines(training.folder / "records" / "validation-digits.jsonl") if "id" in row]
     right = [row["clean"] == row["label"] for row, kept in zip(rows, chooses.tolist(), strict=True) if kept]
     chosen = read_choice(job.folder, "adapted")
     assert chosen.validation[f"{chosen.lr:g}"] == pytest.approx(sum(right) / len(right))
-    logits, _ = job.evaluation._validation(job.final(training), training)[0]
-    expected = fit_thresholds(logits[gives].double().log_softmax(1), labels[gives])
-    found = read_sealed(training.folder / "risk-digits.json", "risk")
-    assert (found["quantile"], found["n"]) == (pytest.approx(expected.quantile), int(gives.sum()))
+    logits, _ = job.evaluation.validation(job.final(training), training)[0]
+    nlls = -logits[gives].double().log_softmax(1).gather(1, labels[gives, None])[:, 0]
+    expected = nlls.sort().values[math.ceil((len(nlls) + 1) * 0.9) - 1]
+    found = read_sealed(training.folder / "records" / "risk-digits.json", "risk")
+    assert (found["quantile"], found["n"]) == (pytest.approx(float(expected)), int(gives.sum()))
     # A run that chose its rates without thresholds in view has no example left for them.
+    asked = copy(job.config.evaluate)
     job.config.evaluate.risk = False
     with pytest.raises(UserError, match="chose its rates on all of its validation images"):
-        job.check_risk()
+        job.check_features(asked)
     few = {**DIGITS["tasks"][0], "validation_share": 0.005}
     assert "5 validation examples for the thresholds" in refused(tmp_path, {**config, "tasks": [few]}, capsys)
 
@@ -201,8 +206,8 @@ def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, caps
     folder = run(tmp_path, "ood", config)
     records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"
     inside = [row["clean confidence"] for row in read_lines(records / "test-digits.jsonl") if "id" in row]
-    (other,) = records.glob("ood-*.jsonl")
-    outside = [row["confidence"] for row in read_lines(other) if "id" in row]
+    (other,) = records.glob("*-outside.jsonl")
+    outside = [row["clean confidence"] for row in read_lines(other) if "id" in row]
     wins = sum((a > b) + (a == b) / 2 for a in inside for b in outside) / len(inside) / len(outside)
     (row,) = [row for row in read_results(folder / "results.jsonl") if row.metric == "AUROC"]
     assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)

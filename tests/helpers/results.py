@@ -8,9 +8,9 @@ from typing import Any
 
 from vismt.report.comparison import Cell, Comparison
 from vismt.report.results import Result, read_results, result_of, write_values
-from vismt.report.results import Score as Score
 from vismt.storage import lines
 from vismt.uncertainty.intervals import CLEAN, Condition, Covers, Estimate, Measure, student_quantile
+from vismt.uncertainty.intervals import Score as Score
 
 HASH = "4f2a9c1e"
 QUALITY = ("ECE-15", "NLL in nats", "Brier")

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from helpers.results import HASH, PGD, add, measure
-from vismt.report.results import Score
 from vismt.storage.files import sealed
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Score
 
 FROZEN = [0.2, 0.4, 0.6, 0.8]
 

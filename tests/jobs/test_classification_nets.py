@@ -15,7 +15,7 @@ from vismt.engine.training_files import finish, write_state
 from vismt.jobs.classification import evaluation
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.job import ClassificationJob
-from vismt.jobs.classification.models import HEAD, fresh, with_linear_head
+from vismt.jobs.classification.models import HEAD_FILE, fresh, with_linear_head
 
 
 def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
@@ -43,7 +43,7 @@ def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Pat
         for parameter in parameters:
             parameter.normal_()
     training = Training("both", 1e-3, 0, tmp_path / "both")
-    write_state(net.heads, training.folder / HEAD)
+    write_state(net.heads, training.folder / HEAD_FILE)
     finish(net.stock, training.folder, False, {})
     job.fresh = lambda config: fresh(distilled, 4, 9)  # type: ignore[method-assign]
     images = torch.rand(2, 3, 32, 32)

@@ -10,6 +10,7 @@ import torch
 
 from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Study, Training
+from vismt.evaluation.risk import Risk
 from vismt.jobs.dense import evaluation as dense_evaluation
 from vismt.jobs.dense.config import DenseConfig, DenseEvaluateConfig, all_tasks
 from vismt.jobs.dense.data import Rows
@@ -18,10 +19,10 @@ from vismt.jobs.dense.figures import sections
 from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import Task
-from vismt.report.results import Score
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
+from vismt.uncertainty.intervals import Score
 
 
 class Samples:
@@ -206,7 +207,7 @@ def test_records_and_thresholds_of_changed_files_are_named(evaluated, tmp_path, 
     def scores(images: torch.Tensor, files: str, folder: Path = tmp_path) -> list[Score]:
         samples = [{"image": image, "class": torch.tensor(i % 2)} for i, image in enumerate(images)]
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config, files))
-        return evaluation.scores(lambda: None, training, "test", [], folder, risk=True)
+        return evaluation.scores(lambda: None, training, "test", [], folder, [Risk(True)])
 
     first = scores(images, "first")
     assert scores(images, "first") == first and "other" not in capsys.readouterr().out

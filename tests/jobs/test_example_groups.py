@@ -6,9 +6,12 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from helpers.card_scores import score_set
 from helpers.own_images import COLOURS, SIZE, ByColour, write_folder
 from helpers.tiny_runs import written
 from torch import nn
@@ -20,20 +23,22 @@ from vismt.data.images import open_images
 from vismt.data.maps.dense_set import DenseSet
 from vismt.data.pixels import Pixels
 from vismt.engine.study import Training
+from vismt.evaluation.ood import Ood
+from vismt.evaluation.risk import Risk, Thresholds
 from vismt.jobs.dense.config import DenseConfig
-from vismt.jobs.dense.data import Rows
+from vismt.jobs.dense.data import Rows as Samples
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
-from vismt.jobs.image_scores import detection_score, form_measures
-from vismt.jobs.risk import Thresholds, image_measures
+from vismt.jobs.image_scores import form_measures
 from vismt.jobs.robustness.config import RobustnessConfig, RobustnessEvaluateConfig
 from vismt.jobs.robustness.data import Cards
-from vismt.jobs.robustness.evaluation import corruption_errors, score_set
+from vismt.jobs.robustness.evaluation import corruption_errors
 from vismt.jobs.robustness.models import Classifier
 from vismt.multitask.tasks.maps import Depth
 from vismt.report.results import read_results
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.lines import read_lines
+from vismt.uncertainty.features import Rows
 from vismt.uncertainty.intervals import CLEAN, Measure, wilson
 
 FUNCTION = """
@@ -64,7 +69,7 @@ def grouped_pixels(folder: Path, count: int = 8) -> Pixels:
 def test_every_measure_of_images_has_their_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISMT_CACHE", str(tmp_path / "cache"))
     pixels = grouped_pixels(tmp_path / "data")
-    about = {"folder": tmp_path, "data": "data", "arm": "a", "for_thresholds": InOrder(pixels, 30)}
+    about = {"folder": tmp_path, "fitting": InOrder(pixels, 30)}
     torch.manual_seed(0)
     net = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(12, 3))
     scores = score_set(Classifier(net, 3, SIZE), InOrder(pixels, 30), [CorruptionSpec("fog", 1)], **about)
@@ -83,7 +88,7 @@ def test_every_measure_of_images_has_their_groups(tmp_path: Path, monkeypatch: p
     assert 0 < accuracy.score < 1 and accuracy.interval() != wilson(round(24 * accuracy.score), 24)
     # images that are all of different groups are independent
     others = InOrder(pixels, 30, torch.arange(0, 24, 2))
-    alone = score_set(Classifier(ByColour(), 3, SIZE), others, [], folder=tmp_path / "b", data="data", arm="a")
+    alone = score_set(Classifier(ByColour(), 3, SIZE), others, [], folder=tmp_path / "b")
     assert all(not score.measure.groups for score in alone)
 
 
@@ -95,22 +100,26 @@ def test_images_for_thresholds_are_in_other_groups_than_the_evaluated_ones(
     cards = Cards(RobustnessConfig(evaluate=RobustnessEvaluateConfig(images=8, threshold_images=8)))
     cards._sets["toys"] = pixels.images
     classifier = Classifier(ByColour(), 3, SIZE)
-    parts = [cards.batches("toys", classifier), cards.for_thresholds("toys", classifier)]
+    parts = [cards.batches("toys", classifier), cards.for_fitting("toys", classifier)]
     ids = [[pixels.ids[i] for i in torch.cat(list(part.parts)).tolist()] for part in parts]
     groups = [{pixels.images.groups[name] for name in names} for names in ids]
     assert [len(names) for names in ids] == [8, 8] and not groups[0] & groups[1]
     cards.config = replace(cards.config, evaluate=replace(cards.config.evaluate, threshold_images=16))
     with pytest.raises(UserError, match=r"images besides the 8 evaluated ones in other groups, not 16"):
-        cards.for_thresholds("toys", classifier)
+        cards.for_fitting("toys", classifier)
 
 
 def test_detection_has_the_groups_of_both_sets() -> None:
-    inside, outside = {f"{i}": i / 10 for i in range(6)}, {f"{i}": i / 9 - 0.3 for i in range(4)}
-    groups = ({name: f"g{int(name) // 2}" for name in inside}, "signs"), ({}, "")
-    measure = detection_score(inside, outside, "other", ("t", "d", "p"), groups=groups).measure
+    def rows(values: list[float], **groups: Any) -> Rows:
+        return Rows([{"id": str(i), "label": 0, "clean confidence": value} for i, value in enumerate(values)], **groups)
+
+    inside, outside = [i / 10 for i in range(6)], [max(0.0, i / 9 - 0.3) for i in range(4)]
+    grouped = rows(inside, groups={str(i): f"g{i // 2}" for i in range(6)}, unit="signs")
+    view = SimpleNamespace(score=lambda measure, condition, examples, about: measure)
+    (measure,) = Ood(["other"]).scores(view, grouped, {"other": rows(outside)})
     assert (measure.units, measure.grouped_by) == (3 + 4, "signs")
     assert measure.estimate().variance == pytest.approx(cluster_variance(measure))
-    assert not detection_score(inside, outside, "other", ("t", "d", "p")).measure.groups
+    assert not Ood(["other"]).scores(view, rows(inside), {"other": rows(outside)})[0].groups
 
 
 def test_a_score_of_maps_is_by_blocks_of_frames(tmp_path: Path) -> None:
@@ -118,7 +127,7 @@ def test_a_score_of_maps_is_by_blocks_of_frames(tmp_path: Path) -> None:
     blocks = {name: f"block {number // 4}" for number, name in enumerate(ids)}
     images = DenseSet("video", "all", [], ["depth"], ids, dict, groups=blocks, group_unit="blocks of frames")
     evaluation = Evaluation.__new__(Evaluation)
-    rows = Rows([(images, i) for i in range(12)])
+    rows = Samples([(images, i) for i in range(12)])
     evaluation.data = type("Data", (), {"part": lambda self, split: rows, "size": (8, 8)})()
     evaluation.config, evaluation.tasks = DenseConfig(size=[8, 8]), {"depth": Depth()}
     values = {f"video:{name}": 1.0 + number // 4 + number / 100 for number, name in enumerate(ids)}
@@ -165,6 +174,7 @@ def test_intervals_of_grouped_examples_contain_the_truth() -> None:
     """Five images of each of 60 objects share most of what a net answers; 300 draws, and the mean over them as the truth."""
     generator = torch.Generator().manual_seed(0)
     thresholds = Thresholds(1.0, 0.5, 100)
+    view = SimpleNamespace(score=lambda measure, condition, examples: measure)
     ids = [str(number) for number in range(300)]
     groups = {name: f"object {int(name) // 5}" for name in ids}
 
@@ -189,8 +199,8 @@ def test_intervals_of_grouped_examples_contain_the_truth() -> None:
         drawn = rows()
         by_kind = []
         for given in (groups, {}):
-            measures = [measure for _, measure in image_measures(drawn, [], 4, thresholds, given)]
-            measures += form_measures(drawn, CLEAN, given)
+            of_set = Rows(drawn, given)
+            measures = [*Risk(True, thresholds).scores(view, of_set, {}), *form_measures(of_set, CLEAN)]
             by_kind.append({measure.metric: replace(measure, groups=given) for measure in measures})
         for name, measure in by_kind[0].items():
             found.setdefault(name, []).append((measure.score, measure.interval(), by_kind[1][name].interval()))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.card_scores import score_set
 from helpers.own_images import SIZE, ByColour, picture, write_folder
 from torch import nn
 
@@ -15,14 +16,12 @@ from vismt.base.errors import UserError
 from vismt.data.batching import InOrder
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
+from vismt.evaluation.ood import Ood
 from vismt.jobs.evaluation_job import EvaluationJob
-from vismt.jobs.image_scores import confidences
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
-from vismt.jobs.robustness.evaluation import score_set
 from vismt.jobs.robustness.models import Classifier
-from vismt.report.results import Score
-from vismt.uncertainty.intervals import CLEAN, NUMBER, SHARE, Condition, Measure
+from vismt.uncertainty.intervals import CLEAN, NUMBER, SHARE, Condition, Measure, Score
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
 CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"grocery"}}
@@ -71,10 +70,8 @@ def test_thresholds_are_of_the_answers_that_are_evaluated(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)).to(torch.bfloat16)
     images = Drawn(60)
-    batches, for_thresholds = InOrder(images, 30, torch.arange(30)), InOrder(images, 30)
-    scores = score_set(
-        Classifier(net, 3, 1), batches, [], folder=tmp_path, data="x", arm="a", for_thresholds=for_thresholds
-    )
+    batches, fitting = InOrder(images, 30, torch.arange(30)), InOrder(images, 30)
+    scores = score_set(Classifier(net, 3, 1), batches, [], folder=tmp_path, fitting=fitting)
     assert any(score.measure.metric != "accuracy" for score in scores)
 
 
@@ -85,7 +82,7 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
     def scores(run, size=SIZE):
         batches = InOrder(Pixels(open_images(tmp_path / "data"), size), 30)
         folder = tmp_path / run
-        return score_set(Classifier(ByColour(), 3, size), batches, [], folder=folder, data="data", arm="a")[0]
+        return score_set(Classifier(ByColour(), 3, size), batches, [], folder=folder)[0]
 
     write_folder(tmp_path / "data", 4)
     first = scores("first")
@@ -101,12 +98,13 @@ def test_scores_tell_their_images_from_others_of_the_same_names(tmp_path, monkey
         assert "is of other examples than are there now; move it away" in capsys.readouterr().out
 
 
-def test_confidences_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):
-    images = Drawn(4)
+def test_answers_to_other_images_of_the_same_names_are_noticed(tmp_path, capsys):
+    net, images = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), 3, 1), Drawn(4)
     images.content = "first"
 
     def found():
-        return confidences(nn.Flatten(), InOrder(images, 2), tmp_path / "ood.jsonl", "", {"data": "x"}, "x")
+        features, others = (Ood(["other"]),), {"other": images}
+        return score_set(net, InOrder(Drawn(60), 30), [], folder=tmp_path, features=features, others=others)
 
     first = found()
     images.content, images.pixels = "second", 1 - images.pixels
@@ -119,8 +117,7 @@ def test_thresholds_of_other_images_of_the_same_names_are_noticed(tmp_path, caps
     def scores(content):
         images.content = content
         batches = InOrder(images, 30)
-        about = {"folder": tmp_path, "data": "x", "arm": "a", "for_thresholds": batches}
-        return score_set(classifier, InOrder(Drawn(60), 30), [], **about)
+        return score_set(classifier, InOrder(Drawn(60), 30), [], folder=tmp_path, fitting=batches)
 
     first = scores("first")
     assert scores("first") == scores("") == first and "other" not in capsys.readouterr().out
@@ -177,9 +174,7 @@ def test_records_are_of_the_code_of_a_net_and_thresholds_of_their_images(tmp_pat
             InOrder(images, 30),
             [],
             folder=tmp_path,
-            data="x",
-            arm="a",
-            for_thresholds=InOrder(images, 30),
+            fitting=InOrder(images, 30),
         )
         return {score.measure.metric: score.measure.score for score in found}
 
@@ -205,7 +200,7 @@ def test_a_softmax_for_each_task_answers_among_the_classes_of_the_task_of_the_ca
     classifier, images = cards.classifier("digits", given), Drawn(12)
     images.labels = images.labels % 2 + 2
     right = (net(images.pixels)[:, 2:].argmax(1) + 2 == images.labels).double().mean()
-    (score, *_) = score_set(classifier, InOrder(images, 6), [], folder=tmp_path, data="digits", arm="a")
+    (score, *_) = score_set(classifier, InOrder(images, 6), [], folder=tmp_path)
     assert score.measure.score == float(right) and score.protocol == "task known"
     with pytest.raises(UserError, match=r"in the tasks first, second; name one as classifier\.task"):
         cards.classifier("usps", given)

@@ -10,10 +10,10 @@ from helpers.run_folder import FROZEN, add_arm, make_folder
 from scipy.stats import t as student
 
 from vismt.report.comparison import compare_results
-from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.report.results import ValuesByExample, read_results
 from vismt.report.tables import difference_tables, result_tables
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Estimate
+from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, Score
 
 # mean 0.5; squares of the deviations .09 + .01 + .01 + .09 = .2; std = sqrt(.2 / 3) = .2582; t(3) = 3.1824 * .2582 / 2 = .4109
 ERROR = math.sqrt(0.2 / 3) / 2

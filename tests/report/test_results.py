@@ -9,9 +9,9 @@ from helpers.run_folder import make_folder
 from vismt.base.errors import UserError
 from vismt.engine.log import record_stem
 from vismt.jobs.fewshot.config import HEADS, POOLED
-from vismt.report.results import Score, ValuesByExample, read_results, result_of, write_results, write_values
+from vismt.report.results import ValuesByExample, read_results, result_of, write_results, write_values
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, averaged
+from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, Score, averaged
 
 RIGHT = {0: [1.0, 1.0, 0.0, 1.0], 1: [1.0, 0.0, 0.0, 1.0]}  # 3 and 2 of 4, by seed
 

@@ -8,12 +8,12 @@ from helpers.results import PGD, add, corruption, measure, result, rows_of, writ
 
 from vismt.engine.study import chosen_trainings
 from vismt.report.comparison import compare_results
-from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.report.results import ValuesByExample, read_results
 from vismt.report.score_sections import arm_scores, score_sections
 from vismt.report.trainings import training_sections
 from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition, Score
 
 DEPTH, EDGE, DELTA = "RMSE in m", "odsF", "over alone+edge in per cent"
 METRICS = {"depth": DEPTH, "edge": EDGE, "delta_m": DELTA}

@@ -11,12 +11,11 @@ from helpers.results import HASH, add, measure
 from helpers.run_folder import make_folder
 
 from vismt.base.errors import UserError
-from vismt.report.results import Score
 from vismt.report.study_rows import StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import locked
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Score
 
 
 def number(study: StudyRows, **wanted: object) -> StudyRow:

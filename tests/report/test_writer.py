@@ -12,13 +12,13 @@ from vismt.base.errors import UserError
 from vismt.report.comparison import compare_results
 from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
-from vismt.report.results import Score, ValuesByExample, read_results
+from vismt.report.results import ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
 from vismt.report.tables import Picture, Section, Table
 from vismt.report.trainings import training_sections
 from vismt.report.writer import result_sections, run_heading, write_report
 from vismt.storage.files import sealed
-from vismt.uncertainty.intervals import CLEAN, Condition
+from vismt.uncertainty.intervals import CLEAN, Condition, Score
 
 LOGGED = {"loss": "Training loss", "accuracy": "Training accuracy (%)"}
 PICTURES = {"figures/training.svg", "figures/scores-few-shot-accuracy.svg"}

@@ -5,12 +5,11 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.evaluation import ACCURACY, corruption_errors
 from vismt.jobs.robustness.report import CORRUPTION_NOTE
-from vismt.report.results import Score
 from vismt.report.study_rows import ROWS
 from vismt.robustness.corruptions import error_under_corruptions
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import CHECKOUT
-from vismt.uncertainty.intervals import Condition, Measure
+from vismt.uncertainty.intervals import Condition, Measure, Score
 
 ERRORS = {"fog": {1: 0.1, 3: 0.3}, "snow": {1: 0.6}}
 FOG = Score("robustness", "set", "", Measure(ACCURACY, {"image": 1.0}), Condition("fog 1", "corruption", "fog", 1))

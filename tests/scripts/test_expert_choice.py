@@ -11,9 +11,8 @@ from helpers.results import PGD, result, write_lines
 
 from scripts.expert_choice import GAIN, choice, choice_gains, choice_tables, spread_text
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig
-from vismt.report.results import Score
 from vismt.report.tables import interval_text
-from vismt.uncertainty.intervals import CLEAN, Measure, mean_interval
+from vismt.uncertainty.intervals import CLEAN, Measure, Score, mean_interval
 
 MODELS = ["frozen", "expert:a", "expert:b", "merged", "merged:tsv", "average", "merged+finetune"]
 CONFIG = FewShotConfig(

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.data.division import validation_parts
 from vismt.engine.study import TuneConfig
-from vismt.jobs.risk import validation_parts
+from vismt.evaluation.sections import divides
+from vismt.jobs.classification.config import MultitaskEvaluateConfig
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.uncertainty.intervals import wilson
 from vismt.uncertainty.selective import (
@@ -133,31 +135,30 @@ def test_validation_examples_that_choose_a_rate_give_no_thresholds() -> None:
         return float(torch.tensor([conformal_quantile(row, 0.9) for row in kept]).mean())  # uniform scores
 
     labels = torch.arange(50) % 3
-    tune = TuneConfig([1.0, 2.0, 3.0, 4.0, 5.0])
-    everything = validation_parts(labels, None, tune)
+    everything = validation_parts(labels, False)
     assert coverage(*everything) < 0.89
     # the ceil(26 * 0.9) = 24th of 25: 24 / 26
-    assert coverage(*validation_parts(labels, "risk", tune)) == pytest.approx(24 / 26, abs=0.003)
+    assert coverage(*validation_parts(labels, True)) == pytest.approx(24 / 26, abs=0.003)
 
 
 def test_the_halves_of_validation_have_every_class_in_both() -> None:
     labels = torch.tensor([2, 0, 0, 1, 2, 2, 1, 0, 2, 5])
-    tune = TuneConfig([1.0, 2.0])
-    chooses, gives = validation_parts(labels, "risk", tune)
+    chooses, gives = validation_parts(labels, True)
     # classes of 3, 2, 4 and 1: the running half gives 1, 1, 2 and 1 to the choice; neighbours stay together
     assert chooses.nonzero().flatten().tolist() == [0, 1, 3, 4, 9] and bool((chooses ^ gives).all())
-    for report, rates in ((None, tune), ("risk", None), ("risk", TuneConfig([1.0]))):
-        assert all(bool(mask.all()) for mask in validation_parts(labels, report, rates))
+    assert all(bool(mask.all()) for mask in validation_parts(labels, False))
+    evaluate = MultitaskEvaluateConfig(risk=True)
+    asked = [(MultitaskEvaluateConfig(), [1.0, 2.0]), (evaluate, None), (evaluate, [1.0]), (evaluate, [1.0, 2.0])]
+    assert [divides(of, rates and TuneConfig(rates)) for of, rates in asked] == [False, False, False, True]
 
 
 def test_the_halves_of_validation_share_no_group() -> None:
     labels = torch.tensor([0] * 8 + [1] * 6 + [2] * 5)
-    tune = TuneConfig([1.0, 2.0])
     # pairs that lie apart, a group over the cut, and a person with images of two classes
     groups = list("abcdabcd") + list("efffgg") + list("hijka")
-    chooses, gives = validation_parts(labels, True, tune, groups)
+    chooses, gives = validation_parts(labels, True, groups)
     sides = [{groups[i] for i in mask.nonzero().flatten().tolist()} for mask in (chooses, gives)]
     assert not sides[0] & sides[1] and bool((chooses ^ gives).all())
     assert [sorted(side) for side in sides] == [list("abefh"), list("cdgijk")]
-    alone = validation_parts(labels, True, tune, [str(i) for i in range(19)])
-    assert torch.equal(alone[0], validation_parts(labels, True, tune)[0])
+    alone = validation_parts(labels, True, [str(i) for i in range(19)])
+    assert torch.equal(alone[0], validation_parts(labels, True)[0])

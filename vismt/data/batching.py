@@ -152,7 +152,7 @@ class InOrder:
     """
 
     def __init__(self, images: Images, batch: int, order: Tensor | None = None, labels: Tensor | None = None) -> None:
-        self.images = images
+        self.images, self.batch = images, batch
         self.labels = images.labels if labels is None else labels
         order = torch.arange(len(images)) if order is None else order
         self.parts = order.split(batch) if len(order) else ()

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
 
 import torch
@@ -111,3 +112,33 @@ def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:
         counts[label] = counts.get(label, 0) + 1
     chosen = [i for _, i in sorted(ranked, key=lambda pair: (pair[0], keys[pair[1]]))[:limit]]
     return torch.tensor(sorted(chosen), dtype=torch.int64)
+
+
+def validation_parts(labels: Tensor, apart: bool, groups: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+    """Return masks (n,) of the validation examples that choose learning rates, and of the examples on which features are fitted.
+
+    They are the halves of every class, each of neighbours as in `divide`, if the two are apart, else all examples. No group is in
+    both halves.
+
+    Args:
+        labels: int64 (n,).
+        apart: Whether the two masks share no example.
+        groups: Group of each example; () for independent examples.
+    """
+    if not apart:
+        return torch.ones_like(labels, dtype=torch.bool), torch.ones_like(labels, dtype=torch.bool)
+    named: Sequence[Hashable] = groups or range(len(labels))
+    chooses: dict[Hashable, bool] = {}
+    before = 0
+    for label in labels.unique():
+        members = (labels == label).nonzero().flatten().tolist()
+        count = (before + len(members)) // 2 - before // 2  # so that half of all choose where classes are odd
+        before += len(members)
+        sizes = Counter(named[i] for i in members)
+        count -= sum(size for group, size in sizes.items() if chooses.get(group))  # with an earlier class
+        done = 0
+        for group in [group for group in sizes if group not in chooses]:
+            chooses[group] = done + sizes[group] / 2 < count
+            done += sizes[group]
+    mask = torch.tensor([chooses[group] for group in named], dtype=torch.bool)
+    return mask, ~mask

@@ -10,7 +10,7 @@ from torch import Tensor
 from vismt.evaluation.sections import FEATURES
 from vismt.robustness.smoothing import ABSTAINED, Smoothing
 from vismt.storage.records import Field
-from vismt.uncertainty.features import PIXELS, PROBABILITIES, Answers, Feature, Quantity
+from vismt.uncertainty.features import PIXELS, PROBABILITIES, Answers, Feature, Quantity, Rows
 from vismt.uncertainty.intervals import LOWER, Condition
 
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
@@ -50,18 +50,16 @@ class Certify(Feature):
         return {self.label: found, f"{self.label} radius": radii}
 
     def quantities(self) -> list[Quantity]:
-        certified = [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in self._radii()]
+        reached = [radius for radius in _RADII if radius <= self.section.largest]
+        certified = [Condition(f"{self.label} certified l2 {r:g}", "certified", self.label, r) for r in reached]
         abstention = Condition(self.label, "certified", self.label)
         return [
             *(Quantity(condition, "accuracy", counts=True) for condition in certified),
             Quantity(abstention, "abstentions", better=LOWER, counts=True),
         ]
 
-    def values(self, columns: Mapping[str, Tensor], labels: Tensor) -> list[Tensor]:
-        answers, radii = columns[self.label], columns[f"{self.label} radius"]
-        right = [((answers == labels) & (radii >= radius)).double() for radius in self._radii()]
-        return [*right, (answers == ABSTAINED).double()]
-
-    def _radii(self) -> list[float]:
-        """Return the radii that a certificate can reach."""
-        return [radius for radius in _RADII if radius <= self.section.largest]
+    def values(self, of: Quantity, rows: Rows, outside: Mapping[str, Rows]) -> Tensor:
+        answers, radii = rows.column(self.label), rows.column(f"{self.label} radius")
+        if of.condition.level is None:
+            return (answers == ABSTAINED).double()
+        return ((answers == rows.labels) & (radii >= of.condition.level)).double()

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from vismt.base.errors import UserError
 from vismt.base.registry import Registry, with_entry_points
-from vismt.uncertainty.features import REASONS, Feature
+from vismt.data.division import validation_parts
+from vismt.data.set_entries import check_apart, check_row_names
+from vismt.engine.study import TuneConfig
+from vismt.uncertainty.features import REASONS, VALIDATION, Feature, Rows, View
+from vismt.uncertainty.intervals import Score
 
+_PLACES = ("certify", "laplace", "neighbours", "ood", "risk")  # modules of this folder
 FEATURES: Registry[type[Feature]] = Registry(
-    "evaluate: no feature", with_entry_points("vismt.features", {"certify": "vismt.evaluation.certify"})
+    "evaluate: no feature",
+    with_entry_points(
+        "vismt.features",
+        {key: f"vismt.evaluation.{key}" for key in _PLACES},
+    ),
 )
 Section = TypeVar("Section")
 
@@ -30,8 +42,13 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
         keys = [feature.keys for feature in features if not lacking[feature.key]]
         reasons = {key: REASONS[needs[0]] for key, needs in lacking.items() if needs}
         elsewhere = {key: f"Leave it out: {reason}." for key, reason in reasons.items()}
+
+        def check(self: Any) -> None:
+            check_split(self, getattr(self, "split", "test"))
+            getattr(own, "__post_init__", lambda section: None)(self)
+
         content = {"__doc__": own.__doc__, "__module__": own.__module__, "ELSEWHERE": elsewhere, "REFUSED": reasons}
-        return dataclass(type(own.__name__, (*keys, own), content))
+        return dataclass(type(own.__name__, (*keys, own), {**content, "__post_init__": check}))
 
     return extended
 
@@ -50,3 +67,60 @@ def asked_features(evaluate: object) -> list[Feature]:
     """Return the features that a section `evaluate` asks for."""
     asked = [(FEATURES[name], getattr(evaluate, name, None)) for name in FEATURES]
     return [feature(section) for feature, section in asked if section]
+
+
+def check_split(evaluate: object, split: str) -> None:
+    """Raise UserError for a feature that would be fitted on the evaluated examples."""
+    for feature in asked_features(evaluate):
+        if VALIDATION in feature.needs and split == "validation":
+            raise UserError(
+                f"evaluate.{feature.key}: it is fitted on the validation examples; set evaluate.split to test, or leave it out."
+            )
+
+
+def check_other_sets(evaluate: object, inside: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError for a set of other classes that is also among the sets of the run. inside: by the place that names them."""
+    for feature in asked_features(evaluate):
+        check_row_names(feature.sets, f"evaluate.{feature.key}")
+        check_apart(inside, {f"evaluate.{feature.key}": feature.sets})
+
+
+def fitted_keys(evaluate: object, *, apart: bool = False) -> list[str]:
+    """Return the keys of the features that are fitted on validation examples.
+
+    apart: Whether to leave out those that may be fitted on examples which choose learning rates.
+    """
+    features = asked_features(evaluate)
+    return [of.key for of in features if VALIDATION in of.needs and (of.holds_out or not apart)]
+
+
+def divides(evaluate: object, tune: TuneConfig | None) -> bool:
+    """Return whether one half of the validation examples chooses learning rates, and features are fitted on the other half."""
+    return bool(fitted_keys(evaluate, apart=True)) and tune is not None and len(tune.rates) > 1
+
+
+def check_held_out(evaluate: object, tune: TuneConfig | None, labels: Tensor, groups: Sequence[str]) -> None:
+    """Raise UserError for a feature that would be fitted on too few validation examples.
+
+    labels: Of the validation examples, int64 (n,). groups: Group of each, () for independent examples.
+    """
+    count = int(validation_parts(labels, divides(evaluate, tune), groups)[1].sum())
+    for feature in asked_features(evaluate):
+        if feature.holds_out:
+            feature.check_held_out(count)
+
+
+def outside_entries(features: Sequence[Feature]) -> list[str]:
+    """Return the entries of the sets of other classes whose answers features ask for, each once."""
+    return [*dict.fromkeys(of.outside for feature in features for of in feature.quantities() if of.outside)]
+
+
+def asked_scores(features: Sequence[Feature], view: View, rows: Rows, outside: Callable[[str], Rows]) -> list[Score]:
+    """Return the scores of recorded answers. outside: Returns the rows of a set of other classes by its entry."""
+    others = {entry: outside(entry) for entry in outside_entries(features)}
+    return [score for feature in features for score in feature.scores(view, rows, others)]
+
+
+def shown_quantile(features: Sequence[Feature]) -> float | None:
+    """Return the largest -log p of a class in the sets that predictions show, None for no sets."""
+    return max((of.quantile for of in features if of.quantile is not None), default=None)

@@ -20,7 +20,6 @@ from vismt.config.sections import flat
 from vismt.engine.study import Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
-from vismt.jobs.risk import risk_section
 from vismt.report.comparison import FROZEN, Comparison, arm_title, compare_results
 from vismt.report.conclusion import Conclusion, conclude
 from vismt.report.confusion import class_section
@@ -35,7 +34,7 @@ from vismt.report.results import (
     write_results,
     write_values,
 )
-from vismt.report.score_sections import score_sections
+from vismt.report.score_sections import score_sections, summary_sections
 from vismt.report.tables import (
     Section,
     measure_tables,
@@ -402,7 +401,7 @@ class EvaluationJob(ABC, Generic[Config]):
                 [arm for arm in self.evaluated() if arm not in self.references],
             ),
             *training[1:],
-            risk_section(results),
+            *summary_sections(results),
             *self.sections(results),
         ]
 

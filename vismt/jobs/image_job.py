@@ -9,8 +9,10 @@ from typing import Any, Generic
 from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
+from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER, has_adapter
+from vismt.evaluation.sections import divides, fitted_keys
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import MultitaskObjective
@@ -27,9 +29,14 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     The files from which the report draws routers are written here, too.
     """
 
-    @abstractmethod
-    def check_risk(self) -> None:
-        """Raise UserError where there cannot be the measures of `evaluate.risk`."""
+    def check_features(self, evaluate: object) -> None:
+        """Raise UserError for features of a section `evaluate` of another run that cannot be fitted on this run's examples."""
+        apart, tune = fitted_keys(evaluate, apart=True), self.config.tune
+        if apart and divides(evaluate, tune) and not divides(getattr(self.config, "evaluate", None), tune):
+            raise UserError(
+                f"evaluate.{apart[0]}: the run '{self.folder}' chose its rates on all of its validation images, so none are left "
+                f"for the thresholds; add evaluate.{apart[0]} to that run and train it again."
+            )
 
     @abstractmethod
     def conditions_of(
@@ -40,10 +47,10 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     @property
     @abstractmethod
     def evaluation(self) -> Any:
-        """What scores trained nets on the run's own images: `scores(net, training, split, specs, records, risk=False)`.
+        """What scores trained nets on the run's own images: `scores(net, training, split, specs, records, features)`.
 
         It returns every measure, clean and under each of the conditions `specs`. net: returns the evaluated net, asked for where
-        something is not on record. records: the folder of records. risk: whether the measures of `evaluate.risk` are among them.
+        something is not on record. records: the folder of records. features: of an evaluation.
         """
 
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:

@@ -17,18 +17,8 @@ from vismt.uncertainty.intervals import Condition
 
 TEMPERED = Condition("temperature of validation", "variant", "temperature")
 ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")
-# Of a Laplace approximation around the head, by the part of the Hessian that is kept.
-LAPLACE = {
-    structure: Condition(label, "variant", "Laplace")
-    for structure, label in (("full", "Laplace"), ("kronecker", "Laplace (Kronecker)"), ("rows", "Laplace"))
-}
 TEMPERATURE_FILE = "temperature.json"
 TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
-
-
-def against(name: str) -> Condition:
-    """Return the condition of the AUROC with which a confidence tells the evaluated images from those of another set."""
-    return Condition(f"against {name}", "variant", "out of distribution")
 
 
 def temperature_file(temperature: float | Sequence[float]) -> bytes:

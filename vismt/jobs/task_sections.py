@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, arguments, plain_name
-from vismt.engine.study import StudyConfig, TuneConfig
+from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
 
 _SPLITS = ("test", "validation")
@@ -45,17 +45,6 @@ def check_adjusted(adjusts: bool, split: str) -> None:
     """Raise UserError where logits are to be adjusted, and the validation images that choose tau are the evaluated ones."""
     if adjusts and split == "validation":
         raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
-
-
-def check_risk_split(risk: bool, split: str) -> None:
-    """Raise UserError where the thresholds of `evaluate.risk` would come from the evaluated examples."""
-    if risk and split == "validation":
-        raise UserError("evaluate.risk: its thresholds come from the validation examples; set evaluate.split to test.")
-
-
-def halves(risk: bool, tune: TuneConfig | None) -> bool:
-    """Return whether one half of the validation examples chooses rates and the other half gives thresholds."""
-    return risk and tune is not None and len(tune.rates) > 1
 
 
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.log import record_stem
 from vismt.storage.lines import read_lines, write_lines
-from vismt.uncertainty.intervals import SHARE, Better, Condition, Covers, Measure, Scale
+from vismt.uncertainty.intervals import SHARE, Better, Covers, Measure, Scale, Score
 
 FACTS = "run.json"
 RESULTS, RECORDS = "results.jsonl", "records"
@@ -116,27 +116,6 @@ class Result:
     def stem(self) -> str:
         """Name, without its ending, of the file with the values by example of this arm and metric."""
         return record_stem("-".join((self.task, self.data)), self.protocol, f"{self.arm}-{self.metric}")
-
-
-@dataclass(frozen=True)
-class Score:
-    """One measure of one evaluated model, before it becomes a row.
-
-    unit: What its examples are. examples: See `Result`.
-    """
-
-    task: str
-    data: str
-    protocol: str
-    measure: Measure
-    condition: Condition
-    unit: str = "images"
-    examples: str = ""
-
-    @property
-    def key(self) -> tuple[str, str, str, str, str]:
-        """Key of this score among all scores of a training. It is the same for other trainings and arms."""
-        return (self.task, self.data, self.protocol, self.condition.label, self.measure.metric)
 
 
 def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash: str) -> Result:

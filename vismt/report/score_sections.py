@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.engine.log import record_stem
+from vismt.evaluation.sections import FEATURES
 from vismt.report import arm_figures, figures
 from vismt.report.arm_figures import SeedsPanel
 from vismt.report.comparison import AVERAGE, Comparison, Evidence, ExampleValues, arm_title, block_key
@@ -23,11 +24,13 @@ from vismt.report.tables import (
     interval_text,
     kinds_text,
     number_text,
+    row_text,
     scale_text,
     split_corruptions,
     without_further,
 )
-from vismt.uncertainty.intervals import LOWER, SHARE, mean_interval
+from vismt.uncertainty.features import Summary
+from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, mean_interval
 
 MOST_PANELS = 12  # number of panels of the figure by seed
 MOST_OPEN = 3  # number of figures of scores (of more figures the first is shown, and the others on request)
@@ -302,3 +305,48 @@ def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], 
         heads.append(f"{next(iter(column.values())).label}, n = {' / '.join(counts)}")
     table = Table("Paired differences", heads, rows, set(), texts=len(heads) - len(columns), folded=True)
     return [(table, _PAIRS_NOTE.format(kinds=kinds))] if rows else []
+
+
+def summary_sections(results: Sequence[Result]) -> list[Section]:
+    """Return the tables that features of the evaluation declare; corruptions of a set share a row with their extremes."""
+    summaries = [FEATURES[name].summary for name in FEATURES]
+    return [_summary_section(summary, results) for summary in summaries if summary is not None]
+
+
+def _summary_section(summary: Summary, results: Sequence[Result]) -> Section:
+    groups: dict[tuple[str, str, str], dict[str, list[Result]]] = {}
+    for row in results:
+        if row.metric in summary.metrics and row.seed is None:
+            condition = "corruptions" if row.kind == "corruption" else row.condition
+            groups.setdefault((row.data, row.arm, condition), {}).setdefault(row.metric, []).append(row)
+    if not groups:
+        return Section(summary.title)
+    first = {row.metric: row for by_metric in groups.values() for (row, *_) in by_metric.values()}
+    rows = [
+        [
+            *key,
+            *(_extremes(by_metric.get(metric, [])) for metric in summary.metrics),
+            f"{next(iter(by_metric.values()))[0].n:,}",
+        ]
+        for key, by_metric in groups.items()
+    ]
+    shares = {metric for metric, row in first.items() if row.scale == SHARE}
+    heads = [f"{metric}, %" if metric in shares else metric for metric in summary.metrics]
+    kinds = dict.fromkeys(
+        interval_kind_text(row.interval, row.units)
+        for by_metric in groups.values()
+        for found in by_metric.values()
+        for row in found
+    )
+    table = Table(summary.caption, ["Data", "Arm", "Condition", *heads, "n"], rows, set(), texts=3)
+    return Section(summary.title, [(table, f"{summary.note} Intervals: {'; '.join(kinds)}.")])
+
+
+def _extremes(rows: Sequence[Result]) -> str:
+    """Return a number with its interval, or the least and the largest of several."""
+    if not rows:
+        return "–"
+    if len(rows) == 1:
+        return row_text(rows[0])
+    ends = (min(rows, key=lambda row: row.value), max(rows, key=lambda row: row.value))
+    return " to ".join(number_text(row.value, row.scale, half=row.half) for row in ends)

@@ -5,8 +5,8 @@ unchanged image is inside every budget (the convention of RobustBench, arXiv 201
 image counts. Intervals are Wilson's at 95 %.
 
 For each form of the clean logits (such as a temperature), the record has the answer and the numbers from which the quality of the
-probabilities follows. With the quantile of conformal sets (vismt/uncertainty/conformal.py), it has them for every condition.
-Processes that share an evaluation (vismt/base/ranks.py) run a batch each.
+probabilities follows. Features of the evaluation record columns of their own. Processes that share an evaluation
+(vismt/base/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
@@ -30,8 +30,7 @@ from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.storage.records import Field, Header, Records
-from vismt.uncertainty.conformal import set_sizes
-from vismt.uncertainty.features import Answers, Feature
+from vismt.uncertainty.features import Answers, Feature, feature_columns, in_condition
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
 from vismt.uncertainty.probability_metrics import example_fields, example_values
 
@@ -94,7 +93,6 @@ def evaluate_examples(
     *,
     num_classes: int,
     forms: Mapping[str, Form] | None = None,
-    quantile: float | None = None,
     features: Sequence[Feature] = (),
     records: Path | None = None,
     data: str = "data",
@@ -115,7 +113,6 @@ def evaluate_examples(
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits. Labels are 0..num_classes-1.
         forms: Forms of the clean logits by name, "clean" for the logits themselves.
-        quantile: Threshold of -log p of conformal sets. None records no sets.
         features: Features of the evaluation, which record their own columns (vismt/evaluation).
         records: Line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
@@ -129,14 +126,14 @@ def evaluate_examples(
         Records in the order of the examples. Each has id, label, the predictions "clean" and "<condition>", and the distances
         "<condition> linf" and "<condition> l2". For an attack, "<condition> lost" is 1 if the attack counted an image as broken
         that is right here, by rounding. Each form adds the answer "<form>" and the fields of
-        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". A quantile adds these fields for "clean" and
-        each condition, and the number of classes in the set, "<condition> set". Each feature adds its columns.
+        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". Each feature adds its columns, such as "clean
+        confidence". Some features have columns for every condition.
 
     Raises:
         UserError: If there is no example, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have
             the same text, the model answers differently from call to call, or the records are of another run.
     """
-    questions = ImageQuestions(num_classes, specs, forms or {}, quantile, features, keep, data)
+    questions = ImageQuestions(num_classes, specs, forms or {}, features, keep, data)
     log = questions.records(records, fingerprint, examples)
     return questions.answered(model, batches, log, label)
 
@@ -156,7 +153,6 @@ class ImageQuestions:
     num_classes: int
     specs: Sequence[DirectPerturbation] = ()
     forms: Mapping[str, Form] = field(default_factory=dict)
-    quantile: float | None = None
     features: Sequence[Feature] = ()
     keep: Keep | None = None
     data: str = "data"
@@ -174,7 +170,6 @@ class ImageQuestions:
         settings = {
             "attacks": [dict(spec.settings()) for spec in self.specs],
             "forms": [*self.forms],
-            "quantile": self.quantile,
             "features": {feature.key: feature.settings() for feature in self.features},
         }
         header = Header(weights, examples, {"data": self.data, "num_classes": self.num_classes}, settings)
@@ -215,27 +210,28 @@ class ImageQuestions:
         for name in self.conditions:
             fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
         fields.update(dict.fromkeys(self._lost().values(), Field(0, 1, whole=True)))
+        for form in self.forms:
+            fields |= {form: answer, **example_fields(form)}
         for feature in self.features:
-            fields |= feature.fields(self.num_classes)
-        with_sets = [] if self.quantile is None else [CLEAN.label, *self.conditions]
-        fields.update({f"{name} set": Field(0, self.num_classes, whole=True) for name in with_sets})
-        for name in (*self.forms, *with_sets):
-            fields |= {name: answer, **example_fields(name)}
+            for condition in (CLEAN.label, *(self.conditions if feature.everywhere else ())):
+                fields |= in_condition(condition, feature.fields(self.num_classes))
         return fields
 
     def _rows(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
         classes = self.num_classes
 
-        def with_sets(name: str, logits: Tensor) -> dict[str, list]:
-            if self.quantile is None:
-                return {}
-            return probability_columns(name, logits.cpu().double(), labels.cpu(), self.quantile)
+        net = partial(_logits, model, num_classes=classes)
+
+        def asked(condition: str, logits: Tensor, images: Tensor) -> dict[str, list]:
+            found = Answers(logits.cpu().double(), labels.cpu(), net, images, [(name,) for name in ids])
+            features = [of for of in self.features if of.everywhere or condition == CLEAN.label]
+            return feature_columns(condition, features, found)
 
         device = next((p.device for p in model.parameters()), images.device)
         images, labels = images.to(device), labels.to(device)
         logits = _logits(model, images, classes)
         columns: dict[str, list] = {"id": list(ids), "label": labels.tolist(), "clean": logits.argmax(1).tolist()}
-        columns |= with_sets(CLEAN.label, logits)
+        columns |= asked(CLEAN.label, logits, images)
         for name, form in self.forms.items():
             columns |= probability_columns(name, form(logits.cpu().double()), labels.cpu())
         for condition, spec in self.conditions.items():
@@ -254,13 +250,9 @@ class ImageQuestions:
                     arrays = {name: values.cpu().numpy() for name, values in kept.items()}
                     self.keep(condition, number, {"ids": np.array(ids, dtype=str), **arrays})
             columns[condition] = attacked.argmax(1).tolist()
-            columns |= with_sets(condition, attacked)
+            columns |= asked(condition, attacked, perturbed)
             columns[f"{condition} linf"] = change.abs().amax(1).tolist()
             columns[f"{condition} l2"] = change.norm(dim=1).tolist()
-        net = partial(_logits, model, num_classes=classes)
-        found = Answers(logits.cpu().double(), labels.cpu(), net, images, [(name,) for name in ids])
-        for feature in self.features:
-            columns |= {name: values.tolist() for name, values in feature.columns(found).items()}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
@@ -305,12 +297,10 @@ def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[
     return [(mix_seed(spec.seed, number), position) for position in range(count)]
 
 
-def probability_columns(name: str, logits: Tensor, labels: Tensor, quantile: float | None = None) -> dict[str, list]:
-    """Return the columns of a form of the logits (b, k), with the size of the conformal sets if there is a quantile."""
-    logs = logits.log_softmax(1)
-    sets = {} if quantile is None else {f"{name} set": set_sizes(logs, quantile).tolist()}
-    values = {f"{name} {key}": value.tolist() for key, value in example_values(logs, labels).items()}
-    return {name: logits.argmax(1).tolist(), **values, **sets}
+def probability_columns(form: str, logits: Tensor, labels: Tensor) -> dict[str, list]:
+    """Return the columns of a form of the logits (b, k)."""
+    values = example_values(logits.log_softmax(1), labels)
+    return {form: logits.argmax(1).tolist(), **in_condition(form, {key: of.tolist() for key, of in values.items()})}
 
 
 @torch.no_grad()

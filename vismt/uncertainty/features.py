@@ -9,30 +9,40 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt.storage.records import Field
-from vismt.uncertainty.intervals import HIGHER, SHARE, Better, Condition, Measure, Scale
+from vismt.uncertainty.intervals import CLEAN, HIGHER, SHARE, Better, Condition, Measure, Scale, Score
 
 # What a job may provide, with the reason for which a job without it has no feature that needs it.
-PROBABILITIES, PIXELS = "probabilities", "pixels"
+PROBABILITIES, PIXELS, OUTSIDE = "probabilities", "pixels", "outside"
+VALIDATION, EMBEDDING, HEAD = "validation", "embedding", "head"
 REASONS = {
     PROBABILITIES: "no answer of this job is a choice among classes",
     PIXELS: "the answers of this job do not come from pixels",
+    OUTSIDE: "this job opens no sets of other classes",
+    VALIDATION: "this job has no validation examples of the evaluated classes",
+    EMBEDDING: "the nets of this job have no features of images",
+    HEAD: "the answers of this job do not come from a head over features",
 }
+Fitted = TypeVar("Fitted")
+Value = TypeVar("Value")
+# Arguments: the trained head, features (b, d) of the training examples in batches, features and labels of validation examples.
+MakeHead = Callable[[nn.Module, list[Tensor], tuple[Tensor, Tensor]], nn.Module]
 
 
 @dataclass(frozen=True)
 class Answers:
-    """The answers of a net to a batch of examples under no condition.
+    """The answers of a net to a batch of examples under one condition.
 
     Args:
         logits: (n, k), or log-probabilities.
-        labels: int64 (n,).
+        labels: int64 (n,), 0 for examples of other classes.
         net: Images (m, 3, h, w) to logits (m, k), of a job that provides PIXELS.
         images: (n, 3, h, w) in [0, 1], of a job that provides PIXELS.
         keys: Of the examples, of which their random numbers are a function.
@@ -46,14 +56,63 @@ class Answers:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """The rows of a record, and how their examples depend on each other.
+
+    Args:
+        rows: An id, a label and columns of each example, the columns after the label of their condition: "clean nll".
+        groups: Group by id, {} for independent examples.
+        unit: What the groups are, in the plural.
+        content: What tells the examples from others of their names, "" if that is not known.
+        asked: The recorded conditions, each with whether an answer has to be right on the clean example, too.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    groups: Mapping[str, str] = field(default_factory=dict)
+    unit: str = ""
+    content: str = ""
+    asked: Sequence[tuple[Condition, bool]] = ((CLEAN, False),)
+
+    @cached_property
+    def ids(self) -> list[str]:
+        return [str(row["id"]) for row in self.rows]
+
+    def column(self, name: str, condition: Condition = CLEAN) -> Tensor:
+        """Return the values fp64 (n,) of a column under a condition; of the column "" the answers."""
+        (key,) = in_condition(condition.label, {name: None})
+        return torch.tensor([row[key] for row in self.rows], dtype=torch.float64)
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels fp64 (n,)."""
+        return torch.tensor([row["label"] for row in self.rows], dtype=torch.float64)
+
+    def beside(self, others: Rows) -> Rows:
+        """Return the ids and groups of these examples and of the examples of another set, whose ids begin with "other"."""
+        joined: dict[str, str] = {}
+        if self.groups or others.groups:
+            joined = {name: self.groups.get(name, name) for name in self.ids}
+            joined |= {f"other {name}": f"other {others.groups.get(name, name)}" for name in others.ids}
+        units = {self.unit, others.unit} - {""}
+        ids = [{"id": name} for name in (*self.ids, *(f"other {name}" for name in others.ids))]
+        content = f"{self.content} {others.content}" if self.content and others.content else ""
+        return Rows(ids, joined, units.pop() if len(units) == 1 else "groups", content)
+
+    def grouped(self, measure: Measure) -> Measure:
+        """Return a measure of the examples with their groups."""
+        return replace(measure, groups=self.groups, grouped_by=self.unit) if self.groups else measure
+
+
+@dataclass(frozen=True)
 class Quantity:
     """A number for each answer, whose mean is a score.
 
     Args:
         condition: Condition of the score.
         metric: Name of the score.
-        scale, better: As in `vismt.uncertainty.intervals.Measure`.
+        scale, better, chance: As in `vismt.uncertainty.intervals.Measure`.
         counts: Whether every value is 0 or 1.
+        outside: Entry of the set of other classes that the score is also over, "" for none.
     """
 
     condition: Condition
@@ -61,75 +120,172 @@ class Quantity:
     scale: Scale = SHARE
     better: Better = HIGHER
     counts: bool = False
+    chance: float | None = None
+    outside: str = ""
 
     @property
     def field(self) -> str:
-        """The name of the field of a record with the mean over an example of several answers."""
+        """The name of the field of a record with the score of an example of several answers."""
         return f"{self.condition.label} {self.metric}"
 
     def measure(self, values: Mapping[str, float], *, counts: bool) -> Measure:
         """Return the score of examples by name. counts: whether an example is one answer."""
-        return Measure(self.metric, dict(values), self.scale, self.better, counts=self.counts and counts)
+        counts = self.counts and counts
+        return Measure(self.metric, dict(values), self.scale, self.better, counts=counts, chance=self.chance)
 
 
-class Feature(ABC):
+@dataclass(frozen=True)
+class Summary:
+    """A table of a report with a row for each set, model and condition. metrics: Its columns. note: The text below it."""
+
+    title: str
+    caption: str
+    metrics: tuple[str, ...]
+    note: str
+
+
+class View(ABC):
+    """A trained net on one evaluated set, as a feature sees it. A job defines the methods of what it provides."""
+
+    @abstractmethod
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+        """Return a score of the net.
+
+        examples: What tells its examples from others of their names. about: As of `Feature`. data: Name of another set that the
+        score is of.
+        """
+
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+        """Return what is fitted once for the weights and the validation examples (VALIDATION). kind: A dataclass of numbers."""
+        raise NotImplementedError
+
+    def held_out(self, feature: Feature) -> Rows:
+        """Return the columns of a feature of the validation examples that chose no learning rate (VALIDATION)."""
+        raise NotImplementedError
+
+    def embedded(
+        self, entry: str, name: str, fields: Mapping[str, Field], columns: Callable[[Tensor, Tensor], dict[str, Tensor]]
+    ) -> Rows:
+        """Return columns of the images of a set of other classes, from their features (n, d) and labels (n,) (EMBEDDING).
+
+        name: What the columns are, for the name of their record.
+        """
+        raise NotImplementedError
+
+    @property
+    def head_shape(self) -> tuple[str, int, int]:
+        """The name of the head, its classes and the width of its input (HEAD)."""
+        raise NotImplementedError
+
+    def with_head(self, name: str, make: MakeHead) -> list[Score]:
+        """Return accuracy and quality of the probabilities of clean examples with another head (HEAD).
+
+        name: What the head is, for the names of records. Several views of one net make it once.
+        """
+        raise NotImplementedError
+
+
+class Feature:
     """What the section `evaluate.KEY` of a configuration asks for.
 
     Attributes:
         key: Name of the section.
         needs: What a job has to provide.
         keys: A dataclass with the field `key`: its type, its default, which asks for nothing, and its meaning.
+        about: What the protocol of its scores says in place of the choice among classes, "" for the choice.
+        everywhere: Whether the columns are recorded under attacks and corruptions, too, and not of clean examples alone.
+        holds_out: Whether it is fitted on validation examples that choose no learning rate.
+        summary: A table of the report with its metrics, None for none.
         section: The value of the key.
     """
 
     key: ClassVar[str]
     needs: ClassVar[frozenset[str]]
     keys: ClassVar[type]
+    about: ClassVar[str] = ""
+    everywhere: ClassVar[bool] = False
+    holds_out: ClassVar[bool] = False
+    summary: ClassVar[Summary | None] = None
 
     def __init__(self, section: Any) -> None:
         self.section = section
 
-    @abstractmethod
+    @property
+    def sets(self) -> Sequence[str]:
+        """The entries of sets of other classes, cards or folders, that the section names."""
+        return ()
+
+    @property
+    def quantile(self) -> float | None:
+        """The largest -log p of a class in the set that a prediction shows, None for no set."""
+        return None
+
     def settings(self) -> Mapping[str, object]:
         """Return what the columns depend on, for the header of a record."""
+        return {}
 
-    @abstractmethod
     def fields(self, classes: int) -> dict[str, Field]:
         """Return the fields of `columns` in a record. classes: number of logits, which the names do not depend on."""
+        return {}
 
-    @abstractmethod
     def columns(self, answers: Answers) -> dict[str, Tensor]:
-        """Return what is recorded of each answer, by field."""
+        """Return what is recorded of each answer, by field. Columns of one name in several features have the same values."""
+        return {}
 
-    @abstractmethod
+    def fitted(self, view: View) -> Feature:
+        """Return the feature with what it fits on validation examples."""
+        return self
+
+    def check_held_out(self, count: int) -> None:
+        """Raise UserError if it cannot be fitted on so many validation examples."""
+
     def quantities(self) -> list[Quantity]:
-        """Return the scores."""
+        """Return the scores that are means of values of answers. Other scores are those of `scores` alone."""
+        return []
 
-    @abstractmethod
-    def values(self, columns: Mapping[str, Tensor], labels: Tensor) -> list[Tensor]:
-        """Return the values fp64 (n,) of each of `quantities`. columns: of n answers, fp64. labels: fp64 (n,)."""
+    def values(self, of: Quantity, rows: Rows, outside: Mapping[str, Rows]) -> Tensor:
+        """Return the values fp64 (n,) of one of `quantities`, or (n + m,) with m examples of its set of other classes.
 
-    def means(self, answers: Answers) -> dict[str, float]:
-        """Return the mean of each quantity over the answers of one example, by field."""
-        columns = {name: values.double() for name, values in self.columns(answers).items()}
-        values = self.values(columns, answers.labels.double())
-        return {of.field: float(found.mean()) for of, found in zip(self.quantities(), values, strict=True)}
+        outside: by entry.
+        """
+        raise NotImplementedError
 
-    def measures(self, rows: Sequence[Mapping[str, Any]]) -> list[tuple[Condition, Measure]]:
-        """Return the scores from rows with an id, a label and the columns of one answer each."""
+    def scores(self, view: View, rows: Rows, outside: Mapping[str, Rows]) -> list[Score]:
+        """Return the scores of examples of one answer each. outside: of sets of other classes by entry."""
+        found = []
+        for of in self.quantities():
+            over = rows.beside(outside[of.outside]) if of.outside else rows
+            values = dict(zip(over.ids, self.values(of, rows, outside).tolist(), strict=True))
+            measure = over.grouped(of.measure(values, counts=True))
+            found.append(view.score(measure, of.condition, over.content, self.about))
+        return found
 
-        def column(name: str) -> Tensor:
-            return torch.tensor([row[name] for row in rows], dtype=torch.float64)
+    def net_scores(self, views: Sequence[View]) -> list[Score]:
+        """Return scores that are not of recorded answers. views: of one net, one for each evaluated set."""
+        return []
 
-        values = self.values({name: column(name) for name in self.fields(1)}, column("label"))
-        ids = [str(row["id"]) for row in rows]
-        return [
-            (of.condition, of.measure(dict(zip(ids, found.tolist(), strict=True)), counts=True))
-            for of, found in zip(self.quantities(), values, strict=True)
-        ]
+    def means(self, answers: Answers, outside: Mapping[str, Answers]) -> dict[str, float]:
+        """Return the score of the answers of one example for each quantity, by field. outside: by entry."""
+        rows = rows_of([self], answers)
+        others = {of.outside: rows_of([self], outside[of.outside]) for of in self.quantities() if of.outside}
+        return {of.field: float(self.values(of, rows, others).mean()) for of in self.quantities()}
 
-    def rows(self, ids: Sequence[str], answers: Answers) -> list[dict[str, Any]]:
-        """Return rows as `measures` takes them, from answers that are on record."""
-        columns = {name: values.tolist() for name, values in self.columns(answers).items()}
-        columns |= {"id": list(ids), "label": answers.labels.tolist()}
-        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+def rows_of(features: Sequence[Feature], answers: Answers, ids: Sequence[str] = ()) -> Rows:
+    """Return rows with the columns of features for clean answers. ids: of the examples, by default their numbers."""
+    columns = feature_columns(CLEAN.label, features, answers)
+    columns |= {"id": list(ids) or [*range(len(answers.labels))], "label": answers.labels.tolist()}
+    return Rows([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def feature_columns(condition: str, features: Sequence[Feature], answers: Answers) -> dict[str, list]:
+    """Return the columns of features under a condition, by their names in a record of several conditions."""
+    found: dict[str, list] = {}
+    for feature in features:
+        found |= in_condition(condition, {name: of.tolist() for name, of in feature.columns(answers).items()})
+    return found
+
+
+def in_condition(condition: str, columns: Mapping[str, Value]) -> dict[str, Value]:
+    """Return columns by their names in a record of several conditions, "clean nll"; the column "" is the answers."""
+    return {f"{condition} {name}".rstrip(): values for name, values in columns.items()}

@@ -354,6 +354,27 @@ class Measure:
         return interval_of(self.estimate(), self.scale, self.units)
 
 
+@dataclass(frozen=True)
+class Score:
+    """One measure of one evaluated model, before it becomes a row.
+
+    unit: What its examples are. examples: What tells its examples from others of their names, "" if that is not known.
+    """
+
+    task: str
+    data: str
+    protocol: str
+    measure: Measure
+    condition: Condition
+    unit: str = "images"
+    examples: str = ""
+
+    @property
+    def key(self) -> tuple[str, str, str, str, str]:
+        """Key of this score among all scores of a training. It is the same for other trainings and arms."""
+        return (self.task, self.data, self.protocol, self.condition.label, self.measure.metric)
+
+
 def averaged(measures: Sequence[Measure]) -> Measure:
     """Return the mean of one measure over several trainings, example by example, with the interval of `over_seeds`.
 

@@ -118,6 +118,11 @@ def proper_scores(log_p: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (-chosen).clamp_min(0), briers.clamp(0, 2)
 
 
+def largest_probability(log_p: Tensor) -> Tensor:
+    """Return the confidence (n,) of log-probabilities (n, k)."""
+    return log_p.exp().amax(1).clamp_max(1)
+
+
 def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tensor:
     """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n.
 
@@ -224,7 +229,7 @@ MEASURES = [
     ProbabilityMeasure(
         "ECE-15",
         "confidence",
-        lambda log_p, labels: log_p.exp().amax(1).clamp_max(1),
+        lambda log_p, labels: largest_probability(log_p),
         Field(0, 1),
         parts=binned_gaps,
         parts_column="gaps",

@@ -11,10 +11,9 @@ from helpers.toy_job.config import ToyConfig, check
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.jobs.training_job import TrainingJob
-from vismt.report.results import Score
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
-from vismt.uncertainty.intervals import CLEAN, Measure
+from vismt.uncertainty.intervals import CLEAN, Measure, Score
 
 HEAD = "head.safetensors"
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.evaluation.certify import Certify
+from vismt.evaluation.ood import Ood
 from vismt.metatune import EpisodeSampler, ProtoNet, features, run_protocol
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
@@ -175,15 +176,18 @@ def test_records_have_every_answer(tmp_path):
         run(records)
 
 
+OOD = [Ood(["other"])]
+
+
 def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
     from vismt.uncertainty.probability_metrics import detection_auroc
 
     other = Outside()
     net, records = ProtoNet(Backbone()).eval(), tmp_path / "fake.jsonl"
     sampler, pixels = EpisodeSampler(LABELS, ways=4, shots=2, queries=5, seed=1), Pixels()
-    whole = run(records, net=net, probabilities=True, temperature=2.0, ood={"against other": other}, batch=7)
+    whole = run(records, net=net, probabilities=True, temperature=2.0, asked=OOD, outside={"other": other}, batch=7)
     quality = [f"{form} {name}" for form in ("clean", "tempered") for name in ("gaps", "nll", "brier")]
-    assert list(whole) == ["clean", "dark", "against other", *quality]
+    assert list(whole) == ["clean", "dark", "against other AUROC", *quality]
     drawn = other.read
     assert [len(rows) for rows in drawn] == [20] * 6 and len({tuple(rows.tolist()) for rows in drawn}) == 6
     for i, rows in enumerate(drawn):
@@ -193,21 +197,24 @@ def test_outside_images_are_the_same_for_every_model_and_resume(tmp_path):
             support = pixels[e.support], e.support_labels
             inside, outside = (net(*support, x) for x in (pixels[e.query], other.images[rows]))
         confidence = [logits.softmax(1).amax(1) for logits in (inside, outside)]
-        assert float(whole["against other"][i]) == pytest.approx(detection_auroc(-confidence[0], -confidence[1]))
+        assert float(whole["against other AUROC"][i]) == pytest.approx(detection_auroc(-confidence[0], -confidence[1]))
         wanted = nn.functional.cross_entropy(inside / 2, e.query_labels)
         assert float(whole["tempered nll"][i]) == pytest.approx(float(wanted), abs=1e-5)
     # Another model and other shots of the same set draw the same, an interrupted file is continued, another set is refused.
     again, five = Outside(), EpisodeSampler(LABELS, ways=4, shots=5, queries=5, seed=1)
-    run(net=ProtoNet(Backbone(), scale=3.0), sampler=five, ood={"against other": again})
+    run(net=ProtoNet(Backbone(), scale=3.0), sampler=five, asked=OOD, outside={"other": again})
     assert all(torch.equal(a, b) for a, b in zip(again.read, drawn))
     lines = records.read_text().splitlines(keepends=True)
     records.write_text("".join(lines[:3]) + lines[3][:9])
     options = {"probabilities": True, "temperature": 2.0, "batch": 7}
-    resumed = run(records, ood={"against other": Outside()}, **options)
+    resumed = run(records, asked=OOD, outside={"other": Outside()}, **options)
     assert records.read_text() == "".join(lines) and all(torch.equal(whole[name], resumed[name]) for name in whole)
-    for changes, key in (({"ood": {"against it": other}}, "ood"), ({"ood": None}, "ood")):
+    for changes, key in (
+        ({"outside": {"it": other}}, "outside"),
+        ({"outside": None, "asked": ()}, "outside, features"),
+    ):
         with pytest.raises(UserError, match=rf"\(different: {key}\)"):
-            run(records, **options, **changes)
+            run(records, **{"asked": OOD, **options, **changes})
 
 
 def test_episodes_of_different_parts_share_no_outside_image_and_no_group_of_them():
@@ -216,12 +223,12 @@ def test_episodes_of_different_parts_share_no_outside_image_and_no_group_of_them
     sampler = EpisodeSampler(LABELS, ways=4, shots=1, queries=3, seed=1, parts=5)
     assert sampler.parts == 5
     for images, unit in ((other, torch.arange(120)), (grouped, grouped.group_of)):
-        run(net=ProtoNet(Backbone()), sampler=sampler, episodes=20, attacks=[], ood={"against other": images})
+        run(net=ProtoNet(Backbone()), sampler=sampler, episodes=20, attacks=[], asked=OOD, outside={"other": images})
         seen = [set(unit[torch.cat(images.read[part::5])].tolist()) for part in range(5)]
         assert len(images.read) == 20 and all(len(rows) == 12 for rows in images.read)
         assert sum(map(len, seen)) == len(set().union(*seen)) > 5
-    with pytest.raises(UserError, match="4 images against few, for episodes in 5 parts"):
-        run(net=ProtoNet(Backbone()), sampler=sampler, attacks=[], ood={"against few": Outside(4)})
+    with pytest.raises(UserError, match="4 images in 'other', for episodes in 5 parts"):
+        run(net=ProtoNet(Backbone()), sampler=sampler, attacks=[], asked=OOD, outside={"other": Outside(4)})
 
 
 def test_features_of_outside_images_are_stored(monkeypatch):
@@ -234,10 +241,10 @@ def test_features_of_outside_images_are_stored(monkeypatch):
         return compute(backbone, images, batch)
 
     monkeypatch.setattr(features, "_computed", counting)
-    stored = run(net=net, sampler=sampler, attacks=[], episodes=40, ood={"against other": Outside()})
+    stored = run(net=net, sampler=sampler, attacks=[], episodes=40, asked=OOD, outside={"other": Outside()})
     passed = sum(counts)
     computed = run(
-        net=plain, sampler=sampler, attacks=[], episodes=40, ood={"against other": Outside()}, features="off"
+        net=plain, sampler=sampler, attacks=[], episodes=40, asked=OOD, outside={"other": Outside()}, features="off"
     )
     assert all(torch.equal(stored[name], computed[name]) for name in stored)
     # 40 episodes of 8 + 20 + 20 images; two sets of 120, and a few for the check of the first batch.
@@ -246,7 +253,7 @@ def test_features_of_outside_images_are_stored(monkeypatch):
 
 def test_a_small_outside_set_is_drawn_whole():
     small = Outside(9)
-    run(ood={"against small": small}, attacks=[])
+    run(asked=OOD, outside={"other": small}, attacks=[])
     assert all(sorted(rows.tolist()) == list(range(9)) for rows in small.read)
 
 

@@ -293,8 +293,7 @@ def test_damaged_json_is_one_message(tmp_path, capsys, monkeypatch, name, text, 
 def test_a_run_is_compared_with_a_table_of_its_examples(tmp_path):
     from helpers.results import add, measure
 
-    from vismt.report.results import Score
-    from vismt.uncertainty.intervals import CLEAN
+    from vismt.uncertainty.intervals import CLEAN, Score
 
     values = [0.2, 0.4, 0.6, 0.8]
     add(

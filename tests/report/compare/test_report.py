@@ -11,9 +11,9 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.report.compare.report import compare_inputs, join
 from vismt.report.comparison import compare_results
-from vismt.report.results import Score, read_results
+from vismt.report.results import read_results
 from vismt.storage.files import sealed
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Score
 
 
 def run(parent, name, arms, examples="drawn", config="seed: 0\n"):

@@ -9,26 +9,24 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
 from vismt.config.typed import Names, within
-from vismt.data.set_entries import check_apart, check_row_names
+from vismt.data.set_entries import check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.evaluation.sections import evaluate_section
+from vismt.evaluation.sections import asked_features, check_other_sets, divides, evaluate_section, fitted_keys
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     Split,
     check_adjusted,
-    check_risk_split,
     check_tasks,
-    halves,
     make_configured_balancer,
 )
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.uncertainty.features import PIXELS, PROBABILITIES
+from vismt.uncertainty.features import EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 
@@ -58,7 +56,7 @@ class AugmentConfig:
     flip: bool = True
 
 
-@evaluate_section(PROBABILITIES, PIXELS)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD)
 @dataclass
 class MultitaskEvaluateConfig:
     """Evaluation.
@@ -68,15 +66,7 @@ class MultitaskEvaluateConfig:
         batch: images in one forward pass.
         temperature: writes the temperature that fits the validation images beside exported weights, not those of vbll;
             reports have it wherever there are validation images.
-        laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
-            condition is named accordingly, where a linear head has more than 4,096 weights.
         adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
-        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
-            examples choose the rates and the other half give the thresholds.
-        ood: sets of images of other classes, cards or folders: how well the largest probability tells them from the
-            evaluated images, as AUROC.
-        neighbours: sets of images of other classes, which show how much of the frozen model is kept: their k-NN accuracy in the
-            net's features.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
     """
@@ -84,17 +74,12 @@ class MultitaskEvaluateConfig:
     split: Split = "test"
     batch: Count = 64
     temperature: bool = field(default=False, metadata=UNHASHED)
-    laplace: bool = False
     adjust_logits: bool = False
-    risk: bool = False
-    ood: list[str] = field(default_factory=list)
-    neighbours: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         check_adjusted(self.adjust_logits, self.split)
-        check_risk_split(self.risk, self.split)
 
 
 @dataclass
@@ -219,21 +204,16 @@ def _check_arm(config: MultitaskConfig) -> None:
             )
         QualityRetaining(1, [0], **asdict(config.retain))
     unchecked = next((task.name for task in config.tasks if not (task.validation or task.validation_share)), None)
-    if config.evaluate.risk and unchecked is not None:
-        raise UserError(
-            f"evaluate.risk: task '{unchecked}' has no validation images for thresholds; give it validation_share."
-        )
+    for key in fitted_keys(config.evaluate) if unchecked is not None else ():
+        raise UserError(f"evaluate.{key}: task '{unchecked}' has no validation images; give it validation_share.")
     inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
-    outside = {"evaluate.ood": config.evaluate.ood, "evaluate.neighbours": config.evaluate.neighbours}
-    for key, sets in outside.items():
-        check_row_names(sets, key)
-        check_apart(inside, {key: sets})
+    check_other_sets(config.evaluate, inside)
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
-    if config.evaluate.laplace and (config.head_section.labels != "union" or config.evaluate.split == "validation"):
+    of_head = [feature.key for feature in asked_features(config.evaluate) if HEAD in feature.needs]
+    if of_head and config.head_section.labels != "union":
         raise UserError(
-            "evaluate.laplace: it is around one softmax over all classes, its prior chosen on validation images; set the head's "
-            "labels to union and evaluate.split to test, or laplace to false."
+            f"evaluate.{of_head[0]}: it is around one softmax over all classes; set the head's labels to union, or leave it out."
         )
     check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
     require_known("trained_tasks:", config.trained_tasks, names)
@@ -277,10 +257,11 @@ def _check_merges(config: MultitaskConfig) -> None:
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
             )
-        if len(arm.merge.weights) > 1 and config.evaluate.risk and not halves(True, config.tune):
+        apart = fitted_keys(config.evaluate, apart=True)
+        if len(arm.merge.weights) > 1 and apart and not divides(config.evaluate, config.tune):
             raise UserError(
-                f"arms.{name}: merge.weights: are chosen on the validation images, of which none are left for the thresholds of "
-                "evaluate.risk; name one weight, or give tune, with which half of them choose."
+                f"arms.{name}: merge.weights: are chosen on the validation images, of which none are left for "
+                f"evaluate.{apart[0]}; name one weight, or give tune, with which half of them choose."
             )
 
 

@@ -26,29 +26,28 @@ from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
-from vismt.evaluation.sections import asked_features
+from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
 from vismt.jobs.classification.data import TaskData
 from vismt.jobs.classification.evaluation import Evaluation
 from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
 from vismt.jobs.classification.merging import check_merging_arms, merge_section, merged_net, write_interference
-from vismt.jobs.classification.models import HEAD, PixelNet, fresh, load_head, stored, with_linear_head
+from vismt.jobs.classification.models import HEAD_FILE, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
-from vismt.jobs.risk import check_threshold_examples, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.lowrank.model.inject import train_along
 from vismt.lowrank.model.record import count_parameters
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.objectives import WHOLE, MultitaskObjective, VariationalObjective
 from vismt.report.panels import spread
-from vismt.report.results import RECORDS, Result, Score
+from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
-from vismt.uncertainty.intervals import CLEAN
+from vismt.uncertainty.intervals import CLEAN, Score
 from vismt.uncertainty.last_layers import is_variational
 from vismt.uncertainty.predictive import GaussianHead
 
@@ -119,16 +118,16 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
 
     def check_data(self) -> None:
         settings = self.config.evaluate
-        tuned = settings.temperature or settings.adjust_logits or settings.laplace or settings.risk
+        tuned = settings.temperature or settings.adjust_logits or fitted_keys(settings)
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
-            for name in (*settings.ood, *settings.neighbours):
+            for name in (name for feature in asked_features(settings) for name in feature.sets):
                 self.data.outside(name)
             if validates(self.config) or tuned:
                 self.data.check_part(task, "validation")
-            if settings.risk:
+            if fitted_keys(settings):
                 labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
-                check_threshold_examples(labels, self.config.tune, groups)
+                check_held_out(settings, self.config.tune, labels, groups)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
         return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
@@ -176,7 +175,7 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         return ShuffledBatches(images, config.batch, seed=config.seed, augment=change)
 
     def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
-        training_files.write_state(net.heads, folder / HEAD)
+        training_files.write_state(net.heads, folder / HEAD_FILE)
 
     def loaded(self, training: Training) -> PixelNet:
         return load_head(self.fresh(self.study.config_of(training)), training)
@@ -185,19 +184,11 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         records = records_folder(training.folder / RECORDS, attacks)
-        net = self.final(training)
-        forms = self.evaluation.forms(net, training, split) if split == self.split else None
+        net, evaluated = self.final(training), split == self.split
+        forms = self.evaluation.forms(net, training, split) if evaluated else None
+        features = [of for of in asked_features(settings) if evaluated and (of.everywhere or attacks is None)]
         specs = conditions(chosen, corruptions)
-        risk = self.config.evaluate.risk and split == self.split
-        features = asked_features(settings) if forms is not None and attacks is None else ()
-        scores = self.evaluation.scores(lambda: net, training, split, specs, records, forms, risk, features)
-        if forms is not None and attacks is None:
-            scores += self.evaluation.detection(net, training, records)
-            scores += self.evaluation.neighbours(net, training, records)
-            if self.config.evaluate.laplace:
-                tasks = self.study.arms[training.arm].trained_tasks
-                scores += self.evaluation.laplace(net, training, records, tasks)
-        return scores
+        return self.evaluation.scores(lambda: net, training, split, specs, records, features, forms)
 
     def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
         return config.trained_tasks or [task.name for task in config.tasks]
@@ -229,9 +220,6 @@ class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
     ) -> Sequence[Any]:
         check_conditions(attacks, corruptions, 4)
         return conditions(attacks, corruptions, seed)
-
-    def check_risk(self) -> None:
-        check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]

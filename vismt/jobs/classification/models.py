@@ -16,12 +16,14 @@ from vismt.base.identity import weights_digest
 from vismt.data.batching import Gathered
 from vismt.engine import training_files
 from vismt.engine.study import Training
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.metatune.features import FeatureStore, features, number
+from vismt.uncertainty.features import HEAD
 from vismt.uncertainty.last_layers import is_variational, make_head
 from vismt.uncertainty.predictive import GaussianHead
 
-HEAD = "head.safetensors"
+HEAD_FILE = "head.safetensors"
 
 
 class PixelNet(nn.Module):
@@ -98,9 +100,11 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
         )
     )
     head, alone = config.head_section, len(classifiers(net.stock)) == 1
-    if not alone and (is_variational(head.name) or config.evaluate.laplace):
+    around = [f"evaluate.{feature.key}" for feature in asked_features(config.evaluate) if HEAD in feature.needs]
+    around += [head.name] if is_variational(head.name) else []
+    if not alone and around:
         raise UserError(
-            f"model: {model.name} averages two classifiers, and vbll and evaluate.laplace are around one; take another model."
+            f"model: {model.name} averages two classifiers, and {around[0]} is around one; take another model."
         )
     if is_variational(head.name):
         if not isinstance(net.head, nn.Linear):
@@ -143,5 +147,5 @@ def load_head(net: PixelNet, training: Training) -> PixelNet:
     Raises UserError for an unfinished training and for files that do not fit.
     """
     what = training_files.restore(net.stock, training)
-    training_files.load_state(net.heads, training.folder / HEAD, what)
+    training_files.load_state(net.heads, training.folder / HEAD_FILE, what)
     return net.requires_grad_(False).eval()

@@ -9,16 +9,15 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError, near, require_known
 from vismt.config.sections import SCHEDULED, UNHASHED_OPTIONS, Count, Jitter, ModelConfig
 from vismt.config.typed import Names, build, within
-from vismt.data.set_entries import check_apart, check_row_names
+from vismt.data.set_entries import check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.evaluation.sections import asked_features, evaluate_section
+from vismt.evaluation.sections import asked_features, check_other_sets, evaluate_section
 from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     Split,
     check_adjusted,
-    check_risk_split,
     check_tasks,
     make_configured_balancer,
 )
@@ -29,7 +28,7 @@ from vismt.multitask.heads import check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
-from vismt.uncertainty.features import PIXELS, PROBABILITIES
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
 
 _MODES = ("slide", "whole")
 _SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
@@ -91,7 +90,7 @@ class DenseAugmentConfig:
             raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
-@evaluate_section(PROBABILITIES, PIXELS)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION)
 @dataclass
 class DenseEvaluateConfig:
     """Evaluation.
@@ -106,10 +105,6 @@ class DenseEvaluateConfig:
         scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
         adjust_logits: whether tasks with classes are evaluated with the logits minus tau log prior, too
             (vismt.multitask.class_loss), with tau of each task chosen on the validation images.
-        risk: also evaluate conformal sets and selective prediction of tasks of whole images (vismt.jobs.risk), and the
-            quality of their probabilities.
-        ood: sets of images of other classes, cards or folders: how well the largest probability of a task of whole images
-            tells them from the evaluated images, as AUROC.
         attacks: pgd on the run's losses.
         corruptions: evaluated corruptions; all has those that leave pixels where they are.
     """
@@ -121,8 +116,6 @@ class DenseEvaluateConfig:
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
     adjust_logits: bool = False
-    risk: bool = False
-    ood: list[str] = field(default_factory=list)
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
@@ -130,7 +123,6 @@ class DenseEvaluateConfig:
         from vismt.multitask.inference import check_scales
 
         check_adjusted(self.adjust_logits, self.split)
-        check_risk_split(self.risk, self.split)
         check_scales(self.scales)
 
 
@@ -249,8 +241,7 @@ def _check_values(config: DenseConfig) -> None:
         raise UserError(
             "evaluate.adjust_logits: its prior is over the classes of one task; set head.labels to separate."
         )
-    asked = {"risk": config.evaluate.risk, "ood": config.evaluate.ood}
-    keys = [key for key, value in asked.items() if value] + [feature.key for feature in asked_features(config.evaluate)]
+    keys = [feature.key for feature in asked_features(config.evaluate)]
     if keys and not image_tasks(all_tasks(config)):
         raise UserError(f"evaluate.{keys[0]}: no task is of whole images; add the task classify, or leave the key out.")
     tasks = [task.name for task in all_tasks(config)]
@@ -299,9 +290,8 @@ def _check_parts(config: DenseConfig) -> None:
         if shares(parts):
             check_row_names(parts.train, f"{where}: train")
     check_parts(sections)
-    check_row_names(config.evaluate.ood, "evaluate.ood")
     used = {where: (*parts.train, *parts.validation, *parts.test) for where, parts in sections.items()}
-    check_apart(used, {"evaluate.ood": config.evaluate.ood})
+    check_other_sets(config.evaluate, used)
 
 
 def _check_sizes(config: DenseConfig) -> None:

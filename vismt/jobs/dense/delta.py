@@ -9,8 +9,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.jobs.dense.config import DELTA
 from vismt.multitask.metrics import delta_m
-from vismt.report.results import Score
-from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure, Score
 
 
 def deltas(scores: Mapping[str, Sequence[Score]], baselines: Mapping[str, str]) -> dict[str, list[Score]]:

@@ -8,8 +8,8 @@ An image without a valid pixel of a task is left out of the task's score, n, rec
 through that task; the n of delta_m counts the images with a value of any task. A score that is undefined (`absent: nan`) is no
 number, and the report says why.
 
-Tasks of whole images have a record of the probabilities of every image, from which `evaluate.risk` (jobs/risk.py) and
-`evaluate.ood` (jobs/image_scores.py) are computed. With evaluate.adjust_logits the tasks with classes are also scored with
+Tasks of whole images have a record of the probabilities of every image, and of what features of the evaluation ask of them.
+With evaluate.adjust_logits the tasks with classes are also scored with
 z - tau log pi (class_loss.py), by the tau with the best score on the validation images.
 """
 
@@ -20,45 +20,46 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress, product
+from itertools import compress
 from pathlib import Path
 from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.identity import Identity
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import InOrder
+from vismt.data.division import validation_parts
 from vismt.data.maps.dense_sample import Sample, collate, size_of
 from vismt.data.maps.dense_transforms import pad
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
+from vismt.evaluation.sections import asked_scores, divides
 from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Undefined
-from vismt.jobs.image_scores import confidences, detection_score, form_measures, in_groups
+from vismt.jobs.image_scores import form_measures
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
-from vismt.jobs.risk import Thresholds, image_measures, thresholds_file, thresholds_of, validation_parts
-from vismt.jobs.task_sections import halves
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Segmentation, unite
 from vismt.report.comparison import CONSTANT
-from vismt.report.results import RECORDS, Score
+from vismt.report.results import RECORDS
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
+from vismt.robustness.evaluate import ImageQuestions
 from vismt.storage.files import atomic_write, sealed
 from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature
-from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure
+from vismt.uncertainty.features import Feature, Fitted, Rows, View
+from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure, Score
 
 NUMBERS = ".numbers.json"  # ending of the file beside a record with what the metrics compute
 UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # of this file, by task
@@ -106,7 +107,7 @@ class Evaluation:
             numbers[name] = scored.numbers
             for key, values in {task.measure: scored.images, **scored.further}.items():
                 if split == "validation" and pool.answers:
-                    chooses, _ = self._halves(pool.answers)
+                    chooses, _ = self.halves(pool.answers)
                     values = dict(compress(values.items(), chooses.tolist()))
                 number = task.numbers[key]
                 scale, better = SHARE if number.share else NUMBER, LOWER if number.lower_is_better else HIGHER
@@ -120,17 +121,17 @@ class Evaluation:
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
         part = self.data.part(split)
-        grouped = in_groups(measure, *part.groups())
-        return Score(task, part.name, self._protocol(split), grouped, condition, examples=examples)
+        grouped = Rows([], *part.groups()).grouped(measure)
+        return Score(task, part.name, self.protocol(split), grouped, condition, examples=examples)
 
-    def _halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
-        """Return masks of the labelled validation images: those that choose rates and those that give thresholds."""
+    def halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
+        """Return masks of the labelled validation images: those that choose rates and those on which features are fitted."""
         labels = torch.tensor([int(row["label"]) for row in answers.values()])
         of_image, _ = self.data.part("validation").groups()
         groups = [of_image[image] for image in answers] if of_image else []
-        return validation_parts(labels, self.config.evaluate.risk, self.config.tune, groups)
+        return validation_parts(labels, divides(self.config.evaluate, self.config.tune), groups)
 
-    def _protocol(self, split: str) -> str:
+    def protocol(self, split: str) -> str:
         settings = self.config.evaluate
         height, width = window_of(self.config)
         text = f"{split} images at {self.data.size[0]} x {self.data.size[1]}"
@@ -159,31 +160,40 @@ class Evaluation:
         split: str,
         specs: Sequence[DensePerturbation],
         records: Path,
-        risk: bool = False,
+        features: Sequence[Feature] = (),
     ) -> list[Score]:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
-        net: returns the evaluated net, asked for where a condition is not on record. records: folder.
-        risk: whether the measures of `evaluate.risk` of tasks of whole images and the quality of their probabilities are among
-        them.
+        net: returns the evaluated net, asked for where a condition is not on record. records: folder. features: asked of tasks of
+        whole images.
         """
-        clean = self.pooled(net, training, split, records, risk=risk)
-        scores, found = self.as_scores(clean, training, split), [clean]
+        views = self.views(net, training, split, records)
+        asked = {task: [feature.fitted(view) for feature in features] for task, view in views.items()}
         touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(self._trained(training))]
-        for spec in touching:
-            found.append(self.pooled(net, training, split, records, spec, risk))
-            scores += self.as_scores(found[-1], training, split, condition_of(spec))
-        for task, fitted in (self.thresholds(net, training, records) if risk else {}).items():
+        scores, found = [], []
+        for spec in (None, *touching):
+            found.append(self.pooled(net, training, split, records, spec, asked))
+            scores += self.as_scores(found[-1], training, split, CLEAN if spec is None else condition_of(spec))
+        conditions = [(CLEAN, False), *((condition_of(spec), spec.worst_case) for spec in touching)]
+        for task, view in views.items() if features else ():
             rows = [
                 {"id": image, **{name: value for pools in found for name, value in pools[task].answers[image].items()}}
-                for image in clean[task].answers
+                for image in found[0][task].answers
             ]
-            groups, _ = self.data.part(split).groups()
-            measures = image_measures(rows, touching, self.tasks[task].channels, fitted, groups)
-            measures += [(CLEAN, measure) for measure in form_measures(rows, CLEAN, groups)]
-            examples = clean[task].examples
-            scores += [self._score(task, split, measure, condition, examples) for condition, measure in measures]
+            groups, examples = self.data.part(split).groups(), found[0][task].examples
+            of_task = Rows(rows, *groups, examples, conditions)
+            if any(feature.everywhere for feature in features):
+                measures = form_measures(of_task, CLEAN)
+                scores += [view.score(of_task.grouped(measure), CLEAN, examples) for measure in measures]
+            scores += asked_scores(asked[task], view, of_task, partial(view.outside, asked[task]))
         return scores
+
+    def views(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> dict[str, TaskView]:
+        """Return the tasks of whole images of a training. Arguments as for `scores`."""
+        return {
+            task.name: TaskView(self, net, training, split, records, task)
+            for task in image_tasks(self._trained(training))
+        }
 
     def constant_scores(self, training: Training, split: str) -> list[Score]:
         """Return the scores of the best constant predictions of the training part. training: the placeholder of this model."""
@@ -196,58 +206,6 @@ class Evaluation:
         self._fill(pools, lambda: self.data.constants(tasks), training, split, path)
         return self.as_scores({name: pool for name, pool in pools.items() if pool.filled}, training, split)
 
-    def thresholds(self, net: Callable[[], DenseNet], training: Training, records: Path) -> dict[str, Thresholds]:
-        """Return the thresholds of a training's tasks of whole images, fitted on their validation images.
-
-        They stand beside the records, as the evaluated net may be another version of the trained one.
-        """
-
-        def fit(task: Task) -> Thresholds:
-            answers = self.pooled(net, training, "validation", records)[task.name].answers
-            kept = [row for row, gives in zip(answers.values(), self._halves(answers)[1].tolist()) if gives]
-            nlls, confidences = (
-                torch.tensor([row[f"{CLEAN.label} {name}"] for row in kept], dtype=torch.float64)
-                for name in ("nll", "confidence")
-            )
-            return thresholds_of(nlls, confidences)
-
-        fitted_on = self._fitted_on(training) + (" half" if halves(self.config.evaluate.risk, self.config.tune) else "")
-        return {
-            task.name: fitted_once(
-                records / thresholds_file(task.name),
-                Thresholds,
-                fitted_on,
-                partial(fit, task),
-                examples=self._files("validation"),
-                shared=True,
-            )
-            for task in image_tasks(self._trained(training))
-        }
-
-    def detection(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> list[Score]:
-        """Return the AUROC of every set of evaluate.ood against the labelled images of every task of whole images.
-
-        Arguments as for `scores`, whose records are read.
-        """
-        settings, scores = self.config.evaluate, []
-        tasks = image_tasks(self._trained(training)) if settings.ood else []
-        pools = self.pooled(net, training, split, records, risk=settings.risk) if tasks else {}
-        for task, name in product([task.name for task in tasks], settings.ood):
-            inside = {image: row["clean confidence"] for image, row in pools[task].answers.items()}
-            others = InOrder(self.data.outside(name), settings.batch)
-            outside = confidences(
-                partial(self._answers, net, task),
-                others,
-                records / f"{record_stem('ood', task, row_name(name))}.jsonl",
-                fingerprint(training),
-                {"data": name, "task": task},
-                f"{row_name(name)} against {task}, {training}",
-            )
-            about = (task, self.data.part(split).name, f"{self._protocol(split)}, detection")
-            groups = [self.data.part(split).groups(), others.groups]
-            scores.append(detection_score(inside, outside, row_name(name), about, groups=groups))
-        return scores
-
     def pooled(
         self,
         net: Callable[[], DenseNet],
@@ -255,43 +213,20 @@ class Evaluation:
         split: str,
         records: Path,
         spec: DensePerturbation | None = None,
-        risk: bool = False,
+        features: Mapping[str, Sequence[Feature]] | None = None,
     ) -> dict[str, PooledScore]:
         """Return the images of every task of one training, clean or under a condition, from their record where they are there.
 
-        Arguments as for `scores`.
+        features: fitted, by task. Other arguments as for `scores`.
         """
-        condition = CLEAN.label if spec is None else spec.label
-        thresholds = self.thresholds(net, training, records) if risk else {}
-        quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
+        condition, asked = CLEAN.label if spec is None else spec.label, features or {}
         pools = {
-            task.name: PooledScore(task, condition=condition, quantile=quantiles.get(task.name))
+            task.name: PooledScore(task, condition=condition, features=asked.get(task.name, ()))
             for task in self._trained(training)
         }
         key = "" if spec is None else f"-{digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]}"
         self._fill(pools, net, training, split, records / f"{split}{key}.jsonl", spec)
         return pools
-
-    def asked_scores(
-        self,
-        net: Callable[[], DenseNet],
-        training: Training,
-        split: str,
-        records: Path,
-        features: Sequence[Feature],
-    ) -> list[Score]:
-        """Return what features ask of the tasks of whole images. Other arguments as for `scores`."""
-        tasks = image_tasks(self._trained(training))
-        pools = {task.name: PooledScore(task, features=features) for task in tasks}
-        if not pools or not features:
-            return []
-        self._fill(pools, net, training, split, records / f"{split}-features.jsonl")
-        scores = []
-        for name, pool in pools.items():
-            rows = [{"id": image, **row} for image, row in pool.answers.items()]
-            found = [pair for feature in features for pair in feature.measures(rows)]
-            scores += [self._score(name, split, measure, condition, pool.examples) for condition, measure in found]
-        return scores
 
     def adjusted_scores(
         self, net: Callable[[], DenseNet], training: Training, split: str, records: Path
@@ -322,8 +257,8 @@ class Evaluation:
             best = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
             return Adjustment(best, values)
 
-        path, examples = training.folder / ADJUSTMENT, self._files("validation")
-        return fitted_once(path, Adjustment, self._fitted_on(training), fit, examples=examples, shared=True).taus
+        path, examples = training.folder / ADJUSTMENT, self.files("validation")
+        return fitted_once(path, Adjustment, self.fitted_on(training), fit, examples=examples, shared=True).taus
 
     def _fill(
         self,
@@ -363,9 +298,7 @@ class Evaluation:
                     continue
                 outputs = logits[task.name]
                 outputs = adjusted(outputs, self.data.class_counts(task), tau) if tau else outputs
-                answer = partial(
-                    self._answers, lambda: cast("DenseNet", evaluated), task.name
-                )  # of pools with features
+                answer = partial(self.answers, lambda: cast("DenseNet", evaluated), task.name)  # of pools with features
                 for place, sample in enumerate(samples):
                     if task.key in sample:
                         # Without the padding, from which odsF would compute too large an image diagonal.
@@ -392,21 +325,20 @@ class Evaluation:
     ) -> Header:
         settings = {
             "condition": None if spec is None else spec.settings(),
-            "quantiles": {name: pool.quantile for name, pool in pools.items() if pool.quantile is not None},
             "taus": taus,
-            "features": {of.key: of.settings() for pool in pools.values() for of in pool.features},
+            "features": {name: {of.key: of.settings() for of in pool.features} for name, pool in pools.items()},
         }
-        return Header(self._weights(training), self._files(split), {"images": self._protocol(split)}, settings)
+        return Header(self._weights(training), self.files(split), {"images": self.protocol(split)}, settings)
 
     def _weights(self, training: Training) -> str:
         if training.arm == CONSTANT and training.arm not in self.study.arms:
-            return f"{Identity(self.data.parts['train'].ids)} {self._files('train')}"
+            return f"{Identity(self.data.parts['train'].ids)} {self.files('train')}"
         return fingerprint(training)
 
-    def _files(self, part: str) -> str:
+    def files(self, part: str) -> str:
         return ranks.on_first(lambda: self.data.part(part).files)
 
-    def _fitted_on(self, training: Training) -> str:
+    def fitted_on(self, training: Training) -> str:
         return f"{self._weights(training)} {Identity(self.data.part('validation').ids)}"
 
     def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
@@ -466,7 +398,7 @@ class Evaluation:
             outputs = self._predicted(net, batch["image"].to(runtime.processes().device))
         return {task: value.cpu() for task, value in outputs.items()}
 
-    def _answers(self, net: Callable[[], DenseNet], task: str, images: Tensor) -> Tensor:
+    def answers(self, net: Callable[[], DenseNet], task: str, images: Tensor) -> Tensor:
         return self._predicted(net(), images)[task]
 
     def _predicted(self, net: DenseNet, images: Tensor) -> dict[str, Tensor]:
@@ -495,3 +427,57 @@ def _fields(pools: Mapping[str, PooledScore]) -> dict[str, Field]:
 def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the part of a map that belongs to the image and not to its padding; a whole image's output unchanged."""
     return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction
+
+
+@dataclass(frozen=True)
+class TaskView(View):
+    """The images of a task of whole images. Other arguments as for `Evaluation.scores`."""
+
+    evaluation: Evaluation
+    net: Callable[[], DenseNet]
+    training: Training
+    split: str
+    records: Path
+    task: Task
+
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+        name = data or self.evaluation.data.part(self.split).name
+        protocol = ", ".join(filter(None, (self.evaluation.protocol(self.split), about)))
+        return Score(self.task.name, name, protocol, measure, condition, examples=examples)
+
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+        """Fit beside the records, as the evaluated net may be another version of the trained one."""
+        of, config = self.evaluation, self.evaluation.config
+        fitted_on = of.fitted_on(self.training) + (" half" if divides(config.evaluate, config.tune) else "")
+        path = self.records / f"{name}-{self.task.name}.json"
+        return fitted_once(path, kind, fitted_on, fit, examples=of.files("validation"), shared=True)
+
+    def held_out(self, feature: Feature) -> Rows:
+        """Return the rows of a record that holds the columns "nll" and "confidence"."""
+        answers = self.evaluation.pooled(self.net, self.training, "validation", self.records)[self.task.name].answers
+        fits = self.evaluation.halves(answers)[1].tolist()
+        return Rows([{"id": image, **row} for (image, row), gives in zip(answers.items(), fits) if gives])
+
+    def outside(self, features: Sequence[Feature], entry: str) -> Rows:
+        """Return the columns of features of the images of a set of other classes."""
+        evaluation, name = self.evaluation, row_name(entry)
+        images = evaluation.data.outside(entry)
+        columns = [of for of in features if any(one.outside == entry for one in of.quantities())]
+        questions = ImageQuestions(self.task.channels, features=columns, data=name)
+        path = self.records / f"{record_stem(self.task.name, name, 'outside')}.jsonl"
+        log = questions.records(path, fingerprint(self.training), images.content)
+        batches = InOrder(images, evaluation.config.evaluate.batch)
+        label = f"{name} against {self.task.name}, {self.training}"
+        return Rows(questions.answered(_OfTask(self), batches, log, label), *batches.groups, log.examples)
+
+
+class _OfTask(nn.Module):
+    """The answers (b, channels) of one task of whole images, as the evaluation has them."""
+
+    def __init__(self, view: TaskView) -> None:
+        super().__init__()
+        self.view = view
+
+    def forward(self, images: Tensor) -> Tensor:
+        device = runtime.processes().device
+        return self.view.evaluation.answers(self.view.net, self.view.task.name, images.to(device))

@@ -17,7 +17,7 @@ from vismt.backbones import timm_models
 from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
-from vismt.evaluation.sections import asked_features
+from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
 from vismt.jobs.dense import models
 from vismt.jobs.dense.config import (
     DELTA,
@@ -41,7 +41,6 @@ from vismt.jobs.dense.predict import check_images, class_names, most_pixels, nam
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
 from vismt.jobs.predictions import Options, Predictions, check_target, image_files
-from vismt.jobs.risk import check_threshold_examples, check_unused
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.methods import METHODS, needs
 from vismt.multitask.class_loss import ClassLoss
@@ -54,10 +53,11 @@ from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth
 from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
-from vismt.report.results import RECORDS, Result, Score
+from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
 from vismt.storage.files import atomic_write
+from vismt.uncertainty.intervals import Score
 
 _FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
@@ -97,14 +97,13 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def check_data(self) -> None:
         settings = self.config.evaluate
-        validated = validates(self.config) or settings.adjust_logits or settings.risk
+        validated = validates(self.config) or settings.adjust_logits or fitted_keys(settings)
         splits = {self.split, "validation"} if validated else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
                 raise UserError(f"data: one {split} image; an interval needs two or more.")
-        if settings.risk:
-            self._check_thresholds()
-        for name in settings.ood:
+        self.check_features(settings)
+        for name in (name for feature in asked_features(settings) for name in feature.sets):
             self.data.outside(name)
         if window_of(self.config) != tuple(self.config.size):
             net = models.make_backbone(self.config, window_of(self.config))
@@ -178,8 +177,14 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
 
     def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
         """Return the images of every task of a training, clean, read from its folder where they are on record."""
-        net, risk = (lambda: self.final(training)), self.config.evaluate.risk and split == self.split
-        return self.evaluation.pooled(net, training, split, training.folder / RECORDS, risk=risk)
+        records, asked = training.folder / RECORDS, {}
+        net = cache(lambda: self.final(training))
+        if split == self.split:
+            asked = {
+                task: [feature.fitted(view) for feature in asked_features(self.config.evaluate)]
+                for task, view in self.evaluation.views(net, training, split, records).items()
+            }
+        return self.evaluation.pooled(net, training, split, records, features=asked)
 
     def described(self, arm: str) -> str:
         if arm in self.references:
@@ -196,30 +201,25 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
         records = training.folder / RECORDS
-        evaluated = split == self.split
-        risk = settings.risk and evaluated
+        # Attacks of a later command read the same clean record.
+        features = asked_features(settings) if split == self.split else []
         specs = self.conditions_of(chosen, corruptions)
-        scores = self.evaluation.scores(net, training, split, specs, records, risk)
+        scores = self.evaluation.scores(net, training, split, specs, records, features)
         if settings.adjust_logits and attacks is None:
             scores += self.evaluation.adjusted_scores(net, training, split, records)
-        if evaluated and attacks is None:
-            scores += self.evaluation.asked_scores(net, training, split, records, asked_features(settings))
-            scores += self.evaluation.detection(net, training, split, records)
         return scores
 
-    def check_risk(self) -> None:
-        if not image_tasks(all_tasks(self.config)):
+    def check_features(self, evaluate: object) -> None:
+        super().check_features(evaluate)
+        keys = fitted_keys(evaluate)
+        if keys and not image_tasks(all_tasks(self.config)):
             raise UserError(
-                f"evaluate.risk: the run '{self.folder}' has no class probabilities of images; name a run of multitask, or one "
-                "with the task classify."
+                f"evaluate.{keys[0]}: the run '{self.folder}' has no class probabilities of images; name a run of multitask, or "
+                "one with the task classify."
             )
-        check_unused(self.config.evaluate.risk, self.config.tune, self.folder)
-        self._check_thresholds()
-
-    def _check_thresholds(self) -> None:
-        for task in image_tasks(all_tasks(self.config)):
+        for task in image_tasks(all_tasks(self.config)) if keys else ():
             labels, groups = self.data.classes("validation", task), self.data.class_groups("validation", task)
-            check_threshold_examples(labels, self.config.tune, groups)
+            check_held_out(evaluate, self.config.tune, labels, groups)
 
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
@@ -284,10 +284,12 @@ class DenseJob(ImageJob[DenseConfig, DenseNet]):
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)
         quantiles = {}
-        # The thresholds hold for images that are predicted as the validation images were.
-        if self.config.evaluate.risk and not (options.own_size or options.flip):
-            thresholds = self.evaluation.thresholds(lambda: self.final(training), training, training.folder / RECORDS)
-            quantiles = {task: fitted.quantile for task, fitted in thresholds.items()}
+        # What is fitted holds for images that are predicted as the validation images were.
+        if not (options.own_size or options.flip):
+            views = self.evaluation.views(lambda: self.final(training), training, self.split, training.folder / RECORDS)
+            features = [of for of in asked_features(self.config.evaluate) if of.holds_out]
+            found = {task: shown_quantile([of.fitted(view) for of in features]) for task, view in views.items()}
+            quantiles = {task: quantile for task, quantile in found.items() if quantile is not None}
         return predict_images(config, net, str(training), images, target, options, quantiles)
 
     def graph(self, arm: str | None, form: str) -> Graph:

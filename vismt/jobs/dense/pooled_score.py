@@ -28,7 +28,7 @@ from vismt.multitask.tasks import Task
 from vismt.multitask.tasks.classes import Classification
 from vismt.robustness.evaluate import probability_columns
 from vismt.storage.records import Field, array_of, array_text
-from vismt.uncertainty.features import Answers, Feature
+from vismt.uncertainty.features import Answers, Feature, feature_columns, in_condition
 from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.probability_metrics import example_fields
 
@@ -66,8 +66,8 @@ class Scored:
 class PooledScore:
     """Collects the rows of the images of one task under a condition; images without a valid pixel are left out.
 
-    name: of the task or of a variant of its outputs, which begins the fields of its rows. quantile: largest -log p of a class in
-    a conformal set; None for no sets. features: of the evaluation, of a task of whole images.
+    name: of the task or of a variant of its outputs, which begins the fields of its rows. features: of the evaluation, fitted, of
+    a task of whole images.
 
     Attributes:
         answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
@@ -79,11 +79,10 @@ class PooledScore:
         task: Task,
         name: str = "",
         condition: str = CLEAN.label,
-        quantile: float | None = None,
         features: Sequence[Feature] = (),
     ) -> None:
-        self.features = features
-        self.task, self.name, self.condition, self.quantile = task, name or task.name, condition, quantile
+        self.features = [of for of in features if of.everywhere or condition == CLEAN.label]
+        self.task, self.name, self.condition = task, name or task.name, condition
         self.answers: dict[str, dict[str, float]] = {}
         self.path, self.examples = Path(), ""
         self._empty = cast("State", task.metric().metric_state)
@@ -96,9 +95,8 @@ class PooledScore:
         fields = {f"{self.name} {key}": Field(array=value.numpy(), optional=True) for key, value in self._empty.items()}
         if isinstance(self.task, Classification):
             found = {"label": Field(whole=True), self.condition: Field(whole=True), **example_fields(self.condition)}
-            found |= {} if self.quantile is None else {f"{self.condition} set": Field(0, whole=True)}
             for feature in self.features:
-                found |= feature.fields(self.task.channels)
+                found |= in_condition(self.condition, feature.fields(self.task.channels))
             fields |= {f"{self.name} {key}": replace(values, optional=True) for key, values in found.items()}
         return fields
 
@@ -112,8 +110,7 @@ class PooledScore:
     ) -> dict[str, Any]:
         """Return the fields of one image, with a batch dimension of 1, at the target's size.
 
-        net, image, name: of a pool with features, what answers images, the image and its name. Other arguments and errors as
-        Task.update.
+        net, image, name: for features: what answers images, the image and its name. Other arguments and errors as Task.update.
         """
         if not bool(self.task.valid(target).any()):
             return {}
@@ -123,11 +120,10 @@ class PooledScore:
         found: dict[str, Any] = {key: array_text(value.numpy()) for key, value in state.items()}
         if isinstance(self.task, Classification):
             place = self.task.placed(target)
-            values = probability_columns(self.condition, prediction.double(), place, self.quantile)
-            found |= {"label": int(place), **{key: value[0] for key, value in values.items()}}
             answers = Answers(prediction.double(), place, net, image, [(name,)])
-            for feature in self.features:
-                found |= {key: value.tolist()[0] for key, value in feature.columns(answers).items()}
+            values = probability_columns(self.condition, prediction.double(), place)
+            values |= feature_columns(self.condition, self.features, answers)
+            found |= {"label": int(place), **{key: value[0] for key, value in values.items()}}
         return {f"{self.name} {key}": value for key, value in found.items()}
 
     def add(self, row: Mapping[str, Any]) -> None:

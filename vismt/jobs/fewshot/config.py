@@ -16,7 +16,7 @@ from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
-from vismt.uncertainty.features import PIXELS, PROBABILITIES
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 FROZEN = "frozen"
@@ -106,7 +106,7 @@ class FewShotHeadConfig:
             raise UserError(f"head: '{self.name}' has no options; finetune has its own section, the others have none.")
 
 
-@evaluate_section(PROBABILITIES, PIXELS)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE)
 @dataclass
 class EvaluateConfig:
     """Test episodes.
@@ -133,8 +133,6 @@ class EvaluateConfig:
         masking_episodes: episodes of each set for `masking`.
         probabilities: also report the ECE, NLL and Brier score of the probabilities after each model's temperature, fitted
             on the validation episodes of the select section.
-        ood: sets of images of other classes, cards or folders: how well the largest probability tells as many of them from
-            the queries of each episode, as AUROC.
         ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
         sampling: which images uniform episodes draw from. parts: episode i from part i % 5 of the images of every class, so
             that intervals cover new images; of a set with fewer than four times as many images in a class as an episode takes
@@ -162,7 +160,6 @@ class EvaluateConfig:
     masking: bool = False
     masking_episodes: Episodes = 10
     probabilities: bool = False
-    ood: list[str] = field(default_factory=list)
     ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)
     sampling: Annotated[str, Names(("parts", "with_replacement", "without_replacement"), only=True)] = field(
         default="parts", metadata={HASH_DEFAULT: "with_replacement"}

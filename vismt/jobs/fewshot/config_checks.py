@@ -8,6 +8,7 @@ from dataclasses import replace
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import ALONE, check_arms, validates
+from vismt.evaluation.sections import check_other_sets
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
 from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, ExpertConfig, FewShotConfig
@@ -56,8 +57,8 @@ def check_sets(config: FewShotConfig) -> None:
         trained[f"source.data{of}"] = arm.source.data
         trained[f"calibration.data{of}"] = arm.calibration.data if arm.calibration is not None else []
     chosen = config.select.data if config.select is not None else []
-    others = {"select.data": chosen, "evaluate.data": config.evaluate.data, "evaluate.ood": config.evaluate.ood}
-    check_apart(trained, others)
+    check_apart(trained, {"select.data": chosen, "evaluate.data": config.evaluate.data})
+    check_other_sets(config.evaluate, trained)
 
 
 def _check_arm(config: FewShotConfig, arms: Collection[str]) -> None:
@@ -117,8 +118,7 @@ def _check_evaluation(config: FewShotConfig) -> None:
         if not values or len(set(values)) < len(values):
             raise UserError(f"evaluate.{name}: {values}; name at least one, each once.")
     check_row_names(settings.data, "evaluate.data")
-    check_row_names(settings.ood, "evaluate.ood")
-    check_apart({"evaluate.data": settings.data}, {"evaluate.ood": settings.ood})
+    check_other_sets(settings, {"evaluate.data": settings.data})
     if config.meta is not None and (
         config.pool is not None or (settings.rule, settings.ways) != ("uniform", source.ways)
     ):

@@ -24,18 +24,17 @@ from vismt.base import console
 from vismt.base.seeds import digest
 from vismt.data.batching import joint_content
 from vismt.data.pixels import Pixels
-from vismt.data.set_entries import row_name, shown_name
+from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.evaluation.sections import asked_features
+from vismt.evaluation.sections import asked_features, outside_entries
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.output_conditions import TEMPERED, against, fitted_once
+from vismt.jobs.output_conditions import TEMPERED, fitted_once
 from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import EpisodeQuestions, clean_logits, run_protocol
-from vismt.report.results import Score
 from vismt.robustness.conditions import (
     AttackConfig,
     Perturbation,
@@ -45,7 +44,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
-from vismt.uncertainty.intervals import CLEAN, NUMBER, Measure
+from vismt.uncertainty.intervals import CLEAN, Measure, Score
 from vismt.uncertainty.probability_metrics import group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
@@ -105,7 +104,6 @@ class Evaluation:
         panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
         records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
         tempered = settings.probabilities and self.config.select is not None
-        outside = {against(row_name(entry)): self.data.outside(entry) for entry in settings.ood}
         features = () if ending else asked_features(settings)
         worst = worst_cases(specs, sampler.min_ways)
         questions = EpisodeQuestions(
@@ -114,8 +112,8 @@ class Evaluation:
             {case.condition.label: case.attacks for case in worst},
             probabilities=True,
             temperature=temperature(self.folder, models, arm) if tempered else None,
-            ood={condition.label: images for condition, images in outside.items()},
             asked=features,
+            outside={entry: self.data.outside(entry) for entry in outside_entries(features)},
             data=name,
         )
         pixels = self.data.open(name)
@@ -134,8 +132,6 @@ class Evaluation:
                 measures += [(label, measure) for measure in found]
         for of in (of for feature in features for of in feature.quantities()):
             measures.append((of.condition, of.measure(_by_episode(results[of.field]), counts=False)))
-        for label in outside:
-            measures.append((label, Measure("AUROC", _by_episode(results[label.label]), NUMBER, chance=0.5)))
         measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
         return [Score(_TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 

@@ -20,6 +20,7 @@ from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import Study, Training
 from vismt.engine.training_files import ADAPTER
+from vismt.evaluation.sections import asked_features, outside_entries
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.fewshot.arms import (
     evaluated_models,
@@ -47,11 +48,12 @@ from vismt.metatune.amt.method import AdversarialObjective
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
 from vismt.metatune.maml import MamlNet
 from vismt.metatune.protonet import EpisodeObjective, ProtoNet, prototypes
-from vismt.report.results import Result, Score
+from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
 from vismt.storage.lines import write_lines
+from vismt.uncertainty.intervals import Score
 
 Net = ProtoNet | MamlNet
 _AVERAGE = "average"
@@ -108,7 +110,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def check_data(self) -> None:
         for name in self.config.evaluate.data:
             self.data.samplers(name)
-        for name in self.config.evaluate.ood:
+        for name in outside_entries(asked_features(self.config.evaluate)):
             self.data.open(name)
         if self.config.select is not None:
             settings = self.models(self.study.seeds[0]).settings

@@ -11,10 +11,10 @@ from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
 from vismt.engine.study import StudyConfig
 from vismt.evaluation.sections import evaluate_section
-from vismt.jobs.task_sections import Split, check_risk_split
+from vismt.jobs.task_sections import Split
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_text_task
-from vismt.uncertainty.features import PROBABILITIES
+from vismt.uncertainty.features import HEAD, OUTSIDE, PROBABILITIES, VALIDATION
 from vismt.uncertainty.last_layers import check_head
 
 if TYPE_CHECKING:  # tasks are loaded when one is made
@@ -168,25 +168,19 @@ class LmRecommenderConfig:
     baselines: Annotated[list[str], Names(BASELINES, only=True)] = field(default_factory=list)
 
 
-@evaluate_section(PROBABILITIES)
+@evaluate_section(PROBABILITIES, OUTSIDE, VALIDATION, HEAD)
 @dataclass
 class LmEvaluateConfig:
     """Evaluation.
 
     Args:
-        split: test, or validation while settings are chosen, without `temperature` and `laplace`, which are fitted to it.
+        split: test, or validation while settings are chosen, without what is fitted to it.
         batch: rows at a time.
         limit: rows of each set; null for all.
         frozen: also evaluate the model before training.
         temperature: also evaluate with the temperature that minimises the NLL on validation rows.
-        laplace: also evaluate with a Laplace approximation around the trained head; it is Kronecker-factored, and the
-            condition is named accordingly, where a linear head has more than 4,096 weights.
         passes: also evaluate the mean probability of this many passes with the adapter's dropout, of arms that have one.
         ensembles: arms whose trainings' mean probability is evaluated as a model of its own, "ARM:ensemble".
-        ood: evaluated sets of the trained task that come from elsewhere: how well the largest probability tells them from its
-            other sets, as AUROC.
-        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk). With tune, half of the validation
-            examples choose the rates and the other half give the thresholds.
     """
 
     split: Split = "test"
@@ -194,14 +188,8 @@ class LmEvaluateConfig:
     limit: Annotated[int, within(2)] | None = None
     frozen: bool = True
     temperature: bool = False
-    laplace: bool = False
     passes: Annotated[int, within(0)] = 0
     ensembles: list[str] = field(default_factory=list)
-    ood: list[str] = field(default_factory=list)
-    risk: bool = False
-
-    def __post_init__(self) -> None:
-        check_risk_split(self.risk, self.split)
 
 
 @dataclass

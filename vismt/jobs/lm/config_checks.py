@@ -5,6 +5,7 @@ from __future__ import annotations
 from vismt.base.errors import UserError, require_known
 from vismt.engine.parts import check_parts
 from vismt.engine.study import check_arms, resolve_arms, validates
+from vismt.evaluation.sections import asked_features, fitted_keys
 from vismt.jobs.lm.config import (
     FROZEN,
     KIND,
@@ -20,6 +21,7 @@ from vismt.jobs.task_sections import check_tasks
 from vismt.llm.ilora.hybrid import DRAWN
 from vismt.llm.tasks.causal import Causal
 from vismt.methods import needs
+from vismt.uncertainty.features import VALIDATION
 
 
 def check(config: LmConfig) -> None:
@@ -91,10 +93,8 @@ def _check_task(section: LmTaskConfig) -> None:
 
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
-    if config.evaluate.risk and not task_of(trained).head:
-        raise UserError(f"evaluate.risk: '{trained.kind}' has no class probabilities; leave it out, or take 'classes'.")
     evaluate = config.evaluate
-    validated = validates(config) or evaluate.temperature or evaluate.laplace or evaluate.risk
+    validated = validates(config) or evaluate.temperature or fitted_keys(evaluate)
     if trained.rotate and validates(config):
         key = "train.validate" if config.tune is None else "tune"
         raise UserError(
@@ -115,8 +115,10 @@ def _check_probabilities(config: LmConfig) -> None:
     task = task_of(trained)
     if evaluate.temperature and (isinstance(task, Causal) or not task.reads):
         raise UserError(f"evaluate.temperature: '{trained.kind}' has no probabilities of choices; leave it out.")
-    for key in ("laplace", "passes", "ensembles", "ood"):
-        if getattr(evaluate, key) and not task.head:
+    asked = asked_features(evaluate)
+    own = [key for key in ("passes", "ensembles") if getattr(evaluate, key)]
+    for key in (*own, *(of.key for of in asked if VALIDATION in of.needs or of.sets)):
+        if not task.head:
             raise UserError(
                 f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
             )
@@ -126,11 +128,13 @@ def _check_probabilities(config: LmConfig) -> None:
     require_known("evaluate.ensembles:", evaluate.ensembles, list(arms))
     if evaluate.ensembles and len(config.seeds) < 2:
         raise UserError("evaluate.ensembles: an ensemble is of several trainings; name two seeds or more.")
-    if evaluate.ood and evaluate.split == "validation":
-        raise UserError("evaluate.ood: its sets are test sets; leave it out, or evaluate.split: validation.")
-    require_known("evaluate.ood:", evaluate.ood, trained.test)
-    if evaluate.ood and not trained.test_share and not set(trained.test) - set(evaluate.ood):
-        raise UserError(f"evaluate.ood: names every test set of '{trained.name}'; leave out the one from here.")
+    for feature in (of for of in asked if of.sets):
+        where = f"evaluate.{feature.key}:"
+        if evaluate.split == "validation":
+            raise UserError(f"{where} its sets are test sets; leave it out, or evaluate.split: validation.")
+        require_known(where, feature.sets, trained.test)
+        if not trained.test_share and not set(trained.test) - set(feature.sets):
+            raise UserError(f"{where} names every test set of '{trained.name}'; leave out the one from here.")
 
 
 def _check_recommendation(config: LmConfig) -> None:

@@ -7,9 +7,10 @@ evaluated unmerged; the merge check compares the logits of each row's last token
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import compress
 
 import torch
@@ -17,18 +18,17 @@ from torch import Tensor, nn
 
 from vismt.base import ranks
 from vismt.base.seeds import mix_seed
+from vismt.data.division import validation_parts
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.evaluation.sections import asked_features
-from vismt.jobs.image_scores import detection_score, in_groups
+from vismt.evaluation.sections import asked_features, asked_scores, divides, shown_quantile
 from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.output_conditions import LAPLACE, TEMPERED
-from vismt.jobs.risk import Thresholds, choice_measures, fit_thresholds, validation_parts
+from vismt.jobs.output_conditions import TEMPERED
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import (
     Item,
@@ -42,11 +42,9 @@ from vismt.llm.tasks.base import (
 )
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.layers.base import AdapterModule
-from vismt.report.results import Score
 from vismt.storage.records import Field, Header, Records
-from vismt.uncertainty.features import Answers
-from vismt.uncertainty.intervals import CLEAN, Condition, Measure
-from vismt.uncertainty.last_layers import laplace_head, laplace_structure
+from vismt.uncertainty.features import VALIDATION, Answers, Feature, Fitted, MakeHead, Rows, View, rows_of
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
 
 MEANS = Condition("means of the head", "variant", "means")
 DROPOUT = "dropout"  # the variant of records that are the mean of passes with dropout
@@ -72,66 +70,30 @@ class Evaluation:
         self.models = models
         self.recommender = recommender
         self._open: tuple[Training | None, int, LmNet | None] = (None, 0, None)
-        self._posterior: tuple[Training | None, int, nn.Module | None] = (None, 0, None)
+        self._other: tuple[Training | None, int, MakeHead | None, nn.Module | None] = (None, 0, None, None)
 
     def scores(self, training: Training, split: str) -> list[Score]:
         """Return every measure of a training or reference on every set of a split."""
-        scores = []
-        folds = trained_task(self.config).folds
-        for task_name, name in self._sets(training, split):
-            task = self.data.tasks[task_name]
-            clean, examples = self._records(training, task_name, split, name)
-            risk = self.config.evaluate.risk and task_name == self.data.trained and split != "validation"
-            for condition, records in self._conditions(training, task_name, split, name, clean):
-                tokens = sum(record.get("tokens", 0) for record in records)
-                counted = f", {tokens:,} tokens" if tokens else ""
-                measures = list(task.measures(records).values())
-                if risk and condition == CLEAN:
-                    names, groups = [str(row["id"]) for row in records], users_of(records)
-                    found = choice_measures(*choices(records), names, self.thresholds(training), groups)
-                    measures += [in_groups(measure, groups, "users") for measure in found]
-                asked = [(condition, measure) for measure in measures]
-                if condition == CLEAN and "log_p" in records[0]:
-                    asked += self._asked(records)
-                for at, measure in asked:
-                    users = len(measure.values) < len(records)  # and not rows, which are several of a user
-                    rows = f"{len(records):,} {split} rows" if users else f"{split} rows{counted}"
-                    if folds > 1:  # which have other numbers of rows, and one score
-                        rows = f"{split} rows of {folds} folds"
-                    unit = "users" if users else "rows"
-                    scores.append(Score(task_name, name, f"{task.about}, {rows}", measure, at, unit, examples))
-        return scores + self._detection(training, split)
+        views = []
+        for task, name in self._sets(training, split):
+            records, examples = self.records(training, task, split, name)
+            if records:  # and no ensemble on a task without choices
+                views.append(SetView(self, training, task, split, name, records, examples))
+        scores = [score for view in views for at, records in self._conditions(view) for score in view.of(records, at)]
+        return scores + self._asked(training, [view for view in views if "log_p" in view.records[0]])
 
-    def _asked(self, records: Sequence[Record]) -> list[tuple[Condition, Measure]]:
-        """Return what the features of the evaluation ask of records with log-probabilities of choices."""
-        users, answers = users_of(records), Answers(*choices(records))
-        ids = [str(record["id"]) for record in records]
-        features = asked_features(self.config.evaluate)
-        found = [pair for feature in features for pair in feature.measures(feature.rows(ids, answers))]
-        return [(condition, in_groups(measure, users, "users")) for condition, measure in found]
-
-    def _detection(self, training: Training, split: str) -> list[Score]:
-        if split == "validation" or not self.config.evaluate.ood:
-            return []
-        task, outside = self.data.trained, [row_name(name) for name in self.config.evaluate.ood]
-        records = {name: self._records(training, task, split, name)[0] for name in self.data.names(task, split)}
-        sure = {name: {str(row["id"]): math.exp(max(row["log_p"])) for row in rows} for name, rows in records.items()}
-        protocol = f"{self.data.tasks[task].about}, detection"
-        contents = {name: self.data.content(task, split, name) for name in sure}
-        return [
-            detection_score(
-                sure[name],
-                sure[other],
-                other,
-                (task, name, protocol),
-                "rows",
-                [contents[name], contents[other]],
-                [(users_of(records[of]), "users") for of in (name, other)],
-            )
-            for other in outside
-            for name in sure
-            if name not in outside
-        ]
+    def _asked(self, training: Training, views: Sequence[SetView]) -> list[Score]:
+        """Return what features ask of sets with log-probabilities of choices; of the trained task alone what is fitted for it."""
+        features, scores = asked_features(self.config.evaluate), []
+        for view in views:
+            own = view.task == self.data.trained and view.split != "validation"
+            asked = [of for of in features if own or not (VALIDATION in of.needs or of.sets)]
+            fitted = [of.fitted(view) for of in asked if view.name not in map(row_name, of.sets)]
+            scores += asked_scores(fitted, view, view.rows(fitted), partial(view.other, fitted))
+        trained = [view for view in views if view.task == self.data.trained and view.split != "validation"]
+        if trained and training.arm in self.study.arms:
+            scores += [score for feature in features for score in feature.net_scores(trained)]
+        return scores
 
     def members(self, arm: str) -> list[Training]:
         """Return the trainings whose probabilities an ensemble averages; [] for another model."""
@@ -139,18 +101,20 @@ class Evaluation:
 
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
-        return self.data.tasks[self.data.trained].quality(self._parts(self._validation(training))[0])
+        return self.data.tasks[self.data.trained].quality(self.parts(training)[0])
 
-    def thresholds(self, training: Training) -> Thresholds:
-        """Return the thresholds of `evaluate.risk` from validation rows."""
-        return fit_thresholds(*choices(self._parts(self._validation(training))[1]))
+    def quantile(self, training: Training) -> float | None:
+        """Return the largest -log p of a choice in the sets that predictions show, None for no sets."""
+        view = SetView(self, training, self.data.trained, self.config.evaluate.split, "", [], "")
+        return shown_quantile([of.fitted(view) for of in asked_features(self.config.evaluate) if of.holds_out])
 
-    def _parts(self, records: list[Record]) -> tuple[list[Record], list[Record]]:
-        """Return the validation records that choose rates, and those that give the thresholds of `evaluate.risk`."""
+    def parts(self, training: Training) -> tuple[list[Record], list[Record]]:
+        """Return the validation records that choose rates, and those on which features are fitted."""
+        records = self._validation(training)
         labels = torch.tensor([record.get("label", 0) for record in records])
-        users = list(users_of(records).values())
-        chooses, thresholds = validation_parts(labels, self.config.evaluate.risk, self.config.tune, users)
-        return list(compress(records, chooses.tolist())), list(compress(records, thresholds.tolist()))
+        apart, users = divides(self.config.evaluate, self.config.tune), list(users_of(records).values())
+        chooses, fits = validation_parts(labels, apart, users)
+        return list(compress(records, chooses.tolist())), list(compress(records, fits.tolist()))
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
         """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""
@@ -159,28 +123,19 @@ class Evaluation:
             tasks = [name for name, task in self.data.tasks.items() if isinstance(task, Recommendation) and task.reads]
         return [(task, name) for task in tasks for name in self.data.names(task, split)]
 
-    def _conditions(
-        self, training: Training, task: str, split: str, name: str, records: list[Record]
-    ) -> Iterator[tuple[Condition, list[Record]]]:
-        if not records:  # an ensemble on a task without choices
-            return
+    def _conditions(self, view: SetView) -> Iterator[tuple[Condition, list[Record]]]:
+        training, records = view.training, view.records
         yield CLEAN, records
-        if task != self.data.trained or "log_p" not in records[0]:
+        if view.task != self.data.trained or "log_p" not in records[0]:
             return
         if "mean_log_p" in records[0]:
             yield MEANS, [{**record, "log_p": record["mean_log_p"]} for record in records]
         arm, passes = self.study.arms.get(training.arm), self.config.evaluate.passes
         if passes and arm is not None and arm.adapt is not None and arm.adapt.options.get("dropout"):
             condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
-            yield condition, self._records(training, task, split, name, DROPOUT)[0]
-        if split == "validation":  # the rows that the others are fitted on
-            return
-        if self.config.evaluate.temperature:
+            yield condition, self.records(training, view.task, view.split, view.name, DROPOUT)[0]
+        if self.config.evaluate.temperature and view.split != "validation":  # the rows that it is fitted on
             yield TEMPERED, tempered(records, self.temperature(training))
-        if self.config.evaluate.laplace and arm is not None and self.data.tasks[task].head:
-            classes = len(self.data.classes.tokens(self.models.tokenizer))
-            structure = laplace_structure(arm.head.name, classes, self.models.width)
-            yield LAPLACE[structure], self._records(training, task, split, name, structure)[0]
 
     def temperature(self, training: Training) -> float:
         """Return the temperature with the smallest NLL on the validation rows of the trained task."""
@@ -189,26 +144,26 @@ class Evaluation:
     def _validation(self, training: Training) -> list[Record]:
         task = self.data.trained
         names = self.data.names(task, "validation")
-        return [record for name in names for record in self._records(training, task, "validation", name)[0]]
+        return [record for name in names for record in self.records(training, task, "validation", name)[0]]
 
-    def _records(
-        self, training: Training, task: str, split: str, name: str, variant: str = ""
+    def records(
+        self, training: Training, task: str, split: str, name: str, variant: str = "", make: MakeHead | None = None
     ) -> tuple[list[Record], str]:
         """Return a record for each row, from the training's folder where it is there, and what tells the rows from others.
 
-        variant: structure of a Laplace approximation around the head, DROPOUT, or "" for the net as it is. An ensemble has no
-        records on a task without choices.
+        variant: DROPOUT, what the head of `make` is, or "" for the net as it is. An ensemble has no records on a task without
+        choices.
         """
         members = self.members(training.arm)
         if members:
-            parts, contents = zip(*(self._records(member, task, split, name, variant) for member in members))
+            parts, contents = zip(*(self.records(member, task, split, name, variant) for member in members))
             return averaged_records(parts) if "log_p" in parts[0][0] else [], contents[0]
-        stem = record_stem(split, task, name) + ({"": "", DROPOUT: "-dropout"}.get(variant, "-laplace"))
+        stem = record_stem(split, task, name) + (f"-{variant}" if variant else "")
         path = training.folder / "records" / f"{stem}.jsonl"
         log = Records(path, self._header(training, task, split, name, variant), FIELDS, further=True)
         items = self.data.rows(task, split, name)
         if any(item.id not in log for item in items):
-            self._complete(log, training, task, items, variant, f"{name} {training.arm} seed {training.seed}")
+            self._complete(log, training, task, items, variant, make, f"{name} {training.arm} seed {training.seed}")
         return [log[item.id] for item in items], log.examples
 
     def _header(self, training: Training, task: str, split: str, name: str, variant: str) -> Header:
@@ -225,7 +180,14 @@ class Evaluation:
 
     @torch.no_grad()
     def _complete(
-        self, log: Records, training: Training, name: str, items: Sequence[Item], variant: str, label: str
+        self,
+        log: Records,
+        training: Training,
+        name: str,
+        items: Sequence[Item],
+        variant: str,
+        make: MakeHead | None,
+        label: str,
     ) -> None:
         """Add the records of all rows, in batches of rows of similar length, which need little padding."""
         if training.arm in RECOMMENDERS:
@@ -233,7 +195,7 @@ class Evaluation:
             log.complete([names], lambda _: recommender.records(training.arm, items), label)
             return
         task = self.data.tasks[name]
-        net = self._laplace(training) if variant not in ("", DROPOUT) else self.net(training)
+        net = self.net(training) if make is None else self._with_head(training, make)
         shown = task.shown(net, items)
         if task.reads:
             self.data.cache(shown, net, label)
@@ -256,19 +218,20 @@ class Evaluation:
         assert self.recommender is not None, "the trained task is not a recommendation"
         return self.recommender
 
-    def _laplace(self, training: Training) -> LmNet:
+    def _with_head(self, training: Training, make: MakeHead) -> LmNet:
+        """Return the net of a training with another head; the latest one is kept."""
         net = self.net(training)
-        if self._posterior[:2] != (training, self.models.generation):
+        if self._other[:3] != (training, self.models.generation, make):
             validation = self._features(net, self.data.all_rows("validation"))
             features = list(self._features(net, self.data.training())[0].split(256))
-            head = laplace_head(net.head, features, validation)
-            self._posterior = (training, self.models.generation, head.to(validation[0].device))
-        return LmNet(net.lm, self._posterior[2], net.first).eval()
+            head = make(net.head, features, validation).to(validation[0].device)
+            self._other = (training, self.models.generation, make, head)
+        return LmNet(net.lm, self._other[3], net.first).eval()
 
     @torch.no_grad()
     def _features(self, net: LmNet, items: Sequence[Item]) -> tuple[Tensor, Tensor]:
         """Return features (n, d) and labels (n,) of all rows."""
-        self.data.cache(items, net, "rows for Laplace")
+        self.data.cache(items, net, "rows for another head")
 
         def features(chunk: list[Item]) -> tuple[Tensor, Tensor]:
             batch = self.batch(chunk, net)
@@ -311,6 +274,64 @@ class Evaluation:
             net = net.to(runtime.processes().device)
             self._open = (training, self.models.generation, net)
         return net
+
+
+@dataclass(frozen=True)
+class SetView(View):
+    """The rows of a set with their records. content: what tells the rows from others of their names."""
+
+    evaluation: Evaluation
+    training: Training
+    task: str
+    split: str
+    name: str
+    records: list[Record]
+    content: str
+
+    def of(self, records: list[Record], condition: Condition) -> list[Score]:
+        """Return the measures of the task of these rows, answered under a condition."""
+        measures = self.evaluation.data.tasks[self.task].measures(records)
+        return [self.score(measure, condition, self.content) for measure in measures.values()]
+
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+        tokens = sum(record.get("tokens", 0) for record in self.records)
+        users = len(measure.values) < len(self.records)  # and not rows, which are several of a user
+        rows = f"{len(self.records):,} {self.split} rows" if users else f"{self.split} rows"
+        if not users and tokens:
+            rows += f", {tokens:,} tokens"
+        folds = trained_task(self.evaluation.config).folds
+        if folds > 1:  # which have other numbers of rows, and one score
+            rows = f"{self.split} rows of {folds} folds"
+        protocol = f"{self.evaluation.data.tasks[self.task].about}, {about or rows}"
+        unit = "users" if users else "rows"
+        return Score(self.task, data or self.name, protocol, measure, condition, unit, examples)
+
+    def rows(self, features: Sequence[Feature]) -> Rows:
+        """Return the columns of features."""
+        found = rows_of(features, Answers(*choices(self.records)), [str(record["id"]) for record in self.records])
+        return replace(found, groups=users_of(self.records), unit="users", content=self.content)
+
+    def other(self, features: Sequence[Feature], entry: str) -> Rows:
+        """Return the columns of features of another evaluated set."""
+        name = row_name(entry)
+        records, content = self.evaluation.records(self.training, self.task, self.split, name)
+        return replace(self, name=name, records=records, content=content).rows(features)
+
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+        return fit()  # from validation rows that are on record
+
+    def held_out(self, feature: Feature) -> Rows:
+        return rows_of([feature], Answers(*choices(self.evaluation.parts(self.training)[1])))
+
+    @property
+    def head_shape(self) -> tuple[str, int, int]:
+        of = self.evaluation
+        name = of.study.config_of(self.training).head.name
+        return name, len(of.data.classes.tokens(of.models.tokenizer)), of.models.width
+
+    def with_head(self, name: str, make: MakeHead) -> list[Score]:
+        records, _ = self.evaluation.records(self.training, self.task, self.split, self.name, name, make)
+        return self.of(records, CLEAN)
 
 
 @contextmanager

@@ -22,6 +22,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
 from vismt.engine.study import Training, validates
+from vismt.evaluation.sections import check_held_out, fitted_keys
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
@@ -42,7 +43,6 @@ from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
 from vismt.jobs.predictions import Options, Predictions, Row, check_target, choice_row, note_target
-from vismt.jobs.risk import check_threshold_examples
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
@@ -53,10 +53,11 @@ from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.methods import METHODS
-from vismt.report.results import Result, Score
+from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
+from vismt.uncertainty.intervals import Score
 
 PREDICTED = "predictions.jsonl"
 ANSWER = "predicted_"  # begins the name of each field that a prediction adds to a row
@@ -155,10 +156,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             for split in {self.split, "validation"} if validated else {self.split}:
                 for name in self.data.names(task, split):
                     self.data.rows(task, split, name)
-        if self.config.evaluate.risk:
+        if fitted_keys(self.config.evaluate):
             rows = self.data.all_rows("validation")
             users = [str(item_names(row).get("user", row.id)) for row in rows]
-            check_threshold_examples(torch.tensor([row.label for row in rows]), self.config.tune, users)
+            labels = torch.tensor([row.label for row in rows])
+            check_held_out(self.config.evaluate, self.config.tune, labels, users)
         for config in self.study.arms.values():
             self.batches(config)
 
@@ -289,7 +291,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         items = [task.ask(name, row, self.models.tokenizer) for name, row in rows]
         check_target(target, [(PREDICTED, "")], inputs)
         evaluation = self.fold(training.seed).evaluation
-        quantile = evaluation.thresholds(training).quantile if self.config.evaluate.risk else None
+        quantile = evaluation.quantile(training)
         net, step = evaluation.net(training), self.config.evaluate.batch
         found: list[Row] = []
         for start in console.track(range(0, len(items), step), "predict", str(training), -(-len(items) // step)):

@@ -10,9 +10,9 @@ from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, 
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.evaluation.sections import asked_features, evaluate_section
+from vismt.evaluation.sections import asked_features, check_other_sets, evaluate_section, fitted_keys
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.uncertainty.features import PIXELS, PROBABILITIES
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
 
 
 @dataclass
@@ -47,15 +47,14 @@ class ClassifierConfig:
     task: str | None = None
 
 
-@evaluate_section(PROBABILITIES, PIXELS)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION)
 @dataclass
 class RobustnessEvaluateConfig:
     """Evaluation.
 
     Args:
         images: number of images of each card, drawn with the run's seed; null for all.
-        risk: also evaluate conformal sets and selective prediction (vismt.jobs.risk).
-        threshold_images: number of further images of each card, from which `risk` takes its thresholds.
+        threshold_images: number of further images of each card, from which features take their thresholds.
         batch: images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
@@ -65,7 +64,6 @@ class RobustnessEvaluateConfig:
     """
 
     images: Annotated[int, within(2)] | None = None
-    risk: bool = False
     threshold_images: Annotated[int, within(0)] = 0
     batch: Count = 32
     attacks: list[AttackConfig] = field(default_factory=list)
@@ -112,11 +110,11 @@ def check(config: RobustnessConfig) -> None:
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
     _check_data(config)
-    wanted = settings.threshold_images
-    if bool(wanted) != bool(settings.risk and config.data) or (wanted and not settings.images):
+    wanted, fitted = settings.threshold_images, fitted_keys(settings)
+    if bool(wanted) != bool(fitted and config.data) or (wanted and not settings.images):
         raise UserError(
-            f"evaluate.threshold_images: {wanted} with risk {str(settings.risk).lower()} and images {settings.images}: give "
-            "evaluate.risk on cards a number of images and, for its thresholds, of threshold_images; else leave it out."
+            f"evaluate.threshold_images: {wanted} with images {settings.images} and {', '.join(fitted) or 'nothing'} to fit: on "
+            "cards what is fitted needs a number of images and of threshold_images; else leave it out."
         )
     check_arms(config, _check_classifier, ("data", "adapt", "train", "on_bad_sample", "download"))
     if not config.arms:
@@ -128,11 +126,13 @@ def _check_data(config: RobustnessConfig) -> None:
     if len(set(config.data)) < len(config.data):
         raise UserError(f"data: {config.data}; name each card once.")
     check_row_names(config.data, "data")
+    check_other_sets(settings, {"data": config.data})
     if config.data:
         check_conditions(settings.attacks, settings.corruptions, 4)
         return
     of_cards = {"images": settings.images is not None, "keep_images": settings.keep_images, "masking": settings.masking}
-    asked = [key for key, used in of_cards.items() if used] + [feature.key for feature in asked_features(settings)]
+    asked = [key for key, used in of_cards.items() if used]
+    asked += [feature.key for feature in asked_features(settings) if not feature.everywhere]
     if asked:
         keys = ", ".join(f"evaluate.{key}" for key in asked)
         raise UserError(f"data: [] takes all images of the runs' own; leave out what is for cards: {keys}.")

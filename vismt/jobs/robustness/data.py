@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -67,8 +68,12 @@ class Cards:
         net = TaskClassifier(given.net, union, union.tasks.index(meant[0]), task_aware=True).eval()
         return replace(given, net=net)
 
-    def for_thresholds(self, name: str, classifier: Classifier) -> InOrder:
-        """Return the images of a set after the drawn ones, for thresholds; none is in a group with a drawn one."""
+    def opened(self, name: str, classifier: Classifier) -> AbstractContextManager[Pixels]:
+        """Return the images of a set of other classes at a classifier's size."""
+        return nullcontext(self._pixels_of(name, classifier))
+
+    def for_fitting(self, name: str, classifier: Classifier) -> InOrder:
+        """Return the images of a set after the drawn ones, on which features are fitted; none is in a group with a drawn one."""
         settings, images, order = self.config.evaluate, self.images(name), self._order(name)
         start = settings.images or 0
         groups, _ = named_groups(images.ids, [(images, i) for i in range(len(images))])
@@ -96,10 +101,13 @@ class Cards:
         if len(order) < 2:
             raise UserError(f"data: '{name}' has {len(order)} image(s); an interval needs two or more.")
         outputs = torch.tensor(self.outputs(name, classifier))
+        return InOrder(self._pixels_of(name, classifier), settings.batch, order, outputs[images.labels])
+
+    def _pixels_of(self, name: str, classifier: Classifier) -> Pixels:
         key = (name, classifier.size)
         if key not in self._pixels:
-            self._pixels[key] = Pixels(images, classifier.size)
-        return InOrder(self._pixels[key], settings.batch, order, outputs[images.labels])
+            self._pixels[key] = Pixels(self.images(name), classifier.size)
+        return self._pixels[key]
 
     def outputs(self, name: str, classifier: Classifier) -> list[int]:
         """Return the output index of each class of a set, by name where the outputs have names, else in the card's order.

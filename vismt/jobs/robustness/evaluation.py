@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from vismt.data.batching import InOrder, names_digest
+from vismt.data.batching import Images, InOrder, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
-from vismt.jobs.image_scores import ACCURACY, image_scores, in_groups
+from vismt.jobs.image_scores import ACCURACY, ImageView
 from vismt.jobs.output_conditions import fitted_once
-from vismt.jobs.risk import Thresholds, fit_thresholds
 from vismt.jobs.robustness.models import Classifier
 from vismt.metatune.functional import answers
-from vismt.report.results import Score
-from vismt.robustness.conditions import DirectPerturbation
 from vismt.robustness.corruptions import error_under_corruptions
-from vismt.robustness.evaluate import Keep
-from vismt.uncertainty.features import Feature
-from vismt.uncertainty.intervals import CLEAN, LOWER, Condition, Measure
+from vismt.uncertainty.features import Answers, Feature, Fitted, Rows, rows_of
+from vismt.uncertainty.intervals import LOWER, Condition, Measure, Score
 
 _TASK = "robustness"
 CORRUPTION_ERROR = "mean error under corruptions"
@@ -33,54 +30,55 @@ def records_path(folder: Path, data: str) -> Path:
     return folder / "records" / f"{record_stem('answers', row_name(data), 'images')}.jsonl"
 
 
-def score_set(
+@dataclass(frozen=True, kw_only=True)
+class CardView(ImageView):
+    """The images of a card. folder: of the classifier. fitting: images on which features are fitted, None for none."""
+
+    folder: Path
+    fitting: InOrder | None
+
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+        assert self.fitting is not None  # the configuration asks for them
+        images = self.fitting.images
+        path = self.folder / f"{record_stem(name, row_name(self.data), 'images')}.json"
+        return fitted_once(path, kind, f"{self.fingerprint} {names_digest(images)}", fit, examples=images.content)
+
+    @torch.no_grad()
+    def held_out(self, feature: Feature) -> Rows:
+        device = next((parameter.device for parameter in self.net.parameters()), None)
+        parts = [(answers(self.net, pixels.to(device)).cpu().double(), of) for pixels, of, _ in self.fitting or ()]
+        logits, labels = (torch.cat(part) for part in zip(*parts))
+        return rows_of([feature], Answers(logits, labels))
+
+
+def card_view(
     classifier: Classifier,
     batches: InOrder,
-    specs: Sequence[DirectPerturbation],
     *,
     folder: Path,
     data: str,
     arm: str,
-    for_thresholds: InOrder | None = None,
-    features: Sequence[Feature] = (),
-    keep: Keep | None = None,
-) -> list[Score]:
-    """Return the scores on one set, clean and under each spec; images on record are not evaluated again.
-
-    for_thresholds: clean images for the thresholds of `evaluate.risk`, whose measures are then among the scores.
-    features: of the evaluation. keep: as for `evaluate_examples`.
-    """
-
-    @torch.no_grad()
-    def fit() -> Thresholds:
-        device = next((parameter.device for parameter in classifier.net.parameters()), None)
-        pairs = [
-            (answers(classifier.net, pixels.to(device)).cpu().double(), labels)
-            for pixels, labels, _ in for_thresholds or ()
-        ]
-        logits, labels = (torch.cat(parts) for parts in zip(*pairs))
-        return fit_thresholds(logits.log_softmax(1), labels)
-
-    name, fingerprint, thresholds = row_name(data), classifier.fingerprint(), None
-    if for_thresholds is not None:
-        path = folder / f"{record_stem('risk', name, 'images')}.json"
-        fitted_on = f"{fingerprint} {names_digest(for_thresholds.images)}"
-        thresholds = fitted_once(path, Thresholds, fitted_on, fit, examples=for_thresholds.images.content)
-    return image_scores(
-        classifier.net,
-        batches,
-        specs,
-        names=(_TASK, name, "task known" if classifier.separate else f"one of {classifier.num_classes} classes"),
-        num_classes=classifier.num_classes,
+    opened: Callable[[str], AbstractContextManager[Images]],
+    fitting: InOrder | None = None,
+) -> CardView:
+    """Return a classifier on the images of a card."""
+    name, classes = row_name(data), classifier.num_classes
+    return CardView(
+        net=classifier.net,
+        batches=batches,
+        num_classes=classes,
+        task=_TASK,
+        data=name,
+        part="",
+        choice="task known" if classifier.separate else f"one of {classes} classes",
         records=records_path(folder, data),
-        forms={CLEAN: lambda logits: logits},
-        thresholds=thresholds,
-        features=features,
-        trained=False,
-        data=data,
-        fingerprint=fingerprint,
+        source=data,
+        fingerprint=classifier.fingerprint(),
         label=f"{arm} on {name}",
-        keep=keep,
+        opened=opened,
+        chance=1 / classes,
+        folder=folder,
+        fitting=fitting,
     )
 
 
@@ -101,6 +99,7 @@ def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[S
                     by_severity[int(score.condition.level or 0)] = 1 - score.measure.values[name]
                 values[name] = error_under_corruptions(wrong)
             first = corrupted[0].measure
-            measure = in_groups(Measure(CORRUPTION_ERROR, values, better=LOWER), first.groups, first.grouped_by)
+            groups = {"groups": first.groups, "grouped_by": first.grouped_by}
+            measure = Measure(CORRUPTION_ERROR, values, better=LOWER, **groups)
             errors.setdefault(arm, []).append(replace(corrupted[0], measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -13,22 +13,22 @@ from vismt.base import console, ranks
 from vismt.data.set_entries import card_and_split, row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.evaluation.sections import asked_features
+from vismt.evaluation.sections import asked_features, check_split, fitted_keys
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
-from vismt.jobs.robustness.evaluation import corruption_errors, records_path, score_set
+from vismt.jobs.robustness.evaluation import card_view, corruption_errors, records_path
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, make_classifier
 from vismt.jobs.robustness.report import BROKEN, MASKING, sections
-from vismt.jobs.task_sections import check_risk_split
 from vismt.report.panels import to_bytes, write_arrays, write_panel
-from vismt.report.results import RECORDS, Result, Score
+from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.paths import file_name
+from vismt.uncertainty.intervals import CLEAN, Score
 
 _SHOWN = 6  # images of a panel
 ADVERSARIAL = "adversarial"  # a folder of the run folder
@@ -74,39 +74,37 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             check_exists(config.classifier)
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
+        settings = self.config.evaluate
         for trained in self.trained.values():
-            check_risk_split(self.config.evaluate.risk, trained.job.split)
-            if self.config.evaluate.risk:
-                trained.job.check_risk()
+            check_split(settings, trained.job.split)
+            trained.job.check_features(settings)
             trained.job.conditions_of(*self._chosen(attacks))
-        for name in self.config.data:
+        for name in (*self.config.data, *(name for feature in asked_features(settings) for name in feature.sets)):
             self.cards.images(name)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         chosen, corruptions = self._chosen(attacks)
         folder = records_folder(training.folder, attacks)
-        risk = self.config.evaluate.risk
+        features = [of for of in asked_features(self.config.evaluate) if of.everywhere or attacks is None]
         if training.arm in self.trained:
             arm, records = self.trained[training.arm], folder / RECORDS
             under = arm.job.conditions_of(chosen, corruptions, self.config.seed)
-            return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, risk=risk)
+            return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, features)
         specs = conditions(chosen, corruptions, self.config.seed)
         scores = []
         for data in self.config.data:
             classifier = self.classifier_of(training.arm, data)
-            batches = self.cards.batches(data, classifier)
-            for_thresholds = self.cards.for_thresholds(data, classifier) if risk else None
-            scores += score_set(
+            view = card_view(
                 classifier,
-                batches,
-                specs,
+                self.cards.batches(data, classifier),
                 folder=folder,
                 data=data,
                 arm=training.arm,
-                for_thresholds=for_thresholds,
-                features=asked_features(self.config.evaluate) if attacks is None else (),
-                keep=partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None,
+                opened=partial(self.cards.opened, classifier=classifier),
+                fitting=self.cards.for_fitting(data, classifier) if fitted_keys(self.config.evaluate) else None,
             )
+            keep = partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None
+            scores += view.scores(specs, [of.fitted(view) for of in features], {CLEAN: lambda logits: logits}, keep)
         return scores
 
     def _keep(self, arm: str, data: str, condition: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vismt.metatune.protocol.episodes import Episode
 from vismt.storage.files import atomic_write
-from vismt.uncertainty.probability_metrics import detection_auroc, group_row
+from vismt.uncertainty.probability_metrics import group_row
 
 PER_CLASS = 5
 UNSCALED, SCALED = "clean", "tempered"  # forms of the clean logits: unchanged, or divided by a temperature
@@ -33,7 +33,6 @@ class EpisodeOutcome:
         mixture: Weights (P,) of a pool's experts in this task. None for a classifier without a mixture.
         worst: Conditions of each worst case.
         strict: Conditions whose budget contains the clean image. A query counts under them only if it is right when clean.
-        outside: Logits (o, N) of images of other sets, by condition.
         lost: Number of queries that an attack counted as broken and that are right here, by condition.
         asked: Means over the clean queries of the values that features compute.
     """
@@ -47,7 +46,6 @@ class EpisodeOutcome:
     mixture: Tensor | None = None
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     strict: Collection[str] = ()
-    outside: Mapping[str, Tensor] = field(default_factory=dict)
     lost: dict[str, int] = field(default_factory=dict)
     asked: dict[str, float] = field(default_factory=dict)
 
@@ -65,13 +63,8 @@ class EpisodeOutcome:
         """Return the measures of p = softmax(logits / temperature), each a mean over the clean queries."""
         return group_row(form, (self.logits.double() / temperature).log_softmax(1), self.episode.query_labels)
 
-    def detection(self) -> dict[str, float]:
-        """Return the AUROC with which the largest probability tells the clean queries from each set of outside images."""
-        inside = _confidences(self.logits)
-        return {name: detection_auroc(-inside, -_confidences(logits)) for name, logits in self.outside.items()}
-
     def record(self, forms: Mapping[str, float]) -> dict[str, object]:
-        """Return accuracies, answers, probabilities and detection by condition, and a mixture to 6 digits under "mixture".
+        """Return accuracies, answers, probabilities, what features ask for, and a mixture to 6 digits under "mixture".
 
         Answers are a text with 1 for a right and 0 for a wrong answer to each query. forms: Temperature of each form of the
         logits whose probabilities are kept.
@@ -81,7 +74,7 @@ class EpisodeOutcome:
         row |= {right_field(name): "".join("01"[hit] for hit in hits.tolist()) for name, hits in right.items()}
         for form, temperature in forms.items():
             row |= self.probabilities(form, temperature)
-        row |= self.asked | self.detection() | {lost_field(name): count for name, count in self.lost.items()}
+        row |= self.asked | {lost_field(name): count for name, count in self.lost.items()}
         if self.mixture is not None:
             row["mixture"] = [round(weight, 6) for weight in self.mixture.tolist()]
         return row
@@ -130,11 +123,6 @@ def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence
 def _first_of_each(labels: Tensor) -> Tensor:
     rank = (labels[:, None] == labels[None, :]).tril(-1).sum(1)
     return (rank < PER_CLASS).nonzero().flatten()
-
-
-def _confidences(logits: Tensor) -> Tensor:
-    """Return the largest probability (b,) fp64 of logits (b, N)."""
-    return logits.double().softmax(1).amax(1)
 
 
 def _bytes(images: Tensor) -> np.ndarray:

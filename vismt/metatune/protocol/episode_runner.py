@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.seeds import mix_seed
+from vismt.data.set_entries import row_name
 from vismt.metatune.features import FeatureStore, number
 from vismt.metatune.functional import WithWeights, answers
 from vismt.metatune.protocol.episode_outcome import EpisodeOutcome
@@ -95,9 +96,9 @@ class _Task:
 class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
-    outside: Sets of images of other classes, by condition, each divided into as many parts as the sampler has. stores: Stores of
-    the features of `pixels` (under "") and of the outside sets (by condition). The features of a set without a store are computed
-    in every episode. asked: Features of the evaluation.
+    outside: Sets of images of other classes by entry, each divided into as many parts as the sampler has. stores: Stores of the
+    features of `pixels` (under "") and of the outside sets (by entry). The features of a set without a store are computed in every
+    episode. asked: Features of the evaluation.
     """
 
     proto: FewShotModel
@@ -141,8 +142,9 @@ class EpisodeRunner:
             keys = [(task.index, place) for place in range(len(query))]
             net = partial(self._logits, task.classifier)
             answers = Answers(task.outcome.logits.double(), labels, net, query, keys)
+            outside = {entry: self._outside_answers(task, entry) for entry in self.outside}
             for feature in self.asked:
-                task.outcome.asked |= feature.means(answers)
+                task.outcome.asked |= feature.means(answers, outside)
 
     def _task(self, index: int) -> _Task:
         episode = self.sampler[index]
@@ -153,12 +155,6 @@ class EpisodeRunner:
         if classifier.training:  # setting the mode of a large model that has it already takes time
             classifier.eval()
         clean = self._logits(classifier, query, self.stores.get(""), episode.query)
-        outside = {}
-        for name, images in self.outside.items():
-            generator = torch.Generator().manual_seed(mix_seed(index, "outside", name))
-            part = self._outside_part(name, index)
-            rows = part[torch.randperm(len(part), generator=generator)[: len(query)]]
-            outside[name] = self._logits(classifier, images[rows], self.stores.get(name), rows)
         outcome = EpisodeOutcome(
             episode,
             support,
@@ -168,19 +164,27 @@ class EpisodeRunner:
             mixture=getattr(classifier, "mixture", None),
             worst=self.worst,
             strict=[name for name, attack in self.attacks.items() if getattr(attack, "worst_case", False)],
-            outside=outside,
         )
         return _Task(index, classifier, outcome)
 
-    def _outside_part(self, name: str, index: int) -> Tensor:
+    def _outside_answers(self, task: _Task, entry: str) -> Answers:
+        """Return the answers to as many images of another set as the episode has queries."""
+        images, drawn_as = self.outside[entry], f"against {row_name(entry)}"
+        part = self._outside_part(entry, drawn_as, task.index)
+        generator = torch.Generator().manual_seed(mix_seed(task.index, "outside", drawn_as))
+        rows = part[torch.randperm(len(part), generator=generator)[: len(task.outcome.query)]]
+        logits = self._logits(task.classifier, images[rows], self.stores.get(entry), rows).double()
+        return Answers(logits, torch.zeros(len(rows), dtype=torch.int64))
+
+    def _outside_part(self, entry: str, drawn_as: str, index: int) -> Tensor:
         """Return the indices of the outside images from which an episode draws. Episodes of other parts do not draw them."""
-        images, parts = self.outside[name], parts_of(self.sampler)
+        images, parts = self.outside[entry], parts_of(self.sampler)
         if not parts:
             return torch.arange(len(images))
-        if name not in self._divided:
+        if entry not in self._divided:
             groups = getattr(images, "group_of", None)
-            self._divided[name] = image_parts(len(images), parts, mix_seed(0, "outside", name), groups)
-        return self._divided[name][index % parts]
+            self._divided[entry] = image_parts(len(images), parts, mix_seed(0, "outside", drawn_as), groups)
+        return self._divided[entry][index % parts]
 
     def _groups(self, tasks: Sequence[_Task], attack: QueryPerturbation) -> list[list[_Task]]:
         groups: list[list[_Task]] = []

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, require_known
+from vismt.data.set_entries import row_name
 from vismt.lowrank.contexts import evaluating
 from vismt.metatune.features import FeatureStore
 from vismt.metatune.functional import report_lost
@@ -70,8 +71,8 @@ def run_protocol(
     features: Literal["auto", "off"] = "auto",
     probabilities: bool = False,
     temperature: float | None = None,
-    ood: Mapping[str, OutsidePixels] | None = None,
     asked: Sequence[Feature] = (),
+    outside: Mapping[str, OutsidePixels] | None = None,
 ) -> dict[str, Tensor]:
     """Evaluate a few-shot model on episodes, clean and under attack.
 
@@ -99,23 +100,22 @@ def run_protocol(
         features: "auto" computes the features of an image once if that is exact, and "off" in every episode.
         probabilities: Whether the quality of the softmax of the clean logits is recorded.
         temperature: Temperature that divides the clean logits for a second record of this quality. None for no second record.
-        ood: Images of other classes, by the text of a condition. Each episode draws as many of them as it has queries, the same
-            images for every model, and records the AUROC with which the largest probability tells its queries from these images.
-            A sampler with parts divides these images too, so that episodes of two parts share none.
         asked: Features of the evaluation, which compute scores of the clean queries (vismt/evaluation).
+        outside: Images of other classes by entry, for features that ask for them. Each episode draws as many of them as it has
+            queries, the same images for every model. A sampler with parts divides these images too, so that episodes of two parts
+            share none.
 
     Returns:
         Query accuracy in [0, 1] of every episode, float64 (episodes,), by condition: "clean", the text of each attack, then each
         worst case. `probabilities` adds the fields of `vismt.uncertainty.probability_metrics.group_row`, such as "clean nll" and
         "clean gaps" (episodes, 15), each a mean over the queries of an episode. `temperature` adds the same fields as "tempered
-        nll" and so on. `ood` adds the AUROC of each condition. `asked` adds the mean over the queries of every quantity, by its
-        field.
+        nll" and so on. `asked` adds the mean over the queries of every quantity, by its field.
 
     Raises:
         UserError: For fewer than 2 episodes, two attacks with the same text, or records that do not fit or cannot be written.
     """
     questions = EpisodeQuestions(
-        sampler, attacks, worst or {}, probabilities, temperature, ood or {}, asked, data, features
+        sampler, attacks, worst or {}, probabilities, temperature, asked, outside or {}, data, features
     )
     log = questions.records(records, fingerprint, examples)
     return questions.answered(proto, pixels, log, episodes, label or f"{data} episodes", panel, model, device, batch)
@@ -130,8 +130,8 @@ class EpisodeQuestions:
     worst: Mapping[str, Sequence[str]] = field(default_factory=dict)
     probabilities: bool = False
     temperature: float | None = None
-    ood: Mapping[str, OutsidePixels] = field(default_factory=dict)
     asked: Sequence[Feature] = ()
+    outside: Mapping[str, OutsidePixels] = field(default_factory=dict)
     data: str = "data"
     features: Literal["auto", "off"] = "auto"
 
@@ -141,10 +141,10 @@ class EpisodeQuestions:
             raise UserError(f"evaluate {self.data}: two conditions have the same text in {texts}: leave one out.")
         require_known(f"evaluate {self.data}: features", [self.features], FEATURES)
         parts = parts_of(self.sampler)
-        for name, images in self.ood.items():
+        for name, images in self.outside.items():
             if len(images) < max(1, parts):
                 raise UserError(
-                    f"evaluate {self.data}: {len(images)} images {name}, for episodes in {parts} parts: add images."
+                    f"evaluate {self.data}: {len(images)} images in '{name}', for episodes in {parts} parts: add images."
                 )
 
     @property
@@ -165,7 +165,7 @@ class EpisodeQuestions:
             "attacks": [dict(attack.settings()) for attack in self.attacks],
             "probabilities": self.probabilities,
             "temperature": self.temperature,
-            "ood": [*self.ood],
+            "outside": [*map(row_name, self.outside)],
             "features": {feature.key: feature.settings() for feature in self.asked},
         }
         protocol = {"data": self.data, "sampler": dict(self.sampler.describe())}
@@ -192,11 +192,11 @@ class EpisodeQuestions:
         if episodes < 2:
             raise UserError(f"evaluate {self.data}: {episodes} episodes have no confidence interval: use 2 or more.")
         module, device = _placed(proto, device)
-        stores = _stores({"": pixels, **self.ood}, read=any(index not in log for index in range(episodes)))
+        stores = _stores({"": pixels, **self.outside}, read=any(index not in log for index in range(episodes)))
         if self.features == "off":
             stores = {}
         run = EpisodeRunner(
-            proto, pixels, self.sampler, device, self.conditions, self.worst, self.ood, stores, batch, self.asked
+            proto, pixels, self.sampler, device, self.conditions, self.worst, self.outside, stores, batch, self.asked
         )
 
         def write(outcome: EpisodeOutcome) -> None:
@@ -225,7 +225,7 @@ class EpisodeQuestions:
 
     def _columns(self) -> dict[str, Field]:
         """Return the fields with one number or several numbers for each episode."""
-        shares = dict.fromkeys(["clean", *self.conditions, *self.worst, *self.ood], SHARE)
+        shares = dict.fromkeys(["clean", *self.conditions, *self.worst], SHARE)
         asked = {of.field: Field() for feature in self.asked for of in feature.quantities()}
         return {**shares, **asked, **group_fields(self.forms)}
 

@@ -19,7 +19,7 @@ import torch
 from vismt.base.errors import UserError
 from vismt.report.compare.score_tables import Say, TrainingValues
 from vismt.report.comparison import CONSTANT, Comparison, Values
-from vismt.report.results import Result, Score, result_of
+from vismt.report.results import Result, result_of
 from vismt.report.tables import interval_text, number_text, without_further
 from vismt.uncertainty.intervals import (
     CLEAN,
@@ -30,6 +30,7 @@ from vismt.uncertainty.intervals import (
     Better,
     Measure,
     Scale,
+    Score,
     averaged,
     holm,
     sign_flip_p,

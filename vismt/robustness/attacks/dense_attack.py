@@ -50,7 +50,7 @@ class DenseAttack:
     spec: AttackSpec
     tasks: tuple[str, ...] = ()
     kind: ClassVar[Literal["attack"]] = "attack"
-    # For the measures of `evaluate.risk`. The scores of the tasks count only the attacked images.
+    # Measures of features count every example. The scores of the tasks count only the attacked images.
     worst_case: ClassVar[bool] = True
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vismt.jobs.image_scores import neighbour_classes
+from vismt.evaluation.neighbours import neighbour_classes
 
 
 def test_an_image_has_the_class_of_its_nearest_others() -> None:
