@@ -562,13 +562,13 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     assert job.prepare(net, config) == "emtal"
     job.heads(net).requires_grad_(True)
     objective = job.objective(config, net, [])
-    assert objective.retain.temperature == 3.0 and objective.retain.bank.shape == (4, 2, 4)
+    assert objective.retain["semseg"].temperature == 3.0 and objective.retain["semseg"].bank.shape == (4, 2, 4)
     labels = torch.arange(4).repeat_interleave(12).expand(2, 32, 48)
     losses = objective({"image": torch.rand(2, 3, 32, 48), "semseg": labels})
     losses["loss"].backward()
     objective.step()
     routers = [wrapper for wrapper in net.modules() if isinstance(wrapper, MoEfiedMlp)]
-    assert bool(objective.retain.bank.any()) and routers and all(wrapper.fade_value == 0 for wrapper in routers)
+    assert bool(objective.retain["semseg"].bank.any()) and routers and all(wrapper.fade_value == 0 for wrapper in routers)
     (fade,) = schedules(objective, torch.optim.SGD(net.parameters()), config.train.steps, config)
     fade.on_step(config.train.steps)
     assert float(fade.alpha) == 1 and all(wrapper.fade_value == 1 for wrapper in routers)

@@ -314,7 +314,9 @@ def test_an_interrupted_study_goes_on_bit_for_bit(tmp_path: Path, monkeypatch, c
     assert "at step 4 of 6" in capsys.readouterr().out
     paths = [next((tmp_path / name).rglob("metrics.jsonl")).parent for name in ("whole", "cut")]
     tensors = [saved_tensors(path) for path in paths]
-    assert {"retain.bank", "retain.ema"} <= set(tensors[0]) and bool((tensors[0]["retain.ema"] < 10).all())
+    assert {"retain.images.bank", "retain.images.ema"} <= set(tensors[0]) and bool(
+        (tensors[0]["retain.images.ema"] < 10).all()
+    )
     fades = [value for name, value in tensors[0].items() if name.endswith("mlp._extra_state")]
     assert len(fades) == 2 and all(float(fade) == 1 for fade in fades)  # of two blocks
     logs = [read_lines(path / "metrics.jsonl") for path in paths]
@@ -456,7 +458,7 @@ def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -
     assert json.loads(merged.read_text())["different_predictions"] == 0
     tensors = saved_tensors(merged.parent)
     # 4 steps of 2 batches of 16: more classes have been seen than 4 batches could show.
-    assert int((tensors["retain.bank"][:, 1] != 0).any(1).sum()) > 20
+    assert int((tensors["retain.images.bank"][:, 1] != 0).any(1).sum()) > 20
     fades = [float(value) for name, value in tensors.items() if name.endswith("mlp._extra_state")]
     assert fades and set(fades) == {1.0}
 
