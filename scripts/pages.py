@@ -176,7 +176,7 @@ def contents() -> Iterator[tuple[Path, str]]:
         if MARKED.search(text):
             yield path, MARKED.sub(rewritten, text)
     for job in JOBS:
-        if job != "multitask":  # another name of classification
+        if job not in ("classification", "dense"):  # other names of multitask
             yield DOCS / f"reference/config_{job}.md", page(job)
 
 

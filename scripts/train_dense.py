@@ -46,7 +46,7 @@ def config(options: argparse.Namespace) -> dict[str, Any]:
     """Return the configuration that `vismt run` takes."""
     splits = {"train": options.split, "test": options.test}
     return {
-        "task": "dense",
+        "task": "multitask",
         "title": f"{options.model}, {options.method}, {' '.join(options.tasks)}",
         "seed": options.seed,
         "model": {"name": options.model, "position": options.position, "pretrained": not options.random_weights},

@@ -29,9 +29,9 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample
 from vismt.engine.blocks import running_blocks
 from vismt.jobs import load_config, make_job
-from vismt.jobs.dense.config import DenseConfig, trained_tasks
+from vismt.jobs.classification.config import MultitaskConfig, trained_tasks
+from vismt.jobs.classification.job import MapsJob
 from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.job import DenseJob
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.tasks import MapTask, Task
 
@@ -83,13 +83,13 @@ def run(path: Path, device: str = "cpu") -> list[ConfigMemory]:
         UserError: for a configuration of another job.
     """
     config = load_config(path, [])
-    if not isinstance(config, DenseConfig):
+    if not isinstance(config, MultitaskConfig) or not config.size:
         raise UserError(
-            f"bench memory: --config '{path}' has task '{config.task}'; give a configuration of task dense."
+            f"bench memory: --config '{path}' has no task of maps; give a multitask configuration with size."
         )
     config = replace(config, model=replace(config.model, pretrained=False))
     with tempfile.TemporaryDirectory() as folder:
-        job = cast(DenseJob, make_job(config, Path(folder)))
+        job = cast(MapsJob, make_job(config, Path(folder)))
     arm, settings = list(job.study.arms.items())[-1]
     job.__dict__["data"] = DATA
     net, method, balanced = job.prepared(settings)
@@ -103,7 +103,7 @@ def run(path: Path, device: str = "cpu") -> list[ConfigMemory]:
     return [ConfigMemory(title, settings.batch, weight_bytes(objective), state, cast(Any, passes))]
 
 
-def _pass(objective: nn.Module, settings: DenseConfig, batch: Sample, way: str) -> int:
+def _pass(objective: nn.Module, settings: MultitaskConfig, batch: Sample, way: str) -> int:
     """Return the largest allocation of a forward and backward pass, bytes."""
     training = replace(settings.training, compile=False, **cast(Any, WAYS[way]))
     dtype = DTYPES.get(training.precision)

@@ -11,7 +11,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import config_hash, fraction, override, read_config_file
 from vismt.config.typed import build
 from vismt.jobs import load_config, make_job
-from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.fewshot.job import FewShotConfig
 
 
@@ -93,7 +93,7 @@ def test_resolved_round_trips_and_the_hash_moves_with_values_only(tmp_path: Path
     plain, memory, steps = (config_hash(load_config(write(tmp_path, "seed: 4"), change)) for change in changes)
     assert plain == memory != steps  # activations that are computed again change no result
     tasks = [[{"name": "semseg", "classes": 3, **change}] for change in ({}, {"absent": "skip"}, {"dice": 1.0})]
-    plain, absent, dice = (config_hash(build(DenseConfig, {"tasks": task}, "x")) for task in tasks)
+    plain, absent, dice = (config_hash(build(MultitaskConfig, {"tasks": task}, "x")) for task in tasks)
     assert plain == absent != dice  # how a score is read changes no training
 
 

@@ -22,7 +22,6 @@ from vismt.data.images import open_images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.data import TaskData
-from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.dense.data import DenseData
 
 
@@ -134,7 +133,7 @@ def test_neighbours_are_parts_where_the_card_has_no_groups(frames) -> None:
 
 def test_frames_of_one_object_are_in_one_part_of_a_dense_set(frames) -> None:
     raw = {"data": {"train": [str(frames())], "test_share": 0.4}, "tasks": [{"name": "classify", "classes": 2}]}
-    data = DenseData(build(DenseConfig, {**raw, "size": [32, 32]}, "made"))
+    data = DenseData(build(MultitaskConfig, {**raw, "size": [32, 32]}, "made"))
     train, test = objects(data.parts["train"].ids), objects(data.parts["test"].ids)
     assert not train & test and [len(train), len(test)] == [6, 4]
 

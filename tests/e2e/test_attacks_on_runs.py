@@ -16,7 +16,7 @@ from vismt.cli import main
 from vismt.config.sections import config_hash
 from vismt.config.typed import build
 from vismt.jobs import load_config, open_run, started_config
-from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.models import TrainedArm
@@ -34,7 +34,7 @@ DENSE = {
     **CONFIGS["dense"],
     "model": {"name": "short_vit", "pretrained": False},
     "batch": 3,
-    "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "only": ["depth"]}},
+    "arms": {"lora": {}, "heads": {"adapt": None}, "depth": {"adapt": None, "trained_tasks": ["depth"]}},
     "baseline": "heads",
     "train": {"steps": 4, "lr": 3.0e-3},
     "evaluate": {
@@ -340,6 +340,6 @@ def test_a_job_without_images_of_its_own_says_so(tmp_path: Path) -> None:
 def test_runs_without_attacks_keep_their_hash(tmp_path: Path) -> None:
     plain = {**DENSE, "evaluate": {"batch": 4}}
     explicit = {**DENSE, "evaluate": {"batch": 4, "attacks": [], "corruptions": []}}
-    assert config_hash(build(DenseConfig, plain, "a")) == config_hash(build(DenseConfig, explicit, "a"))
+    assert config_hash(build(MultitaskConfig, plain, "a")) == config_hash(build(MultitaskConfig, explicit, "a"))
     (tmp_path / "a.yaml").write_text(yaml.safe_dump(DENSE))
-    assert config_hash(load_config(tmp_path / "a.yaml", [])) != config_hash(build(DenseConfig, plain, "a"))
+    assert config_hash(load_config(tmp_path / "a.yaml", [])) != config_hash(build(MultitaskConfig, plain, "a"))

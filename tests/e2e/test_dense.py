@@ -23,9 +23,9 @@ from timm.layers import resample_abs_pos_embed
 from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
-from vismt.jobs.dense import config as dense_config
+from vismt.jobs.classification import config as dense_config
+from vismt.jobs.classification.job import MapsJob
 from vismt.jobs.dense import models
-from vismt.jobs.dense.job import DenseJob
 from vismt.jobs.dense.pooled_score import PooledScore, Scored
 from vismt.jobs.dense.predict import VALUES, most_pixels
 from vismt.methods import schedules
@@ -53,8 +53,8 @@ SMALL = {
     "arms": {
         "emtal": {},
         "full": {"adapt.method": "full", "adapt.options": {}, "fade": None},
-        "depth": {**ALONE, "only": ["depth"]},
-        "others": {**ALONE, "only": ["normals", "edge"]},
+        "depth": {**ALONE, "trained_tasks": ["depth"]},
+        "others": {**ALONE, "trained_tasks": ["normals", "edge"]},
     },
     "baseline": {"depth": "depth", "normals": "others", "edge": "others"},
     "seeds": [0, 1],
@@ -324,7 +324,7 @@ def test_the_merged_folder_of_a_dense_run_names_the_run(study: Path, tmp_path: P
 def test_a_depth_head_starts_at_the_mean_depth_of_training(head: str, tmp_path: Path) -> None:
     """At 0 m a short training ends farther from the truth than a constant."""
     config = load_config(write_config("dense", tmp_path), [f"head.name={head}"])
-    job = DenseJob(config, tmp_path / "run", "hash")
+    job = MapsJob(config, tmp_path / "run", "hash")
     net = job.fresh(config)
     job.prepare(net, config)
     task = job.data.tasks["depth"]
@@ -394,7 +394,7 @@ def test_a_canvas_larger_than_the_trained_size(tmp_path: Path) -> None:
     """Crops of the size in training; windows or the whole canvas in evaluation, which have different protocols."""
     arms = {"emtal": {}, "full": {"adapt.method": "full", "adapt.options": {}, "fade": None}}
     path = write(tmp_path, **{**SINGLE, "arms": arms}, canvas=[64, 80], tasks=["depth", "normals"])
-    job = DenseJob(load_config(path, []), tmp_path, "hash")
+    job = MapsJob(load_config(path, []), tmp_path, "hash")
     assert job.batches(job.config)(0)["image"].shape == (3, 3, 32, 48) and job.data.size == (64, 80)
     values_of: dict[str, dict[str, float]] = {arm: {} for arm in arms}
     views = (
@@ -499,7 +499,7 @@ def test_the_same_command_again_trains_and_evaluates_nothing(study: Path, monkey
 
     monkeypatch.setattr(loop, "train", None)
     monkeypatch.setattr(PooledScore, "columns", None)
-    monkeypatch.setattr(DenseJob, "loaded", None)  # no net, as merge.json is there
+    monkeypatch.setattr(MapsJob, "loaded", None)  # no net, as merge.json is there
     before = (study / "results.jsonl").read_text()
     assert main(["run", str(study.parent.parent / "rooms.yaml"), "--out", str(study.parent), "--quiet"]) == 0
     assert (study / "results.jsonl").read_text() == before
@@ -556,7 +556,7 @@ def test_a_rate_is_chosen_on_validation_images(tmp_path: Path) -> None:
 def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> None:
     tasks = [{"name": "semseg", "classes": 4}, "depth"]
     config = load_config(write(tmp_path, **SINGLE, tasks=tasks, retain={"temperature": 3.0}), [])
-    job = DenseJob(config, tmp_path, "hash")
+    job = MapsJob(config, tmp_path, "hash")
     vars(job)["data"] = SimpleNamespace(counted=list, mean_depth=2.0)  # the set has no classes; the batch below has
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "emtal"
@@ -568,7 +568,9 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
     losses["loss"].backward()
     objective.step()
     routers = [wrapper for wrapper in net.modules() if isinstance(wrapper, MoEfiedMlp)]
-    assert bool(objective.retain["semseg"].bank.any()) and routers and all(wrapper.fade_value == 0 for wrapper in routers)
+    assert (
+        bool(objective.retain["semseg"].bank.any()) and routers and all(wrapper.fade_value == 0 for wrapper in routers)
+    )
     (fade,) = schedules(objective, torch.optim.SGD(net.parameters()), config.train.steps, config)
     fade.on_step(config.train.steps)
     assert float(fade.alpha) == 1 and all(wrapper.fade_value == 1 for wrapper in routers)
@@ -579,7 +581,7 @@ def test_retaining_and_fading_come_from_the_configuration(tmp_path: Path) -> Non
 
 def test_full_training_reaches_every_parameter_that_is_run(tmp_path: Path) -> None:
     config = load_config(write(tmp_path, **{**SINGLE, "adapt": {"method": "full"}, "fade": None}), [])
-    job = DenseJob(config, tmp_path, "hash")
+    job = MapsJob(config, tmp_path, "hash")
     net = job.fresh(config).requires_grad_(False)
     assert job.prepare(net, config) == "full"
     job.heads(net).requires_grad_(True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import graphs, open_run
-from vismt.jobs.dense.config import trained_tasks
+from vismt.jobs.classification.config import trained_tasks
 from vismt.jobs.graphs import NAMES, PREPROCESSING, Named, image_graph, write_graph
 
 

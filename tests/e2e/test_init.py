@@ -120,16 +120,16 @@ def test_what_stands_in_comments_can_be_used(job: str, tmp_path: Path) -> None:
 # What a job cannot give a method; the file is not at fault.
 CANNOT = {
     ("classification", "ilora"): "gates",
-    ("classification", "mtlora"): "those of a run of task: dense",
+    ("classification", "mtlora"): "those of a multitask run with `size`",
     ("fewshot", "emtal"): "a router takes adapt.options.fade: 1",
     ("fewshot", "ilora"): "gates",
-    ("fewshot", "mtlora"): "those of a run of task: dense",
+    ("fewshot", "mtlora"): "those of a multitask run with `size`",
     ("dense", "corda"): "adapt.covariances: NoneType for 'corda'",
     ("dense", "ilora"): "gates",
     ("lm", "corda"): "calibration: 'corda' needs covariances",
     ("lm", "emtal"): "it needs a timm ViT",
     ("lm", "ilora"): "is gated by a user's history",
-    ("lm", "mtlora"): "those of a run of task: dense",
+    ("lm", "mtlora"): "those of a multitask run with `size`",
     ("lm", "head"): "has no head",
 }
 METHODS = [*vismt.list_methods(), "peft:dora"]

@@ -9,7 +9,7 @@ from helpers.tiny_runs import SHORT, run_config, written
 from vismt.base.errors import UserError
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.classification import job as classification_job
+from vismt.jobs.classification import classifier_job as classification_job
 from vismt.jobs.classification.config import check
 from vismt.jobs.classification.merging import FILE, TYPES
 from vismt.lowrank import combine, read_updates

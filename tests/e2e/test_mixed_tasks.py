@@ -33,7 +33,7 @@ STILL = {"strength": 0, "scales": [1.0, 1.0], "flip": False}
 
 def mix(room: Path, **changes: object) -> dict:
     """Return a configuration of scenes, grey tones and red tones."""
-    classes = [{"name": name, "kind": "classify", "classes": 2, **parts(room, name)} for name in ("tones", "reds")]
+    classes = [{"name": name, **parts(room, name)} for name in ("tones", "reds")]
     return dense(room, **{"data": parts(room, "scenes"), "tasks": [*MAPS, *classes], **changes})
 
 
@@ -50,7 +50,7 @@ def alone(room: Path, labels: str) -> dict:
 def study(room: Path, tmp_path_factory) -> Path:
     """All three tasks with a union of the two tasks of whole images; and each of those without the other."""
     folder = tmp_path_factory.mktemp("mixed")
-    arms = {"all": {}, "tones": {"only": ["tones"]}}
+    arms = {"all": {}, "tones": {"trained_tasks": ["tones"]}}
     evaluate = {"risk": True, "attacks": [{"name": "pgd", "epsilon": "8/255", "steps": 2}]}
     head = {"name": "linear", "labels": "union"}
     with pytest.MonkeyPatch.context() as patch:
@@ -131,6 +131,30 @@ def test_the_loss_of_a_union_is_over_the_classes_of_all_tasks() -> None:
     assert metric.compute() == {"accuracy": 0.5, "images": 2}
 
 
+def test_a_mix_has_what_whole_images_have(room: Path, tmp_path: Path) -> None:
+    """Quality retaining, smoothed labels, images for CorDA, a limit over classes, and the tasks of an arm."""
+    changes = {
+        "adapt": {"method": "corda", "rank": 2},
+        "calibration": {"examples": 4, "batch": 2},
+        "retain": {},
+        "label_smoothing": 0.2,
+        "batch": 3,
+        "arms": {"all": {}, "reds": {"trained_tasks": ["reds"]}},
+    }
+    config = mix(room, **changes)
+    config["tasks"][2]["limit"] = 3
+    job = make_job(load_config(written(tmp_path / "mixed.yaml", config)), tmp_path / "run")
+    assert [job.trained_on(arm).count(":train") for arm in job.study.arms.values()] == [3, 1]
+    counts = {name: job.data.class_counts(job.data.tasks[name]) for name in ("tones", "reds")}
+    assert sorted(counts["reds"]) == [1, 2] and counts["tones"] == [4, 4]
+    net, method, balanced = job.prepared(job.study.arms["all"])
+    assert method == "corda" and list((tmp_path / "run" / "calibration").iterdir())
+    objective = job.objective(job.study.arms["all"], net, balanced)
+    assert {name: retain.num_classes for name, retain in objective.retain.items()} == {"semseg": 3, "images": 4}
+    assert objective.label_smoothing == 0.2 and objective.union.counts == (2, 2)
+    assert set(job.batches(job.study.arms["reds"]).rows.ids) < set(job.batches(job.study.arms["all"]).rows.ids)
+
+
 @pytest.mark.parametrize("labels", ["separate", "union"])
 def test_both_tasks_are_learned(room: Path, tmp_path: Path, labels: str) -> None:
     """Classes of the two tasks have opposite orders: a head or a label of the other task would answer wrongly."""
@@ -170,7 +194,6 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         ({"validation_share": 0.2}, {}, "tasks: reds: both validation and validation_share"),
         ({"validation_share": 2}, {}, "tasks: reds: validation_share"),
         ({"kind": "depth"}, {}, "task: 'depth' has no option 'name'"),
-        ({"kind": None}, {}, "task: no dense task 'reds'"),
         ({"name": "classify"}, {}, "tasks: classify: its sets belong in data."),
         ({"name": "loss"}, {}, "tasks: loss: the name has another meaning in a run"),
         (
@@ -180,11 +203,16 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         ),
         ({"name": "normals"}, {}, "tasks: normals: the name has another meaning in a run"),
         ({"name": "a/b"}, {}, "'a/b' cannot be a name"),
-        ({"class_weights": "sqrt"}, {"head": {"labels": "union"}}, "set head.labels to separate"),
+        (
+            {"class_weights": "sqrt"},
+            {},
+            "tasks: reds: class_weights is of all tasks of whole images; give class_weights beside",
+        ),
         ({}, {"head": {"labels": "union"}, "evaluate": {"adjust_logits": True}}, "set head.labels to separate"),
-        ({}, {"arms": {"a": {}, "b": {"head.labels": "union"}}}, "arms: head.labels must be the same for all arms"),
+        ({}, {"arms": {"a": {}, "b": {"head": "separate"}}}, "arms: head.labels must be the same for all arms"),
         ({"train": ["scenes:train"]}, {}, "tasks: reds: 'scenes' has maps; name it in data."),
         ({"train": ["reds:test"]}, {}, "shares examples with"),
+        ({}, {"evaluate": {"laplace": True}}, "it stands on the input of a stock classifier; leave it or size out"),
     ],
 )
 def test_errors_are_one_line(room: Path, tmp_path: Path, capsys, task: dict, changes: dict, words: str) -> None:

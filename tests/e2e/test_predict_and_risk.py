@@ -18,7 +18,7 @@ from helpers.tiny_runs import TRAIN, VIT, refused, run_config, written
 from vismt.cli import main
 from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, RISK, SIZE, Risk
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.dense.config import DenseEvaluateConfig
+from vismt.jobs.classification.config import MultitaskEvaluateConfig
 from vismt.jobs.predictions import TABLE
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
@@ -37,7 +37,7 @@ def mixed(room: Path, tmp_path_factory) -> Path:
         "attacks": [{"name": "pgd", "epsilon": "2/255", "steps": 2}],
         "corruptions": [{"name": "contrast", "severities": [5]}],
     }
-    arms = {"both": {}, "classify": {"only": ["classify"]}, "semseg": {"only": ["semseg"]}}
+    arms = {"both": {}, "classify": {"trained_tasks": ["classify"]}, "semseg": {"trained_tasks": ["semseg"]}}
     baseline = {"semseg": "semseg", "classify": "classify"}
     folder = tmp_path_factory.mktemp("mixed")
     with pytest.MonkeyPatch.context() as patch:
@@ -305,4 +305,4 @@ def test_a_robustness_run_takes_the_risk_of_a_dense_run_that_has_classes(
     folder = tmp_path / "maps"
     job = make_job(load_config(written(tmp_path / "maps.yaml", plain)), folder)
     with pytest.raises(Exception, match="has no class probabilities of images"):
-        job.check_features(DenseEvaluateConfig(risk=True))
+        job.check_features(MultitaskEvaluateConfig(risk=True))

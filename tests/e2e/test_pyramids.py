@@ -137,7 +137,7 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
     settings |= {key: CONFIGS["dense"][key] for key in ("data", "size", "batch", "train", "augment")}
     settings |= {"model": {"name": "tiny_dinov3", "pretrained": False}, "tasks": ["depth", "normals"], "tune": None}
     pairs = {"adapt": {"method": "mtlora", "rank": 2, "options": {"task_rank": 1}}}
-    settings |= {"arms": {"depth": {"only": ["depth"]}, "heads": {"adapt": None}, "pairs": pairs}}
+    settings |= {"arms": {"depth": {"trained_tasks": ["depth"]}, "heads": {"adapt": None}, "pairs": pairs}}
     settings |= {"baseline": None, "seeds": [0]}
     run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
     assert {(row["arm"], row["task"]) for row in scores_of(run.folder)} == {

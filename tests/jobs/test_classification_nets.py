@@ -13,8 +13,8 @@ from vismt.config.typed import build
 from vismt.engine.study import Training
 from vismt.engine.training_files import finish, write_state
 from vismt.jobs.classification import evaluation
+from vismt.jobs.classification.classifier_job import ClassifierJob
 from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import HEAD_FILE, fresh, with_linear_head
 
 
@@ -36,7 +36,7 @@ def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
 
 def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Path) -> None:
     distilled = config("deit_tiny_distilled_patch16_224", adapt=None)
-    job, net = ClassificationJob(distilled, tmp_path, "hash"), fresh(distilled, 4, 9)
+    job, net = ClassifierJob(distilled, tmp_path, "hash"), fresh(distilled, 4, 9)
     parameters = list(job.heads(net).parameters())
     assert [tuple(p.shape) for p in parameters] == [(4, 192), (4,), (4, 192), (4,)]
     with torch.no_grad():
@@ -62,7 +62,7 @@ def test_the_means_of_a_bayesian_head_on_half_precision_weights() -> None:
 
 
 def test_a_posterior_counts_the_images_that_its_arm_is_trained_on(tmp_path: Path, monkeypatch) -> None:
-    job = ClassificationJob(config(head={"name": "vbll"}), tmp_path, "hash")
+    job = ClassifierJob(config(head={"name": "vbll"}), tmp_path, "hash")
     nets = {arm: job.fresh(of) for arm, of in job.study.arms.items()}
     assert {arm: net.head.num_train for arm, net in nets.items()} == {"digits": 30, "both": 66}
     counted = []
@@ -78,7 +78,7 @@ def test_a_posterior_counts_the_images_that_its_arm_is_trained_on(tmp_path: Path
 
 
 def test_an_arm_is_calibrated_on_the_images_that_it_is_trained_on(tmp_path: Path, monkeypatch) -> None:
-    job = ClassificationJob(config(calibration={"examples": 4}), tmp_path, "hash")
+    job = ClassifierJob(config(calibration={"examples": 4}), tmp_path, "hash")
     counted = []
 
     def on_images(backbone: Any, adapt: Any, section: Any, images: Any) -> Any:

@@ -12,8 +12,8 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.engine.study import Study, StudyConfig
 from vismt.engine.training_files import ADAPTER
+from vismt.jobs.classification.classifier_job import ClassifierJob
 from vismt.jobs.classification.figures import EXAMPLES, examples, examples_figure, sections, write_examples
-from vismt.jobs.classification.job import ClassificationJob
 from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.image_job import ImageJob
 from vismt.lowrank.files.save_load import save_adapter
@@ -183,7 +183,7 @@ def test_one_block_and_no_router():
 
 
 def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(job, tmp_path):
-    shown = ClassificationJob._mapped_images(job)
+    shown = ClassifierJob._mapped_images(job)
     assert (255 * shown[:, 0, 0, 0]).round().tolist() == [1, 4, 0, 1]
     plain = tiny_vit()
     adapt(plain, "lora", rank=2)

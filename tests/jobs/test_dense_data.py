@@ -9,7 +9,7 @@ from helpers.blobs import blobs
 from vismt.data.maps.dense_set import DenseSet
 from vismt.data.maps.dense_transforms import scale
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
-from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.dense.data import DenseBatches, Rows
 
 SIZE = (84, 112)
@@ -48,7 +48,7 @@ def test_edges_of_a_fitted_and_padded_depth(scenes) -> None:
 @pytest.mark.parametrize("name", ["small", "depth"])
 def test_edges_are_those_of_the_scaled_and_cropped_maps_in_training(scenes, name) -> None:
     tasks = ["edge", {"name": "semseg", "classes": 7}, "depth"]
-    make = DenseBatches(scenes[name], SIZE, DenseConfig(tasks=tasks, size=[64, 64], batch=1))
+    make = DenseBatches(scenes[name], SIZE, MultitaskConfig(tasks=tasks, size=[64, 64], batch=1))
     edges = 0
     for number in range(6):
         batch = make(number)
@@ -57,5 +57,5 @@ def test_edges_are_those_of_the_scaled_and_cropped_maps_in_training(scenes, name
         edges += int((batch["edge"] == 1).sum())
         assert all(torch.equal(value, make(number)[key]) for key, value in batch.items())
     assert edges > 200
-    alone = DenseBatches(scenes[name], SIZE, DenseConfig(tasks=["edge"], size=[64, 64], batch=1))(5)
+    alone = DenseBatches(scenes[name], SIZE, MultitaskConfig(tasks=["edge"], size=[64, 64], batch=1))(5)
     assert set(alone) == {"image", "edge"} and torch.equal(alone["edge"], batch["edge"])

@@ -11,8 +11,8 @@ import torch
 from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Study, Training
 from vismt.evaluation.risk import Risk
+from vismt.jobs.classification.config import MultitaskConfig, MultitaskEvaluateConfig, all_tasks
 from vismt.jobs.dense import evaluation as dense_evaluation
-from vismt.jobs.dense.config import DenseConfig, DenseEvaluateConfig, all_tasks
 from vismt.jobs.dense.data import Rows
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.figures import sections
@@ -28,7 +28,7 @@ from vismt.uncertainty.intervals import Score
 class Samples:
     """Samples as DenseData holds them, on the canvas of the configuration."""
 
-    def __init__(self, samples: list[dict[str, torch.Tensor]], config: DenseConfig, files: str = "") -> None:
+    def __init__(self, samples: list[dict[str, torch.Tensor]], config: MultitaskConfig, files: str = "") -> None:
         targets = [name for name in samples[0] if name != "image"]
         ids, self.decoded = [str(i) for i in range(len(samples))], []
 
@@ -61,7 +61,7 @@ def evaluated(tmp_path, monkeypatch):
     def score(tasks, samples, canvas):
         folder = tmp_path / "x".join(map(str, canvas))
         (folder / "records").mkdir(parents=True)
-        config = DenseConfig(tasks=tasks, size=list(canvas))
+        config = MultitaskConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
         result, *_ = evaluation.scores(lambda: None, training, "validation", [], folder)
@@ -118,7 +118,7 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
     for spec in (CorruptionSpec("gaussian_noise", 3), CorruptionSpec("contrast", 5)):
         values = []
         for canvas in ((24, 16), (24, 40)):
-            config = DenseConfig(tasks=["depth"], size=list(canvas))
+            config = MultitaskConfig(tasks=["depth"], size=list(canvas))
             evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
             args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation", tmp_path / f"{canvas}")
             clean, corrupted = (evaluation.pooled(*args, of)["depth"].result() for of in (None, spec))
@@ -134,7 +134,7 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
     labels[:2] = 1
     image = torch.stack([torch.where(labels == 1, 1.0, 3.0), torch.zeros(8, 8), torch.zeros(8, 8)])
     samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
-    config = DenseConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
+    config = MultitaskConfig(tasks=[{"name": "semseg", "classes": 2}, "depth"], size=[8, 8])
     evaluation, training = (
         Evaluation(Study(config, tmp_path), Samples(samples, config)),
         Training(ALONE, 1e-3, 0, tmp_path),
@@ -155,7 +155,7 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     image = torch.stack([torch.ones(8, 8), torch.zeros(8, 8), torch.zeros(8, 8)])
     samples = [{"image": image, "semseg": labels, "depth": image[0]} for _ in range(3)]
     tasks = [{"name": "semseg", "classes": 3, "absent": "nan"}, "depth"]  # classes 1 and 2 are nowhere
-    config, folder = DenseConfig(tasks=tasks, size=[8, 8]), tmp_path / "arms" / ALONE / "lr-0.001-seed-0"
+    config, folder = MultitaskConfig(tasks=tasks, size=[8, 8]), tmp_path / "arms" / ALONE / "lr-0.001-seed-0"
     (folder / "records").mkdir(parents=True)
     evaluation, training = (
         Evaluation(Study(config, tmp_path), Samples(samples, config)),
@@ -167,7 +167,7 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     # sqrt(q * 1e-6) for the two scores; a defined one is better.
     defined = evaluation.quality(scores)
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
-    skipping = DenseConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
+    skipping = MultitaskConfig(tasks=[{**tasks[0], "absent": "skip"}, "depth"], size=[8, 8])
     ((table, _),) = sections(tmp_path)[0].tables
     assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]
     changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))  # of the same record
@@ -181,7 +181,7 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
 def test_a_record_of_fewer_images_has_their_scores(evaluated, tmp_path) -> None:
     samples = [{"image": torch.full((3, 8, 8), value), "depth": torch.ones(8, 8)} for value in (1.0, 2.0, 4.0)]
     evaluation = Evaluation(
-        Study(config := DenseConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
+        Study(config := MultitaskConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
     )
     training = Training(ALONE, 1e-3, 0, tmp_path)
     score, *_ = evaluation.scores(lambda: None, training, "test", [], tmp_path)
@@ -201,7 +201,7 @@ def test_records_and_thresholds_of_changed_files_are_named(evaluated, tmp_path, 
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(80, 3, 8, 8, generator=generator)
     tasks = [{"name": "classify", "classes": 2}]
-    config = DenseConfig(tasks=tasks, size=[8, 8], evaluate=DenseEvaluateConfig(risk=True, batch=80))
+    config = MultitaskConfig(tasks=tasks, size=[8, 8], evaluate=MultitaskEvaluateConfig(risk=True, batch=80))
     training = Training(ALONE, 1e-3, 0, tmp_path)
 
     def scores(images: torch.Tensor, files: str, folder: Path = tmp_path) -> list[Score]:

@@ -7,7 +7,7 @@ import pytest
 from helpers.readable import assert_readable, visible_texts
 
 from vismt.base.errors import UserError
-from vismt.jobs.dense.config import PANELS
+from vismt.jobs.classification.config import PANELS
 from vismt.jobs.dense.figures import predictions_figure, sections
 from vismt.report.panels import read_panel, write_panel
 

@@ -12,8 +12,8 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.dense import predict as dense_predict
-from vismt.jobs.dense.config import DenseConfig
 from vismt.jobs.predictions import Options
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.maps import InverseDepth
@@ -47,7 +47,7 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         card.mkdir(exist_ok=True)
         (card / "card.yaml").write_text(CARD.replace("{MAPS}", maps))
         raw = {"data": {"train": [str(card)], "test_share": 0.5}, "tasks": ["depth"], "size": list(CANVAS)}
-        config = build(DenseConfig, {**raw, "evaluate": evaluate or {}}, "made")
+        config = build(MultitaskConfig, {**raw, "evaluate": evaluate or {}}, "made")
         images = []
         for number, (height, width) in enumerate(sizes):
             images.append(tmp_path / f"{number}.png")
@@ -103,14 +103,14 @@ def test_classes_of_images_have_the_readable_names(names: object, monkeypatch: p
     monkeypatch.setattr(dense_predict, "open_samples", lambda *_: SimpleNamespace(image_classes=["apple", "pear"]))
     data = {"train": ["fruit:train"], "test": ["fruit:test"]}
     config = build(
-        DenseConfig, {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, "made"
+        MultitaskConfig, {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, "made"
     )
     tasks = {"classify": make_task({"name": "classify", "classes": 2})}
     assert dense_predict.class_names(config, tasks) == {"classify": ["apple", "pear"]}
 
 
 def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
-    config = build(DenseConfig, {"tasks": ["parts"], "size": list(CANVAS)}, "made")
+    config = build(MultitaskConfig, {"tasks": ["parts"], "size": list(CANVAS)}, "made")
     tasks = {"parts": make_task("parts")}
     names = dense_predict.class_names(config, tasks)
     torso = torch.eye(7)[2].reshape(7, 1, 1).expand(7, *CANVAS)

@@ -25,7 +25,7 @@ from vismt.data.pixels import Pixels
 from vismt.engine.study import Training
 from vismt.evaluation.ood import Ood
 from vismt.evaluation.risk import Risk, Thresholds
-from vismt.jobs.dense.config import DenseConfig
+from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.dense.data import Rows as Samples
 from vismt.jobs.dense.evaluation import Evaluation
 from vismt.jobs.dense.pooled_score import Scored
@@ -129,7 +129,7 @@ def test_a_score_of_maps_is_by_blocks_of_frames(tmp_path: Path) -> None:
     evaluation = Evaluation.__new__(Evaluation)
     rows = Samples([(images, i) for i in range(12)])
     evaluation.data = type("Data", (), {"part": lambda self, split: rows, "size": (8, 8)})()
-    evaluation.config, evaluation.tasks = DenseConfig(size=[8, 8]), {"depth": Depth()}
+    evaluation.config, evaluation.tasks = MultitaskConfig(size=[8, 8]), {"depth": Depth()}
     values = {f"video:{name}": 1.0 + number // 4 + number / 100 for number, name in enumerate(ids)}
     scored = Scored(math.fsum(values.values()) / 12, {}, values)
     pool = type("Pool", (), {"result": lambda self: scored, "answers": {}, "path": tmp_path / "test.jsonl"})()

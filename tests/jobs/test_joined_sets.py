@@ -11,7 +11,7 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
-from vismt.jobs.dense.config import DenseConfig, check
+from vismt.jobs.classification.config import MultitaskConfig, check
 from vismt.jobs.dense.data import DenseData
 
 SIZE = (8, 12)
@@ -46,7 +46,7 @@ def make_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 def joined(*cards: Path, tasks: list) -> DenseData:
     *train, test = (str(card) for card in cards)
     return DenseData(
-        build(DenseConfig, {"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, "made")
+        build(MultitaskConfig, {"data": {"train": train, "test": [test]}, "tasks": tasks, "size": list(SIZE)}, "made")
     )
 
 
@@ -85,4 +85,4 @@ def test_parts_of_two_sets_of_one_name_are_refused() -> None:
     """Their records are by the name of the set: an image would take the place of the other's."""
     values = {"data": {"train": ["a/rooms", "b/rooms"], "test_share": 0.5}, "tasks": [SEMSEG], "size": list(SIZE)}
     with pytest.raises(UserError, match="data: train: 'a/rooms' and 'b/rooms' are both called 'rooms' in results"):
-        check(build(DenseConfig, {**values, "train": {"steps": 1, "lr": 1e-3}}, "made"))
+        check(build(MultitaskConfig, {**values, "train": {"steps": 1, "lr": 1e-3}}, "made"))

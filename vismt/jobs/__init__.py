@@ -37,12 +37,13 @@ if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
 # Package of each task. Its config.py has a dataclass CONFIG (a StudyConfig), its job.py a class JOB (an EvaluationJob), and
-# start.yaml is what `vismt init` writes. Installed packages add jobs by entry points of the group "vismt.jobs".
+# start.yaml is what `vismt init` writes. A job may have several names. Installed packages add jobs by entry points of the group
+# "vismt.jobs".
 JOBS = with_entry_points(
     "vismt.jobs",
     {
         "classification": "vismt.jobs.classification",
-        "dense": "vismt.jobs.dense",
+        "dense": "vismt.jobs.classification",
         "fewshot": "vismt.jobs.fewshot",
         "lm": "vismt.jobs.lm",
         "multitask": "vismt.jobs.classification",

@@ -237,7 +237,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         if reason is not None:
             if of_tasks is None or "tasks" in options:
                 fix = (
-                    "those of a run of task: dense"
+                    "those of a multitask run with `size`"
                     if of_tasks is None
                     else "the run names them, leave out options.tasks"
                 )

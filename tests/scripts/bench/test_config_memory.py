@@ -13,7 +13,7 @@ from scripts.bench.__main__ import main
 from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.config_memory import made_batch
 from vismt.jobs import load_config, make_job
-from vismt.jobs.dense.config import all_tasks
+from vismt.jobs.classification.config import all_tasks
 
 SMALL = {
     "task": "dense",
@@ -62,7 +62,7 @@ def test_the_prediction_is_the_peak_of_a_step(path: Path, tmp_path: Path) -> Non
 
 def test_what_it_does_not_predict(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["memory", "--config", "configs/lm/quickstart.yaml"]) == 2
-    assert "has task 'lm'; give a configuration of task dense." in " ".join(capsys.readouterr().err.split())
+    assert "has no task of maps" in " ".join(capsys.readouterr().err.split())
     for words in (["core"], ["memory", "--model", "some"]):
         assert main([*words, "--config", str(path)]) == 2
         assert "is for `python -m scripts.bench memory` without --model" in " ".join(capsys.readouterr().err.split())

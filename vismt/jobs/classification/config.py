@@ -1,15 +1,29 @@
-"""The sections of a classification configuration of one or more tasks (task: classification, or multitask)."""
+"""The sections of a multi-task configuration: classes of whole images, maps, or both (task: multitask, classification or dense).
+
+With `size` every image is fitted into a canvas and padded, and heads read the maps of the backbone. Without it images are
+squares, all tasks are of whole images, and one classifier takes the place of timm's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Annotated, Any
 
-from vismt.base.errors import UserError, require_known
-from vismt.config.sections import SCHEDULED, UNHASHED, Count, Jitter, ModelConfig, OnBadSample
-from vismt.config.typed import Names, within
-from vismt.data.set_entries import check_row_names
+from vismt.base.errors import UserError, near, require_known
+from vismt.config.sections import (
+    SCHEDULED,
+    UNHASHED,
+    UNHASHED_OPTIONS,
+    Count,
+    Jitter,
+    ModelConfig,
+    OnBadSample,
+    differences,
+    flat,
+)
+from vismt.config.typed import Names, build, within
+from vismt.data.set_entries import card_and_split, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
 from vismt.evaluation.sections import asked_features, check_other_sets, divides, evaluate_section, fitted_keys
@@ -25,35 +39,92 @@ from vismt.jobs.task_sections import (
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
+from vismt.multitask.heads import HEADS, check_map_head
+from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
+from vismt.multitask.tasks.classes import Classification, unite
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, dense_conditions
 from vismt.uncertainty.features import EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
+from vismt.uncertainty.last_layers import HEADS as CLASSIFIERS
 from vismt.uncertainty.last_layers import check_head, is_variational
+
+_MODES = ("slide", "whole")
+_SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
+DELTA = "delta_m"  # the name of a score
+TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")  # in logs and results
+_OF_ALL = (
+    "label_smoothing",
+    "class_weights",
+    "class_counts",
+)  # options of tasks of whole images that are keys of the run
+_PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
+PANELS = "dense_panels.npz"  # a file of a run folder
+# Keys of runs with `size` alone, and of runs without it.
+_FITTED = (
+    "data",
+    "canvas",
+    "blocks",
+    "baseline",
+    "evaluate.mode",
+    "evaluate.overlap",
+    "evaluate.flip",
+    "evaluate.scales",
+)
+_FITTED += ("augment.scales", "augment.cat_max_ratio", "augment.strength", "augment.hue")
+_SQUARE = {
+    "augment.crop": "augment.scales crops images and maps alike",
+    "augment.jitter": "augment.strength is the strength of colour changes",
+    "merge": "adapters of tasks with heads of their own are merged by no rule",
+    "evaluate.temperature": "exports have heads of several kinds",
+}
+
+
+def head_names() -> list[str]:
+    """Return the names of the heads of maps and of the classifiers."""
+    return list(dict.fromkeys((*CLASSIFIERS, *HEADS)))
 
 
 @dataclass
-class TaskConfig(PartsConfig):
-    """One task. Shares are taken of each class.
+class HeadConfig:
+    """The heads.
 
     Args:
-        name: name of the task.
+        name: head of tasks of maps (linear, conv, segformer, dpt; vismt.multitask.heads), conv by default. Whole images beside
+            them have linear heads. Without `size`: linear, by default, or vbll, a Bayesian last layer (vismt.uncertainty.vbll).
+        options: further arguments of the head.
+        labels: union, one softmax over the classes of all tasks of whole images, or separate, a softmax for each task. vbll needs
+            union.
     """
 
-    name: str = ""
+    name: Annotated[str | None, Names("vismt.jobs.classification.config:head_names", only=True)] = None
+    options: dict[str, Any] = field(default_factory=dict)
+    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
 
 
 @dataclass
 class AugmentConfig:
-    """Augmentation of training images.
+    """Augmentation of training images and their maps.
 
     Args:
-        crop: smallest area of a random crop; 1 for none.
-        jitter: strength of colour changes.
+        crop: smallest area of a random crop, 1 for none. Without `size`.
+        jitter: strength of colour changes. Without `size`.
         flip: whether images are mirrored at random.
+        scales: smallest and largest factor of the size. With `size`.
+        cat_max_ratio: largest share of a crop that one class may cover; another crop is drawn up to ten times. With `size`.
+        strength: strength of colour changes, 0 for none. With `size`.
+        hue: strength of changes of the hue. With `size`.
     """
 
     crop: Annotated[float, within(above=0, most=1)] = 0.35
     jitter: Jitter = 0.0
     flip: bool = True
+    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
+    strength: Jitter = 0.4
+    hue: Annotated[float, within(0, 0.5)] = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
+            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
 @evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD)
@@ -64,40 +135,35 @@ class MultitaskEvaluateConfig:
     Args:
         split: test, or validation while settings are chosen.
         batch: images in one forward pass.
+        mode: on a canvas larger than the size, slide averages over windows of the size, whole predicts the canvas at
+            once, with the position table resampled for it.
+        overlap: share of their side by which windows overlap.
+        flip: whether the prediction is averaged with that on the mirrored image.
+        scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
         temperature: writes the temperature that fits the validation images beside exported weights, not those of vbll;
-            reports have it wherever there are validation images.
-        adjust_logits: whether logits minus tau log prior are evaluated, too, with tau chosen on validation.
-        attacks: evaluated attacks.
-        corruptions: evaluated corruptions.
+            reports have it wherever there are validation images. Without `size`.
+        adjust_logits: whether logits minus tau log prior are evaluated, too (vismt.multitask.class_loss), with tau chosen on the
+            validation images: one for all tasks of whole images, or with `size` one for each task with classes.
+        attacks: evaluated attacks; with `size` pgd on the run's losses.
+        corruptions: evaluated corruptions; with `size` all has those that leave pixels where they are.
     """
 
     split: Split = "test"
     batch: Count = 64
+    mode: Annotated[str, Names(_MODES, only=True)] = "slide"
+    overlap: Annotated[float, within(0, below=1)] = 0.5
+    flip: bool = False
+    scales: list[float] = field(default_factory=lambda: [1.0])
     temperature: bool = field(default=False, metadata=UNHASHED)
     adjust_logits: bool = False
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        from vismt.multitask.inference import check_scales
+
         check_adjusted(self.adjust_logits, self.split)
-
-
-@dataclass
-class HeadConfig:
-    """The head as a section.
-
-    Args:
-        name: linear, or vbll, a Bayesian last layer (vismt.uncertainty.vbll).
-        options: further arguments of the head.
-        labels: union, over the classes of all tasks, or separate, those of the image's task; vbll needs union.
-    """
-
-    name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
-    options: dict[str, Any] = field(default_factory=dict)
-    labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
-
-    def __post_init__(self) -> None:
-        check_head(self.name, self.options)
+        check_scales(self.scales)
 
 
 @dataclass
@@ -120,32 +186,54 @@ class MergeConfig:
 
 @dataclass
 class MultitaskConfig(StudyConfig):
-    """Classification of images, of one or several tasks on one backbone.
+    """Classes of whole images and maps, of one or several tasks on one backbone.
 
     Args:
-        model: the backbone.
-        tasks: the tasks.
+        model: the backbone. With `size` it takes images of that size.
+        data: with `size` the sets of all tasks without sets of their own: cards of maps, and for the task classify cards of
+            images with classes.
+        tasks: the tasks. A task of whole images is a mapping with any name and its sets: train, validation, test,
+            validation_share, test_share and limit as in `data`. A task of maps is its name, or a mapping with the name and its
+            options, and for a task of your own the module that registers it. Arms may differ in options of losses:
+            `tasks.semseg.class_weights: sqrt`.
+        trained_tasks: the tasks that an arm is trained on, by name; images without a label of them are left out; [] for all.
+        size: [height, width] of training images in pixels, of a ViT multiples of the patch. Tasks of maps need it. [] takes
+            squares of the model's size.
+        canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
+            size.
         head: union, one linear head over the classes of all tasks, or separate, one for each task; or a section, such as
-            {name: vbll}.
-        label_smoothing: share of the label that is spread over all classes, in [0, 1).
-        class_weights: weights of the classes by their training counts (vismt.multitask.class_loss); null for none.
+            {name: vbll} or {name: segformer}.
+        blocks: numbers of the blocks, or stages, that the heads of maps read; null for four evenly spread.
+        label_smoothing: share of the label of a whole image that is spread over all classes, in [0, 1).
+        class_weights: weights of the classes of whole images by their training counts (vismt.multitask.class_loss); null for
+            none.
         batch: images of a training batch.
-        augment: augmentation of training images.
+        augment: augmentation of training images and maps.
         fade: the fading of routers; null leaves them at their start value.
-        retain: quality retaining; null for none.
-        balancing: how the losses of the tasks are weighed; null for one mean over the batch.
+        retain: quality retaining of whole images with a union of labels, and of semseg; null for none.
+        balancing: how the losses of the tasks are weighed; null for the sum of the weighted losses of maps and one mean over the
+            whole images of a batch.
         calibration: images that a method computes options from before the training; null for none.
-        trained_tasks: the tasks whose images an arm is trained on, by name; [] for all.
         merge: of an arm that merges the adapters of others; null for an arm that is trained.
+        baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m.
         evaluate: the evaluation.
-        on_bad_sample: error or skip, for images that cannot be decoded.
+        on_bad_sample: error or skip, for images of classes that cannot be decoded.
         download: whether sets that are missing are downloaded.
     """
 
+    ELSEWHERE = {**StudyConfig.ELSEWHERE, "only": "It is trained_tasks here."}  # noqa: RUF012  # a constant
+
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
-    tasks: list[TaskConfig] = field(default_factory=list)
+    data: PartsConfig = field(default_factory=PartsConfig)
+    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
+        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent", "module")}
+    )
+    trained_tasks: list[str] = field(default_factory=list)
+    size: list[int] = field(default_factory=list)
+    canvas: list[int] | None = None
     head: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] | HeadConfig = "union"
+    blocks: list[int] | None = None
     label_smoothing: Annotated[float, within(0, below=1)] = 0.1
     class_weights: str | None = None
     batch: Count = 32
@@ -154,8 +242,8 @@ class MultitaskConfig(StudyConfig):
     retain: RetainConfig | None = None
     balancing: BalancingConfig | None = None
     calibration: ImageCalibrationConfig | None = None
-    trained_tasks: list[str] = field(default_factory=list)
     merge: MergeConfig | None = None
+    baseline: str | dict[str, str] | None = None
     evaluate: MultitaskEvaluateConfig = field(default_factory=MultitaskEvaluateConfig)
     on_bad_sample: OnBadSample = "error"
     download: bool = False
@@ -169,70 +257,271 @@ class MultitaskConfig(StudyConfig):
         """The head, whether it is written as a section or as its labels."""
         return self.head if isinstance(self.head, HeadConfig) else HeadConfig(labels=self.head)
 
+    @property
+    def head_name(self) -> str:
+        """The head of maps, or without `size` the classifier."""
+        return self.head_section.name or ("conv" if self.size else "linear")
+
+
+# ---- tasks and their sets ----------------------------------------------------------------------------------------------
+
+
+def entry_name(spec: str | Mapping[str, Any]) -> str:
+    """Return the name of an entry of `tasks`."""
+    return spec if isinstance(spec, str) else str(spec.get("name", spec.get("kind")))
+
+
+def own_parts(config: MultitaskConfig) -> dict[str, PartsConfig]:
+    """Return the sets of each task of whole images that has its own, by its name."""
+    return {
+        str(spec["name"]): build(
+            PartsConfig, {key: spec[key] for key in _PARTS if key in spec}, f"tasks: {spec['name']}"
+        )
+        for spec in config.tasks
+        if not isinstance(spec, str) and "name" in spec and any(key in spec for key in _PARTS)
+    }
+
+
+def all_parts(config: MultitaskConfig) -> dict[str, PartsConfig]:
+    """Return the sections that name sets by their key in errors: `data`, if a task has no sets of its own, and the tasks."""
+    own = {f"tasks: {name}": parts for name, parts in own_parts(config).items()}
+    shared = len(own) < len(config.tasks) or config.data != PartsConfig()
+    return {"data": config.data, **own} if shared else own
+
+
+def all_tasks(config: MultitaskConfig) -> list[Task]:
+    """Return the tasks of the configuration, also those that an arm leaves out, each over its own classes."""
+    return [make_task(_options(spec)) for spec in config.tasks]
+
+
+def _options(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
+    """Return the options of an entry of `tasks` without its sets. A task with sets is of whole images, its classes counted."""
+    if isinstance(spec, str) or not any(key in spec for key in _PARTS):
+        return spec if isinstance(spec, str) else dict(spec)
+    options = {"kind": Classification.name, **{key: spec[key] for key in spec if key not in _PARTS}}
+    train = spec.get("train")
+    if options["kind"] == Classification.name and "classes" not in options and train:
+        from vismt.data.cards import load_card
+
+        options["classes"] = load_card(card_and_split(train[0])[0]).classes
+        if not options["classes"]:
+            raise UserError(f"tasks: {spec['name']}: the card of '{train[0]}' has no number of classes; give classes.")
+    return options
+
+
+def trained_tasks(config: MultitaskConfig) -> list[Task]:
+    """Return the tasks that this configuration (of an arm) trains."""
+    chosen = config.trained_tasks
+    tasks = [task for task in all_tasks(config) if not chosen or task.name in chosen]
+    return unite(tasks) if config.head_section.labels == "union" else tasks
+
+
+def class_tasks(config: MultitaskConfig) -> list[Task]:
+    """Return the tasks whose logits `evaluate.adjust_logits` adjusts."""
+    return [task for task in all_tasks(config) if isinstance(task, ClassLoss)]
+
+
+def image_tasks(tasks: Iterable[Task]) -> list[Task]:
+    """Return the tasks of whole images, whose answers have probabilities."""
+    return [task for task in tasks if not isinstance(task, MapTask)]
+
 
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
-    """Return the loss over the classes; counts: training images of each class of the union."""
+    """Return the loss over the classes of whole images; counts: training images of each class of the union."""
     return ClassLoss(class_weights=config.class_weights, class_counts=counts)
+
+
+def canvas_of(config: MultitaskConfig) -> tuple[int, int]:
+    """Return (h, w) of the canvas that every image is fitted into."""
+    height, width = config.canvas or config.size
+    return height, width
+
+
+def window_of(config: MultitaskConfig) -> tuple[int, int]:
+    """Return (h, w) of the images that the evaluated net takes."""
+    return canvas_of(config) if config.evaluate.mode == "whole" else (config.size[0], config.size[1])
+
+
+def baseline_arms(config: MultitaskConfig) -> dict[str, str]:
+    """Return {task: the arm that delta_m compares with}, empty without a baseline."""
+    baseline = config.baseline
+    if baseline is None:
+        return {}
+    names = [task.name for task in all_tasks(config)]
+    return dict.fromkeys(names, baseline) if isinstance(baseline, str) else {name: baseline[name] for name in names}
+
+
+# ---- checks ------------------------------------------------------------------------------------------------------------
+
+
+def task_names(config: MultitaskConfig) -> list[str]:
+    """Return the names of the tasks. Raises UserError for an entry without one."""
+    named = [spec if isinstance(spec, str) else spec.get("name", spec.get("kind")) for spec in config.tasks]
+    if None in named:
+        raise UserError(f"tasks[{named.index(None)}]: has no name; give one.")
+    return [str(name) for name in named]
 
 
 def check(config: MultitaskConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
-    _check_arm(config)
-    check_arms(config, _check_arm)
+    _check_values(config)
+    losses = (
+        [f"tasks.{task.name}.{option}" for task in all_tasks(config) for option in _free(task)] if config.size else []
+    )
+    check_arms(config, _check_values, _SHARED, tuple(losses))
+    if config.size and len({arm.head_section.labels for arm in resolve_arms(config).values()}) > 1:
+        raise UserError(
+            "arms: head.labels must be the same for all arms: an answer among the classes of all tasks is right less often."
+        )
     _check_merges(config)
+    _check_baseline(config)
 
 
-def _check_arm(config: MultitaskConfig) -> None:
-    _check_sets(config)
-    names = [task.name for task in config.tasks]
+def _free(task: Task) -> list[str]:
+    """Return the options of a task that arms may differ in."""
+    return [option for option in loss_options(task) if isinstance(task, MapTask) or option not in _OF_ALL]
+
+
+def _check_values(config: MultitaskConfig) -> None:
+    names = [entry_name(spec) for spec in config.tasks]
     check_tasks(config, names)
-    make_configured_balancer(config.balancing, names)
+    require_known("trained_tasks: no task", config.trained_tasks, names)
+    for spec in (spec for spec in config.tasks if entry_name(spec) not in own_parts(config)):
+        make_task(_options(spec))
+        if not config.size:
+            fix = "give size: [height, width]"
+            raise UserError(f"tasks: {entry_name(spec)}: is a task of maps, or of the sets in data; {fix}.")
+    _check_view(config)
+    _check_parts(config)
     from vismt.methods import check_sections
 
     check_sections(config, None if config.adapt is None else config.adapt.method)
+    make_configured_balancer(config.balancing, [name for name in names if name in (config.trained_tasks or names)])
+    class_loss(config).check_options("multitask", 0)
+    if config.size:
+        _check_fitted(config)
+    else:
+        _check_square(config)
+    if not config.arms:
+        check_calibration(config.calibration, config.adapt)
+
+
+def _check_view(config: MultitaskConfig) -> None:
+    """Raise UserError for keys and tasks that are of runs with `size` alone, or of runs without it."""
+    given = [*flat(differences(config)), *(["evaluate.temperature"] if config.evaluate.temperature else [])]
+    other = list(_SQUARE) if config.size else _FITTED
+    for key in (key for key in other if any(name == key or name.startswith(f"{key}.") for name in given)):
+        if config.size:
+            raise UserError(f"{key}: {_SQUARE[key]}; leave {key} or size out.")
+        raise UserError(
+            f"{key}: is of images that are fitted into `size`; give size: [height, width], or leave {key} out."
+        )
     model = config.model
-    if model.block is not None or model.pool is not None:
+    if config.size and (model.block, model.pool, model.img_size) != (None, None, None):
+        raise UserError("model: img_size, block and pool must be null; give size: [h, w] and blocks instead.")
+    if (model.block, model.pool) != (None, None):
         raise UserError(
             "model: block and pool must be null: the head takes the place of timm's, so that timm can load the model."
         )
-    _check_head(config)
-    class_loss(config).check_options("multitask", 0)
+
+
+def _check_parts(config: MultitaskConfig) -> None:
+    sections = all_parts(config)
+    for where, parts in sections.items():
+        if not parts.train:
+            raise UserError(f"{where}.train: names no set." if where == "data" else f"{where}: train names no set.")
+        if shares(parts):
+            check_row_names(parts.train, f"{where}: train")
+    check_parts(sections, config.calibration.data if config.calibration is not None else ())
+    used = {where: (*parts.train, *parts.validation, *parts.test) for where, parts in sections.items()}
+    check_other_sets(config.evaluate, used)
+    for spec in config.tasks:
+        whole = not isinstance(spec, str) and (
+            any(key in spec for key in _PARTS) or Classification.name in (*spec.values(),)
+        )
+        for key in (key for key in _OF_ALL if whole and key in spec):
+            raise UserError(f"tasks: {spec['name']}: {key} is of all tasks of whole images; give {key} beside tasks.")
+
+
+def _check_square(config: MultitaskConfig) -> None:
+    own, head = own_parts(config), config.head_section
+    for spec in config.tasks:
+        require_known(f"tasks: {spec['name']}: unknown key", spec, ("name", "kind", "classes", "loss_weight", *_PARTS))
+    check_head(config.head_name, head.options)
+    if is_variational(config.head_name) and head.labels != "union":
+        raise UserError(f"head: vbll with labels '{head.labels}'; its bound is over all classes: set labels to union.")
+    if is_variational(config.head_name) and config.class_weights is not None:
+        raise UserError("head: vbll is trained on a bound of the cross-entropy; leave class_weights out.")
     if config.retain is not None:
-        if config.head_section.labels != "union":
+        if head.labels != "union":
             raise UserError(
                 "retain: quality retaining compares logits over the classes of all tasks; it needs head: union."
             )
-        QualityRetaining(1, [0], **asdict(config.retain))
-    unchecked = next((task.name for task in config.tasks if not (task.validation or task.validation_share)), None)
+        QualityRetaining(1, **asdict(config.retain))
+    unchecked = next((name for name, parts in own.items() if not (parts.validation or parts.validation_share)), None)
     for key in fitted_keys(config.evaluate) if unchecked is not None else ():
         raise UserError(f"evaluate.{key}: task '{unchecked}' has no validation images; give it validation_share.")
-    inside = {f"tasks: {task.name}": (*task.train, *task.validation, *task.test) for task in config.tasks}
-    check_other_sets(config.evaluate, inside)
-    if not config.arms:
-        check_calibration(config.calibration, config.adapt)
     of_head = [feature.key for feature in asked_features(config.evaluate) if HEAD in feature.needs]
-    if of_head and config.head_section.labels != "union":
+    if of_head and head.labels != "union":
         raise UserError(
             f"evaluate.{of_head[0]}: it is around one softmax over all classes; set the head's labels to union, or leave it out."
         )
     check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
-    require_known("trained_tasks:", config.trained_tasks, names)
 
 
-def _check_sets(config: MultitaskConfig) -> None:
-    for task in config.tasks:
-        if not task.train:
-            raise UserError(f"tasks: {task.name}: train names no set.")
-        if shares(task):
-            check_row_names(task.train, f"tasks: {task.name}: train")
-    calibration = config.calibration.data if config.calibration is not None else ()
-    check_parts({f"tasks: {task.name}": task for task in config.tasks}, calibration)
+def _check_fitted(config: MultitaskConfig) -> None:
+    size, canvas = config.size, config.canvas
+    if len(size) != 2 or min(size) < 1:
+        raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
+    if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
+        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {size}, or null.")
+    if config.head_name in CLASSIFIERS and config.head_name not in HEADS:
+        raise UserError(f"head: {config.head_name} takes the place of a stock classifier; leave it or size out.")
+    check_map_head(config.head_name, config.head_section.options)
+    _check_fitted_tasks(config)
+    if config.retain is not None:
+        from vismt.multitask.nets import SEGMENTATION
+
+        trained = trained_tasks(config)
+        classes = next((task.channels for task in trained if task.name == SEGMENTATION), None)
+        if classes is None and not (image_tasks(trained) and config.head_section.labels == "union"):
+            raise UserError(
+                f"retain: compares logits of {SEGMENTATION}, or of whole images with head.labels: union; set retain to null."
+            )
+        QualityRetaining(classes or 1, **asdict(config.retain))
+    names = [task.name for task in all_tasks(config)]
+    dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, names)
+
+
+def _check_fitted_tasks(config: MultitaskConfig) -> None:
+    own, tasks = own_parts(config), all_tasks(config)
+    for task in tasks:
+        named = isinstance(task, Classification) and task.name != Classification.name
+        if named != (task.name in own):
+            fix = "name sets of its own: train, test" if named else "its sets belong in data"
+            raise UserError(f"tasks: {task.name}: {fix}.")
+        if named and task.name in (*TASKS, *TAKEN):
+            raise UserError(f"tasks: {task.name}: the name has another meaning in a run; choose another one.")
+    whole = image_tasks(tasks)
+    if config.evaluate.adjust_logits and not class_tasks(config):
+        raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
+    if config.evaluate.adjust_logits and len(whole) > 1 and config.head_section.labels == "union":
+        raise UserError(
+            "evaluate.adjust_logits: its prior is over the classes of one task; set head.labels to separate."
+        )
+    for feature in asked_features(config.evaluate):
+        if not whole:
+            raise UserError(f"evaluate.{feature.key}: no task is of whole images; add one, or leave the key out.")
+        if feature.needs & {EMBEDDING, HEAD}:
+            raise UserError(
+                f"evaluate.{feature.key}: it stands on the input of a stock classifier; leave it or size out."
+            )
 
 
 def _check_merges(config: MultitaskConfig) -> None:
     if config.merge is not None:
         raise UserError("merge: it makes an arm from other arms; give it as arms.NAME: {merge: {...}}.")
-    earlier: dict[str, MultitaskConfig] = {}
+    own, earlier = own_parts(config), dict[str, MultitaskConfig]()
     for name, arm in resolve_arms(config).items():
         if arm.merge is None:
             earlier[name] = arm
@@ -240,7 +529,7 @@ def _check_merges(config: MultitaskConfig) -> None:
         where = f"arms.{name}: merge.arms:"
         require_known(f"{where} no trained arm before it is", arm.merge.arms, earlier)
         tasks = sorted(task for other in arm.merge.arms for task in earlier[other].trained_tasks)
-        if tasks != sorted(task.name for task in config.tasks):
+        if tasks != sorted(own):
             raise UserError(
                 f"{where} {', '.join(arm.merge.arms) or 'none'} are trained on {', '.join(tasks) or 'no own task'}; name "
                 "arms before this one whose trained_tasks hold each task once."
@@ -249,11 +538,9 @@ def _check_merges(config: MultitaskConfig) -> None:
             raise UserError(f"{where} {arm.merge.arms[0]} alone; name two or more.")
         if arm.adapt is None or any(earlier[other].adapt is None for other in arm.merge.arms):
             raise UserError(f"{where} an arm without adapt has no adapter; give it the section.")
-        if is_variational(arm.head_section.name):
-            raise UserError(
-                f"arms.{name}: merge: rows of a '{arm.head_section.name}' head do not stand alone; take linear."
-            )
-        if len(arm.merge.weights) > 1 and any(not (task.validation or task.validation_share) for task in config.tasks):
+        if is_variational(arm.head_name):
+            raise UserError(f"arms.{name}: merge: rows of a '{arm.head_name}' head do not stand alone; take linear.")
+        if len(arm.merge.weights) > 1 and any(not (of.validation or of.validation_share) for of in own.values()):
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
             )
@@ -265,14 +552,23 @@ def _check_merges(config: MultitaskConfig) -> None:
             )
 
 
-def _check_head(config: MultitaskConfig) -> None:
-    head = config.head_section
-    if not is_variational(head.name):
+def _check_baseline(config: MultitaskConfig) -> None:
+    if config.baseline is None:
         return
-    if head.labels != "union":
-        raise UserError(f"head: vbll with labels '{head.labels}'; its bound is over all classes: set labels to union.")
-    if config.class_weights is not None:
-        raise UserError("head: vbll is trained on a bound of the cross-entropy; leave class_weights out.")
+    tasks = [task.name for task in all_tasks(config)]
+    arms = list(config.arms)
+    if isinstance(config.baseline, dict) and set(config.baseline) != set(tasks):
+        odd = min(set(config.baseline) ^ set(tasks))
+        raise UserError(
+            f"baseline: '{odd}' is in only one of tasks and baseline; name an arm for each of {', '.join(tasks)}."
+        )
+    for task, arm in baseline_arms(config).items():
+        if arm not in arms:
+            raise UserError(f"baseline: no arm '{arm}'.{near(arm, arms) or ' The configuration names no arms.'}")
+        if task not in [trained.name for trained in trained_tasks(resolve_arms(config)[arm])]:
+            raise UserError(
+                f"baseline: arm '{arm}' does not train '{task}'; name another arm for it, as {{task: arm}}."
+            )
 
 
 CONFIG = MultitaskConfig

@@ -13,7 +13,8 @@ from vismt.data.batching import Gathered
 from vismt.data.images import ImageSet
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import overlap
-from vismt.jobs.classification.config import MultitaskConfig, TaskConfig
+from vismt.engine.parts import PartsConfig
+from vismt.jobs.classification.config import MultitaskConfig, entry_name, own_parts
 from vismt.jobs.sets import Sets, divided
 from vismt.multitask.nets import Union
 
@@ -29,21 +30,24 @@ class TaskData:
     """
 
     def __init__(self, config: MultitaskConfig, size: int) -> None:
-        self._config = config
         self.size = size
         self._sets = Sets(config.on_bad_sample, config.download)
         self._parts: list[dict[str, list[Chosen]]] = []
         self._gathered: dict[tuple[int, str], Gathered] = {}
         self.classes: list[list[str]] = []
-        for task in config.tasks:
-            classes, parts = self._open_task(task)
+        self._named = own_parts(config)
+        given = {entry_name(spec): spec.get("classes") for spec in config.tasks if not isinstance(spec, str)}
+        for task, named in self._named.items():
+            classes, parts = self._open_task(task, named)
+            if given[task] not in (None, len(classes)):
+                raise UserError(f"tasks: {task}: classes {given[task]}, '{', '.join(named.train)}' has {len(classes)}.")
             self.classes.append(classes)
             self._parts.append(parts)
             counts = "   ".join(
                 f"{part} {sum(len(y) for _, y in chosen):,}" for part, chosen in parts.items() if chosen
             )
-            console.stage("data", f"{task.name}   {len(classes)} classes   {counts}")
-        self.union = Union(tuple(task.name for task in config.tasks), tuple(len(names) for names in self.classes))
+            console.stage("data", f"{task}   {len(classes)} classes   {counts}")
+        self.union = Union(tuple(self._named), tuple(len(names) for names in self.classes))
 
     @property
     def label_names(self) -> list[str]:
@@ -82,8 +86,8 @@ class TaskData:
         """Return the ids of the images of the "test" parts that are of a set, 'card' or 'card:split'."""
         return {
             name
-            for task, parts in zip(self._config.tasks, self._parts)
-            for other, (images, _) in zip(task.test or task.train, parts["test"])
+            for named, parts in zip(self._named.values(), self._parts)
+            for other, (images, _) in zip(named.test or named.train, parts["test"])
             if overlap(entry, other)
             for name in images.ids
         }
@@ -105,31 +109,31 @@ class TaskData:
         offset = self.union.offset(task)
         return [(Pixels(images, self.size), labels + offset) for images, labels in self._parts[task][part]]
 
-    def _open_task(self, task: TaskConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
-        sets = [self._sets.images(entry) for entry in task.train]
+    def _open_task(self, task: str, named: PartsConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
+        sets = [self._sets.images(entry) for entry in named.train]
         for images in sets:
             repeated = next((name for name in images.classes if images.classes.count(name) > 1), None)
             if repeated is not None:
                 raise UserError(
-                    f"tasks: {task.name}: '{images.name}' has two classes named '{repeated}'; give them different names."
+                    f"tasks: {task}: '{images.name}' has two classes named '{repeated}'; give them different names."
                 )
         classes = list(dict.fromkeys(name for images in sets for name in images.classes))
         parts = {
             part: [self._chosen(task, images, index, classes) for images, index in chosen]
-            for part, chosen in divided(task, self._sets.images).items()
+            for part, chosen in divided(named, self._sets.images).items()
         }
         missing = set(range(len(classes))) - {label for _, labels in parts["train"] for label in labels.tolist()}
         if missing:
-            raise UserError(f"tasks: {task.name}: no training image of class '{classes[min(missing)]}'; raise limit.")
+            raise UserError(f"tasks: {task}: no training image of class '{classes[min(missing)]}'; raise limit.")
         return classes, parts
 
-    def _chosen(self, task: TaskConfig, images: ImageSet, index: Tensor, classes: Sequence[str]) -> Chosen:
+    def _chosen(self, task: str, images: ImageSet, index: Tensor, classes: Sequence[str]) -> Chosen:
         places = {name: number for number, name in enumerate(classes)}
         numbers = torch.tensor([places.get(name, -1) for name in images.classes])
         labels = numbers[images.labels[index]]
         if bool((labels < 0).any()):
             unknown = images.classes[int(images.labels[index][labels < 0][0])]
             raise UserError(
-                f"tasks: {task.name}: '{images.name}:{images.split}' has class '{unknown}', which training does not have."
+                f"tasks: {task}: '{images.name}:{images.split}' has class '{unknown}', which training does not have."
             )
         return images if len(index) == len(images) else images.take(index.tolist()), labels

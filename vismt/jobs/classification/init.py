@@ -1,13 +1,16 @@
-"""The configuration that `vismt init classification` writes; with more sets under `tasks` it is one of several tasks."""
+"""What `vismt init` writes: classes of whole images, to which more sets can be added, or as `dense` maps."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from vismt.jobs.classification.start_maps import map_files
 from vismt.jobs.init_files import OWN_CARD, Files, Init, config, images_card, quoted
 
 
 def _files(job: str, folder: Path, images: Path | None) -> Files:
+    if job == "dense":
+        return map_files(job, folder, images)
     if images is None:
         return _config(job, "handwritten digits", "digits", "digits")
     _, name, files = images_card(folder, images)

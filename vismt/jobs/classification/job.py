@@ -1,303 +1,317 @@
-"""The multi-task classification job: one adapted ViT with one head over the classes of all tasks."""
+"""Runs of images fitted into `size`: one adapted backbone, a head for each task, one forward for all; and the choice of a run."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from dataclasses import asdict, replace
-from functools import cached_property
-from itertools import compress
+import copy
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vismt.backbones import timm_models
-from vismt.backbones.vit import classifier_paths
-from vismt.base import console, ranks
-from vismt.base.errors import UserError
-from vismt.data.batching import ShuffledBatches
-from vismt.data.cards import load_card
-from vismt.data.copies import found_copy
-from vismt.data.image_set import ImageSource
-from vismt.data.set_entries import card_and_split, overlap, row_name
-from vismt.data.transforms import augment
+from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
-from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
-from vismt.jobs.calibration import Calibrations
-from vismt.jobs.classification.config import MultitaskConfig, check, class_loss
-from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
-from vismt.jobs.classification.merging import check_merging_arms, merge_section, merged_net, write_interference
-from vismt.jobs.classification.models import HEAD_FILE, PixelNet, fresh, load_head, stored, with_linear_head
-from vismt.jobs.evaluation_job import records_folder
+from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
+from vismt.jobs.classification.base import MultitaskJob
+from vismt.jobs.classification.classifier_job import ClassifierJob
+from vismt.jobs.classification.config import (
+    DELTA,
+    PANELS,
+    MultitaskConfig,
+    all_tasks,
+    baseline_arms,
+    class_tasks,
+    image_tasks,
+    trained_tasks,
+    window_of,
+)
+from vismt.jobs.dense import models
+from vismt.jobs.dense.data import DenseBatches, DenseData, FittedImages
+from vismt.jobs.dense.delta import deltas
+from vismt.jobs.dense.evaluation import Evaluation
+from vismt.jobs.dense.figures import confusions, sections, write_predictions
+from vismt.jobs.dense.pooled_score import PooledScore
+from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
 from vismt.jobs.graphs import Graph, Named, image_graph
-from vismt.jobs.image_job import MAPPED_IMAGES, ImageJob
-from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
-from vismt.jobs.task_sections import make_configured_balancer
-from vismt.lowrank.model.inject import train_along
-from vismt.lowrank.model.record import count_parameters
-from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.objectives import WHOLE, MultitaskObjective, VariationalObjective
+from vismt.jobs.image_job import MAPPED_IMAGES
+from vismt.jobs.predictions import Options, Predictions, check_target, image_files
+from vismt.methods import METHODS, needs
+from vismt.multitask.mtlora.method import merge_shared
+from vismt.multitask.nets import DenseNet, Union
+from vismt.multitask.tasks import MapTask, Task
+from vismt.multitask.tasks.classes import Classification
+from vismt.multitask.tasks.maps import Depth
+from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
-from vismt.uncertainty.intervals import CLEAN, Score
-from vismt.uncertainty.last_layers import is_variational
-from vismt.uncertainty.predictive import GaussianHead
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
+from vismt.storage.files import atomic_write
+from vismt.uncertainty.intervals import Score
+
+_FITTED = (
+    "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
+)
 
 
-class ClassificationJob(ImageJob[MultitaskConfig, PixelNet]):
-    """A ViT with a head over the classes of all tasks in place of timm's head."""
+class MapsJob(MultitaskJob[DenseNet]):
+    """A backbone with a head for each task, on images that are fitted into a canvas."""
 
-    predict_options = CLASSES
+    names_tasks = True
+    predict_options = frozenset({"arm", "top", "maps", "own_size", "flip"})
     next_steps = (
-        "predict {run} my_images --arm {arm}",
-        "export {run} --arm {arm} --format timm",
+        "predict {run} my_images --arm {arm} --maps",
+        "export {run} --arm {arm} --format onnx",
         "merge {run} --arm {arm}",
     )
-    logged: Mapping[str, str] = {
-        "ce": "Training cross-entropy",
-        "accuracy": "Training accuracy (%)",
-        "fade": "Router fade",
-    }
+    default_attack = "pgd"
 
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
-        check(config)
         super().__init__(config, folder, config_hash)
-        self.calibrations = Calibrations(folder)
-        self._features = ExitStack()  # of the training in progress
+        losses = {task.name: f"{task.name}: training loss" for task in all_tasks(config)}
+        self.references = () if CONSTANT in config.arms else (CONSTANT,)
+        self.logged = {"loss": "Training loss of all tasks", **losses, "fade": "Router fade"}
 
     @cached_property
-    def data(self) -> TaskData:
-        return TaskData(
-            self.config, self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
-        )
+    def data(self) -> DenseData:
+        return DenseData(self.config)
 
     @cached_property
     def evaluation(self) -> Evaluation:
         return Evaluation(self.study, self.data)
 
-    def trained_on(self, config: MultitaskConfig) -> str:
-        if config.merge is not None:
-            return ""
-        chosen = config.trained_tasks or [task.name for task in config.tasks]
-        return ", ".join(name for task in config.tasks if task.name in chosen for name in task.train)
-
-    def check_arm(self, config: MultitaskConfig) -> None:
-        super().check_arm(config)
-        merges = [arm.merge for arm in self.study.arms.values() if arm.merge is not None]
-        # Where several rules merge the same arms, with the first of them.
-        if config.merge is not None and config.merge == next(m for m in merges if m.arms == config.merge.arms):
-            check_merging_arms(self, self.data, config)
-
-    def train_one(self, training: Training) -> None:
-        config = self.study.config_of(training)
-        if config.merge is None or training_files.read_done(training) is not None:
-            super().train_one(training)
-            self._features.close()
-        else:
-            ranks.on_first(lambda: self._merge_arms(training, config))
-
-    def _merge_arms(self, training: Training, config: MultitaskConfig) -> None:
-        console.stage("merge", f"{training.arm}   seed {training.seed}")
-        net, about = merged_net(self, self.data, self.evaluation, training)
-        write_interference(about, training)
-        facts = {
-            "method": f"merged by {about['method']}",
-            "rank": about["rank"],
-            "trainable": 0,
-            "total": count_parameters(net)[1],
-        }
-        self.finish(net, config, training, facts)
-
     def check_data(self) -> None:
         settings = self.config.evaluate
-        tuned = settings.temperature or settings.adjust_logits or fitted_keys(settings)
-        for task in range(len(self.data.union.tasks)):
-            self.data.check_part(task, self.split)
-            for name in (name for feature in asked_features(settings) for name in feature.sets):
-                self.data.outside(name)
-            if validates(self.config) or tuned:
-                self.data.check_part(task, "validation")
-            if fitted_keys(settings):
-                labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
-                check_held_out(settings, self.config.tune, labels, groups)
+        validated = validates(self.config) or settings.adjust_logits or fitted_keys(settings)
+        splits = {self.split, "validation"} if validated else {self.split}
+        for split in splits:
+            if len(self.data.part(split)) < 2:
+                raise UserError(f"data: one {split} image; an interval needs two or more.")
+        self.check_features(settings)
+        for name in (name for feature in asked_features(settings) for name in feature.sets):
+            self.data.outside(name)
+        if window_of(self.config) != tuple(self.config.size):
+            net = models.make_backbone(self.config, window_of(self.config))
+            net.set_input_size((self.config.size[0], self.config.size[1]))
+        for config in self.study.arms.values():
+            self.batches(config)
+            self.data.counted(trained_tasks(config))
+        if settings.adjust_logits:
+            for task in class_tasks(self.config):
+                self.data.class_counts(task)
 
     def skeleton(self, config: MultitaskConfig) -> nn.Module:
-        return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
+        return timm_models.skeleton(config.model.name, (config.size[0], config.size[1]))
 
-    def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts(config.trained_tasks)))
+    def fresh(self, config: MultitaskConfig) -> DenseNet:
+        return models.fresh(config)
 
-    def prepare(self, net: PixelNet, config: MultitaskConfig) -> str:
-        """Adapt the backbone with the options that the method computes from images; return the method's name."""
-        section = config.calibration
-        if config.adapt is not None and section is not None:
-            images = self.data.outside(*section.data) if section.data else self.data.training(config.trained_tasks)
-            settings = self.calibrations.on_images(net.backbone, config.adapt, section, images)
-            config = replace(config, adapt=settings)
-        return super().prepare(net, config)
+    def prepare(self, net: DenseNet, config: MultitaskConfig) -> str:
+        """Adapt the timm model and return the method's name. A head of depth starts at the mean of the training depths."""
+        if Depth.name in net.heads:
+            head: Any = net.heads[Depth.name]
+            head.start_at(self.data.mean_depth)
+        settings = self.calibrated(net, config).adapt
+        if settings is None:
+            return super().prepare(net, config)
+        if not METHODS[settings.method].layers:
+            excluded = need_names("adapt.options.exclude:", settings.options.get("exclude", ()))
+            settings = replace(settings, options={**settings.options, "exclude": [*excluded, *_unread(net)]})
+        of_tasks = {"tasks": list(net.heads), "task_blocks": net.read_blocks}
+        method = self.adapt(net.stock, settings, config.seed, of_tasks)
+        given = need_names("adapt.options.task_blocks:", settings.options.get("task_blocks") or ())
+        for unread in sorted(set(given) - set(net.read_blocks)):
+            raise UserError(
+                f"adapt.options.task_blocks: no head reads '{unread}'; name blocks of {', '.join(net.read_blocks)}."
+            )
+        return method
 
-    def objective(self, config: MultitaskConfig, net: PixelNet, balanced: Sequence[Tensor]) -> MultitaskObjective:
-        union = self.data.union
-        retain = {}
-        if config.retain is not None:
-            retain = {WHOLE: QualityRetaining(union.num_classes, union.task_of_class(), **asdict(config.retain))}
-        kind = VariationalObjective if is_variational(config.head_section.name) else MultitaskObjective
-        return kind(
-            net,
-            union=union,
-            head=config.head_section.labels,
-            label_smoothing=config.label_smoothing,
-            class_loss=class_loss(config, self.data.class_counts()),
-            balancer=make_configured_balancer(config.balancing, union.tasks),
-            balanced=balanced,
-            retain=retain,
-        )
+    def trained(self, config: MultitaskConfig) -> tuple[Sequence[Task], Union, Sequence[float]]:
+        tasks = self.data.counted(trained_tasks(config))
+        whole = [task for task in tasks if isinstance(task, Classification)]
+        union = Union(tuple(task.name for task in whole), tuple(task.classes for task in whole))
+        return [task for task in tasks if isinstance(task, MapTask)], union, [task.loss_weight for task in whole]
 
-    def batches(self, config: MultitaskConfig) -> ShuffledBatches:
-        settings = config.augment
-        crop = (settings.crop, 1.0) if settings.crop < 1 else None
-        images = self.data.training(config.trained_tasks)
-        if crop is None and not settings.jitter and not settings.flip:
-            images = self._features.enter_context(stored(images))
-            return ShuffledBatches(images, config.batch, seed=config.seed)
+    def class_counts(self, union: Union) -> list[int]:
+        return [count for name in union.tasks for count in self.data.class_counts(self.data.tasks[name])]
 
-        def change(images: Tensor, seed: int) -> Tensor:
-            return augment(images, seed, crop=crop, jitter=settings.jitter, flip=settings.flip)
+    def calibration_images(self, config: MultitaskConfig) -> FittedImages:
+        sets = config.calibration.data if config.calibration is not None else ()
+        rows = self.data.rows(*sets) if sets else self.batches(config).rows
+        return FittedImages(rows, (config.size[0], config.size[1]))
 
-        return ShuffledBatches(images, config.batch, seed=config.seed, augment=change)
+    def batches(self, config: MultitaskConfig) -> DenseBatches:
+        return DenseBatches(self.data.parts["train"], self.data.size, config)
 
-    def save(self, net: PixelNet, config: MultitaskConfig, folder: Path) -> None:
-        training_files.write_state(net.heads, folder / HEAD_FILE)
+    def save(self, net: DenseNet, config: MultitaskConfig, folder: Path) -> None:
+        atomic_write(folder / models.HEADS, models.heads_file(net, config))
 
-    def loaded(self, training: Training) -> PixelNet:
-        return load_head(self.fresh(self.study.config_of(training)), training)
+    def loaded(self, training: Training) -> DenseNet:
+        return models.loaded(self.study.config_of(training), training, window_of(self.config))
+
+    def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
+        """Return the images of every task of a training, clean, read from its folder where they are on record."""
+        records, asked = training.folder / RECORDS, {}
+        net = cache(lambda: self.final(training))
+        if split == self.split:
+            asked = {
+                task: [feature.fitted(view) for feature in asked_features(self.config.evaluate)]
+                for task, view in self.evaluation.views(net, training, split, records).items()
+            }
+        return self.evaluation.pooled(net, training, split, records, features=asked)
+
+    def described(self, arm: str) -> str:
+        if arm in self.references:
+            return (
+                "the same prediction for every image: the frequencies of the classes, the mean depth and the mean normal of the "
+                "training part"
+            )
+        return super().described(arm)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        if training.arm in self.references:
+            return self.evaluation.constant_scores(training, split) if attacks is None else []
         settings = self.config.evaluate
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
-        records = records_folder(training.folder / RECORDS, attacks)
-        net, evaluated = self.final(training), split == self.split
-        forms = self.evaluation.forms(net, training, split) if evaluated else None
-        features = [of for of in asked_features(settings) if evaluated and (of.everywhere or attacks is None)]
-        specs = conditions(chosen, corruptions)
-        return self.evaluation.scores(lambda: net, training, split, specs, records, features, forms)
-
-    def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
-        return config.trained_tasks or [task.name for task in config.tasks]
-
-    def validate(self, training: Training) -> float:
-        """Return the mean accuracy over the tasks that the arm is trained on, on the images that choose rates."""
-        values = []
-        chosen = self.validated_tasks(self.study.arms[training.arm])
+        net = cache(lambda: self.final(training))
         records = training.folder / RECORDS
-        if self.split == "validation":  # where the evaluation keeps its records, under attacks
-            records /= "tune"
-        for score in self.evaluation.scores(lambda: self.final(training), training, "validation", [], records):
-            if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
-                number = self.data.union.tasks.index(score.data)
-                chooses, _ = self.evaluation.parts(number)
-                names = list(compress(self.data.part(number, "validation").ids, chooses.tolist()))
-                values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
-        return sum(values) / len(values)
+        # Attacks of a later command read the same clean record.
+        features = asked_features(settings) if split == self.split else []
+        specs = self.conditions_of(chosen, corruptions)
+        scores = self.evaluation.scores(net, training, split, specs, records, features)
+        if settings.adjust_logits and attacks is None:
+            scores += self.evaluation.adjusted_scores(net, training, split, records)
+        return scores
 
-    def temperature(self, training: Training) -> Sequence[float] | None:
-        # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
-        if not self.config.evaluate.temperature or is_variational(self.study.config_of(training).head_section.name):
-            return None
-        fitted = self.evaluation.fitted(self.final(training), training)
-        return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
+    def check_features(self, evaluate: object) -> None:
+        super().check_features(evaluate)
+        keys = fitted_keys(evaluate)
+        if keys and not image_tasks(all_tasks(self.config)):
+            raise UserError(
+                f"evaluate.{keys[0]}: the run '{self.folder}' has no class probabilities of images; name a run with tasks of "
+                "whole images."
+            )
+        for task in image_tasks(all_tasks(self.config)) if keys else ():
+            labels, groups = self.data.classes("validation", task), self.data.class_groups("validation", task)
+            check_held_out(evaluate, self.config.tune, labels, groups)
 
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
     ) -> Sequence[Any]:
-        check_conditions(attacks, corruptions, 4)
-        return conditions(attacks, corruptions, seed)
+        return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)], seed)
+
+    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
+        raise UserError(
+            f"run '{self.folder}': a dense run does not classify images of cards; leave data out, and it is evaluated on its "
+            "own images."
+        )
+
+    def validated_tasks(self, config: MultitaskConfig) -> list[str]:
+        return [task.name for task in trained_tasks(config)]
+
+    def validate(self, training: Training) -> float:
+        scores = self.score(training, "validation", [])
+        tasks = trained_tasks(self.study.config_of(training))
+        return self.evaluation.quality(scores, len(tasks) - sum(not score.measure.further for score in scores))
+
+    def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
+        metrics = {name: task.headline.name for name, task in self.data.tasks.items()}
+        of_tasks = {
+            arm: [score for score in arm_scores if score.measure.metric == metrics[score.task]]
+            for arm, arm_scores in scores.items()
+            if arm not in self.references
+        }
+        return deltas(of_tasks, baseline_arms(self.config))
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
-        examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES)
-        write_confusions(
-            self.folder, self.data, self.split, {arm: self.study.trainings(arm) for arm in self.study.arms}
+        write_predictions(
+            self.folder / PANELS,
+            self.data,
+            self.split,
+            first,
+            logits=lambda training, sample: self.evaluation.logits(self.final(training), sample),
+            pooled=lambda training: self.pooled(training, self.split),
         )
-        self.write_router_maps(self.loaded, self._mapped_images)
-
-    def _mapped_images(self) -> Tensor:
-        tasks = len(self.data.union.tasks)
-        wanted = (torch.arange(MAPPED_IMAGES) * tasks // MAPPED_IMAGES).tolist()
-        parts = [(self.data.part(task, self.split), wanted.count(task)) for task in sorted(set(wanted))]
-        return torch.cat([part[spread(len(part), count)] for part, count in parts])
+        rows, size = self.data.part(self.split), (self.config.size[0], self.config.size[1])
+        self.write_router_maps(
+            lambda training: models.loaded(self.study.config_of(training), training, size),
+            lambda: torch.stack([rows.fitted(i, size)["image"] for i in spread(len(rows), MAPPED_IMAGES).tolist()]),
+        )
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
-        first = [self.study.trainings(arm)[0] for arm in self.study.arms]
-        return [*merge_section(self.folder, first), *sections(self.folder)]
+        firsts = [self.study.trainings(arm)[0] for arm in self.study.arms if self.study.is_chosen(arm)]
+        return [confusions(self.folder, firsts, self.split), *sections(self.folder)]
 
-    def merged(self, arm: str | None = None) -> nn.Module:
-        """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
-        return with_linear_head(super().merged(arm))
-
-    def graph(self, arm: str | None, form: str) -> Graph:
-        """Return the merged net; a Bayesian head gives log-probabilities."""
-        net, size = self.merged_net(self.study.find(arm)), self.data.size
-        bayesian = isinstance(net.head, GaussianHead)
-        name = "log_probabilities" if bayesian else "logits"
-        outputs = {name: {"shape": ["batch", self.data.union.num_classes], **self.about(arm)}}
-        return image_graph(Named(net), (size, size), outputs)
-
-    def adapted(self, arm: str | None = None) -> nn.Module:
-        """Return one arm's stock model with its adapter and the head marked as trained along, so that exports include it."""
-        model = with_linear_head(super().adapted(arm))
-        for path in classifier_paths(model):
-            train_along(model, [f"{path}.{name}" for name, _ in model.get_submodule(path).named_parameters()])
-        return model
-
-    def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
-        net = self.final(self.study.find(arm))
-        return net, self.data.label_names, net.backbone.img_size[0]
+    def baselines(self) -> dict[str, str]:
+        """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
+        return {**baseline_arms(self.config), DELTA: ""}
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
+        """Draw one arm's predictions on images and on those in folders, see `predict_images`."""
+        images = image_files(inputs)
         training = self.study.find(options.arm)
-        images = images_for(inputs, target, options)
-        net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
-        groups = self.evaluation.softmaxes(net, training)
-        found = predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
-        trained_on = self._training_folders() if found.accuracy is not None else ()
-        for folder in trained_on:
-            if any(path.resolve().is_relative_to(folder.resolve()) for path in images):
-                text = f"'{folder}' has images that the run was trained on, and they count"
-                console.stage("", f"{text}; the report has the test images alone")
-        return found
+        config = self.study.config_of(training)
+        check_images(images, most_pixels(config) if options.own_size else None)
+        check_target(target, output_names(images, named_tasks(config), options.maps), images)
+        size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
+        net = models.loaded(config, training, size)
+        training_files.fold(net.stock, training)
+        quantiles = {}
+        # What is fitted holds for images that are predicted as the validation images were.
+        if not (options.own_size or options.flip):
+            views = self.evaluation.views(lambda: self.final(training), training, self.split, training.folder / RECORDS)
+            features = [of for of in asked_features(self.config.evaluate) if of.holds_out]
+            found = {task: shown_quantile([of.fitted(view) for of in features]) for task, view in views.items()}
+            quantiles = {task: quantile for task, quantile in found.items() if quantile is not None}
+        return predict_images(config, net, str(training), images, target, options, quantiles)
 
-    def _training_folders(self) -> Iterator[Path]:
-        """Yield the folders of the copies that the run is trained on."""
-        entries = {entry for task in self.config.tasks for entry in (*task.train, *task.validation)}
-        for card, split in map(card_and_split, sorted(entries)):
-            with suppress(UserError):  # a Python object has no folder
-                yield found_copy(load_card(card), ImageSource, split)[1]
+    def graph(self, arm: str | None, form: str) -> Graph:
+        """Return the merged net, with the maps of all tasks at the size of the images; pairs of tasks stay beside the weights."""
+        training = self.study.find(arm)
+        config, size = self.study.config_of(training), window_of(self.config)
+        tasks = named_tasks(config)
+        classes = class_names(config, tasks)
+        outputs = {
+            name: {
+                "shape": ["batch", *([task.outputs] if isinstance(task, Classification) else [task.channels, *size])],
+                "task": type(task).__name__,
+                **({"label_names": classes[name]} if name in classes else {}),
+            }
+            for name, task in tasks.items()
+        }
+        adapt = config.adapt
+        if adapt is not None and "tasks" in needs(adapt.method, adapt.options):
+            net = self.loaded(training)
+            merge_shared(net.stock)
+        else:
+            net = self.merged_net(training)
+        return image_graph(Named(net, tasks), size, outputs, _FITTED.format(*size))
 
-    def cards_of_tasks(self) -> dict[str, set[str]]:
-        if len(self.config.tasks) == 1:  # the outputs of a single task are named by class alone
-            return {}
-        parts = {task.name: (*task.train, *task.validation, *task.test) for task in self.config.tasks}
-        return {name: {row_name(card_and_split(entry)[0]) for entry in entries} for name, entries in parts.items()}
-
-    def test_ids(self, entry: str) -> set[str] | None:
-        used = [name for task in self.config.tasks for name in (*task.train, *task.validation)]
-        used += [name for arm in self.study.arms.values() if arm.calibration for name in arm.calibration.data]
-        return self.data.test_ids(entry) if any(overlap(entry, name) for name in used) else None
+    def beside(self, training: Training) -> dict[str, bytes]:
+        return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
-        """Return the classes for config.json beside merged weights, with timm's keys."""
-        several = len(self.config.tasks) > 1
-        space = {"label_space": "separate"} if several and self.evaluation.separate(self.study.find(arm)) else {}
-        return {"num_classes": self.data.union.num_classes, "label_names": self.data.label_names, **space}
+        # The whole image is seen, and padded to the size.
+        whole = {"pretrained_cfg": {"crop_mode": "border"}}
+        return {"num_classes": 0, "img_size": list(window_of(self.config)), **whole}
 
 
-JOB = ClassificationJob
+def _unread(net: DenseNet) -> list[str]:
+    """Return patterns of the parameters that no head depends on: several processes wait for the gradient of each trained one."""
+    shapes = copy.deepcopy(net.backbone).to("meta").requires_grad_(True)
+    taps = shapes.maps(torch.empty(1, 3, *shapes.img_size, device="meta"), net.blocks)
+    named = dict(shapes.vit.named_parameters())
+    gradients = torch.autograd.grad([tap.sum() for tap in taps], list(named.values()), allow_unused=True)
+    return [re.escape(name) for name, gradient in zip(named, gradients, strict=True) if gradient is None]
+
+
+def JOB(config: MultitaskConfig, folder: Path, config_hash: str) -> MultitaskJob[Any]:
+    """Return the job of a configuration: of images fitted into `size`, or of squares with one stock classifier."""
+    return (MapsJob if config.size else ClassifierJob)(config, folder, config_hash)

@@ -99,21 +99,21 @@ def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet
             dtype=model.dtype,
         )
     )
-    head, alone = config.head_section, len(classifiers(net.stock)) == 1
+    head, alone = config.head_name, len(classifiers(net.stock)) == 1
     around = [f"evaluate.{feature.key}" for feature in asked_features(config.evaluate) if HEAD in feature.needs]
-    around += [head.name] if is_variational(head.name) else []
+    around += [head] if is_variational(head) else []
     if not alone and around:
         raise UserError(
             f"model: {model.name} averages two classifiers, and {around[0]} is around one; take another model."
         )
-    if is_variational(head.name):
+    if is_variational(head):
         if not isinstance(net.head, nn.Linear):
             raise UserError(
-                f"head: '{head.name}' takes the place of a linear classifier, and {model.name} has a "
+                f"head: '{head}' takes the place of a linear classifier, and {model.name} has a "
                 f"{type(net.head).__name__}; set head.name to linear."
             )
         rows = net.head.weight.detach()
-        replace_head(net.stock, make_head(head.name, rows, None, num_train, config.seed, head.options))
+        replace_head(net.stock, make_head(head, rows, None, num_train, config.seed, config.head_section.options))
     net.frozen = config.adapt is None and alone
     return net
 

@@ -19,7 +19,14 @@ from vismt.data.image_set import named_groups
 from vismt.data.maps import dense_transforms as transforms
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet
-from vismt.jobs.dense.config import DenseConfig, all_tasks, canvas_of, image_tasks, own_parts, trained_tasks
+from vismt.jobs.classification.config import (
+    MultitaskConfig,
+    all_tasks,
+    canvas_of,
+    image_tasks,
+    own_parts,
+    trained_tasks,
+)
 from vismt.jobs.sets import Sets, divided
 from vismt.multitask.class_loss import ClassLoss, check_counts
 from vismt.multitask.nets import SEGMENTATION
@@ -98,10 +105,10 @@ class DenseData:
     classes that two sets call differently, and depth beside inverse depth.
     """
 
-    def __init__(self, config: DenseConfig) -> None:
+    def __init__(self, config: MultitaskConfig) -> None:
         tasks = all_tasks(config)
         self.size = canvas_of(config)
-        self._sets = Sets()
+        self._sets = Sets(config.on_bad_sample, config.download)
         self._counts: dict[str, list[int]] = {}
         self.parts: dict[str, Rows] = {part: Rows([]) for part in ("train", "validation", "test")}
         for parts, key in [
@@ -134,10 +141,14 @@ class DenseData:
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
 
+    def rows(self, *entries: str) -> Rows:
+        """Return the samples of sets that are not of the run."""
+        sets = [self._sets.samples(entry, grouped=True) for entry in entries]
+        return Rows([(images, i) for images in sets for i in range(len(images))])
+
     def outside(self, name: str) -> FittedImages:
         """Return the images of a set that is not of the run."""
-        images = self._sets.samples(name, grouped=True)
-        return FittedImages(Rows([(images, i) for i in range(len(images))]), self.size)
+        return FittedImages(self.rows(name), self.size)
 
     def classes(self, part: str, task: Task) -> Tensor:
         """Return the classes (n,) of the images of a part that have one of a task of whole images."""
@@ -238,16 +249,17 @@ class FittedImages:
 
 
 class DenseBatches:
-    """Batches by number, a function of (seed, k): passes over all rows, each in its own random order.
+    """Batches by number, a function of (seed, k): passes over the rows of trained tasks, each in its own random order.
 
     canvas: (h, w) that an image is fitted into. config: of an arm, whose crops and targets they have. Raises UserError when
     there are fewer rows than images in a batch.
     """
 
-    def __init__(self, rows: Rows, canvas: tuple[int, int], config: DenseConfig) -> None:
-        self._passes = Passes(len(rows), config.batch, seed=config.seed)
-        self.rows, self.canvas, self.config = rows, canvas, config
+    def __init__(self, rows: Rows, canvas: tuple[int, int], config: MultitaskConfig) -> None:
+        self.canvas, self.config = canvas, config
         self.kept = ("image", *(task.key for task in trained_tasks(config)))
+        self.rows = Rows([entry for entry in rows.entries if {*self.kept} & {*entry[0].targets}])
+        self._passes = Passes(len(self.rows), config.batch, seed=config.seed)
 
     def __call__(self, number: int) -> Sample:
         rows = self._passes(number).tolist()

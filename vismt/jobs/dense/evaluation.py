@@ -39,7 +39,7 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.sections import asked_scores, divides
-from vismt.jobs.dense.config import DenseConfig, image_tasks, trained_tasks, window_of
+from vismt.jobs.classification.config import MultitaskConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.models import fingerprint
 from vismt.jobs.dense.pooled_score import PooledScore, Undefined
@@ -79,7 +79,7 @@ class Adjustment:
 class Evaluation:
     """Scores of nets on the samples in `data`."""
 
-    def __init__(self, study: Study[DenseConfig], data: DenseData) -> None:
+    def __init__(self, study: Study[MultitaskConfig], data: DenseData) -> None:
         self.study = study
         self.config = study.config
         self.data = data
@@ -199,7 +199,7 @@ class Evaluation:
         """Return the scores of the best constant predictions of the training part. training: the placeholder of this model."""
         trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
         tasks = [task for name, task in self.tasks.items() if name in trained]
-        if self.config.head.labels == "union":
+        if self.config.head_section.labels == "union":
             tasks = unite(tasks)
         pools = {task.name: PooledScore(task) for task in tasks}
         path = training.folder / RECORDS / f"{split}.jsonl"

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
 from vismt.engine.log import record_stem
 from vismt.engine.study import ARMS, Training
-from vismt.jobs.dense.config import PANELS
+from vismt.jobs.classification.config import PANELS
 from vismt.jobs.dense.data import DenseData
 from vismt.jobs.dense.evaluation import CLASS_NAMES, NUMBERS, UNDEFINED
 from vismt.jobs.dense.models import fingerprint

@@ -19,7 +19,7 @@ from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.jobs.dense.config import DenseConfig, trained_tasks
+from vismt.jobs.classification.config import MultitaskConfig, trained_tasks
 from vismt.lowrank.model.record import record_of
 from vismt.multitask.heads import Head, make_map_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks
@@ -30,7 +30,7 @@ from vismt.storage.files import read_tensors
 HEADS = "heads.safetensors"
 
 
-def fresh(config: DenseConfig) -> DenseNet:
+def fresh(config: MultitaskConfig) -> DenseNet:
     """Return the net before training: stock backbone, heads drawn from the seed of the configuration and the name of the task."""
     backbone = make_backbone(config, (config.size[0], config.size[1]))
     blocks = default_blocks(backbone.depth) if config.blocks is None else config.blocks
@@ -40,14 +40,14 @@ def fresh(config: DenseConfig) -> DenseNet:
     return DenseNet(backbone, {task.name: _head(config, task, widths) for task in tasks}, blocks, union)
 
 
-def _head(config: DenseConfig, task: Task, widths: list[int]) -> Head:
+def _head(config: MultitaskConfig, task: Task, widths: list[int]) -> Head:
     seed = mix_seed(config.seed, "head", task.name)
     if isinstance(task, MapTask):
-        return make_map_head(config.head.name, widths, task.channels, seed=seed, **config.head.options)
+        return make_map_head(config.head_name, widths, task.channels, seed=seed, **config.head_section.options)
     return make_pooled_head(widths, task.channels, seed=seed)
 
 
-def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyramid:
+def make_backbone(config: MultitaskConfig, size: tuple[int, int]) -> Backbone | Pyramid:
     """Return the stock backbone for images of `size` in pixels; raise UserError where the size does not fit the patches."""
     model = config.model
     backbone = timm_models.create(
@@ -60,22 +60,22 @@ def make_backbone(config: DenseConfig, size: tuple[int, int]) -> Backbone | Pyra
     return backbone
 
 
-def heads_file(net: DenseNet, config: DenseConfig) -> bytes:
+def heads_file(net: DenseNet, config: MultitaskConfig) -> bytes:
     """Return the bytes of heads.safetensors; its metadata entry "heads" describes the heads so that they can be built again."""
     about = {
-        "head": config.head.name,
-        "options": config.head.options,
+        "head": config.head_name,
+        "options": config.head_section.options,
         "blocks": net.blocks,
         "size": config.size,
         "tasks": {task.name: task.channels for task in trained_tasks(config)},
-        "labels": config.head.labels,
+        "labels": config.head_section.labels,
         "pooled": [task.name for task in trained_tasks(config) if not isinstance(task, MapTask)],
     }
     # A single entry: safetensors writes several in varying order, and equal heads would give different bytes.
     return safetensors.torch.save(training_files.state(net.heads), metadata={"heads": json.dumps(about)})
 
 
-def loaded(config: DenseConfig, training: Training, size: tuple[int, int]) -> DenseNet:
+def loaded(config: MultitaskConfig, training: Training, size: tuple[int, int]) -> DenseNet:
     """Return a trained net, not merged, for images of `size`.
 
     The position table for a size other than the trained one is resampled once from the grid of the pretrained weights, or from

@@ -32,7 +32,7 @@ from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
-from vismt.jobs.dense.config import DenseConfig, canvas_of, own_parts, trained_tasks
+from vismt.jobs.classification.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
 from vismt.jobs.predictions import TABLE, Options, Predictions, Row, class_row, note_target, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
@@ -62,7 +62,7 @@ class Panel:
     legend: list[tuple[str, str]]
 
 
-def most_pixels(config: DenseConfig) -> int:
+def most_pixels(config: MultitaskConfig) -> int:
     """Return the pixels of the largest image whose predictions at its own size, for the largest scale, are VALUES numbers."""
     channels = sum(task.channels for task in trained_tasks(config))
     return int(VALUES / channels / max(1, *config.evaluate.scales) ** 2)
@@ -103,7 +103,7 @@ def check_images(images: Sequence[Path], most: int | None = None) -> None:
 
 
 def predict_images(
-    config: DenseConfig,
+    config: MultitaskConfig,
     net: DenseNet,
     label: str,
     images: Sequence[Path],
@@ -200,7 +200,7 @@ def _write_maps(
                 atomic_write(target / f"{stem}{ending}", buffer.getvalue())
 
 
-def class_names(config: DenseConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
+def class_names(config: MultitaskConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
     """Return the class names of each task: its own, those on the cards of its training sets, or of classified images on disk.
 
     Those of a union are task/class, of all its tasks.
@@ -231,7 +231,7 @@ def _numbered(count: int) -> list[str]:
     return [f"class {label}" for label in range(count)]
 
 
-def named_tasks(config: DenseConfig) -> dict[str, Task]:
+def named_tasks(config: MultitaskConfig) -> dict[str, Task]:
     """Return the trained tasks by name, depth as the training sets hold it: as inverse depth in all or none of a run's."""
     tasks = {task.name: task for task in trained_tasks(config)}
     depth = tasks.get(Depth.name)

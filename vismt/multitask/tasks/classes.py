@@ -267,18 +267,14 @@ class UnionClassification(Classification):
 
 
 def unite(tasks: Sequence[Task]) -> list[Task]:
-    """Return tasks in the same order.
-
-    Tasks of whole images are over the union of their classes, and their losses need no counts.
-    """
-    total, offset = sum(task.classes for task in tasks if isinstance(task, Classification)), 0
+    """Return tasks in the same order, two or more tasks of whole images over the union of their classes."""
+    whole = [task for task in tasks if isinstance(task, Classification)]
+    if len(whole) < 2:
+        return list(tasks)
+    total, offset = sum(task.classes for task in whole), 0
     united: list[Task] = []
     for task in tasks:
         if isinstance(task, Classification):
-            if task.class_weights is not None:
-                raise UserError(
-                    f"tasks: {task.name}: class_weights are over the classes of one task; set head.labels to separate."
-                )
             options = {field.name: getattr(task, field.name) for field in fields(Classification)}
             task, offset = UnionClassification(**options, offset=offset, total=total), offset + task.classes
         united.append(task)

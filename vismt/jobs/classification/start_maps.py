@@ -1,4 +1,4 @@
-"""The configuration that `vismt init dense` writes, and the card of images with maps."""
+"""The configuration of maps that `vismt init dense` writes, and the card of images with maps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.jobs.init_files import CARD, OWN_CARD, Files, Init, config, path_below, quoted, set_name, template
+from vismt.jobs.init_files import CARD, OWN_CARD, Files, config, path_below, quoted, set_name, template
 
 VOID = 255  # the usual label of pixels without a class
 PATCH = 14  # of the model in the configuration
@@ -23,7 +23,8 @@ _SIZES = (
 )
 
 
-def _files(job: str, folder: Path, images: Path | None) -> Files:
+def map_files(job: str, folder: Path, images: Path | None) -> Files:
+    """Return the configuration, and the card of a folder of images with maps. Arguments as of `Init.files`."""
     if images is None:
         data = "{train: [motorcycle:train], validation_share: 0.1, test: [motorcycle:test]}"
         sizes = "# Height and width of the tiles."
@@ -33,7 +34,7 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     sizes = _SIZES.format(found, PATCH)
     name = set_name(images)
     values = {"name": quoted(name), "root": path_below(images, folder), "image": "images", "maps": maps, **more}
-    card = template(job, "start_card.yaml").substitute(values).rstrip() + "\n"
+    card = template(job, "start_map_card.yaml").substitute(values).rstrip() + "\n"
     return {CARD: card} | _config(
         job, name, f"{{train: [{OWN_CARD}], validation_share: 0.1, test_share: 0.2}}", tasks, sizes, size
     )
@@ -41,7 +42,7 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
 
 def _config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:
     title = f"Dense prediction, {about}"
-    return config(job, about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
+    return config(job, file="start_maps.yaml", about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
 
 
 def _size(folder: Path) -> tuple[str, list[int]]:
@@ -126,6 +127,3 @@ def _tell_rare(name: str, pixels: list[int]) -> None:
             f"'{name}' has labels 0 to {len(pixels) - 1}, so {len(pixels)} classes. Of {total:,} pixels, few have label "
             f"{shown}{more}. Each class counts alike in mIoU: correct the maps if one of them is a mistake.",
         )
-
-
-INIT = Init(_files)
