@@ -18,8 +18,8 @@ class LaplaceKeys:
     """The key of the feature.
 
     Args:
-        laplace: also evaluate with a Laplace approximation around the trained head. It is Kronecker-factored, and the condition is
-            named accordingly, if a linear head has more than 4,096 weights.
+        laplace: also evaluate with a Laplace approximation around the trained head. If a linear head has more than 4,096
+            weights, the approximation is Kronecker-factored, and the name of the condition says so.
     """
 
     laplace: bool = False

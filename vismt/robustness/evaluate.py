@@ -126,8 +126,8 @@ def evaluate_examples(
         Records in the order of the examples. Each has id, label, the predictions "clean" and "<condition>", and the distances
         "<condition> linf" and "<condition> l2". For an attack, "<condition> lost" is 1 if the attack counted an image as broken
         that is right here, by rounding. Each form adds the answer "<form>" and the fields of
-        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". Each feature adds its columns, such as "clean
-        confidence". Some features have columns for every condition.
+        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". Each feature adds its columns, such as
+        "clean confidence". Some features have columns for every condition.
 
     Raises:
         UserError: If there is no example, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have

@@ -97,8 +97,8 @@ class EpisodeRunner:
     """Runs blocks of episodes: the classifier of each support, and the predictions on its queries under every condition.
 
     outside: Sets of images of other classes by entry, each divided into as many parts as the sampler has. stores: Stores of the
-    features of `pixels` (under "") and of the outside sets (by entry). The features of a set without a store are computed in every
-    episode. asked: Features of the evaluation.
+    features of `pixels` (under "") and of the outside sets (by entry). The features of a set without a store are computed in
+    every episode. asked: Features of the evaluation.
     """
 
     proto: FewShotModel
