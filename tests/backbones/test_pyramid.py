@@ -156,7 +156,7 @@ def test_windows_keep_their_size_when_the_images_change() -> None:
     torch.testing.assert_close(small(images), large(images), atol=1e-6, rtol=0)
     assert small.vit.pretrained_cfg["input_size"] == (3, 96, 128)
     with pytest.raises(
-        UserError, match="Hiera takes images of the size that it is created for alone; create it with img_size"
+        UserError, match="Hiera takes only images of the size that it was created for; create it with img_size"
     ):
         Pyramid(stock("hiera_tiny_224"), (64, 64)).set_input_size((96, 96))
 
@@ -169,7 +169,7 @@ def test_a_model_whose_tensors_do_not_depend_on_the_size_takes_another_one() -> 
     again = timm.create_model("mobilevitv2_050", num_classes=0, img_size=(64, 96)).eval()
     again.load_state_dict(vit.state_dict())
     assert torch.equal(backbone(images), Pyramid(again, (64, 96))(images))
-    with pytest.raises(UserError, match="ByobNet takes images of the size that it is created for alone"):
+    with pytest.raises(UserError, match="ByobNet takes only images of the size that it was created for"):
         Pyramid(timm.create_model("botnet26t_256", num_classes=0)).set_input_size((128, 128))
 
 

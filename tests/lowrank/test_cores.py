@@ -257,7 +257,7 @@ def test_interference_of_models():
         ({"method": "regmean", "covariances": [inputs(1)]}, "2 adapters but 1 covariances"),
         (
             {"method": "regmean", "covariances": [inputs(1), inputs(2, 3)]},
-            r"that of adapter 1 is \(3, 3\); give \(14, 14\)",
+            r"the covariance of adapter 1 is \(3, 3\); give \(14, 14\)",
         ),
         ({"method": "regmean", "covariances": [inputs(1), inputs(2) / 0]}, "all finite"),
     ],
@@ -270,5 +270,5 @@ def test_one_line_errors(options, text):
 
 def test_missing_covariance_of_a_model():
     of = [Updates({"a": draw(1, 2)}), Updates({"a": draw(2, 2)})]
-    with pytest.raises(UserError, match="covariances: those of adapter 1 have none of 'a'"):
+    with pytest.raises(UserError, match="covariances of adapter 1 lack 'a'"):
         combine(of, method="regmean", covariances=[{"a": inputs(1)}, {}])

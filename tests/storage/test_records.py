@@ -100,5 +100,5 @@ def test_an_array_keeps_every_bit(array: np.ndarray) -> None:
 )
 def test_another_text_is_no_array(text: object) -> None:
     assert not Field(array=np.zeros(2)).fits(text)
-    with pytest.raises(UserError, match=r"is no array of float64 \(2,\)"):
+    with pytest.raises(UserError, match=r"is not an array of float64 \(2,\)"):
         array_of(text, np.zeros(2))

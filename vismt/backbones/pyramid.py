@@ -103,7 +103,7 @@ class Pyramid(TappedBackbone):
                 raise UserError(f"img_size {size} does not fit {type(self.vit).__name__} ({reason}).") from error
         elif takes_size(self.vit) and not same_at(self.vit, size):
             raise UserError(
-                f"{type(self.vit).__name__} takes images of the size that it is created for alone; create it with img_size "
+                f"{type(self.vit).__name__} takes only images of the size that it was created for; create it with img_size "
                 f"{size} instead, and in a dense run leave evaluate.mode at slide."
             )
         self.img_size = (size[0], size[1])

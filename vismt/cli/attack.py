@@ -43,7 +43,7 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument(
         "--img-size",
         type=int,
-        help="pixels of the model's images (those of its config.json, or timm's); a module of yours needs it",
+        help="size of the model's images in pixels (by default from its config.json, or timm's); needed for a module of yours",
     )
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")

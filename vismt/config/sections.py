@@ -204,9 +204,9 @@ class RunConfig:
     """
 
     ELSEWHERE: ClassVar[dict[str, str]] = {
-        "device": "A run takes the GPU where there is one: CUDA_VISIBLE_DEVICES=1 vismt run ... takes the second, "
+        "device": "A run takes the GPU if there is one: CUDA_VISIBLE_DEVICES=1 vismt run ... takes the second, "
         "ACCELERATE_USE_CPU=true the processor.",
-        "threads": "OMP_NUM_THREADS=4 vismt run ... sets the number of threads, `vismt run --workers` that of processes.",
+        "threads": "OMP_NUM_THREADS=4 vismt run ... sets the number of threads, `vismt run --workers` the number of processes.",
     }
 
     task: str = "fewshot"
@@ -242,7 +242,7 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         names += list_configs()
-        raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows those of vismt.")
+        raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows the files of vismt.")
     return yaml_text.read_yaml(path, f"config: '{path}'")
 
 

@@ -48,7 +48,7 @@ def load_card(name_or_path: str | Path) -> Card:
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
         raise UserError(
-            f"{where}: name '{card.name}' must begin with a letter or digit of ASCII, and have these, '_', '-' and '.' alone."
+            f"{where}: name '{card.name}' must begin with a letter or digit of ASCII, and may hold only these, '_', '-' and '.'."
         )
     given = [key for key in ("groups", "frames") if getattr(card, key) is not None]
     if given and all(source.unit == "rows" for source in sources):
@@ -75,7 +75,7 @@ def _locate(name: str | Path) -> tuple[Path, str]:
     if path.name != text and not os.path.exists(path):
         raise UserError(f"data '{text}': no such file or folder.")
     if os.path.isfile(path):
-        raise UserError(f"data '{text}': this is no {', '.join(FILES)} file; write its rows as one.")
+        raise UserError(f"data '{text}': this is not a {', '.join(FILES)} file; write its rows into one.")
     raise UserError(
         f"data '{text}': no card of that name and no card, folder or table at that path.{near(text, list_cards())}"
     )

@@ -77,7 +77,7 @@ def array_of(text: object, like: np.ndarray) -> np.ndarray:
     """
     array = _array(text, like)
     if array is None:
-        raise UserError(f"records: {shown_value(text)} is no array of {like.dtype} {like.shape}; move the file away.")
+        raise UserError(f"records: {shown_value(text)} is not an array of {like.dtype} {like.shape}; move the file away.")
     return array
 
 

@@ -59,7 +59,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
         yield Finding("broken", "other-base", text, "give the base it was merged into", tuple(apart[:20]))
     elif apart:
         text = f"{shorten_names(apart)}: differs from the base and belongs to no adapter"
-        fix = "look where it was trained; name it in modules_to_save"
+        fix = "find out where it was trained, and name it in modules_to_save"
         yield Finding("suspicious", "foreign-change", text, fix, tuple(apart))
     if still and all(still.values()):
         text = f"no weight of the {len(still)} adapted modules differs from the base: nothing was merged"

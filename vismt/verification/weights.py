@@ -180,7 +180,7 @@ def _same_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> It
         if update.magnitude is not None:
             follow.append(_follows(update.magnitude.to(W.dtype), W.norm(dim=1)))
     if not same_base(samples, expected):
-        text = "the weights of the base are not those that the adapter was trained on (samples in adapter.json)"
+        text = "the adapter was trained on other weights than the base has (samples in adapter.json)"
         yield Finding("broken", "other-base", text, GIVE_BASE)
     if 2 * sum(follow) < len(follow):
         text = "the magnitudes of DoRA do not follow the lengths of the rows of this base: another base"
@@ -241,7 +241,7 @@ def tokenizers(one: Facts, base: Facts, name: str) -> Iterable[Finding]:
         if not all(path.is_file() for path in paths) or file_digest(paths[0]) == file_digest(paths[1]):
             continue
         if file == "chat_template.jinja":
-            text = f"the chat template of {name} differs from that of the base"
+            text = f"the chat template of {name} differs from the base's template"
             yield Finding("note", "chat-template", text, "serve with the adapter's template")
             continue
         ours, theirs = map(_ids, paths)

@@ -244,7 +244,7 @@ def test_damaged_framing_is_seen_when_the_set_is_opened(domain, second, message)
         (record(example({"image": [encoded(1)] * 2, "label": [3]})), "needs one 'image'"),
         (record(example({"image": [5], "label": [3]})), "needs one 'image' of type bytes"),
         (record(b""), "needs one 'image' of type bytes; its features are nothing"),
-        (record(example({"image": [encoded(1)], "label": [4]})), "has label 4, its file is that of class 3"),
+        (record(example({"image": [encoded(1)], "label": [4]})), "has label 4, its file is for class 3"),
         (record(example({"image": [b"no image"], "label": [3]})), "cannot be decoded"),
     ],
 )

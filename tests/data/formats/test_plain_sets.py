@@ -99,7 +99,7 @@ def test_what_is_no_set(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"neither card\.yaml nor class folders in it; give a folder with a folder of"):
         open_images(tmp_path)
     (tmp_path / "a.txt").write_text("")
-    with pytest.raises(UserError, match=r"a\.txt': this is no \.csv, .*\.json, .* file; write its rows as one\."):
+    with pytest.raises(UserError, match=r"a\.txt': this is not a \.csv, .*\.json, .* file; write its rows into one\."):
         open_images(tmp_path / "a.txt")
     (tmp_path / "a.csv").write_text("path,label\n")
     with pytest.raises(UserError, match=r"a\.csv': has no rows; write the names of the columns, then a line for each"):

@@ -72,7 +72,7 @@ def test_slices_of_another_base_are_refused_and_nothing_is_changed(tmp_path: Pat
     slices, other = read_slices(folder), tiny_vit(seed=9)
     before, message = (
         snapshot(other),
-        r"slices: made for other weights than those of this VisionTransformer \('blocks\.0",
+        r"slices: made for other weights than this VisionTransformer has \('blocks\.0",
     )
     with pytest.raises(UserError, match=message + r".*pass on_other_base='warn'"):
         switch(other, slices)

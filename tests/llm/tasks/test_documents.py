@@ -130,7 +130,7 @@ def test_the_console_says_once_that_documents_run_one_by_one(monkeypatch: pytest
             net.token_nll(collate_pieces([rows(length)[2]]))
     (text,) = said
     assert text.startswith(
-        "MistralForCausalLM reads answers and packed texts one by one where they have more than 24 tokens:"
+        "MistralForCausalLM reads answers and packed texts one by one if they have more than 24 tokens:"
     )
 
 

@@ -124,7 +124,7 @@ def test_peft_adds_the_update_of_out_proj_twice(tmp_path) -> None:
 @pytest.mark.parametrize(
     "kind,change,words",
     [
-        ("mixtral", {"target_parameters": ["experts.down_proj"]}, "are not those of the parameters"),
+        ("mixtral", {"target_parameters": ["experts.down_proj"]}, "do not fit the parameters"),
         ("mixtral", {"target_parameters": ["experts.gate_up_proj", "experts.down_proj", "gate.weight"]}, "gate"),
         (
             "mixtral",

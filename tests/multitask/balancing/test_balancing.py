@@ -487,7 +487,7 @@ def test_errors_of_tasks_losses_and_parameters():
         balancer.combine({"depth": torch.tensor(1.0)}, parameters)
     with pytest.raises(UserError, match="none of the parameters to balance is trainable"):
         balancer.combine(losses, [p.detach() for p in parameters])
-    with pytest.raises(UserError, match="'famo' takes logarithms of losses, that of 'edges' is -2"):
+    with pytest.raises(UserError, match="'famo' takes logarithms of losses, and the loss of 'edges' is -2"):
         direction(make("famo"), matrix(), [1.0, -2.0, 1.0])
     assert set(BALANCERS["pcgrad"].options()) == {"weights", "heads", "loss_scale", "seed"}
 

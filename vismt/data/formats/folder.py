@@ -151,8 +151,8 @@ def _refuse_repeated(card: Card, base: Path, folders: ClassFolders) -> None:
             if other != folder:
                 first, second = (path.relative_to(base).as_posix() for path in (other, folder))
                 raise UserError(
-                    f"{card.shown}: the class folders '{first}' and '{second}' under {shown_path(base)} have one name; rename "
-                    "them where they are different classes, else put their images into one."
+                    f"{card.shown}: the class folders '{first}' and '{second}' under {shown_path(base)} have the same name; "
+                    "rename them if they are different classes, else put their images into one folder."
                 )
 
 

@@ -192,6 +192,6 @@ def _read_record(path: Path, position: int, number: int, label: int) -> Tensor:
             raise UserError(f"{shown}: needs one '{name}' of type {kind.__name__}; its features are {held}.")
     if features["label"] != [label]:
         raise UserError(
-            f"{shown}: has label {shown_value(features['label'][0])}, its file is that of class {label}. Convert it again."
+            f"{shown}: has label {shown_value(features['label'][0])}, its file is for class {label}. Convert it again."
         )
     return decode_bytes(bytes(features["image"][0]), shown)

@@ -53,8 +53,8 @@ def read_slices(folder: str | Path) -> dict[str, Slice]:
     if not specs or others or description.also_train:
         addition = " with also_train" if description.also_train else ""
         raise UserError(
-            f"adapter '{folder}': method '{description.method}'{addition}; only an 's2ft' without also_train consists "
-            "of slices alone: use load_adapter."
+            f"adapter '{folder}': method '{description.method}'{addition}; slices can be "
+            "switched only for an 's2ft' without also_train; use load_adapter."
         )
     slices = {}
     for spec in specs:
@@ -99,7 +99,7 @@ def switch(model: nn.Module, adapter: Slices | str | Path | None, *, on_other_ba
         samples = base_samples(model, expected)
         different = [path for path in expected if not same_base({path: samples[path]}, expected)]
         if different:
-            message = f"slices: made for other weights than those of this {type(model).__name__} ('{different[0]}')"
+            message = f"slices: made for other weights than this {type(model).__name__} has ('{different[0]}')"
             other_base(message, on_other_base)
     except BaseException:
         _put(model, switched)

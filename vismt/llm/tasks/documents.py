@@ -40,9 +40,9 @@ def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: Run) -> Tensor:
     name = type(lm).__name__
     if name not in _named:
         _named.add(name)
-        longer = f" where they have more than {together} tokens" if together else ""
+        longer = f" if they have more than {together} tokens" if together else ""
         console.stage(
-            "model", f"{name} reads answers and packed texts one by one{longer}: in one pass their scores differ"
+            "model", f"{name} reads answers and packed texts one by one{longer}: in one pass their scores would differ"
         )
     return _one_by_one(batch, run)
 

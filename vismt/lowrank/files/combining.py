@@ -139,7 +139,7 @@ def interference(
     """
     if covariances is not None and len(covariances) != len(adapters):
         raise UserError(
-            f"interference: {len(adapters)} adapters but {len(covariances)} covariances, give those of each."
+            f"interference: {len(adapters)} adapters but {len(covariances)} covariances; give one for each adapter."
         )
     opened = [read_updates(adapter, what="interference") for adapter in adapters]
     result = read_updates(merged, what="interference").low_rank
@@ -271,7 +271,7 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
 def _covariances_at(path: str, covariances: Sequence[Mapping[str, Tensor]], width: int) -> list[Tensor]:
     for position, of_task in enumerate(covariances):
         if not isinstance(of_task, Mapping) or path not in of_task:
-            raise UserError(f"combine: covariances: those of adapter {position} have none of '{path}'.")
+            raise UserError(f"combine: covariances of adapter {position} lack '{path}'; give one for each adapted weight.")
     found = [of_task[path] for of_task in covariances]
     _check_covariances(found, width, f"'{path}': ")
     return found
@@ -282,7 +282,7 @@ def _check_covariances(covariances: Sequence[object], width: int, where: str = "
         if not isinstance(value, Tensor) or tuple(value.shape) != (width, width) or not bool(value.isfinite().all()):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
-                f"combine: covariances: {where}that of adapter {position} is {shape}; give ({width}, {width}), all finite."
+                f"combine: covariances: {where}the covariance of adapter {position} is {shape}; give ({width}, {width}), all finite."
             )
 
 
@@ -296,9 +296,9 @@ def _check_settings(count: int, method: str, keep: float, drop: float, covarianc
             "combine: 'regmean' needs the covariances of the inputs of each adapter's task; give covariances."
         )
     if method != "regmean" and covariances is not None:
-        raise UserError(f"combine: covariances are of method='regmean'; leave them out with '{method}'.")
+        raise UserError(f"combine: covariances belong to method='regmean'; leave them out with '{method}'.")
     if covariances is not None and len(covariances) != count:
-        raise UserError(f"combine: {count} adapters but {len(covariances)} covariances, give those of each.")
+        raise UserError(f"combine: {count} adapters but {len(covariances)} covariances; give one for each adapter.")
 
 
 def _check_call(

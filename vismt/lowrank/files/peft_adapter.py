@@ -199,7 +199,7 @@ def stacks_on(adapter: PeftAdapter, model: nn.Module) -> dict[str, tuple[LowRank
     if set(keys.values()) != set(adapter.stacks):
         differing = min(set(keys.values()) ^ set(adapter.stacks))
         raise UserError(
-            f"{what}: the factors at '{differing}' are not those of the parameters that {list(wanted)} name in this "
+            f"{what}: the factors at '{differing}' do not fit the parameters that {list(wanted)} name in this "
             f"{type(model).__name__}; {_BASE}."
         )
     return {path: _stack(adapter, path, module_at(model, path), adapter.stacks[key]) for path, key in keys.items()}

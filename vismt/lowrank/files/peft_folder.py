@@ -295,7 +295,7 @@ def _refuse_shared(model: nn.Module) -> None:
             first = places.setdefault(id(module), (owner, leaf, path))
             if first[:2] != (owner, leaf):
                 raise UserError(
-                    f"export_peft: '{first[2]}' and '{path}' are one module, of which peft would adapt the first alone; merge "
+                    f"export_peft: '{first[2]}' and '{path}' are one module, and peft would adapt only the first; merge "
                     "the model and save it whole."
                 )
 

@@ -111,7 +111,7 @@ def put_on(
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])
     if not same_base(samples, updates.base):
-        other_base(f"{what}: made for other weights than those of this {type(model).__name__}", on_other_base)
+        other_base(f"{what}: made for other weights than this {type(model).__name__} has", on_other_base)
     refuse_offloaded(model, what, whole=True)
     install(model, "lora", specs, dict(options or {}), list(also_train))
     with undone_on_error(model):

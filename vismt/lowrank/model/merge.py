@@ -158,7 +158,7 @@ class MergedSave:
                 )
         except (UserError, RuntimeError) as error:
             reason = " ".join(str(error).split())
-            raise UserError(f"{SAVE}: {reason} Write the adapter alone: vismt.save_adapter(model, folder).") from error
+            raise UserError(f"{SAVE}: {reason} Write only the adapter: vismt.save_adapter(model, folder).") from error
         merged.__dict__.pop("_keys_to_ignore_on_save", None)  # VismtCallback leaves frozen tensors out of checkpoints
         return merged.save_pretrained(save_directory, *args, **options)
 

@@ -176,7 +176,7 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
         reason = spec.layer.export_refusal or no_factors or _reason(model, spec.path)
         if reason:
             raise UserError(
-                f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate it alone, by its name."
+                f"activate: '{name}' cannot be mixed: '{record.method}' {reason}; activate only this adapter, by its name."
             )
     updates = {path: Update((layer.low_rank(),)) for path, layer in adapter_layers(model).items()}
     for whole, original in record.also_train.items():
@@ -207,8 +207,8 @@ def _add_whole(model: nn.Module, adapter: str, name: str, original: Tensor, upda
     of_linear = leaf in ("weight", "bias") if linear else leaf == "bias" and isinstance(module, AdapterLayer)
     if len(uses) > 1 or not of_linear:
         raise UserError(
-            f"activate: '{adapter}' cannot be mixed: it trained '{name}' whole, which only a linear of its own can; activate it "
-            "alone, by its name."
+            f"activate: '{adapter}' cannot be mixed: it trained '{name}' whole, which is not the weight of one linear; activate "
+            "only this adapter, by its name."
         )
     change = parameter.detach() - original.to(parameter.device)
     if leaf == "bias":

@@ -241,7 +241,7 @@ def _warn_of_rest(
     if left > adapted:
         why = "; ".join(_grouped(list(reasons.values())))
         share = 100 * adapted / (adapted + left)
-        warnings.warn(f"{what} adapts {share:.0f} % of the weights alone. Left out: {why}.", stacklevel=5)
+        warnings.warn(f"{what} adapts only {share:.0f} % of the weights. Left out: {why}.", stacklevel=5)
 
 
 def _grouped(remarks: Sequence[str]) -> list[str]:

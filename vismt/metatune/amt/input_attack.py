@@ -178,7 +178,7 @@ def _check(
         )
     require_known("pyramid attack: norm", [norm], NORMS)
     if norm == "l2" and tuple(map(tuple, levels)) != PLAIN:
-        raise UserError(f"pyramid attack: levels {levels} with norm l2, which has the level {PLAIN} alone.")
+        raise UserError(f"pyramid attack: levels {levels} with norm l2, which has only the level {PLAIN}.")
     fits = 0 <= epsilon < float("inf") and (epsilon <= 1 or norm == "l2")
     if not fits or not (step_size > 0 or epsilon == 0) or steps < 1:
         raise UserError(

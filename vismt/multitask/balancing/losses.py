@@ -164,7 +164,7 @@ class Famo(Balancer):
         distance = torch.where(present, losses - self.least, 1.0)
         for task, value in zip(self.tasks, distance.tolist()):
             if value < 0:
-                raise UserError(f"balancing: 'famo' takes logarithms of losses, that of '{task}' is {value:.3g}.")
+                raise UserError(f"balancing: 'famo' takes logarithms of losses, and the loss of '{task}' is {value:.3g}.")
         return torch.where(present, (distance + _LEAST).log(), 0.0)
 
     def _move(self, logs: Tensor, present: Tensor) -> None:

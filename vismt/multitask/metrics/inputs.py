@@ -70,7 +70,7 @@ def apply_mask(metric: str, valid: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return valid
     if mask.dtype != torch.bool:
-        raise UserError(f"{metric}: the mask must be bool, True where the target is valid; it is {mask.dtype}.")
+        raise UserError(f"{metric}: the mask must be bool, True at valid targets; it is {mask.dtype}.")
     mask = map_of(metric, "mask", mask)
     check_same_size(metric, mask, valid)
     return valid & mask.to(valid.device)

@@ -65,7 +65,7 @@ class TaskLinear(LowRankLinear):
     Settings = TaskSettings
     takes_prequantized = False
     weight_readable = False
-    export_refusal = "has a pair for each task beside the shared one, so its update is not that of one weight"
+    export_refusal = "has a pair for each task beside the shared pair, so no single weight can hold its update"
     combine_refusal = export_refusal
 
     def __init__(self, base: nn.Module, settings: TaskSettings, opens: bool, **options: Any) -> None:
@@ -193,7 +193,7 @@ class TaskBlock(AdapterModule):
     """
 
     Settings = BlockSettings
-    not_sharded = "a block's features of tasks leave it beside its output, which alone is watched in the backward pass"
+    not_sharded = "a block returns features of tasks beside its output, and FSDP watches only the output in the backward pass"
     shell: nn.Module
 
     def __init__(self, block: nn.Module, settings: BlockSettings) -> None:

@@ -246,7 +246,7 @@ def _matched(trainings: Sequence[TrainingValues], data: str, common: bool, say: 
     if faults:
         text = f"set '{data}': {'; '.join(faults)}; {len(kept):,} examples are the same in all inputs"
         if not common or len(kept) < 2:
-            raise UserError(f"compare: {text}{'. --common compares those alone' * (len(kept) > 1)}.")
+            raise UserError(f"compare: {text}{'. --common compares only these examples' * (len(kept) > 1)}.")
         say(f"{text} and are compared")
     return _with_groups(trainings, [[place[name] for name in kept] for place in places], data)
 

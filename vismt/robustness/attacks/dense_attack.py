@@ -56,8 +56,8 @@ class DenseAttack:
     def __post_init__(self) -> None:
         if self.spec.name != "pgd":
             raise UserError(
-                f"attack {self.spec.name}: needs one answer for an image; dense runs have pgd, on the sum of the task losses or "
-                "with tasks: [NAME] on those of some tasks."
+                f"attack {self.spec.name}: needs one answer for an image; dense runs have pgd, on the sum of the task losses, "
+                "or with tasks: [NAME] on the losses of some tasks."
             )
 
     @property
