@@ -240,16 +240,6 @@ def test_an_arm_sees_the_images_with_a_label_of_its_tasks(study: Path) -> None:
     assert with_class == {True, False}
 
 
-def test_a_class_is_learned_beside_maps(room: Path, tmp_path: Path) -> None:
-    """Dark or bright, by the heads alone on a random backbone: all right in the end, half at chance."""
-    train = {"steps": 40, "lr": 3e-2, "checkpoint_every": 40}
-    path = write(
-        tmp_path, **on_room(room, adapt=None, fade=None, train=train, augment={"strength": 0, "scales": [1.0, 1.0]})
-    )
-    results = read_results(run_config(path) / "results.jsonl")
-    assert rows_of_arms(results)["adapted", "classify"].value == 1.0
-
-
 def test_shares_are_of_every_class(room: Path, tmp_path: Path) -> None:
     """In a set sorted by class the last images are all of one class."""
     data = {"train": sets(room, "scenes:train", "tones:train"), "test_share": 0.34, "validation_share": 0.3}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,6 @@ from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.study import Training
 from vismt.engine.training_files import finish, write_state
-from vismt.jobs.classification import evaluation
 from vismt.jobs.classification.classifier_job import ClassifierJob
 from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.classification.models import HEAD_FILE, fresh, with_linear_head
@@ -61,19 +61,18 @@ def test_the_means_of_a_bayesian_head_on_half_precision_weights() -> None:
     assert logits.dtype == torch.float32 and torch.allclose(logits, expected, atol=1e-5)
 
 
-def test_a_posterior_counts_the_images_that_its_arm_is_trained_on(tmp_path: Path, monkeypatch) -> None:
+def test_a_posterior_counts_the_images_that_its_arm_is_trained_on(tmp_path: Path) -> None:
     job = ClassifierJob(config(head={"name": "vbll"}), tmp_path, "hash")
     nets = {arm: job.fresh(of) for arm, of in job.study.arms.items()}
     assert {arm: net.head.num_train for arm, net in nets.items()} == {"digits": 30, "both": 66}
     counted = []
 
-    def laplace_head(head: Any, features: list[torch.Tensor], validation: Any) -> Any:
+    def head_of(head: Any, features: list[torch.Tensor], validation: Any) -> Any:
         counted.append(sum(map(len, features)))
         return head
 
-    monkeypatch.setattr(evaluation, "laplace_head", laplace_head)
     for arm, net in nets.items():
-        job.evaluation._laplace_net(net.eval(), arm, job.study.arms[arm].trained_tasks)
+        job.evaluation.with_head(net.eval(), Training(arm, 1e-3, 0, tmp_path), partial(head_of))
     assert counted == [30, 66]
 
 

@@ -53,7 +53,7 @@ def with_groups(images: S) -> S:
     return replace(images, groups={name: images.ids[first] for name, first in zip(images.ids, found.tolist())})
 
 
-def groups_of(images: ImageSet | DenseSet) -> Tensor:
+def groups_of(images: S) -> Tensor:
     """Return the group of each image of a set, int64 (n,): the index of the first image of its group."""
     groups = with_groups(images).groups or {}
     first: dict[Any, int] = {}
