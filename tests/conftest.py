@@ -147,9 +147,9 @@ def loud():
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures saved during the test, each after its layout."""
-    from vismt.jobs.classification import figures as classification_figures
-    from vismt.jobs.dense import figures as dense_figures
     from vismt.jobs.fewshot import figures as fewshot_figures
+    from vismt.jobs.multitask import figures as classification_figures
+    from vismt.jobs.multitask import figures as dense_figures
     from vismt.report import arm_figures, figures, plotting, routers
 
     saved = []

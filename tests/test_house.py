@@ -66,7 +66,7 @@ LIGHT = (
     "vismt.robustness.attacks.attacks",
     "vismt.report.writer",
 )
-JOBS = tuple(f"vismt.jobs.{job}.job" for job in ("fewshot", "classification", "lm", "robustness"))
+JOBS = tuple(f"vismt.jobs.{job}.job" for job in ("fewshot", "multitask", "lm", "robustness"))
 ONLY_IN = {"torchattacks": {"robustness/attacks/foreign.py"}, "learn2learn": {"metatune/maml.py"}}
 
 

@@ -29,9 +29,9 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample
 from vismt.engine.blocks import running_blocks
 from vismt.jobs import load_config, make_job
-from vismt.jobs.classification.config import MultitaskConfig, trained_tasks
-from vismt.jobs.classification.job import MapsJob
-from vismt.jobs.dense.data import DenseData
+from vismt.jobs.multitask.config import MultitaskConfig, trained_tasks
+from vismt.jobs.multitask.job import MapsJob
+from vismt.jobs.multitask.maps_data import DenseData
 from vismt.lowrank.recompute import recompute
 from vismt.multitask.tasks import MapTask, Task
 

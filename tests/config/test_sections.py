@@ -11,8 +11,8 @@ from vismt.base.errors import UserError
 from vismt.config.sections import config_hash, fraction, override, read_config_file
 from vismt.config.typed import build
 from vismt.jobs import load_config, make_job
-from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.fewshot.job import FewShotConfig
+from vismt.jobs.multitask.config import MultitaskConfig
 
 
 def write(folder: Path, text: str) -> Path:

@@ -20,9 +20,9 @@ from vismt.data import image_set
 from vismt.data.division import divide
 from vismt.data.images import open_images
 from vismt.data.near_duplicates import MARGIN, TILE, near_duplicates
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.classification.data import TaskData
-from vismt.jobs.dense.data import DenseData
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.data import TaskData
+from vismt.jobs.multitask.maps_data import DenseData
 
 
 def picture(seed: int, size: int = 48) -> Tensor:

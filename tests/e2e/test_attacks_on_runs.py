@@ -16,8 +16,8 @@ from vismt.cli import main
 from vismt.config.sections import config_hash
 from vismt.config.typed import build
 from vismt.jobs import load_config, open_run, started_config
-from vismt.jobs.classification.config import MultitaskConfig
 from vismt.jobs.fewshot.config import FewShotConfig
+from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.robustness.config import ClassifierConfig
 from vismt.jobs.robustness.models import TrainedArm
 from vismt.lowrank.model.merge import merge

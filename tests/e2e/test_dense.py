@@ -23,11 +23,11 @@ from timm.layers import resample_abs_pos_embed
 from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
-from vismt.jobs.classification import config as dense_config
-from vismt.jobs.classification.job import MapsJob
-from vismt.jobs.dense import models
-from vismt.jobs.dense.pooled_score import PooledScore, Scored
-from vismt.jobs.dense.predict import VALUES, most_pixels
+from vismt.jobs.multitask import config as dense_config
+from vismt.jobs.multitask import maps_models as models
+from vismt.jobs.multitask.job import MapsJob
+from vismt.jobs.multitask.maps_predict import VALUES, most_pixels
+from vismt.jobs.multitask.pooled_score import PooledScore, Scored
 from vismt.methods import schedules
 from vismt.multitask.emtal.ffn import MoEfiedMlp
 from vismt.multitask.heads import resize_logits

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import graphs, open_run
-from vismt.jobs.classification.config import trained_tasks
 from vismt.jobs.graphs import NAMES, PREPROCESSING, Named, image_graph, write_graph
+from vismt.jobs.multitask.config import trained_tasks
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ from helpers.tiny_runs import SHORT, run_config, written
 from vismt.base.errors import UserError
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.classification import classifier_job as classification_job
-from vismt.jobs.classification.config import check
-from vismt.jobs.classification.merging import FILE, TYPES
+from vismt.jobs.multitask import classifier_job as classification_job
+from vismt.jobs.multitask.config import check
+from vismt.jobs.multitask.merging import FILE, TYPES
 from vismt.lowrank import combine, read_updates
 from vismt.report.results import read_results
 from vismt.storage.files import read_sealed

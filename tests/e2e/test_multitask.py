@@ -22,7 +22,7 @@ from vismt.data.images import open_images
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.study import Study
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.classification.evaluation import FITTED, best_tau
+from vismt.jobs.multitask.evaluation import FITTED, best_tau
 from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, GROUP, RECORDS, Result, read_results

@@ -100,7 +100,7 @@ def test_an_export_leaves_a_folder_of_the_user_alone(
     runs: dict[str, Path], form: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     (tmp_path / "preprocessing.json").write_text("mine")
-    monkeypatch.setattr("vismt.jobs.classification.classifier_job.ClassifierJob.graph", lambda *_: None)
+    monkeypatch.setattr("vismt.jobs.multitask.classifier_job.ClassifierJob.graph", lambda *_: None)
     error = refused(capsys, "export", runs["multitask"], "--format", form, "--to", tmp_path)
     assert "preprocessing.json' exists and would be overwritten; give another --to" in error
     assert contents(tmp_path) == {"preprocessing.json": b"mine"}

@@ -18,7 +18,7 @@ from helpers.tiny_runs import TRAIN, VIT, refused, run_config, written
 from vismt.cli import main
 from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, RISK, SIZE, Risk
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.classification.config import MultitaskEvaluateConfig
+from vismt.jobs.multitask.config import MultitaskEvaluateConfig
 from vismt.jobs.predictions import TABLE
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines

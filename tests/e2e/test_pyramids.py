@@ -22,7 +22,7 @@ from vismt.cli import main
 from vismt.config.sections import ModelConfig
 from vismt.evaluation.risk import Risk
 from vismt.jobs import open_run
-from vismt.jobs.dense import models
+from vismt.jobs.multitask import maps_models as models
 from vismt.jobs.run import Run
 from vismt.multitask.inference import predict
 from vismt.report.results import read_results

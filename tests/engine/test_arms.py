@@ -7,7 +7,7 @@ import pytest
 from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.study import ignored, resolve_arms
-from vismt.jobs.classification.config import MultitaskConfig
+from vismt.jobs.multitask.config import MultitaskConfig
 
 
 def adapted(**arm: object) -> tuple[str, int, float | None]:

@@ -121,7 +121,7 @@ def test_an_absent_package_and_a_wrong_object_are_named_before_data(
 ) -> None:
     monkeypatch.setattr(trackers, "find_spec", lambda package: None)
     monkeypatch.setattr(loop, "train", None)
-    monkeypatch.setattr("vismt.jobs.classification.classifier_job.ClassifierJob.check_data", None)
+    monkeypatch.setattr("vismt.jobs.multitask.classifier_job.ClassifierJob.check_data", None)
     command = ["run", write_config("multitask", tmp_path), "--out", tmp_path / "runs"]
     error = refused(capsys, *command, "train.trackers=[wandb,tensorboard]")
     assert 'train.trackers: not installed: wandb, tensorboard; pip install "vismt[log]".' in error

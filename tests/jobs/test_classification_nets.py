@@ -13,9 +13,9 @@ from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.engine.study import Training
 from vismt.engine.training_files import finish, write_state
-from vismt.jobs.classification.classifier_job import ClassifierJob
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.classification.models import HEAD_FILE, fresh, with_linear_head
+from vismt.jobs.multitask.classifier_job import ClassifierJob
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.models import HEAD_FILE, fresh, with_linear_head
 
 
 def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:

@@ -12,10 +12,10 @@ from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.engine.study import Study, StudyConfig
 from vismt.engine.training_files import ADAPTER
-from vismt.jobs.classification.classifier_job import ClassifierJob
-from vismt.jobs.classification.figures import EXAMPLES, examples, examples_figure, sections, write_examples
-from vismt.jobs.classification.models import PixelNet
 from vismt.jobs.image_job import ImageJob
+from vismt.jobs.multitask.classifier_job import ClassifierJob
+from vismt.jobs.multitask.figures import EXAMPLES, examples, examples_figure, sections, write_examples
+from vismt.jobs.multitask.models import PixelNet
 from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.layers.base import adapter_modules
 from vismt.methods import adapt

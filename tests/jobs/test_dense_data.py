@@ -9,8 +9,8 @@ from helpers.blobs import blobs
 from vismt.data.maps.dense_set import DenseSet
 from vismt.data.maps.dense_transforms import scale
 from vismt.data.maps.derived_maps import edges_from_depth, edges_from_labels
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.dense.data import DenseBatches, Rows
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.maps_data import DenseBatches, Rows
 
 SIZE = (84, 112)
 

@@ -25,11 +25,11 @@ from vismt.data.pixels import Pixels
 from vismt.engine.study import Training
 from vismt.evaluation.ood import Ood
 from vismt.evaluation.risk import Risk, Thresholds
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.dense.data import Rows as Samples
-from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.pooled_score import Scored
 from vismt.jobs.image_scores import form_measures
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.maps_data import Rows as Samples
+from vismt.jobs.multitask.maps_evaluation import Evaluation
+from vismt.jobs.multitask.pooled_score import Scored
 from vismt.jobs.robustness.config import RobustnessConfig, RobustnessEvaluateConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import corruption_errors

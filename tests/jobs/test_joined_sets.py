@@ -11,8 +11,8 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
-from vismt.jobs.classification.config import MultitaskConfig, check
-from vismt.jobs.dense.data import DenseData
+from vismt.jobs.multitask.config import MultitaskConfig, check
+from vismt.jobs.multitask.maps_data import DenseData
 
 SIZE = (8, 12)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.jobs.dense.pooled_score import PooledScore
+from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.multitask.tasks import make_task
 from vismt.uncertainty.intervals import estimate, mean_interval
 

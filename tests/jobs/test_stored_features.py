@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
 from vismt.data.batching import Gathered, InOrder, ShuffledBatches
-from vismt.jobs.classification.models import PixelNet, stored
+from vismt.jobs.multitask.models import PixelNet, stored
 from vismt.metatune import features
 from vismt.uncertainty.last_layers import make_head
 

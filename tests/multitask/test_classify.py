@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
-from vismt.jobs.dense.pooled_score import PooledScore
+from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.multitask.balancing.base import BALANCERS, make_balancer
 from vismt.multitask.heads import HEADS, PooledHead, make_map_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy

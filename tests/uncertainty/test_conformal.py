@@ -13,7 +13,7 @@ from vismt.base.errors import UserError
 from vismt.data.division import validation_parts
 from vismt.engine.study import TuneConfig
 from vismt.evaluation.sections import divides
-from vismt.jobs.classification.config import MultitaskEvaluateConfig
+from vismt.jobs.multitask.config import MultitaskEvaluateConfig
 from vismt.uncertainty.conformal import conformal_quantile, least_examples, set_sizes
 from vismt.uncertainty.intervals import wilson
 from vismt.uncertainty.selective import (

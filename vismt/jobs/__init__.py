@@ -42,11 +42,11 @@ if TYPE_CHECKING:
 JOBS = with_entry_points(
     "vismt.jobs",
     {
-        "classification": "vismt.jobs.classification",
-        "dense": "vismt.jobs.classification",
+        "classification": "vismt.jobs.multitask",
+        "dense": "vismt.jobs.multitask",
         "fewshot": "vismt.jobs.fewshot",
         "lm": "vismt.jobs.lm",
-        "multitask": "vismt.jobs.classification",
+        "multitask": "vismt.jobs.multitask",
         "robustness": "vismt.jobs.robustness",
     },
 )

@@ -13,7 +13,7 @@ from scripts.bench.__main__ import main
 from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.config_memory import made_batch
 from vismt.jobs import load_config, make_job
-from vismt.jobs.classification.config import all_tasks
+from vismt.jobs.multitask.config import all_tasks
 
 SMALL = {
     "task": "dense",

@@ -26,16 +26,16 @@ from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
-from vismt.jobs.classification.base import MultitaskJob
-from vismt.jobs.classification.config import MultitaskConfig, entry_name, own_parts
-from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.figures import EXAMPLES, examples, sections, write_confusions
-from vismt.jobs.classification.merging import check_merging_arms, merge_section, merged_net, write_interference
-from vismt.jobs.classification.models import HEAD_FILE, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
+from vismt.jobs.multitask.base import MultitaskJob
+from vismt.jobs.multitask.config import MultitaskConfig, entry_name, own_parts
+from vismt.jobs.multitask.data import TaskData
+from vismt.jobs.multitask.evaluation import Evaluation
+from vismt.jobs.multitask.figures import EXAMPLES, examples, sections, write_confusions
+from vismt.jobs.multitask.merging import check_merging_arms, merge_section, merged_net, write_interference
+from vismt.jobs.multitask.models import HEAD_FILE, PixelNet, fresh, load_head, stored, with_linear_head
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.lowrank.model.inject import train_along
 from vismt.lowrank.model.record import count_parameters

@@ -18,9 +18,12 @@ from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
-from vismt.jobs.classification.base import MultitaskJob
-from vismt.jobs.classification.classifier_job import ClassifierJob
-from vismt.jobs.classification.config import (
+from vismt.jobs.graphs import Graph, Named, image_graph
+from vismt.jobs.image_job import MAPPED_IMAGES
+from vismt.jobs.multitask import maps_models as models
+from vismt.jobs.multitask.base import MultitaskJob
+from vismt.jobs.multitask.classifier_job import ClassifierJob
+from vismt.jobs.multitask.config import (
     DELTA,
     PANELS,
     MultitaskConfig,
@@ -31,15 +34,19 @@ from vismt.jobs.classification.config import (
     trained_tasks,
     window_of,
 )
-from vismt.jobs.dense import models
-from vismt.jobs.dense.data import DenseBatches, DenseData, FittedImages
-from vismt.jobs.dense.delta import deltas
-from vismt.jobs.dense.evaluation import Evaluation
-from vismt.jobs.dense.figures import confusions, sections, write_predictions
-from vismt.jobs.dense.pooled_score import PooledScore
-from vismt.jobs.dense.predict import check_images, class_names, most_pixels, named_tasks, output_names, predict_images
-from vismt.jobs.graphs import Graph, Named, image_graph
-from vismt.jobs.image_job import MAPPED_IMAGES
+from vismt.jobs.multitask.delta import deltas
+from vismt.jobs.multitask.maps_data import DenseBatches, DenseData, FittedImages
+from vismt.jobs.multitask.maps_evaluation import Evaluation
+from vismt.jobs.multitask.maps_figures import confusions, sections, write_predictions
+from vismt.jobs.multitask.maps_predict import (
+    check_images,
+    class_names,
+    most_pixels,
+    named_tasks,
+    output_names,
+    predict_images,
+)
+from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.jobs.predictions import Options, Predictions, check_target, image_files
 from vismt.methods import METHODS, needs
 from vismt.multitask.mtlora.method import merge_shared

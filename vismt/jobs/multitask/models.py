@@ -17,7 +17,7 @@ from vismt.data.batching import Gathered
 from vismt.engine import training_files
 from vismt.engine.study import Training
 from vismt.evaluation.sections import asked_features
-from vismt.jobs.classification.config import MultitaskConfig
+from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.metatune.features import FeatureStore, features, number
 from vismt.uncertainty.features import HEAD
 from vismt.uncertainty.last_layers import is_variational, make_head

@@ -29,10 +29,10 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.sections import asked_features, divides, shown_quantile
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.models import PixelNet, replace_head, stored
 from vismt.jobs.image_scores import ImageView, set_rows
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.data import TaskData
+from vismt.jobs.multitask.models import PixelNet, replace_head, stored
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, TEMPERED, fitted_once
 from vismt.jobs.predictions import Softmax
 from vismt.multitask.class_loss import adjusted

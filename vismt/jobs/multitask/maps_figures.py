@@ -17,11 +17,11 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
 from vismt.engine.log import record_stem
 from vismt.engine.study import ARMS, Training
-from vismt.jobs.classification.config import PANELS
-from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.evaluation import CLASS_NAMES, NUMBERS, UNDEFINED
-from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore
+from vismt.jobs.multitask.config import PANELS
+from vismt.jobs.multitask.maps_data import DenseData
+from vismt.jobs.multitask.maps_evaluation import CLASS_NAMES, NUMBERS, UNDEFINED
+from vismt.jobs.multitask.maps_models import fingerprint
+from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from vismt.jobs.classification.start_maps import map_files
 from vismt.jobs.init_files import OWN_CARD, Files, Init, config, images_card, quoted
+from vismt.jobs.multitask.start_maps import map_files
 
 
 def _files(job: str, folder: Path, images: Path | None) -> Files:

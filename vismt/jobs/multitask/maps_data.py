@@ -19,7 +19,7 @@ from vismt.data.image_set import named_groups
 from vismt.data.maps import dense_transforms as transforms
 from vismt.data.maps.dense_sample import CLASS, Sample, collate
 from vismt.data.maps.dense_set import DenseSet
-from vismt.jobs.classification.config import (
+from vismt.jobs.multitask.config import (
     MultitaskConfig,
     all_tasks,
     canvas_of,

@@ -27,10 +27,10 @@ from vismt.engine import runtime
 from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs.calibration import ImageCalibrationConfig, image_batches
-from vismt.jobs.classification.config import MultitaskConfig
-from vismt.jobs.classification.data import TaskData
-from vismt.jobs.classification.evaluation import Evaluation
-from vismt.jobs.classification.models import PixelNet
+from vismt.jobs.multitask.config import MultitaskConfig
+from vismt.jobs.multitask.data import TaskData
+from vismt.jobs.multitask.evaluation import Evaluation
+from vismt.jobs.multitask.models import PixelNet
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.corda.covariance import collect_covariance, observed_modules
 from vismt.lowrank.files.combining import combine, interference

@@ -19,7 +19,7 @@ from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.engine import training_files
 from vismt.engine.study import Training
-from vismt.jobs.classification.config import MultitaskConfig, trained_tasks
+from vismt.jobs.multitask.config import MultitaskConfig, trained_tasks
 from vismt.lowrank.model.record import record_of
 from vismt.multitask.heads import Head, make_map_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, check_blocks, default_blocks

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.engine.study import Training
-from vismt.jobs.classification.data import TaskData
+from vismt.jobs.multitask.data import TaskData
 from vismt.report.arm_figures import LETTER
 from vismt.report.confusion import write_confusion
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.jobs.classification.config import DELTA
+from vismt.jobs.multitask.config import DELTA
 from vismt.multitask.metrics import delta_m
 from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure, Score
 

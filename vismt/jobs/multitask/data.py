@@ -14,7 +14,7 @@ from vismt.data.images import ImageSet
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import overlap
 from vismt.engine.parts import PartsConfig
-from vismt.jobs.classification.config import MultitaskConfig, entry_name, own_parts
+from vismt.jobs.multitask.config import MultitaskConfig, entry_name, own_parts
 from vismt.jobs.sets import Sets, divided
 from vismt.multitask.nets import Union
 

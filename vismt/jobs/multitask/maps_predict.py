@@ -32,7 +32,7 @@ from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
-from vismt.jobs.classification.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
+from vismt.jobs.multitask.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
 from vismt.jobs.predictions import TABLE, Options, Predictions, Row, class_row, note_target, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet

@@ -95,7 +95,7 @@ class HeadConfig:
             union.
     """
 
-    name: Annotated[str | None, Names("vismt.jobs.classification.config:head_names", only=True)] = None
+    name: Annotated[str | None, Names("vismt.jobs.multitask.config:head_names", only=True)] = None
     options: dict[str, Any] = field(default_factory=dict)
     labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
 

@@ -39,11 +39,11 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.sections import asked_scores, divides
-from vismt.jobs.classification.config import MultitaskConfig, image_tasks, trained_tasks, window_of
-from vismt.jobs.dense.data import DenseData
-from vismt.jobs.dense.models import fingerprint
-from vismt.jobs.dense.pooled_score import PooledScore, Undefined
 from vismt.jobs.image_scores import form_measures
+from vismt.jobs.multitask.config import MultitaskConfig, image_tasks, trained_tasks, window_of
+from vismt.jobs.multitask.maps_data import DenseData
+from vismt.jobs.multitask.maps_models import fingerprint
+from vismt.jobs.multitask.pooled_score import PooledScore, Undefined
 from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict

@@ -11,8 +11,8 @@ from typing import Any, Generic
 from torch import Tensor
 
 from vismt.jobs.calibration import Calibrations
-from vismt.jobs.classification.config import MultitaskConfig, check, class_loss, entry_name, own_parts
 from vismt.jobs.image_job import ImageJob
+from vismt.jobs.multitask.config import MultitaskConfig, check, class_loss, entry_name, own_parts
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.jobs.training_job import Net
 from vismt.multitask.emtal.retain import QualityRetaining
