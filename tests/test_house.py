@@ -33,7 +33,8 @@ TOP_FILES = {"__init__", "__main__", "api", "methods"}
 MODULES_IN_A_FOLDER = 20
 CORE_FLOORS = {"base", "storage", "config", "lowrank"}  # what the core may import
 WITH_DOCSTRING = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-CORE_LIBRARIES = {"torch", "einops", "safetensors", "regex"}
+# typing_extensions comes with torch, and is imported by type checkers alone.
+CORE_LIBRARIES = {"torch", "einops", "safetensors", "regex", "typing_extensions"}
 LAZY = (
     "learn2learn",
     "torchattacks",

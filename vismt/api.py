@@ -31,6 +31,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, named_arguments, require_known, shown_value
 from vismt.base.objects import name_of, named, registered, title_of
 from vismt.jobs.study_results import StudyResults
+from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from vismt.jobs.predictions import Predictions
@@ -40,7 +41,7 @@ _EPSILON = "4.5/255"
 
 
 @named_arguments
-def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyResults:
+def train(config: Mapping[str, object], folder: str | Path | None = None) -> StudyResults:
     """Run a study: train the arms of a configuration and evaluate them.
 
     Args:
@@ -69,7 +70,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
     from vismt.jobs import started_config, typed_config
     from vismt.report.results import RESULTS, read_results
 
-    objects: dict[str, Any] = {}
+    objects: dict[str, object] = {}
     plain = named(dict(config), objects)
     built = typed_config(plain, "config")
     temporary = tempfile.TemporaryDirectory(prefix="vismt-") if folder is None else None
@@ -84,7 +85,7 @@ def train(config: Mapping[str, Any], folder: str | Path | None = None) -> StudyR
 
 @named_arguments
 def compare(
-    *inputs: Any,
+    *inputs: object,
     id: str | None = None,
     score: str | None = None,
     label: str | None = None,
@@ -132,7 +133,7 @@ def compare(
     from vismt.report.compare.score_tables import Columns
     from vismt.report.comparison import compare_results as compare_rows
 
-    named: dict[str, Any] = {}
+    named: dict[str, object] = {}
     for number, given in enumerate(inputs, 1):
         if isinstance(given, Mapping):
             named |= given
@@ -150,19 +151,19 @@ def compare(
 
 @named_arguments
 def evaluate_fewshot(
-    model: Any,
-    data: Any,
+    model: object,
+    data: object,
     ways: int = 5,
     shots: int | Sequence[int] = (1, 5),
     episodes: int = 600,
     *,
     queries: int = 15,
-    attacks: Sequence[Any] = (),
-    corruptions: Sequence[Any] = (),
+    attacks: Sequence[object] = (),
+    corruptions: Sequence[object] = (),
     epsilon: float | str = _EPSILON,
     head: str | Sequence[str] = "prototypes",
     sampling: str = "parts",
-    ood: Any = (),
+    ood: object = (),
     img_size: int | None = None,
     seed: int = 1,
     folder: str | Path | None = None,
@@ -207,7 +208,7 @@ def evaluate_fewshot(
     """
     from vismt.jobs.fewshot.config import FROZEN, HEADS, PROTOTYPES
 
-    objects: dict[str, Any] = {}
+    objects: dict[str, object] = {}
     arms = _models(model, objects, "model.name")
     heads = [head] if isinstance(head, str) else list(head)
     if not heads:
@@ -239,10 +240,10 @@ def evaluate_fewshot(
 
 @named_arguments
 def audit(
-    model: Any,
-    data: Any,
-    attacks: Sequence[Any] = ("strong",),
-    corruptions: Sequence[Any] = (),
+    model: object,
+    data: object,
+    attacks: Sequence[object] = ("strong",),
+    corruptions: Sequence[object] = (),
     *,
     epsilon: float | str = _EPSILON,
     images: int | None = None,
@@ -280,7 +281,7 @@ def audit(
         model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
         print(vismt.audit({"mine": model}, "digits", attacks=["pgd"], images=20))
     """
-    objects: dict[str, Any] = {}
+    objects: dict[str, object] = {}
     arms = _models(model, objects, "classifier.name")
     config = {
         "task": "robustness",
@@ -301,12 +302,12 @@ def audit(
 
 @named_arguments
 def meta_tune(
-    model: Any,
-    data: Any,
-    test: Any,
+    model: object,
+    data: object,
+    test: object,
     *,
     method: str = "lora",
-    adapt: Mapping[str, Any] | None = None,
+    adapt: Mapping[str, object] | None = None,
     levels: Sequence[float] = (),
     rank: int = 8,
     steps: int = 100,
@@ -315,7 +316,7 @@ def meta_tune(
     shots: int = 5,
     queries: int = 15,
     episodes: int = 600,
-    attacks: Sequence[Any] = (),
+    attacks: Sequence[object] = (),
     epsilon: float | str = _EPSILON,
     img_size: int | None = None,
     seed: int = 0,
@@ -361,7 +362,7 @@ def meta_tune(
         )
         tuned = results.model()
     """
-    objects: dict[str, Any] = {}
+    objects: dict[str, object] = {}
     (arm,) = _models(model, objects, "name").values()
     config = {
         "task": "fewshot",
@@ -427,7 +428,7 @@ def predict(
         return jobs.predict_inputs(folder, paths, None if to is None else Path(to), settings)
 
 
-def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str, str]]:
+def _models(model: object, objects: dict[str, object], key: str) -> dict[str, dict[str, str]]:
     """Return the arms of one model or of a mapping to several models: {name in results: {key: name in the configuration}}."""
     several = model if isinstance(model, Mapping) else {None: model}
     arms = {}
@@ -444,7 +445,7 @@ def _models(model: Any, objects: dict[str, Any], key: str) -> dict[str, dict[str
     return arms
 
 
-def _sets(data: Any, objects: dict[str, Any]) -> list[str]:
+def _sets(data: Any, objects: dict[str, object]) -> list[str]:
     """Return the data sets of a configuration from one data set, a list, or a mapping from names in results to objects."""
     if isinstance(data, Mapping) and not hasattr(data, "column_names"):
         pairs = list(data.items())
@@ -453,7 +454,9 @@ def _sets(data: Any, objects: dict[str, Any]) -> list[str]:
     return [str(given) if isinstance(given, str | Path) else name_of(given, objects, title) for title, given in pairs]
 
 
-def _conditions(attacks: Sequence[Any], corruptions: Sequence[Any], epsilon: float | str) -> dict[str, list[Any]]:
+def _conditions(
+    attacks: Sequence[object], corruptions: Sequence[object], epsilon: float | str
+) -> dict[str, list[object]]:
     """Return the keys `attacks` and `corruptions` of the section `evaluate`."""
     for name, given in (("attacks", attacks), ("corruptions", corruptions)):
         if isinstance(given, str):
@@ -466,11 +469,11 @@ def _conditions(attacks: Sequence[Any], corruptions: Sequence[Any], epsilon: flo
     }
 
 
-def _plain(entry: Any) -> Any:
+def _plain(entry: object) -> object:
     return asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else entry
 
 
-def _with_objects(config: dict[str, Any], objects: Mapping[str, Any], folder: str | Path | None) -> StudyResults:
+def _with_objects(config: JsonObject, objects: Mapping[str, object], folder: str | Path | None) -> StudyResults:
     """Run a study whose objects already have names."""
     with registered(objects):
         results = train(config, folder)

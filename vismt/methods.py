@@ -59,7 +59,7 @@ class Calibration:
 
     batches: Callable[..., list[dict[str, Tensor]]]
     folder: Path
-    results: dict[str, Any] = field(default_factory=dict)
+    results: dict[str, object] = field(default_factory=dict)
 
 
 class Calibrate(Protocol):
@@ -70,7 +70,7 @@ class Calibrate(Protocol):
 
     def __call__(
         self, model: nn.Module, calibration: Calibration, *, targets: Targets, options: Mapping[str, object]
-    ) -> dict[str, Any]: ...
+    ) -> dict[str, object]: ...
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ class Method:
     freezes: bool = False
     head_only: bool = False
     calibrate: Calibrate | None = None
-    needs: Callable[[Mapping[str, Any]], Mapping[str, str]] = lambda options: {}
+    needs: Callable[[Mapping[str, object]], Mapping[str, str]] = lambda options: {}
     merges: bool = True
     exports: bool = True
     unread: Mapping[str, str] = field(default_factory=dict)
@@ -201,7 +201,7 @@ def adapt(
         return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
 
-def known_method(name: Any, options: Collection[str]) -> Method:
+def known_method(name: str, options: Collection[str]) -> Method:
     """Return a method by name. Raise UserError if the method is unknown or lacks one of the options."""
     method = METHODS[name]
     unknown = [option for option in options if option not in method.options]

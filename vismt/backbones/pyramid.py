@@ -71,7 +71,7 @@ class Pyramid(TappedBackbone):
         )
 
     def last_block(self, tap: int) -> str:
-        model: Any = self.vit
+        model = self.vit
         stage = model.feature_info[tap]["module"]
         blocks = getattr(model.get_submodule(stage), "blocks", None)
         return stage if blocks is None else f"{stage}.blocks.{len(blocks) - 1}"
@@ -111,7 +111,7 @@ class Pyramid(TappedBackbone):
 
     def _note_size(self) -> None:
         """Put the size into timm's settings of the model. Exports and classifiers read it there."""
-        model: Any = self.vit
+        model = self.vit
         settings = getattr(model, "pretrained_cfg", None) or {}
         model.pretrained_cfg = {**settings, "input_size": (self.mean.shape[1], *self.img_size)}
 

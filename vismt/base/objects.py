@@ -30,10 +30,10 @@ _PLAIN = (str, int, float, bool, type(None))
 # Attributes of a data set that are read beside its examples.
 READ = ("classes", "column_names", "features", "targets", "labels", "_labels", "indices", "ids", "nodes", "superclass")
 
-_registered: ContextVar[Mapping[str, Any] | None] = ContextVar("registered", default=None)
+_registered: ContextVar[Mapping[str, object] | None] = ContextVar("registered", default=None)
 
 
-def named(value: Any, objects: dict[str, Any]) -> Any:
+def named(value: Any, objects: dict[str, object]) -> Any:
     """Return a configuration with a name for each object that YAML could not hold. The object goes into `objects`."""
     if isinstance(value, _PLAIN):
         return value

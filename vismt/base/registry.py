@@ -86,7 +86,7 @@ class Registry(Mapping[str, T]):
         self._items: dict[str, T] = {}
         self._families: dict[str, Callable[[str], T]] = {}
 
-    def register(self, name: str) -> Callable[[Any], Any]:
+    def register(self, name: str) -> Callable[[T], T]:
         """Return a decorator that registers what it decorates as `name`."""
         return partial(self.add, name)
 

@@ -6,10 +6,11 @@ import argparse
 import re
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vismt.base.errors import UserError
 from vismt.cli.commands import Commands
+from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from vismt.robustness.conditions import AttackConfig
@@ -121,7 +122,7 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
     if not options.data:
         raise UserError("attack: --model needs --data, a card such as cifar10:test; `vismt data list` shows them.")
     arm = re.sub(r"[^\w.+-]+", "-", Path(options.model).stem)
-    classifier: dict[str, Any] = {
+    classifier: JsonObject = {
         "name": options.model,
         "architecture": options.architecture,
         "pretrained": not options.random_weights,

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -19,7 +19,7 @@ from vismt.base.registry import PLACES, with_entry_points
 from vismt.cli.commands import Commands, answer
 from vismt.config.typed import Names
 from vismt.storage.cache import make_room
-from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 from vismt.storage.paths import cache_root
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ def _list_features() -> dict[str, dict[str, str]]:
     return listed
 
 
-def _list_methods() -> list[dict[str, Any]]:
+def _list_methods() -> list[JsonObject]:
     """Print every method with its options. Return what was printed."""
     table = _methods_table()
     listed, families = table["methods"], table["families"]
@@ -253,7 +253,7 @@ def _list_methods() -> list[dict[str, Any]]:
     return list(listed)
 
 
-def _methods_table() -> dict[str, Any]:
+def _methods_table() -> JsonObject:
     """Return all methods with their options, from the cache folder unless a file of vismt has changed.
 
     The declarations import torch, which takes most of the time of the command.
@@ -274,7 +274,7 @@ def _methods_table() -> dict[str, Any]:
     return table
 
 
-def _described_methods() -> dict[str, Any]:
+def _described_methods() -> JsonObject:
     from vismt.lowrank.model.inject import COMMON
     from vismt.methods import METHODS
 

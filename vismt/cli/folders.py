@@ -34,7 +34,10 @@ def add_commands(commands: Commands) -> None:
         ("score", "a number for each example, for example 1 and 0 for right and wrong"),
         ("label", "the right answer"),
         ("answer", "the model's answer"),
-        ("probability", "the answer's probability, or the probabilities of all classes, with a * in the place of the class"),
+        (
+            "probability",
+            "the answer's probability, or the probabilities of all classes, with a * in the place of the class",
+        ),
         ("group", "examples that depend on each other, such as a patient"),
         ("seed", "the training"),
         ("set", "the data set"),

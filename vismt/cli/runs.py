@@ -6,12 +6,13 @@ import argparse
 from dataclasses import asdict
 from glob import escape, glob
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli.commands import Commands, answer
 from vismt.cli.folders import add_format, formats_of
+from vismt.storage.files import JsonObject
 
 _ROBUSTBENCH = "robustbench"  # format of reports that only robustness runs have
 
@@ -79,7 +80,7 @@ def _run(options: argparse.Namespace) -> None:
         answer(options, _found(run))
 
 
-def _found(run: Run) -> dict[str, Any]:
+def _found(run: Run) -> JsonObject:
     """Return a run folder with its report and results. They are null and none before they are written."""
     from vismt.report.results import RESULTS, read_results
 

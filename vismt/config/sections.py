@@ -23,6 +23,7 @@ from vismt.base.errors import UserError, near
 from vismt.base.registry import import_own
 from vismt.config import yaml_text
 from vismt.config.typed import Names, build, within
+from vismt.storage.files import JsonObject
 from vismt.storage.paths import shipped
 
 # Metadata of a field that changes how a run is computed, but not its numbers.
@@ -120,7 +121,7 @@ class AdaptConfig:
     targets: str | list[str] | None = None
     rank: int = 8
     alpha: float | None = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
 
 
 @dataclass
@@ -234,7 +235,7 @@ def find_config(text: str) -> Path:
     return shipped("configs") / f"{name}.yaml"
 
 
-def read_config_file(path: Path) -> dict[str, Any]:
+def read_config_file(path: Path) -> JsonObject:
     """Return the mapping in the YAML file `path`.
 
     Raise UserError for a file that cannot be read. For a missing file, the message names similar files and configurations.
@@ -242,7 +243,9 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not path.exists():
         names = [str(file) for file in path.parent.glob("*.y*ml")] if path.parent.is_dir() else []
         names += list_configs()
-        raise UserError(f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows the files of vismt.")
+        raise UserError(
+            f"config: no file '{path}'.{near(str(path), names)} `vismt list configs` shows the files of vismt."
+        )
     return yaml_text.read_yaml(path, f"config: '{path}'")
 
 
@@ -260,7 +263,7 @@ def from_working_folder(value: object, folder: Path) -> Any:
     return value
 
 
-def override(raw: dict[str, object], assignments: Sequence[str]) -> dict[str, Any]:
+def override(raw: dict[str, object], assignments: Sequence[str]) -> JsonObject:
     """Return a copy of `raw` with dotted `key=value` assignments applied. Values are read as YAML.
 
     A key leads into a list by the name of an item: tasks.digits.limit=40.
@@ -284,7 +287,7 @@ def with_values(config: T, changes: Mapping[str, object], source: str) -> T:
 
     Raise UserError for an unknown key, a path through a value, and a value of another type. `source` names the place.
     """
-    raw: dict[str, Any] = dataclasses.asdict(config)  # type: ignore[call-overload]  # a dataclass
+    raw: JsonObject = dataclasses.asdict(config)  # type: ignore[call-overload]  # a dataclass
     for key, value in changes.items():
         raw = _replaced(raw, key.split("."), value, source, "")
     return build(type(config), raw, source)
@@ -300,7 +303,7 @@ def _replaced(node: object, path: Sequence[str], value: object, source: str, pre
     return {**node, name: _replaced(node.get(name, {}), rest, value, source, f"{prefix}{name}.") if rest else value}
 
 
-def _replaced_item(items: list[object], path: Sequence[str], value: object, source: str, prefix: str) -> list[Any]:
+def _replaced_item(items: list[object], path: Sequence[str], value: object, source: str, prefix: str) -> list[object]:
     """Return a copy of a list of names, or mappings with a name, with an option of the item `path[0]` replaced."""
     names = [item.get("name") if isinstance(item, dict) else item for item in items]
     name, *rest = path
@@ -314,9 +317,9 @@ def _replaced_item(items: list[object], path: Sequence[str], value: object, sour
     return [*items[:place], _replaced(item, rest, value, source, f"{prefix}{name}."), *items[place + 1 :]]
 
 
-def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, Any]:
+def flat(values: Mapping[str, object], prefix: str = "") -> JsonObject:
     """Return {dotted key: value} of nested mappings. An empty mapping counts as a value."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for name, value in values.items():
         found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": value}
     return found
@@ -331,9 +334,9 @@ def config_hash(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:HASH_DIGITS]
 
 
-def differences(section: Any, base: Any = None) -> dict[str, Any]:
+def differences(section: Any, base: Any = None) -> JsonObject:
     """Return the hashed values of a section that differ from the values of `base`, or from the defaults, as plain values."""
-    found = {}
+    found: JsonObject = {}
     for item in dataclasses.fields(section):
         value = getattr(section, item.name)
         default = default_of(item) if base is None else getattr(base, item.name)
@@ -349,12 +352,12 @@ def differences(section: Any, base: Any = None) -> dict[str, Any]:
     return found
 
 
-def default_of(item: dataclasses.Field[object]) -> Any:
+def default_of(item: dataclasses.Field[object]) -> object:
     """Return the default of a field. A required field has MISSING."""
     return item.default if item.default_factory is dataclasses.MISSING else item.default_factory()
 
 
-def _hashed(value: object, left_out: Sequence[str]) -> Any:
+def _hashed(value: object, left_out: Sequence[str]) -> object:
     """Return a value, or the items of a list, as plain values.
 
     left_out: Keys that mappings in the list lose.

@@ -135,7 +135,7 @@ class Checked:
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return typing.get_type_hints(cls, include_extras=True)
 
 
@@ -284,7 +284,7 @@ def describe_type(hint: object) -> str:
     return "null" if hint is types.NoneType else str(getattr(hint, "__name__", hint))
 
 
-def _convert(value: object, hint: object, source: str, key: str) -> Any:
+def _convert(value: object, hint: object, source: str, key: str) -> object:
     """Return `value` as an object of the type `hint`. Raises _WrongType."""
     origin = typing.get_origin(hint)
     if origin is Annotated:
@@ -304,7 +304,7 @@ def _convert(value: object, hint: object, source: str, key: str) -> Any:
     return _convert_scalar(value, hint, source, key)
 
 
-def _convert_union(value: object, hint: object, source: str, key: str) -> Any:
+def _convert_union(value: object, hint: object, source: str, key: str) -> object:
     """Return `value` as the first member of the union that it fits."""
     errors = []
     for member in typing.get_args(hint):
@@ -316,7 +316,7 @@ def _convert_union(value: object, hint: object, source: str, key: str) -> Any:
     raise inner or _WrongType(key, hint, value)
 
 
-def _convert_container(value: object, hint: object, source: str, key: str) -> Any:
+def _convert_container(value: object, hint: object, source: str, key: str) -> object:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in MAPPINGS:
         if not isinstance(value, Mapping):
@@ -336,7 +336,7 @@ def _convert_container(value: object, hint: object, source: str, key: str) -> An
     return items if origin is list else tuple(items)
 
 
-def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> Any:
+def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> object:
     if typing.get_origin(hint) is Literal:
         if value not in typing.get_args(hint):
             raise _WrongType(key, hint, value)
@@ -356,7 +356,7 @@ def _convert_scalar(value: Any, hint: Any, source: str, key: str) -> Any:
     return value
 
 
-def _copied(value: object, key: str) -> Any:
+def _copied(value: object, key: str) -> object:
     """Return a deep copy of a plain value, checked."""
     if isinstance(value, Mapping):
         for name in value:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from vismt.base.errors import UserError, shown_value
+from vismt.storage.files import JsonObject
 from vismt.storage.paths import read_bytes
 
 _MAX_BYTES = 2**20
@@ -34,7 +35,7 @@ class _Loader(yaml.SafeLoader):
         self.values = 0
         self.values_below: dict[int, int] = {}  # by identity of the node of an anchor
 
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event = self.peek_event()
         if getattr(event, "tag", None) is not None:
             raise self.refusal(f"the tag '{event.tag}' is not read; write text in quotes", event)
@@ -73,7 +74,7 @@ class _Loader(yaml.SafeLoader):
                 seen.add(key.value)
         return node
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, object]:
         mapping = super().construct_mapping(node, deep)
         types = {type(key) for key in mapping}
         # keys of several types have no order, and a null key is a slip: `: 3`
@@ -103,7 +104,7 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
 
 
-def read_yaml(path: Path, source: str) -> dict[str, Any]:
+def read_yaml(path: Path, source: str) -> JsonObject:
     """Return the mapping in the file `path`. `source` names the file in errors.
 
     Raise UserError for a file that cannot be read, is not YAML within the bounds, repeats a key or holds something else.

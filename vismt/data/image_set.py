@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -59,7 +59,7 @@ class ImageSet:
     skipped: list[str] = field(default_factory=list)
     where: str = ""
     nodes: list[list[int]] | None = None
-    groups: Mapping[str, Any] | None = field(default_factory=dict)
+    groups: Mapping[str, Hashable] | None = field(default_factory=dict)
     group_unit: str = "groups"
     cached: bool = True
     timed: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, TypeVar
@@ -18,7 +18,7 @@ from vismt.base import console
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import Registry
 from vismt.config.typed import RelativePath, relative_path, within
-from vismt.storage.files import parse_json
+from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import data_roots, package_folder, regular_file, shipped
 
 Files = Mapping[str, Sequence[tuple[str, Path]]]  # group of a manifest -> (name inside the set, file)
@@ -266,7 +266,7 @@ class Card:
         """Return the sources of a family such as ImageSource, in order."""
         return [source for source in self.sources if isinstance(source, family)]
 
-    def read_groups(self, default: str, ids: Sequence[str]) -> dict[str, Any] | None:
+    def read_groups(self, default: str, ids: Sequence[str]) -> Mapping[str, Hashable] | None:
         """Return {image: group}. Return {} for no groups, and None if near-duplicates have to be found.
 
         default: Value of `groups` of a card without the key. ids: Names of the images.
@@ -283,7 +283,7 @@ class Card:
         """Name of a group, in the plural."""
         return self.unit or ("groups" if self.frames is None else "blocks of frames")
 
-    def read_mapping(self, name: str, what: str, *kinds: type) -> dict[str, Any]:
+    def read_mapping(self, name: str, what: str, *kinds: type) -> JsonObject:
         """Return the object in a JSON file beside the card. Its values are of `kinds`.
 
         what: "key to value", for the error.

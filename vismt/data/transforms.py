@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection
 
 import torch
 from torch import Tensor
@@ -56,7 +56,11 @@ class _DrawsFrom(TorchFunctionMode):
         self.generator = generator
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
+        self,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         drawn = {"generator": self.generator} if func in DRAWS else {}
         return func(*args, **{**(kwargs or {}), **drawn})

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -77,7 +77,13 @@ def running_blocks(objective: nn.Module, config: TrainConfig) -> Iterator[None]:
 class _AttentionByProducts(TorchFunctionMode):
     """Compute the attention of short sequences by its products if gradients are recorded. Masks are left to torch."""
 
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self,
+        function: Callable[..., object],
+        types: Collection[type],
+        args: tuple[Tensor, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         options = kwargs or {}
         if function is F.scaled_dot_product_attention and len(args) == 3:
             q, k, v = args
@@ -105,13 +111,13 @@ class _Checkpointed(nn.Module):
         self.run = block.forward
         self.products = products
 
-    def checkpointed(self, *args: Any, **options: Any) -> Any:
+    def checkpointed(self, *args: Any, **options: Any) -> object:
         return checkpoint(self._with, self._tensors(), *args, use_reentrant=False, context_fn=self._contexts, **options)
 
-    def forward(self, *args: object, **options: object) -> Any:
+    def forward(self, *args: object, **options: object) -> object:
         return self.run(*args, **options)
 
-    def _with(self, tensors: dict[str, Tensor], *args: object, **options: object) -> Any:
+    def _with(self, tensors: dict[str, Tensor], *args: object, **options: object) -> object:
         now = self._tensors()
         changed = {name: tensor for name, tensor in tensors.items() if now[name] is not tensor}
         return functional_call(self, changed, args, options) if changed else self.run(*args, **options)
@@ -150,7 +156,7 @@ def check_compile(objective: nn.Module) -> None:
         raise UserError(f"train.compile: needs a C++ compiler on a CPU ({', '.join(COMPILERS)}), none was found.")
 
 
-def _kept_buffers() -> Any:
+def _kept_buffers() -> AbstractContextManager[object]:
     """Return a context in which a compiled backward pass may run twice (retain_graph), as attacks and balancers need."""
     import torch._functorch.config as settings
 

@@ -19,11 +19,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from vismt.base import console
@@ -64,7 +64,7 @@ def save(
     module: nn.Module,
     optimizer: Optimizer,
     updates: int,
-    scaler: object,
+    scaler: GradScaler | None,
     config_hash: str,
     every: int = 1,
 ) -> None:
@@ -85,7 +85,9 @@ def save(
     _delete_others(folder / path.name.format(digest=digest[:12]), every)
 
 
-def load(folder: Path, module: nn.Module, optimizer: Optimizer, scaler: object, config_hash: str) -> tuple[int, int]:
+def load(
+    folder: Path, module: nn.Module, optimizer: Optimizer, scaler: GradScaler | None, config_hash: str
+) -> tuple[int, int]:
     """Restore the newest sound checkpoint of a folder. Return the finished steps and the optimiser's updates, 0 without one.
 
     Damaged checkpoints are named on the console. Raise UserError, before anything is changed, if all checkpoints are damaged,
@@ -131,7 +133,9 @@ def _is_sound(path: Path) -> bool:
         return False
 
 
-def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, config_hash: str) -> tuple[int, int]:
+def _restore(
+    path: Path, module: nn.Module, optimizer: Optimizer, scaler: GradScaler | None, config_hash: str
+) -> tuple[int, int]:
     """Check everything in a checkpoint, then restore random state, module, optimiser and scaler from it."""
     what = f"checkpoint '{path}'"
     try:
@@ -177,7 +181,7 @@ def _restore(path: Path, module: nn.Module, optimizer: Optimizer, scaler: Any, c
     return step, updates
 
 
-def _checked(what: str, numbers: object, step: int, scaler: object, config_hash: str) -> tuple[int, int]:
+def _checked(what: str, numbers: object, step: int, scaler: GradScaler | None, config_hash: str) -> tuple[int, int]:
     """Return the progress in a checkpoint's numbers. Raise UserError for values that no training writes."""
     refusal = UserError(f"{what} has numbers that no training writes: {numbers}; delete it to train from the start.")
     if not isinstance(numbers, dict) or set(numbers) != {"step", "updates", "config_hash", "scaler"}:
@@ -235,7 +239,7 @@ def _fields(optimizer: Optimizer) -> Mapping[str, Tensor]:
     return twin.state[probe]
 
 
-def _scale(scaler: Any) -> dict[str, float] | None:
+def _scale(scaler: GradScaler | None) -> dict[str, float] | None:
     """Return the moving numbers of a gradient scaler."""
     if scaler is None:
         return None

@@ -228,9 +228,9 @@ class _Training:
         self.optimizer.zero_grad(set_to_none=True)
         return sums, whole(norm)
 
-    def _shares(self, batches: Sequence[object]) -> Sequence[Any]:
+    def _shares(self, batches: Sequence[object]) -> Sequence[float | Tensor]:
         """Return the weight of each batch's loss in this process. The mean of the weights over the processes adds up to 1."""
-        examples: Callable[[Any], Tensor] | None = getattr(self.running, "examples", None)
+        examples: Callable[[object], Tensor] | None = getattr(self.running, "examples", None)
         if examples is None:
             return [1 / len(batches)] * len(batches)
         counts = torch.stack([examples(batch) for batch in batches]).float()

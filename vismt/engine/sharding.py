@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,7 +81,7 @@ def _sharded_copy(objective: nn.Module, device: torch.device) -> nn.Module:
 
     own = list(objective.parameters())
     whole_ones = [nn.Parameter(parameter.detach().contiguous(), parameter.requires_grad) for parameter in own]
-    shared: dict[int, Any] = {id(parameter): copied for parameter, copied in zip(own, whole_ones)}
+    shared: dict[int, object] = {id(parameter): copied for parameter, copied in zip(own, whole_ones)}
     for module in objective.modules():  # originals for undoing an adaptation, which training does not change
         for name, value in vars(module).items():
             if name == RECORD or isinstance(value, Tensor):

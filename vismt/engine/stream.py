@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -14,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from vismt.config.sections import TrainConfig
 
-Batches = Callable[[int], Any]
+Batches = Callable[[int], object]
 
 
 class _Numbered(Dataset):
@@ -23,11 +22,11 @@ class _Numbered(Dataset):
     def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> Any:
+    def __getitem__(self, number: int) -> object:
         return self.batches(number)
 
 
-def stream_batches(batches: Batches, config: TrainConfig, finished: int, accelerator: Accelerator) -> Iterator[Any]:
+def stream_batches(batches: Batches, config: TrainConfig, finished: int, accelerator: Accelerator) -> Iterator[object]:
     """Yield the batches of this process from the first unfinished step on, on its device."""
     world = accelerator.num_processes
     rank = accelerator.process_index
@@ -53,7 +52,7 @@ def _ignore_ctrl_c(worker: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
+def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[object]:
     """Yield the batches of some numbers in order. A thread prepares the next batch while the caller works on the last."""
     with ThreadPoolExecutor(1) as pool:
         coming = None
@@ -65,7 +64,7 @@ def prepared_ahead(batches: Batches, numbers: Sequence[int]) -> Iterator[Any]:
             yield coming.result()
 
 
-def _to(batch: object, device: torch.device) -> Any:
+def _to(batch: object, device: torch.device) -> object:
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=True)
     if isinstance(batch, dict):

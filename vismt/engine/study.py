@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Generic, Protocol, TypeVar
+from typing import Annotated, Generic, Protocol, TypeVar
 
 from vismt.base import console, ranks
 from vismt.base.errors import Diverged, UserError, near
 from vismt.config.sections import RunConfig, Seed, TrainConfig, flat, with_values
 from vismt.config.typed import plain_name, within
-from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 
 ARMS = "arms"
 CHOSEN = "chosen.json"
@@ -58,7 +58,7 @@ class StudyConfig(RunConfig):
         tune: Learning rates that every arm tries. null takes train.lr.
     """
 
-    arms: dict[str, dict[str, Any]] = field(default_factory=dict)
+    arms: dict[str, JsonObject] = field(default_factory=dict)
     seeds: list[Seed] = field(default_factory=list)
     tune: TuneConfig | None = None
 

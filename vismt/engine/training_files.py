@@ -6,7 +6,6 @@ done.json has the digests of the other files. A trained net is therefore the one
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from vismt.lowrank.files.description import read_adapter
 from vismt.lowrank.files.save_load import DESCRIPTION, check_tensors, load_adapter, save_adapter
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
-from vismt.storage.files import atomic_write, file_digest, read_sealed, read_tensors, sealed
+from vismt.storage.files import JsonObject, atomic_write, file_digest, read_sealed, read_tensors, sealed
 
 ADAPTER = "adapter"
 DONE = "done.json"
@@ -40,7 +39,7 @@ def finish(model: nn.Module, folder: Path, with_adapter: bool, about: dict[str, 
     atomic_write(folder / DONE, sealed({**about, _FILES: files}))
 
 
-def read_done(training: Training) -> dict[str, Any] | None:
+def read_done(training: Training) -> JsonObject | None:
     """Return the content of a finished training's done.json. Return None for an unfinished training."""
     path = training.folder / DONE
     if not path.exists():

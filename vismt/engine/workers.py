@@ -20,14 +20,13 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.process import BaseProcess
-from typing import Any
 
 import torch
 
 from vismt.base import console
 from vismt.base.errors import UserError
 
-Call = tuple[Callable[..., None], tuple[Any, ...]]
+Call = tuple[Callable[..., None], tuple[object, ...]]
 RAY = "ray"
 STEP_END_S = 10  # less than WORKERS_END_S of storage/locks.py
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.integrations.method_driver import DriverCallback
@@ -28,6 +28,8 @@ except ImportError as error:
     ) from error
 
 if TYPE_CHECKING:
+    from transformers import TrainerState, TrainingArguments
+
     from vismt.report.results import Result
 
 _ADAPTER = "adapter"  # a folder of a checkpoint
@@ -54,7 +56,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
     _ignored: Any = None
     _resuming: Any = None  # the handle of the check of a checkpoint's tensors
 
-    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_init_end(self, args: object, state: object, control: object, **given: nn.Module) -> None:
         """Make the Trainer save and load the trained tensors alone."""
         found = importlib.util.find_spec("datasets")
         if trainer.is_datasets_available() and found is not None and found.origin is None:
@@ -68,7 +70,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
         self._ignore_frozen()
         self._resuming = given["model"].register_load_state_dict_pre_hook(self._check_tensors)
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **given: Any) -> None:
         driver, optimizer = self.driver, given["optimizer"]
         self._resuming.remove()
         states = getattr(state, "stateful_callbacks", {})
@@ -88,10 +90,10 @@ class VismtCallback(DriverCallback, TrainerCallback):
         if args.world_size > 1 and not finds and any(method.freezes for _, method in driver.adapted):
             warnings.warn("layers are frozen in turn: set ddp_find_unused_parameters=True.", stacklevel=2)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: object, **given: object) -> None:
         self.driver.on_step(state.global_step)
 
-    def on_save(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+    def on_save(self, args: Any, state: TrainerState, control: object, **given: nn.Module) -> None:
         if not state.is_world_process_zero:
             return
         driver = self.driver
@@ -105,7 +107,7 @@ class VismtCallback(DriverCallback, TrainerCallback):
         """Give the model's `save_pretrained` its usual keys back."""
         setattr(given["model"], _IGNORED, self._ignored)
 
-    def _check_tensors(self, model: nn.Module, state: dict[str, Any], *_: Any) -> None:
+    def _check_tensors(self, model: nn.Module, state: dict[str, Tensor], *_: object) -> None:
         """Refuse the tensors of another adapter.
 
         The Trainer loads the tensors and the state of the optimiser before training begins.

@@ -10,6 +10,7 @@ from torch import nn
 from vismt.base.errors import UserError
 from vismt.integrations.method_driver import DriverCallback
 from vismt.methods import adapted_models
+from vismt.storage.files import JsonObject
 
 try:
     from lightning.pytorch import Callback
@@ -61,16 +62,18 @@ class VismtCallback(DriverCallback, Callback):
             steps = 0
         driver.start(trainer.strategy.optimizers[0], int(steps), self._finished)
 
-    def on_train_batch_end(self, trainer: Any, pl_module: nn.Module, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: nn.Module, outputs: object, batch: object, batch_idx: int
+    ) -> None:
         if trainer.global_step != self._finished:
             self._finished = trainer.global_step
             self.driver.on_step(self._finished)
 
-    def on_save_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: object, pl_module: nn.Module, checkpoint: JsonObject) -> None:
         moving = self.driver.moving()
         checkpoint[_BELONGS] = self.belongs
         checkpoint["state_dict"] = {name: value for name, value in checkpoint["state_dict"].items() if name in moving}
 
-    def on_load_checkpoint(self, trainer: Any, pl_module: nn.Module, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: object, pl_module: nn.Module, checkpoint: JsonObject) -> None:
         if self._driver is not None:
             self._driver.check_resumed(checkpoint.get(_BELONGS, self.belongs), self.belongs)

@@ -16,7 +16,6 @@ import json
 import warnings
 from collections.abc import Sequence
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -28,6 +27,7 @@ from vismt.lowrank.files.description import entry_of, module_entries
 from vismt.lowrank.files.save_load import base_samples, same_base
 from vismt.lowrank.model.record import need_record
 from vismt.methods import Schedule, adapted_models, method_optimizer, schedules
+from vismt.storage.files import JsonObject
 
 
 class MethodDriver:
@@ -93,7 +93,7 @@ class MethodDriver:
         ]
         return moving_state(self.model, trained)
 
-    def belonging(self) -> list[dict[str, Any]]:
+    def belonging(self) -> list[JsonObject]:
         """Return for each adapted part what the tensors of a checkpoint belong to, in the form of JSON.
 
         It is the base, the method and its settings. The adapted weights of the base are sampled, as in the files of adapters. A
@@ -123,7 +123,7 @@ class MethodDriver:
         return parts
 
     @staticmethod
-    def check_resumed(saved: Sequence[dict[str, Any]], present: Sequence[dict[str, Any]]) -> None:
+    def check_resumed(saved: Sequence[JsonObject], present: Sequence[JsonObject]) -> None:
         """Raise UserError if a checkpoint belongs to another base, method or settings. `belonging` returns both arguments."""
         if len(saved) != len(present):
             raise UserError(f"resume: the checkpoint is of {len(saved)} adapted parts, this model has {len(present)}.")
@@ -151,7 +151,7 @@ class DriverCallback:
     def __init__(self, **sections: object) -> None:
         self._sections = sections
         self._driver: MethodDriver | None = None
-        self.belongs: list[dict[str, Any]] = []
+        self.belongs: list[JsonObject] = []
 
     def drive(self, model: nn.Module) -> None:
         """Make the driver, before a checkpoint is loaded."""

@@ -10,25 +10,32 @@ W's dtype (vismt.llm.pissa.quantized). Left out: 4-bit storage, quantised block 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from vismt.llm.pissa.quantized import QuantizedLayer, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.inject import InjectOptions, inject
 from vismt.lowrank.model.record import AdaptReport
+from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
-def lora(model: nn.Module, *, quantize: str | None = None, **options: Any) -> AdaptReport:
+
+def lora(
+    model: nn.Module, *, targets: Targets, seed: int, quantize: str | None = None, **options: Unpack[InjectOptions]
+) -> AdaptReport:
     """Add factors with kaiming A and zero B. The function is unchanged until the first step, except by a quantisation.
 
     quantize: "nf4" or "bitsandbytes" as for "pissa", None for the original weights. Further options are the options of
     `inject`.
     """
-    return inject(model, "lora", kaiming, offset=False, **quantized_layer(model, quantize), **options)
+    layer = quantized_layer(model, quantize)
+    return inject(model, "lora", kaiming, offset=False, targets=targets, seed=seed, **layer, **options)
 
 
 register_method(Method("lora", lora, layers=(LowRankLayer, QuantizedLayer)))

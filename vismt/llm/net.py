@@ -77,7 +77,7 @@ class LmNet(nn.Module):
         if mask.ndim == 2:
             attention_mask = mask.long()
         else:  # the additive form (b, 1, n, n): 0 for a token that is shown, otherwise the lowest number
-            dtype: Any = self.lm.dtype
+            dtype = self.lm.dtype
             zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
             attention_mask = zeros.masked_fill_(~mask, torch.finfo(dtype).min)[:, None]
         skipped = () if batch.get("lower") is None else blocks(self.lm)[: self.first]
@@ -153,7 +153,7 @@ class LmNet(nn.Module):
         )
         # transformers takes what a given configuration leaves open from the checkpoint's: penalties, beams, forbidden
         # words.
-        lm: Any = self.lm
+        lm = self.lm
         own, lm.generation_config = lm.generation_config, settings
         try:
             with torch.random.fork_rng(enabled=bool(temperature)):
@@ -259,7 +259,7 @@ def stored_lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
     batch. Nothing is stored if the code of a lower block is not a library's own.
     """
     texts = {(piece.ids, piece.documents): piece for piece in pieces}
-    base: Any = net.lm.base_model
+    base = net.lm.base_model
     path = None
     if not has_hooks(base.modules()):
         upper = list(blocks(net.lm)[net.first :])

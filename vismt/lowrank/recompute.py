@@ -142,7 +142,7 @@ class _View:
         return self.call.value().as_strided(*self.geometry)
 
 
-def _value(arg: object) -> Any:
+def _value(arg: object) -> object:
     return arg.value() if isinstance(arg, _Kept | _View) else arg
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import groupby
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -56,7 +56,7 @@ class Evidence:
 
     def __init__(self, results: Sequence[Result], values: ExampleValues) -> None:
         self._of, self._groups = cache(values.of), cache(values.groups)
-        self._trainings: dict[tuple[Any, ...], dict[int, Result]] = {}
+        self._trainings: dict[tuple[object, ...], dict[int, Result]] = {}
         for row in results:
             if row.seed is not None:
                 self._trainings.setdefault(replace(row, seed=None).key, {})[row.seed] = row
@@ -237,11 +237,11 @@ def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
 
 def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> tuple[list[Result], ExampleValues]:
     """Return the rows with the mean of each arm over many corruptions, example by example, and the values of all rows."""
-    groups: dict[tuple[Any, ...], list[Result]] = {}
+    groups: dict[tuple[object, ...], list[Result]] = {}
     for row in results:
         if row.kind == "corruption":
             groups.setdefault((*block_key(row), row.data, row.arm, row.seed), []).append(row)
-    parts: dict[tuple[Any, ...], list[Result]] = {}
+    parts: dict[tuple[object, ...], list[Result]] = {}
     means, joined = [], _WithMeans(values, parts)
     for rows in groups.values():
         if len(rows) >= MANY_CORRUPTIONS:
@@ -268,7 +268,7 @@ class _WithMeans:
     """
 
     values: ExampleValues
-    parts: Mapping[tuple[Any, ...], Sequence[Result]]
+    parts: Mapping[tuple[object, ...], Sequence[Result]]
 
     def of(self, result: Result) -> Values | None:
         found = [self.values.of(row) for row in self.parts.get(result.key, [result])]

@@ -40,7 +40,7 @@ def domain_bars(comparisons: Sequence[Comparison], path: Path, order: Sequence[s
     order: All arms of the report, which gives each its colour. None for the arms of these comparisons.
     """
     arms = list(dict.fromkeys(arm for c in comparisons for arm in c.cells))
-    panels: dict[tuple[Any, str], dict[str, Comparison]] = {}
+    panels: dict[tuple[object, str], dict[str, Comparison]] = {}
     for c in comparisons:
         panels.setdefault((c.block, c.condition), {})[c.data] = c
     heights = [max(0.7, len(panel) * (0.2 * len(arms) + 0.22)) for panel in panels.values()]

@@ -131,7 +131,7 @@ def to_bytes(images: Tensor) -> np.ndarray:
     return images.detach().cpu().mul(255).round().clamp(0, 255).to(torch.uint8).numpy()
 
 
-def _checked(arrays: dict[str, Any], kind: str) -> dict[str, Any]:
+def _checked(arrays: dict[str, np.ndarray], kind: str) -> dict[str, np.ndarray]:
     """Return the arrays. Raise ValueError with the name of an array that does not fit the layout."""
     lengths: dict[str, int] = {"3": 3, "1": 1}
     for name, (kind_of_values, axes) in _LAYOUTS[kind].items():

@@ -33,7 +33,7 @@ FIGURE_DPI = 150
 FIGURES = ("svg", "pdf", "png")
 # Fonts inside the file: TrueType in PDF, which publishers ask for, and outlines in SVG. Two runs give the same bytes.
 EMBEDDED: dict[Any, Any] = {"pdf.fonttype": 42, "svg.fonttype": "path", "svg.hashsalt": "vismt"}
-METADATA: dict[str, dict[str, Any]] = {
+METADATA: dict[str, dict[str, str | None]] = {
     "png": {"Software": "vismt"},
     "svg": {"Date": None, "Creator": "vismt"},
     "pdf": {"CreationDate": None, "Creator": "vismt"},

@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from vismt.report.results import Result
 from vismt.report.tables import Report, Table, is_long, split_wide_table
@@ -76,7 +76,7 @@ def _breakable(text: str) -> str:
     return Markup(re.sub(r" (?=[=↑↓])|(?<==) ", "\u00a0", joints))
 
 
-def _image(path: Path) -> dict[str, Any]:
+def _image(path: Path) -> dict[str, object]:
     """Return the SVG of a picture in base64, and its width in pixels (0 if the file does not say it)."""
     content = path.read_bytes()
     found = re.search(rb'<svg[^>]* width="([0-9.]+)pt"', content)

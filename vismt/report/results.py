@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
@@ -103,7 +102,7 @@ class Result:
         return max(self.value - self.low, self.high - self.value)
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Key of this number among all numbers of a run."""
         return (self.task, self.data, self.protocol, self.condition, self.metric, self.arm, self.seed)
 
@@ -222,7 +221,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
     Raise UserError for a row that is not a complete number, a row that comes twice and, with `config_hash`, a row of another
     run.
     """
-    results: dict[tuple[Any, ...], Result] = {}
+    results: dict[tuple[object, ...], Result] = {}
     for number, line in enumerate(read_lines(path, whole=True), 1):
         name = " ".join(str(line[key]) for key in ("data", "condition", "arm") if key in line)
         source = f"'{path}' row {number} {name}"

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from vismt.engine.log import record_stem
 from vismt.evaluation.sections import FEATURES
@@ -283,7 +282,7 @@ def _over_seeds(values: Sequence[float], scale: str, sign: bool = False) -> str:
 def _pairs(evidence: Evidence, arms: Sequence[str], scores: Sequence[ArmScore], kinds: str) -> list[tuple[Table, str]]:
     """Return a table with a row for each two of three or more arms and condition, the later minus the earlier one."""
     conditions = list(dict.fromkeys(score.row.condition for score in scores))
-    columns: dict[tuple[Any, ...], dict[str, ArmScore]] = {}
+    columns: dict[tuple[object, ...], dict[str, ArmScore]] = {}
     for score in scores:
         columns.setdefault((*block_key(score.row), score.data), {})[score.row.condition] = score
 

@@ -18,7 +18,6 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from operator import attrgetter
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED, read_config_file
@@ -28,7 +27,7 @@ from vismt.report.comparison import AVERAGE, CONSTANT, Evidence, block_key
 from vismt.report.results import FACTS, KNOWN, RESULTS, Result, ValuesByExample, fault_of, read_results
 from vismt.report.trainings import read_costs
 from vismt.report.weight_changes import CHANGE, Lines, by_depth, measures, of_blocks, read_changes
-from vismt.storage.files import read_sealed
+from vismt.storage.files import JsonObject, read_sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import is_locked
 from vismt.storage.paths import shipped
@@ -55,7 +54,7 @@ class StudyRow(Result):
     by_seed: tuple[float | None, ...] = ()
 
     @property
-    def key(self) -> tuple[Any, ...]:
+    def key(self) -> tuple[object, ...]:
         """Key of this number among all numbers of a study."""
         return (*super().key, self.minus)
 
@@ -87,7 +86,7 @@ class About:
     title: str
     command: str
     config_hash: str
-    settings: dict[str, Any]
+    settings: JsonObject
     differences: list[tuple[str, str]]
     git_revision: str
     hardware: str
@@ -191,7 +190,7 @@ def study_of(folder: Path, differences: Sequence[tuple[str, str]] = ()) -> Study
     kept["costs"] = {arm: {"lr": cost.lr, "trained": float(cost.trained)} for arm, cost in costs.items()}
     kept["validation"] = {arm: read_choice(folder, arm).validation for arm in costs}
     about = build(About, kept, f"run '{folder}'")
-    values: dict[tuple[Any, ...], dict[int, float]] = {}
+    values: dict[tuple[object, ...], dict[int, float]] = {}
     for row in results:
         if row.seed is not None:
             values.setdefault((*replace(row, seed=None).key, ""), {})[row.seed] = row.value
@@ -312,7 +311,7 @@ def write_study(path: Path, study: StudyRows) -> None:
     write_lines(path, [asdict(study.about), {"rows": len(study.rows), "shared": shared}, *lines])
 
 
-def _short(value: object) -> Any:
+def _short(value: object) -> object:
     if isinstance(value, tuple):
         return tuple(map(_short, value))
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
@@ -329,7 +328,7 @@ def read_study(path: Path) -> StudyRows:
     except (LookupError, TypeError) as error:
         raise UserError(f"{source}: has no columns of numbers; make the file again.") from error
     study = StudyRows(build(About, about, source), [build(StudyRow, number, source) for number in numbers])
-    seen: set[tuple[Any, ...]] = set()
+    seen: set[tuple[object, ...]] = set()
     for number, row in enumerate(study.rows, 1):
         # A difference of shares can be negative.
         reason = fault_of(replace(row, scale=NUMBER) if row.minus else row, study.about.config_hash)
@@ -339,7 +338,7 @@ def read_study(path: Path) -> StudyRows:
     return study
 
 
-def _numbers(header: Mapping[str, Any], *lines: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def _numbers(header: JsonObject, *lines: JsonObject) -> Iterator[JsonObject]:
     """Yield the numbers of a file of rows as mappings of field to value."""
     columns = {}
     for line in lines:

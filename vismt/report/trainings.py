@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
@@ -16,7 +15,7 @@ from vismt.report.comparison import Comparison
 from vismt.report.conclusion import key_comparisons
 from vismt.report.tables import Picture, Section, Table, cell_text, scale_text
 from vismt.report.weight_changes import changes_section
-from vismt.storage.files import read_sealed
+from vismt.storage.files import JsonObject, read_sealed
 from vismt.storage.lines import read_lines
 
 RATE_NOTE = (
@@ -167,7 +166,7 @@ def _rates(folder: Path, arms: Sequence[str]) -> list[tuple[Table, str]]:
 
 def _curves(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, str]) -> list[Picture]:
     """Draw what a seed of each arm has logged at the chosen rate. Before the choice, draw the newest training."""
-    logs: dict[str, list[dict[str, Any]]] = {}
+    logs: dict[str, list[JsonObject]] = {}
     for arm in arms:
         begun = sorted((folder / ARMS / arm).glob(f"lr-*-seed-{seed}/{METRICS}"), key=lambda path: path.stat().st_mtime)
         first = chosen_trainings(folder, arm).get(seed, begun[-1].parent if begun else None)

@@ -6,12 +6,12 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
 
 from vismt.engine.study import chosen_trainings
 from vismt.engine.training_files import CHANGES
 from vismt.report.plotting import MUTED, color_of, one_panel, save_figure
 from vismt.report.tables import Picture, Section, Table
+from vismt.storage.files import JsonObject
 from vismt.storage.lines import read_lines
 
 CHANGE, STABLE, SKEW = "relative norm of the update", "stable rank of the update", "skew of the update over depth"
@@ -22,7 +22,7 @@ _NOTE = (
 )
 CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
 CHANGE_TYPES = {"weight": str, "norm": float, "change": float, "stable_rank": float}
-Lines = Sequence[Mapping[str, Any]]
+Lines = Sequence[JsonObject]
 
 
 def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines]]:
@@ -42,7 +42,7 @@ def read_changes(folder: Path, arms: Sequence[str]) -> dict[str, dict[int, Lines
 
 def of_blocks(lines: Lines) -> dict[int, Lines]:
     """Return the lines of the matrices of each block by its number. Matrices outside the blocks are left out."""
-    found: dict[int, list[Mapping[str, Any]]] = {}
+    found: dict[int, list[JsonObject]] = {}
     for line in lines:
         number = re.search(r"\.(\d+)\.", f".{line['weight']}")
         if number:
@@ -62,7 +62,7 @@ def measures(lines: Lines) -> dict[str, float]:
     return numbers | ({SKEW: max(depth) / median(depth)} if len(depth) > 1 and median(depth) else {})
 
 
-def _relative(line: Mapping[str, Any]) -> float:
+def _relative(line: JsonObject) -> float:
     return line["change"] / line["norm"]
 
 

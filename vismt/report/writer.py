@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from vismt.base import console
 from vismt.base.errors import UserError
@@ -31,7 +30,7 @@ from vismt.report.tables import (
     split_corruptions,
     without_further,
 )
-from vismt.storage.files import atomic_write, read_sealed
+from vismt.storage.files import JsonObject, atomic_write, read_sealed
 from vismt.storage.paths import read_bytes
 from vismt.uncertainty.intervals import SHARE, interval_kind_text
 
@@ -82,7 +81,7 @@ class Heading:
     config: str = ""
 
 
-def read_run_facts(folder: Path) -> dict[str, Any]:
+def read_run_facts(folder: Path) -> JsonObject:
     """Return the content of run.json of a run folder, {} if there is none. Raise UserError for other content than a run's."""
     path = folder / FACTS
     return read_sealed(path, f"run '{folder}'", may=FACT_TYPES) if path.exists() else {}
@@ -188,7 +187,7 @@ def headline(comparisons: Sequence[Comparison]) -> str:
     return ""
 
 
-def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _facts(about: JsonObject) -> list[tuple[str, str]]:
     versions = "  ".join(f"{name} {version}" for name, version in (about.get("versions") or {}).items())
     processes = about.get("processes", 1)
     ends = (str(about[name]) for name in ("started", "finished") if about.get(name))
@@ -206,7 +205,7 @@ def _facts(about: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in pairs if value]
 
 
-def _seeds(about: Mapping[str, Any]) -> str:
+def _seeds(about: JsonObject) -> str:
     seeds = about.get("seeds", [about["seed"]] if about.get("seed") is not None else [])
     texts = [f"{', '.join(str(seed) for seed in seeds)} (training)"] if seeds else []
     if about.get("evaluation_seed") is not None:

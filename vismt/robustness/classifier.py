@@ -23,7 +23,7 @@ from vismt.backbones.timm_models import check_stages, forward_runs, runs_at, tim
 from vismt.backbones.weights import read_checkpoint, with_counts
 from vismt.base.errors import UserError, near, require_known, shown_value
 from vismt.base.registry import first_line, import_own, working_folder_on_path
-from vismt.storage.files import parse_json
+from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import cache_root
 
 ROBUSTBENCH = "robustbench:"  # how the names of its models begin
@@ -97,7 +97,7 @@ def load_classifier(
     Raises:
         UserError: For an unknown name, a missing or unreadable file, or weights that do not fit.
     """
-    about: dict[str, Any] = {}
+    about: JsonObject = {}
     asked = {"img_size": img_size} if img_size else {}
     path = checkpoint_file(name_or_checkpoint)
     if path is not None:
@@ -192,7 +192,7 @@ def _create(name: str, num_classes: int | None, pretrained: bool, **options: obj
     return net
 
 
-def checkpoint_config(path: Path) -> dict[str, Any]:
+def checkpoint_config(path: Path) -> JsonObject:
     """Return config.json beside a checkpoint, as `vismt merge` writes it. Empty if there is none."""
     config = path.parent / "config.json"
     try:
@@ -201,7 +201,7 @@ def checkpoint_config(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint '{path}': the config.json beside it is not JSON ({error}).") from error
 
 
-def _from_file(path: Path, config: dict[str, Any], architecture: str | None, num_classes: int | None) -> nn.Module:
+def _from_file(path: Path, config: JsonObject, architecture: str | None, num_classes: int | None) -> nn.Module:
     if not architecture:
         raise UserError(
             f"checkpoint '{path}': which model is it? Give architecture (a timm name, or module:function of yours, which builds "

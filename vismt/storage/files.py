@@ -28,6 +28,7 @@ if TYPE_CHECKING:  # reading JSON, as `vismt list` does, does not need torch
 
 MOST_JSON = 2**26  # bytes of a JSON file
 PARTIAL = ".vismt-partial"
+JsonObject = dict[str, Any]  # decoded JSON or YAML: texts, numbers, booleans, null, lists and objects
 Types = Mapping[str, Any]  # type of the value of each key of a JSON object
 NO_TYPES: Types = {}
 _DIGEST = "sha256"  # key of a JSON file with the digest of all other keys
@@ -66,7 +67,7 @@ def parse_json(text: str | bytes, strict: bool = False) -> Any:
         raise ValueError("it is nested too deep") from error
 
 
-def _unique(pairs: list[tuple[str, object]]) -> dict[str, Any]:
+def _unique(pairs: list[tuple[str, object]]) -> JsonObject:
     result = dict(pairs)
     if len(result) < len(pairs):
         names = [name for name, _ in pairs]
@@ -111,7 +112,7 @@ def is_sealed(content: Mapping[str, object]) -> bool:
     return content.get(_DIGEST) == _digest_of(content)
 
 
-def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO_TYPES) -> dict[str, Any]:
+def read_sealed(path: Path, what: str, needed: Types = NO_TYPES, may: Types = NO_TYPES) -> JsonObject:
     """Return the content of a JSON file that was written as `sealed`, without its digest.
 
     needed, may: See `misfit`.
@@ -193,7 +194,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     """
     import torch
 
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    header: JsonObject = {"__metadata__": dict(metadata)} if metadata else {}
     # The format needs wide numbers first, so that every tensor is aligned.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     offset = 0

@@ -16,19 +16,16 @@ import re
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.storage.files import NO_TYPES, Types, atomic_write, cannot_write, misfit, parse_json
+from vismt.storage.files import NO_TYPES, JsonObject, Types, atomic_write, cannot_write, misfit, parse_json
 from vismt.storage.paths import read_bytes
 
 _LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
 _LAST = b', "last": true'
 
 
-def read_lines(
-    path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, whole: bool = False
-) -> list[dict[str, Any]]:
+def read_lines(path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, whole: bool = False) -> list[JsonObject]:
     """Return the rows of a line file. A missing file has none.
 
     whole: Whether the file was written whole, by `write_lines`. needed, may: See `misfit`.

@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from glob import escape
 from pathlib import Path
 from shutil import rmtree
-from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.storage.files import atomic_write, cannot_write, check_name, read_json
+from vismt.storage.files import JsonObject, atomic_write, cannot_write, check_name, read_json
 
 LOCK, HOLDER = ".lock", ".lock-holder"
 # Seconds in which the worker processes of a killed process end. Their end frees its lock.
@@ -74,7 +73,7 @@ def locked(folder: Path, wait_s: float = 0) -> Iterator[None]:
         lock.release()
 
 
-def _holder(folder: Path) -> dict[str, Any]:
+def _holder(folder: Path) -> JsonObject:
     """Return the recorded holder of a folder's lock. Return {} if the record is missing or incomplete."""
     try:
         holder = read_json(folder / HOLDER, "holder")

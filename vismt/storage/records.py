@@ -23,11 +23,12 @@ import numpy as np
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, shown_value
+from vismt.storage.files import JsonObject
 from vismt.storage.lines import LineFile, read_lines
 
 _AGAIN = "move the file away to start again."
 Name = int | str
-Row = dict[str, Any]
+Row = JsonObject
 Batch = TypeVar("Batch")
 
 
@@ -77,7 +78,9 @@ def array_of(text: object, like: np.ndarray) -> np.ndarray:
     """
     array = _array(text, like)
     if array is None:
-        raise UserError(f"records: {shown_value(text)} is not an array of {like.dtype} {like.shape}; move the file away.")
+        raise UserError(
+            f"records: {shown_value(text)} is not an array of {like.dtype} {like.shape}; move the file away."
+        )
     return array
 
 
@@ -236,7 +239,7 @@ class Records:
         return None
 
 
-def _parts(header: Row) -> dict[str, Any]:
+def _parts(header: Row) -> Row:
     """Return the parts of a header that a file has to share with an evaluation, by name."""
     if not isinstance(header.get("examples"), str):
         return {"header": header}  # other content than an evaluation writes

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import safetensors.torch
 import torch
@@ -41,7 +40,7 @@ def path_of(data: str, model: Identity, machine: str) -> Path | None:
 
 def has_hooks(modules: Iterable[nn.Module]) -> bool:
     """Return whether a forward pass calls hooks. Hooks may do more than change its result."""
-    every: Any = nn.modules.module
+    every = nn.modules.module
     if every._global_forward_hooks or every._global_forward_pre_hooks:
         return True
     return any(part._forward_hooks or part._forward_pre_hooks for part in modules)

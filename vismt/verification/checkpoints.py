@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -28,6 +28,9 @@ from vismt.lowrank.files.peft_settings import selects
 from vismt.lowrank.layers.parameter_modules import module_at
 from vismt.verification.facts import Facts, read_facts
 from vismt.verification.fit import BITS
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightConverter, WeightRenaming
 
 # Keys that fetch files, run other code than the model's own, or leave its weights as they are.
 _LEFT_OUT = re.compile(
@@ -188,7 +191,7 @@ def _library_of(facts: Facts, adapter: Facts | None) -> Library | None:
 def _classes(config: Mapping[str, object], adapter: Facts | None) -> list[str]:
     """Return names of classes of transformers: first the classes that the adapter was trained on, then the checkpoint's."""
     own = config.get("architectures")
-    names: list[Any] = list(own) if isinstance(own, list) else []
+    names: list[object] = list(own) if isinstance(own, list) else []
     if adapter is not None:
         made = adapter.config.get("auto_mapping")
         task = adapter.config.get("task_type")
@@ -253,19 +256,19 @@ def _plain(config: object, key: str = "") -> Any:
     return None if counted and isinstance(config, int) and config > most else config
 
 
-def _transforms(library: Library) -> tuple[list[Any], list[Any]]:
+def _transforms(library: Library) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     """Return the renamings and the converters of a model, in transformers' order."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming
 
     every = get_model_conversion_mapping(library.model)
-    renamings, converters = (
-        [one for one in every if isinstance(one, kind)] for kind in (WeightRenaming, WeightConverter)
-    )
-    return renamings, converters
+    renamings = [one for one in every if isinstance(one, WeightRenaming)]
+    return renamings, [one for one in every if isinstance(one, WeightConverter)]
 
 
-def _target(name: str, library: Library, renamings: list[Any], converters: list[Any]) -> tuple[str, str | None]:
+def _target(
+    name: str, library: Library, renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> tuple[str, str | None]:
     """Return the name of a weight in the model, and the pattern of the converter that makes it of this tensor."""
     from transformers.core_model_loading import rename_source_key
 
@@ -278,7 +281,7 @@ def _target(name: str, library: Library, renamings: list[Any], converters: list[
     return target, pattern
 
 
-def _converter(converters: Iterable[Any], pattern: str) -> Any:
+def _converter(converters: Iterable[WeightConverter], pattern: str) -> WeightConverter:
     return next(one for one in converters if pattern in one.source_patterns)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from vismt.lowrank.files.facts import (
 )
 from vismt.lowrank.files.peft_settings import CONFIG
 from vismt.lowrank.layers.base import LayerSpec
-from vismt.storage.files import file_digest
+from vismt.storage.files import JsonObject, file_digest
 from vismt.storage.paths import stays_inside
 
 Kind = Literal["vismt", "peft", "checkpoint", "none"]
@@ -71,7 +71,7 @@ class Facts(AdapterFacts):
     """
 
     kind: Kind = "none"
-    model_config: dict[str, Any] = field(default_factory=dict)
+    model_config: JsonObject = field(default_factory=dict)
     files: tuple[str, ...] = ()
     specs: dict[str, LayerSpec] = field(default_factory=dict)
 

@@ -9,9 +9,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
 from vismt.base.errors import require_known
+from vismt.storage.files import JsonObject
 from vismt.verification.facts import Finding, Level
 from vismt.verification.rules import FolderCase, Met, met_rules, of_modules
 
@@ -92,7 +92,7 @@ class Reading:
         return f"{_NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
 
     @property
-    def row(self) -> dict[str, Any]:
+    def row(self) -> JsonObject:
         """Return the reading as values for JSON."""
         values = {name: getattr(self, name) for name in ("reader", "source", "state", "line", "applied", "of", "table")}
         remarks = [remark for remark in self.remarks if self.state != "refused" or remark.effect == "refused"]

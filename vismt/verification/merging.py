@@ -25,7 +25,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.peft_folder import import_peft
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.merge import merge
-from vismt.storage.files import atomic_write, new_files, write_tensors
+from vismt.storage.files import JsonObject, atomic_write, new_files, write_tensors
 from vismt.storage.outputs import NOTE, check_folder, note_outputs
 from vismt.storage.wheels import one_line
 from vismt.verification.checkpoints import open_checkpoint, translated
@@ -105,7 +105,7 @@ def _timm_base(name: str, adapter: Facts, folder: Path) -> Path | None:
     return folder
 
 
-def _preprocessing(model: Any) -> dict[str, Any]:
+def _preprocessing(model: Any) -> JsonObject:
     names = ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode")
     return {name: model.pretrained_cfg[name] for name in names if name in model.pretrained_cfg}
 

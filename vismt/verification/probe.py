@@ -23,6 +23,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.named import disabled
 from vismt.robustness.classifier import load_classifier
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.intervals import estimate
 from vismt.verification.facts import Facts, Finding
 
@@ -30,7 +31,7 @@ _TEXTS, _TOKENS, _IMAGES = 64, 256, 256  # at most
 UNCHANGED = 1e-6  # nats: last bits
 COLLAPSED = 1.0  # nats a token that an adapter may add before it counts as a collapse
 Example = tuple[Tensor, Tensor]  # input with a batch of one; targets (t,)
-Row = dict[str, Any]
+Row = JsonObject
 
 
 def probe(facts: Facts, base: str, merged: str | None, data: str) -> tuple[list[Row], list[Finding]]:
@@ -102,7 +103,7 @@ def _enough(examples: list[Example], data: str) -> list[Example]:
     return examples
 
 
-def _adapt(model: nn.Module, facts: Facts) -> Callable[[], AbstractContextManager[Any]]:
+def _adapt(model: nn.Module, facts: Facts) -> Callable[[], AbstractContextManager[object]]:
     """Put the adapter on a model, and return a context manager that switches it off."""
     if facts.kind == "vismt":
         load_adapter(model, facts.folder, on_other_base="warn")

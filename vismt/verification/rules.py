@@ -19,12 +19,11 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 from vismt.lowrank.files.facts import PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
-from vismt.storage.files import DTYPES
+from vismt.storage.files import DTYPES, JsonObject
 from vismt.verification.checkpoints import EARLIER, Located, Translated, shape_of, unheld
 from vismt.verification.facts import (
     INDEX,
@@ -94,7 +93,7 @@ class FolderCase:
         return self.facts.kind == "vismt" and bool(self.facts.modules) and not self.beyond_low_rank
 
     @property
-    def configs(self) -> list[dict[str, Any]]:
+    def configs(self) -> list[JsonObject]:
         """Return config.json of the folder and of the base."""
         return [self.facts.model_config, self.base.facts.model_config if self.base else {}]
 

@@ -8,12 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
-from typing import Any
 
 from vismt import __version__
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.lowrank.files.facts import WHOLE
+from vismt.storage.files import JsonObject
 from vismt.verification.against_merged import against_merged
 from vismt.verification.checkpoints import (
     Located,
@@ -79,9 +79,9 @@ class Verdict:
     checks: list[Check] = field(default_factory=list)
     findings: list[Finding] = field(default_factory=list)
     modules: list[ModuleRow] = field(default_factory=list)
-    readers: list[dict[str, Any]] = field(default_factory=list)
+    readers: list[JsonObject] = field(default_factory=list)
     answer: str = ""
-    probe: list[dict[str, Any]] = field(default_factory=list)
+    probe: list[JsonObject] = field(default_factory=list)
 
     def __repr__(self) -> str:
         """Return the verdict, its reasons and the checks that were not done, as a table."""
@@ -119,7 +119,7 @@ class Verdict:
         """Return the codes of the findings that decide the status."""
         return {finding.code for finding in self.findings if finding.level != "note"}
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, object]:
         """Return the verdict as values for JSON."""
         status = {"status": self.status, "exit_code": self.exit_code}
         return {"format": _FORMAT, "vismt": __version__, **status, **asdict(self)}

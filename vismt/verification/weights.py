@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -264,7 +263,7 @@ def _ids(path: Path) -> dict[str, int] | None:
         return None
     try:
         content = parse_json(path.read_text(encoding="utf8"))
-        vocabulary: Any = content["model"]["vocab"] if path.name == "tokenizer.json" else content
+        vocabulary = content["model"]["vocab"] if path.name == "tokenizer.json" else content
         if isinstance(vocabulary, list):  # of a unigram model: pairs of token and score
             vocabulary = {entry[0]: number for number, entry in enumerate(vocabulary)}
         extra = content.get("added_tokens", []) if path.name == "tokenizer.json" else []

@@ -37,7 +37,9 @@ def test_class_folders_of_one_name_are_not_joined(home, paint, write_card):
     for name in ("Greek/character01/1.png", "Latin/character01/1.png"):
         paint(home / "data" / "o" / name)
     path = write_card('  - {kind: folder, root: o, layout: "**/{class}", splits: {all: 2}}')
-    with pytest.raises(UserError, match=r"'Greek/character01' and 'Latin/character01' under .* have the same name; rename"):
+    with pytest.raises(
+        UserError, match=r"'Greek/character01' and 'Latin/character01' under .* have the same name; rename"
+    ):
         open_images(path)
 
 

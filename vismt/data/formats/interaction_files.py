@@ -17,14 +17,14 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest_files, fix, read_manifest, read_text, shown_path
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 from vismt.data.texts.interactions import Catalogue, InteractionSet
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSet, TextSource, check_encoding, json_lines
+from vismt.data.texts.text_set import LINE_ENDS, TextRow, TextRows, TextSet, TextSource, check_encoding, json_lines
 from vismt.storage.paths import cache_root
 from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
@@ -145,7 +145,7 @@ class InteractionsSource(RootedSource, TextSource):
             parts = {split: by_split[split] for split in splits}
         else:
             parts = {split: self._sequences(card, base / self.files[split], numbers) for split in splits}
-        rows: dict[str, dict[str, dict[str, Any]]] = {split: {} for split in splits}
+        rows: dict[str, dict[str, TextRow]] = {split: {} for split in splits}
         for split, part in parts.items():
             for name, user, history, target in part:
                 if len(history) >= self.shortest:

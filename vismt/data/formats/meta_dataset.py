@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from vismt.data.decode import decode_bytes
 from vismt.data.formats.tfrecords import read_example, scan
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.source_types import MOST_CLASSES, Card, Files, RootedSource, source_kind
-from vismt.storage.files import parse_json
+from vismt.storage.files import JsonObject, parse_json
 
 _SPLITS = ("train", "valid", "test")
 HIERARCHIES = ("superclass", "nodes")
@@ -58,7 +58,7 @@ def ranges(classes_per_split: Mapping[str, int]) -> dict[str, range]:
     return {split: range(end - count, end) for split, count, end in zip(_SPLITS, counts, ends, strict=True)}
 
 
-def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list[list[int]]:
+def leaves_of_nodes(graph: list[JsonObject], ids: Mapping[str, int]) -> list[list[int]]:
     """Return the class ids below each internal node of one split's graph, with nodes in the file's order.
 
     `graph` has a mapping with `wn_id` and `children_ids` for each synset. A leaf is a class, and `ids` gives its id.
@@ -75,7 +75,7 @@ def leaves_of_nodes(graph: list[dict[str, Any]], ids: Mapping[str, int]) -> list
     return [sorted(leaves(name)) for name, under in children.items() if under]
 
 
-def _parse(raw: Mapping[str, Any]) -> DomainSpec:
+def _parse(raw: JsonObject) -> DomainSpec:
     names_by_id = {int(key): str(name) for key, name in raw["class_names"].items()}
     names = [names_by_id[k] for k in range(len(names_by_id))]
     if "split_subgraphs" in raw:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +32,7 @@ _OF_SIX = {1: _HEAD, 2: "neck torso", **_LIMBS}
 PART_OF = {name: number for number, names in _OF_SIX.items() for name in names.split()}
 
 
-def load_mat(path: Path, key: str) -> Any:
+def load_mat(path: Path, key: str) -> np.ndarray:
     """Return the variable `key` of a MATLAB file. Raise UserError if the file cannot be read or lacks it."""
     from scipy.io import loadmat
 

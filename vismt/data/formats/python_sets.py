@@ -25,7 +25,7 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.objects import object_named, title_of
 from vismt.data.decode import decoding, to_rgb
 from vismt.data.image_set import ImageSet
-from vismt.storage.files import parse_json
+from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import regular_file
 from vismt.storage.wheels import one_line
 
@@ -138,7 +138,7 @@ def features_of(given: Any, title: str, split: str) -> tuple[ImageSet, Tensor] |
     return images, values
 
 
-def texts_of(given: Any, title: str) -> tuple[list[dict[str, Any]], str]:
+def texts_of(given: Any, title: str) -> tuple[list[JsonObject], str]:
     """Return the rows of a Hugging Face data set or a pandas table, and a digest of them."""
     _check_indexed(given, title, "rows")
     if hasattr(given, "to_dict") and hasattr(given, "iloc"):
@@ -163,7 +163,7 @@ def _check_indexed(given: object, title: str, of: str) -> None:
         raise UserError(f"data '{title}': the data set is empty.")
 
 
-def _columns(given: object, title: str) -> tuple[Any, Any]:
+def _columns(given: object, title: str) -> tuple[str | int, str | int]:
     names = getattr(given, "column_names", None)
     if not isinstance(names, Sequence):
         return 0, 1
@@ -177,7 +177,7 @@ def _columns(given: object, title: str) -> tuple[Any, Any]:
     return image, label
 
 
-def _labels(given: Any, label: Any, title: str) -> list[int]:
+def _labels(given: Any, label: str | int, title: str) -> list[int]:
     """Return the label of every example, if possible without decoding the images."""
     if isinstance(label, str):
         values = list(given[label])

@@ -13,14 +13,14 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.typed import Names, RelativePath
 from vismt.data.copies import digest_files, fix, read_text, shown_path
 from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
-from vismt.data.texts.text_set import LINE_ENDS, TextRows, TextSource, check_encoding, json_lines, json_list
+from vismt.data.texts.text_set import LINE_ENDS, TextRow, TextRows, TextSource, check_encoding, json_lines, json_list
 
 _FORMS = ("jsonl", "csv", "lines", "documents")
 NAMED = ("jsonl", "csv")  # forms whose files name the fields
@@ -86,7 +86,7 @@ class TextFilesSource(RootedSource, TextSource):
         rows = {name: {str(number): row for number, row in enumerate(part)} for name, part in parts.items()}
         return TextRows(rows, lambda: f"{digest_files(hashed).sha256}:{settings}")
 
-    def _read(self, card: Card, path: Path) -> list[dict[str, Any]]:
+    def _read(self, card: Card, path: Path) -> list[TextRow]:
         shown = shown_path(path)
         text = read_text(card, path, self.encoding)
         if self.form == "documents":
@@ -107,7 +107,7 @@ class TextFilesSource(RootedSource, TextSource):
         lines = ((f"{shown}: line {number}", line) for number, line in enumerate(LINE_ENDS.split(text), 1))
         return [self._extracted(self._parse_fields(line, where), where) for where, line in lines if line.strip()]
 
-    def _parse_table(self, text: str, path: Path, shown: str) -> list[dict[str, Any]]:
+    def _parse_table(self, text: str, path: Path, shown: str) -> list[TextRow]:
         table = csv.DictReader(io.StringIO(text, newline=""), delimiter=DELIMITERS.get(path.suffix, ","))
         rows = []
         try:
@@ -125,7 +125,7 @@ class TextFilesSource(RootedSource, TextSource):
             raise UserError(f"{shown}: line {table.line_num}: cannot be read as a table: {error}.") from error
         return rows
 
-    def _parse_fields(self, line: str, where: str) -> dict[str, Any]:
+    def _parse_fields(self, line: str, where: str) -> TextRow:
         values, rest = [], line
         for separator in self.separators:
             value, separated, rest = rest.partition(separator)
@@ -139,7 +139,7 @@ class TextFilesSource(RootedSource, TextSource):
             raise UserError(f"{where}: has more than the fields {', '.join(self.fields)}.")
         return {name: _unquoted(value) for name, value in zip(self.fields, values, strict=True)}
 
-    def _extracted(self, row: dict[str, Any], where: str) -> dict[str, Any]:
+    def _extracted(self, row: TextRow, where: str) -> TextRow:
         for name, pattern in self.extract.items():
             match = re.fullmatch(pattern, str(row[name]))
             if match is None:

@@ -15,7 +15,7 @@ import struct
 from array import array
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
 
 from vismt.base.errors import UserError
 from vismt.data.copies import shown_path
@@ -78,7 +78,7 @@ def _masked_crc(data: bytes, path: Path) -> int:
     return int((value >> 15 | value << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 
-def _library(module: str, path: Path) -> Any:
+def _library(module: str, path: Path) -> ModuleType:
     try:
         return import_module(module)
     except ImportError as error:

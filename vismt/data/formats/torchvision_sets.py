@@ -6,7 +6,7 @@ import hashlib
 import tarfile
 import threading
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,12 +37,12 @@ class DatasetLayout:
         classes: Attribute of the names of the classes, or the names, if the class does not store them.
     """
 
-    splits: dict[str, dict[str, Any]]
+    splits: Mapping[str, Mapping[str, object]]
     labels: str | Callable[[Any], list[int]] = "targets"
     classes: str | tuple[str, ...] = "classes"
 
 
-def _named(*names: str) -> dict[str, dict[str, Any]]:
+def _named(*names: str) -> dict[str, dict[str, object]]:
     return {name: {"split": name} for name in names}
 
 

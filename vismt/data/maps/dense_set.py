@@ -6,10 +6,10 @@ A set of image classification can also be opened as one. Its samples hold the im
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -59,7 +59,7 @@ class DenseSet:
     image_classes: list[str] = field(default_factory=list)
     labels: Tensor | None = None
     edges: str | None = None
-    groups: Mapping[str, Any] | None = field(default_factory=dict)
+    groups: Mapping[str, Hashable] | None = field(default_factory=dict)
     group_unit: str = "groups"
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from vismt.storage.files import parse_json
 
 # str.splitlines takes more line ends. Files mix these three.
 LINE_ENDS = re.compile("\r\n|\r|\n")
+TextRow = dict[str, Any]  # fields of a row of text by name
 T = TypeVar("T", bound="TextSet")
 
 
@@ -36,7 +37,7 @@ class TextSet:
 
     name: str
     split: str
-    rows: list[dict[str, Any]]
+    rows: list[TextRow]
     ids: list[str]
     content: Callable[[], str]
     where: str = ""
@@ -61,7 +62,7 @@ class TextRows(NamedTuple):
     rows: Rows {split: {name of a row: its fields}}. content: See TextSet.
     """
 
-    rows: dict[str, dict[str, dict[str, Any]]]
+    rows: dict[str, dict[str, TextRow]]
     content: Callable[[], str]
 
 
@@ -100,7 +101,7 @@ def check_encoding(encoding: str, where: str) -> None:
         raise UserError(f"{where}: encoding '{encoding}' is not known: {error}.") from error
 
 
-def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_lines(text: str, shown: str) -> Iterator[tuple[str, TextRow]]:
     """Yield (where, fields) of each line that is not empty. fields is empty for JSON other than an object."""
     for number, line in enumerate(LINE_ENDS.split(text), 1):
         if line.strip():
@@ -112,7 +113,7 @@ def json_lines(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, values if isinstance(values, dict) else {}
 
 
-def json_list(text: str, shown: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def json_list(text: str, shown: str) -> Iterator[tuple[str, TextRow]]:
     """Yield (where, fields) of each entry of a JSON list. fields is empty for an entry other than an object."""
     try:
         entries = parse_json(text)

@@ -16,7 +16,7 @@ from vismt.data.batching import Passes
 from vismt.data.division import divide, limited
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.texts.interactions import Catalogue, InteractionSet, numbered
-from vismt.data.texts.text_set import TextSet, open_texts
+from vismt.data.texts.text_set import TextRow, TextSet, open_texts
 from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet, stored_lower_states
@@ -247,7 +247,7 @@ def lm_of(net: LmNet) -> PreTrainedModel:
     return cast("PreTrainedModel", net.lm)
 
 
-def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, Mapping[str, Any]]]:
+def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, TextRow]]:
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 

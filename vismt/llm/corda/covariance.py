@@ -40,7 +40,7 @@ from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.storage.files import atomic_write, file_digest, read_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
-Batch = Tensor | Mapping[str, Any] | Sequence[Any]
+Batch = Tensor | Mapping[str, object] | Sequence[object]
 _TENSORS, DESCRIPTION = "covariances.safetensors", "covariances.json"
 
 
@@ -232,15 +232,14 @@ def _arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, 
 
     Arguments are moved to the device and dtype of the model. Labels are left out.
     """
-    if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch):
-        batch = batch[0]
+    given = batch[0] if isinstance(batch, Sequence) and not isinstance(batch, str) and len(batch) else batch
     weight = next(model.parameters())
-    named: dict[str, Any] = dict(batch) if isinstance(batch, Mapping) else {"": batch}
+    named: dict[str, Any] = dict(given) if isinstance(given, Mapping) else {"": given}
     named.pop("labels", None)
     tensors = [value for value in named.values() if isinstance(value, Tensor) and value.ndim]
-    if not tensors or not isinstance(batch, Mapping | Tensor):
+    if not tensors or not isinstance(given, Mapping | Tensor):
         raise UserError(
-            f"covariance: a batch is {type(batch).__name__}; give a dict of arguments or a tensor of images."
+            f"covariance: a batch is {type(given).__name__}; give a dict of arguments or a tensor of images."
         )
     moved = {
         name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)

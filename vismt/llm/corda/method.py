@@ -31,7 +31,7 @@ import warnings
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -45,12 +45,15 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.model.inject import check_options, inject
+from vismt.lowrank.model.inject import InjectOptions, check_options, inject
 from vismt.lowrank.model.record import AdaptReport
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.lowrank.svd import double, reciprocal, top_exact, top_randomized, working_dtype
 from vismt.methods import Calibration, Method, register_method
 from vismt.storage.locks import is_locked, locked
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _MODES = ("ipm", "kpm", "cut")
 ORIENTATIONS = ("covariance", "activations", "none")
@@ -67,7 +70,7 @@ def corda(
     covariances: Mapping[str, Tensor] | str | Path | None = None,
     balanced: bool | None = None,
     solver: str | None = None,
-    **options: Any,
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add factors from the SVD of each weight times the covariance of its inputs, as `collect_covariance` returns it.
 
@@ -91,7 +94,7 @@ def corda(
         )
     settings = check_options({**options, "targets": targets})
     modules, _ = find_targets(model, settings["targets"], settings["exclude"], prequantized=True)
-    by_path: Mapping[str, Any]
+    by_path: Mapping[str, Tensor | None]
     if all(module.weight.is_meta for module in modules.values()):
         by_path = dict.fromkeys(modules)  # nothing is computed on the meta device
     else:
@@ -265,8 +268,8 @@ def _checked(modules: Mapping[str, nn.Module], covariances: Mapping[str, Tensor]
 
 
 def calibrate(
-    model: nn.Module, calibration: Calibration, *, targets: Any, options: Mapping[str, Any]
-) -> dict[str, Any]:
+    model: nn.Module, calibration: Calibration, *, targets: Targets, options: Mapping[str, Any]
+) -> dict[str, object]:
     """Return the covariances of the inputs of the layers to adapt, unless some are given.
 
     They are collected once for equal layers and data.

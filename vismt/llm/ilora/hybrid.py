@@ -24,7 +24,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.llm.ilora.method import gate_part
 from vismt.llm.ilora.recommenders import ItemRecommender
 from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks.base import answer_tokens
+from vismt.llm.tasks.base import Tokenizer, answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
 
 GATES = ("user", "text", "random", "group", "shuffled-user")
@@ -141,7 +141,7 @@ def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
 
 
 @torch.no_grad()
-def title_vectors(lm: Any, tokenizer: Any, titles: Sequence[str]) -> Tensor:
+def title_vectors(lm: Any, tokenizer: Tokenizer, titles: Sequence[str]) -> Tensor:
     """Return one vector for each title, (items, d) fp32: the mean of the LM's input embeddings over its tokens.
 
     Each coordinate has mean 0 and variance 1 over the items.

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +28,15 @@ from vismt.base.errors import UserError, need_whole, require_known
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, register_module
 from vismt.lowrank.layers.gates import instance_gates, recompute_gates, unwatch_expansion, watch_expansion
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.inject import InjectOptions, attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
+from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import kaiming
 from vismt.methods import Method, register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["InstanceGate", "gate_of", "gate_part", "ilora", "instance_gates", "recompute_gates"]
 
@@ -44,11 +48,12 @@ _LARGEST = 2**20  # largest number of rank groups, and largest width of a user's
 def ilora(
     model: nn.Module,
     *,
+    targets: Targets,
     seed: int,
     n_experts: int = 4,
     gate: str | None = "linear",
     user_width: int = 64,
-    **options: Any,
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add gated factors with kaiming A and zero B. Under any gates the function is unchanged until the first step.
 
@@ -61,8 +66,9 @@ def ilora(
     refuse_adapted(model)
     about = GateSettings(gate, n_experts, user_width)
     InstanceGate.check(_PATH, getattr(model, _PATH, None), about)
-    settings = {"experts": n_experts}
-    report = inject(model, "ilora", kaiming, offset=False, settings=settings, seed=seed, **options)
+    report = inject(
+        model, "ilora", kaiming, offset=False, targets=targets, seed=seed, settings={"experts": n_experts}, **options
+    )
     gate_seed = int(torch.randint(2**62, (), generator=site_generator(seed, _PATH)))
     instance_gate = InstanceGate(gate, n_experts, user_width, gate_seed)
     attach(model, {_PATH: instance_gate}, {_PATH: about})

@@ -20,7 +20,6 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from numbers import Integral
-from typing import Any
 
 import numpy as np
 import torch
@@ -158,7 +157,7 @@ class LISA:
                     if isinstance(value, Tensor) and value.ndim:
                         state[parameter][name] = value.to(where)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Return what the schedule depends on, for a checkpoint. The state dict of the optimiser holds the rest."""
         names = ("seed", "interval", "active", "cover", "state_policy")
         return {"layers": len(self._layers), **{name: getattr(self, name) for name in names}}

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -37,6 +38,7 @@ from vismt.lowrank.layers.base import (
 from vismt.lowrank.layers.stock_modules import dense_weight
 from vismt.lowrank.model.modules import detach_all
 from vismt.lowrank.tensors import check_factor
+from vismt.storage.files import JsonObject
 
 _BASE = "base_layer"  # peft's name of the stock module in a tuner layer
 Shapes = dict[str, tuple[int, ...]]
@@ -51,7 +53,7 @@ class HostedSettings:
     """
 
     tuner: str
-    options: dict[str, Any]
+    options: JsonObject
     seed: int
     trained: Shapes = field(default_factory=dict)
     fixed: Shapes = field(default_factory=dict)
@@ -82,7 +84,7 @@ class HostedLayer(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> HostedLayer:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: object) -> HostedLayer:
         return cls(base)
 
     @classmethod
@@ -153,8 +155,7 @@ class HostedLayer(AdapterLayer):
 
     def linked(self) -> Any:
         """Return the tuner with the present weight and bias. Conversions and functional calls may have replaced them."""
-        present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
-        self.inner._parameters.update(present)
+        self.inner._parameters.update(weight=self.weight, bias=self.bias)
         return self.tuner
 
     def forward(self, x: Tensor) -> Tensor:
@@ -272,7 +273,7 @@ def as_peft(model: nn.Module, specs: Sequence[LayerSpec], saved: Sequence[str] =
             delattr(model, name)
 
 
-def installed(module: str) -> Any:
+def installed(module: str) -> ModuleType:
     """Return a module of peft. Raise UserError if peft is not installed."""
     try:
         return importlib.import_module(module)

@@ -28,9 +28,10 @@ from vismt.lowrank.model.inject import also_trained, check_options, install
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.methods import METHODS, Method
+from vismt.storage.files import JsonObject
 
 _PREFIX = "peft"
-_VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {"dora": ("LORA", {"use_dora": True})}
+_VARIANTS: dict[str, tuple[str, JsonObject]] = {"dora": ("LORA", {"use_dora": True})}
 _LEFT_OUT = ("ADALORA", "POLY", "SHADOW", "TRAINABLE_TOKENS", "XLORA")
 # Fields that `adapt` decides, besides the fields that every configuration of peft has. They are not options of the method.
 DECIDED = {"bias", "exclude_modules", "layers_pattern", "layers_to_transform"}
@@ -75,11 +76,11 @@ def host(
     return AdaptReport(method, specs, *count_parameters(model), remarks)
 
 
-def _sizes(fields: Mapping[str, Any], rank: int, alpha: float | None) -> dict[str, Any]:
+def _sizes(fields: JsonObject, rank: int, alpha: float | None) -> JsonObject:
     """Return r and alpha as options. If a tuner has no default of r, another option sets its size."""
     if "rank" in _unread(fields):
         return {}
-    sizes: dict[str, Any] = {"r": rank}
+    sizes: JsonObject = {"r": rank}
     for name, value in fields.items():
         if _is_alpha(name, value):
             sizes[name] = rank * value / fields["r"] if alpha is None else alpha
@@ -100,7 +101,7 @@ def _is_alpha(name: str, value: object) -> bool:
     return (name == "alpha" or name.endswith("_alpha")) and isinstance(value, (int, float))
 
 
-def _fields(kind: str) -> dict[str, Any]:
+def _fields(kind: str) -> JsonObject:
     configuration = importlib.import_module("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING[kind]
     decided = DECIDED.union(item.name for item in dataclasses.fields(importlib.import_module("peft").PeftConfig))
     fields = [item for item in dataclasses.fields(configuration) if item.name not in decided]

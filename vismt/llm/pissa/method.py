@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,27 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, need_whole, require_known
 from vismt.llm.pissa.quantized import QuantizedLayer, on_grid, quantized_layer
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.inject import InjectOptions, inject
 from vismt.lowrank.model.record import AdaptReport
+from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import principal, residual, working_dtype
 from vismt.methods import Method, register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SOLVERS = ("exact", "randomized")
 
 
 def pissa(
-    model: nn.Module, *, solver: str = "exact", quantize: str | None = None, iterations: int = 5, **options: Any
+    model: nn.Module,
+    *,
+    targets: Targets,
+    seed: int,
+    solver: str = "exact",
+    quantize: str | None = None,
+    iterations: int = 5,
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add principal factors of each weight (of each q, k and v block with split_qkv).
 
@@ -48,7 +59,7 @@ def pissa(
     start = partial(principal, method=solver)
     if quantize is not None:
         start = partial(quantized_principal, iterations=iterations, grid=quantize, solver=solver)
-    return inject(model, "pissa", start, offset=quantize is None, **layer, **options)
+    return inject(model, "pissa", start, offset=quantize is None, targets=targets, seed=seed, **layer, **options)
 
 
 def quantized_principal(

@@ -22,7 +22,8 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -31,9 +32,13 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import LayerSpec, register_module
 from vismt.lowrank.layers.forms import LowRankConv, LowRankLinear
-from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
+from vismt.lowrank.layers.low_rank import LayerOptions, LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import LINEAR
+from vismt.lowrank.model.inject import LayerChoice
 from vismt.lowrank.svd import double, working_dtype
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GRIDS = ("nf4", "bitsandbytes")
 _BLOCK = 64
@@ -76,7 +81,7 @@ class QuantizedLayer(LowRankLayer):
     has_factors = False
     takes_prequantized = weight_readable = False
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Any) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, *, grid: str, **options: Unpack[LayerOptions]) -> None:
         super().__init__(base, rank, scale, **options)
         self.grid = grid
         self.register_buffer("start_A", torch.zeros_like(self.lora_A, requires_grad=False))
@@ -85,11 +90,13 @@ class QuantizedLayer(LowRankLayer):
         self.register_parameter("quantized", None)
 
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> QuantizedLayer:
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> QuantizedLayer:
         if spec.kind == "embedding":
             raise UserError(f"adapt.quantize: '{spec.path}' is an embedding, which stays whole; exclude it.")
         layer = QuantizedLinear if spec.kind in LINEAR else QuantizedConv
-        return layer(base, **how, grid=spec.settings.grid, **cls._options(spec.settings))
+        return layer(base, dropout=dropout, dtype=dtype, grid=spec.settings.grid, **cls._options(spec.settings))
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -148,7 +155,7 @@ class QuantizedConv(QuantizedLayer, LowRankConv):
     """A convolution on a quantised weight."""
 
 
-def quantized_layer(model: nn.Module, grid: str | None) -> dict[str, Any]:
+def quantized_layer(model: nn.Module, grid: str | None) -> LayerChoice:
     """Return the arguments of `inject` for layers on weights quantised to `grid`. Return {} for None.
 
     Raise UserError for an unknown grid, a missing bitsandbytes, and a model without values.
@@ -191,7 +198,7 @@ def on_grid(matrix: Tensor, grid: str) -> Tensor:
     return _matrix(functional.dequantize_4bit(packed, state), matrix)
 
 
-def need_bitsandbytes() -> Any:
+def need_bitsandbytes() -> ModuleType:
     """Return the functions of bitsandbytes. Raise UserError if it is not installed."""
     try:
         return importlib.import_module("bitsandbytes").functional

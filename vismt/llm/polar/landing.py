@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import StateDict
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.llm.polar import stiefel
@@ -84,14 +85,14 @@ class Landing(torch.optim.Optimizer):
             raise AttributeError(name)
         return getattr(self.optimizer, name)
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         # This leaves out the wrapper that a schedule puts around `step`.
         return {name: self.__dict__[name] for name in ("optimizer", "attraction", "constraint", "layers")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> StateDict:
         """Return the state of the wrapped optimiser. Landing has no state."""
         return self.optimizer.state_dict()
 

@@ -15,7 +15,7 @@ start is not W.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,16 +24,27 @@ from vismt.base.errors import require_known
 from vismt.llm.polar import stiefel
 from vismt.llm.polar.landing import Landing, check_constraint
 from vismt.lowrank.layers.low_rank import LowRankLayer
-from vismt.lowrank.model.inject import inject
+from vismt.lowrank.model.inject import InjectOptions, inject
 from vismt.lowrank.model.record import AdaptReport, need_record
+from vismt.lowrank.model.targets import Targets
 from vismt.lowrank.svd import working_dtype
 from vismt.methods import Method, register_method
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 THETAS = ("full", "diagonal")
 
 
 def polar(
-    model: nn.Module, *, theta: str = "full", attraction: float = 5e-3, constraint: str = "landing", **options: Any
+    model: nn.Module,
+    *,
+    targets: Targets,
+    seed: int,
+    theta: str = "full",
+    attraction: float = 5e-3,
+    constraint: str = "landing",
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add orthonormal X and Y with zero Theta. The function is unchanged until the first step.
 
@@ -47,7 +58,9 @@ def polar(
         B, A = (orthonormal(size, rank, generator).to(working_dtype(weight)) for size in weight.shape)
         return A.mT, B
 
-    report = inject(model, "polar", start, offset=False, settings={"core": theta}, **options)
+    report = inject(
+        model, "polar", start, offset=False, targets=targets, seed=seed, settings={"core": theta}, **options
+    )
     need_record(model, "polar").options.update(attraction=float(attraction), constraint=constraint)
     return report
 

@@ -74,8 +74,10 @@ class SliceLinear(AdapterLayer):
 
     # ---- the layer as data
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> SliceLinear:
-        return cls(base, spec.settings.rank, spec.settings.dim, dtype=how.get("dtype"))
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> SliceLinear:
+        return cls(base, spec.settings.rank, spec.settings.dim, dtype=dtype)
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:

@@ -17,7 +17,7 @@ as a unit (the paper's figure has it, its code does not).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 import torch.distributed as dist
@@ -122,7 +122,7 @@ def _features(
             chosen[block.path] = (block.dim, block.features(sorted(units)))
     find_targets(model, list(chosen))
     if dist.is_available() and dist.is_initialized():
-        digests: list[Any] = [None] * dist.get_world_size()
+        digests: list[str | None] = [None] * dist.get_world_size()
         dist.all_gather_object(digests, selection.digest())
         if len(set(digests)) > 1:
             raise UserError("s2ft: the processes chose different units; give all the same seed, model and calibration.")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -24,6 +25,7 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     Reply,
+    Tokenizer,
     Writing,
     answer_tokens,
     fields_of,
@@ -77,7 +79,7 @@ class Answers(LmTask):
         own = any(fields_of(text, "tasks: answers") for text in self.answers.values())
         return "" if own else fill_template(self.label, row, "tasks: label")
 
-    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         label, choices = fill_template(self.label, row, "tasks: label"), list(self.choices_of(row))
         if label not in choices or len(choices) < 2:
             raise UserError(
@@ -89,7 +91,7 @@ class Answers(LmTask):
         """Return the templates of the answers that are choices of a row, by label."""
         return {key: text for key, text in self.answers.items() if has_fields(text, row, "tasks: answers")}
 
-    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def ask(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         context, before, spaces = self.context(row, tokenizer)
         templates = self.choices_of(row)
         if len(templates) < 2:
@@ -102,7 +104,7 @@ class Answers(LmTask):
         return Item(name, [tree(context, answers, self.length)], sizes=sizes)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         log_p = answer_scores(net, batch, self.normalise).cpu().double().log_softmax(1)
         choices = [list(self.choices_of(row)) for row in rows]

@@ -16,7 +16,7 @@ import string
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,19 +24,40 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError, near, shown_value
 from vismt.base.seeds import mix_seed
-from vismt.data.texts.text_set import TextSet
+from vismt.data.texts.text_set import TextRow, TextSet
 from vismt.llm.ilora.recommenders import pad_histories
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate_pieces, piece
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.intervals import NUMBER, Measure
 from vismt.uncertainty.probability_metrics import example_measures, example_values, scores
 from vismt.uncertainty.temperature import fit_temperature
 
-Record = dict[str, Any]
+Record = JsonObject
 REPLY = "reply"  # stands for an answer if the text after it is wanted
 BEFORE = 64  # number of letters before a text that decide how it is tokenised
 _ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
+
+
+class Tokenizer(Protocol):
+    """What the tasks read of a tokenizer of transformers."""
+
+    bos_token_id: int | None
+    eos_token_id: int | None
+    all_special_ids: list[int]
+
+    def __call__(self, text: str | list[str], *, add_special_tokens: bool = True) -> Mapping[str, Any]: ...
+
+    def convert_ids_to_tokens(self, ids: list[int]) -> list[str]: ...
+
+    def get_added_vocab(self) -> dict[str, int]: ...
+
+    def apply_chat_template(
+        self, conversation: list[Mapping[str, str]], *, add_generation_prompt: bool, tokenize: bool
+    ) -> object: ...
+
+    def batch_decode(self, sequences: Tensor, *, skip_special_tokens: bool) -> list[str]: ...
 
 
 @dataclass(frozen=True)
@@ -136,7 +157,7 @@ class LmTask(ABC):
         """Return a short description of the task for the report."""
 
     @abstractmethod
-    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         """Return a row of text as tokens. Raise UserError for missing fields and unknown labels."""
 
     def class_of(self, row: Mapping[str, object]) -> str:
@@ -147,7 +168,7 @@ class LmTask(ABC):
         """Return the rows of a task that has rows of its own. Return None for a task that takes sets."""
         return None
 
-    def context(self, row: Mapping[str, Any], tokenizer: Any) -> tuple[list[int], str, str]:
+    def context(self, row: TextRow, tokenizer: Tokenizer) -> tuple[list[int], str, str]:
         """Return the tokens of the prompt of a row, the text that an answer follows, and the spaces that begin the answer.
 
         The spaces at the end of a prompt begin the answer, as in lm-eval-harness, because an LM knows " word" as one token. In
@@ -168,7 +189,7 @@ class LmTask(ABC):
             )
         return Item(name, [piece(ids, [], self.length)])
 
-    def prompt_end(self, tokenizer: object) -> str:
+    def prompt_end(self, tokenizer: Tokenizer) -> str:
         """Return the end of every prompt. If the end is a field, return any letter."""
         if self.chat:
             return chat_text(tokenizer, [{"role": "user", "content": self.prompt}])
@@ -202,7 +223,7 @@ class LmTask(ABC):
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         """Return the measures by name."""
 
-    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def ask(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         """Return a row as tokens for `reply`.
 
         The row needs no answer. Raise UserError for tasks that take no rows of the user.
@@ -210,7 +231,7 @@ class LmTask(ABC):
         raise UserError(CARD_ALONE)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         """Return the answers to the rows of a batch of `ask`: texts, or log-probabilities of named choices."""
         raise UserError(CARD_ALONE)
@@ -269,14 +290,14 @@ def fields_of(template: str, what: str) -> list[str]:
     return [name.split("[")[0].split(".")[0] for name in names]
 
 
-def context_tokens(tokenizer: Any, text: str) -> list[int]:
+def context_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """Return the tokens of a prompt with the special tokens before it, without an end-of-text token after it."""
     ids = list(tokenizer(text)["input_ids"])
     ends = bool(ids) and ids[-1] == tokenizer.eos_token_id and tokenizer.eos_token_id != tokenizer.bos_token_id
     return ids[:-1] if ends else ids
 
 
-def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
+def chat_text(tokenizer: Tokenizer, turns: Sequence[Mapping[str, str]], *, prompt: bool = True) -> str:
     """Return turns as the chat template writes them.
 
     prompt: Whether to add the beginning of the assistant's next turn.
@@ -294,7 +315,7 @@ def chat_text(tokenizer: Any, turns: Sequence[Mapping[str, str]], *, prompt: boo
         raise UserError(f"tasks: the chat template refuses the turns {roles} ({error}).") from error
 
 
-def turn_end(tokenizer: Any) -> list[int]:
+def turn_end(tokenizer: Tokenizer) -> list[int]:
     """Return the tokens by which the chat template ends the assistant's turn, up to a special token. [] means no such token."""
     turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": REPLY}]
     end = chat_text(tokenizer, turns, prompt=False).rpartition(REPLY)[2]
@@ -304,7 +325,7 @@ def turn_end(tokenizer: Any) -> list[int]:
     return ids[: place + 1]
 
 
-def answer_tokens(tokenizer: Any, text: str, after: str = "a") -> list[int]:
+def answer_tokens(tokenizer: Tokenizer, text: str, after: str = "a") -> list[int]:
     """Return the tokens of `text` after the text `after`, without special tokens.
 
     Both texts are tokenised together and split, since SentencePiece tokenizers begin a text of its own with another "▁". If a

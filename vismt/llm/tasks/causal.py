@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -24,6 +24,7 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     Reply,
+    Tokenizer,
     Writing,
     answer_tokens,
     by_row,
@@ -77,7 +78,7 @@ class Causal(LmTask):
             counted = f"the first {self.windows * (self.length - 1) + 1} tokens of each text"
         return f"{counted}, context {self.length}"
 
-    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         context, before, spaces = self.context(row, tokenizer)
         answer = answer_tokens(tokenizer, spaces + fill_template(self.answer, row, "tasks: answer"), before)
         if self.end:
@@ -91,18 +92,20 @@ class Causal(LmTask):
             raise UserError(f"tasks: row '{name}' has no token that is counted.")
         return Item(name, pieces)
 
-    def _end(self, tokenizer: Any) -> list[int]:
+    def _end(self, tokenizer: Tokenizer) -> list[int]:
         """Return the tokens after an answer: the end of the turn if a chat template writes one, otherwise the end of text."""
         ids = turn_end(tokenizer) if self.chat else []
-        if not ids and tokenizer.eos_token_id is None:
+        if ids:
+            return ids
+        if tokenizer.eos_token_id is None:
             raise UserError("tasks: end: the tokenizer has no end-of-text token; set the option end to false.")
-        return ids or [tokenizer.eos_token_id]
+        return [tokenizer.eos_token_id]
 
-    def stops(self, tokenizer: object) -> list[int]:
+    def stops(self, tokenizer: Tokenizer) -> list[int]:
         """Return the token that ends an answer in a chat, if it differs from the end of the text."""
         return turn_end(tokenizer)[-1:] if self.chat else []
 
-    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def ask(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         """Return the prompt of a row, or the text that is to be continued."""
         if self.prompt:
             context = self.context(row, tokenizer)[0]
@@ -111,7 +114,7 @@ class Causal(LmTask):
         return self.asked(name, context)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         texts = written(net, batch, tokenizer, how, self.stops(tokenizer))
         if self.chat:
@@ -160,7 +163,7 @@ class Causal(LmTask):
         return 1 / self.measures(records)["perplexity"].score
 
 
-def written(net: LmNet, batch: Batch, tokenizer: Any, how: Writing, stops: Sequence[int] = ()) -> list[str]:
+def written(net: LmNet, batch: Batch, tokenizer: Tokenizer, how: Writing, stops: Sequence[int] = ()) -> list[str]:
     """Generate a continuation for each prompt of a batch, up to a token of `stops`, the end of text or the end of the turn."""
     own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)
     # A chat model names the end of a turn beside the end of text.

@@ -11,11 +11,11 @@ such tokens and is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from vismt.base.errors import UserError
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, answer_tokens, chat_text, turn_end
+from vismt.llm.tasks.base import Item, Tokenizer, answer_tokens, chat_text, turn_end
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.pieces import IGNORE, Piece
 
@@ -47,7 +47,7 @@ class Chat(Causal):
     def about(self) -> str:
         return f"tokens of the assistant's turns, at most {self.length} in all"
 
-    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         turns = self.turns(name, row)
         ids: list[int] = []
         labels: list[int] = []
@@ -88,17 +88,17 @@ class Chat(Causal):
             )
         return turns
 
-    def stops(self, tokenizer: object) -> list[int]:
+    def stops(self, tokenizer: Tokenizer) -> list[int]:
         return turn_end(tokenizer)[-1:]
 
-    def ask(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def ask(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         turns = self.turns(name, row)
         if turns[-1]["role"] == ASSISTANT:  # the answer of a training row
             turns = turns[:-1]
         return self.asked(name, tokenizer(chat_text(tokenizer, turns), add_special_tokens=False)["input_ids"])
 
 
-def _with_role(turn: object) -> Any:
+def _with_role(turn: object) -> object:
     """Return a turn of ShareGPT in the form of messages, and any other turn unchanged."""
     if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
         return turn

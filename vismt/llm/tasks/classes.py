@@ -14,12 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
 from vismt.llm.tasks.base import (
@@ -28,6 +28,7 @@ from vismt.llm.tasks.base import (
     LmTask,
     Record,
     Reply,
+    Tokenizer,
     Writing,
     answer_tokens,
     fill_template,
@@ -69,7 +70,7 @@ class Classes(LmTask):
     def about(self) -> str:
         return f"one of {len(self.answers)} answers"
 
-    def tokens(self, tokenizer: Any) -> list[int]:
+    def tokens(self, tokenizer: Tokenizer) -> list[int]:
         """Return the token of each answer. Raise UserError for an answer of several tokens and for equal tokens."""
         tokens: list[int] = []
         end = self.prompt_end(tokenizer)
@@ -90,16 +91,16 @@ class Classes(LmTask):
     def class_of(self, row: Mapping[str, object]) -> str:
         return fill_template(self.label, row, "tasks: label")
 
-    def encode(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         label = self.class_of(row)
         require_known(f"tasks: row '{name}' has label", [label], self.answers)
         return replace(self.ask(name, row, tokenizer), label=list(self.answers).index(label))
 
-    def ask(self, name: str, row: Mapping[str, object], tokenizer: object) -> Item:
+    def ask(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         return self.asked(name, self.context(row, tokenizer)[0])
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: object, how: Writing
+        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         log_p = log_predictive(net.head, net.features(batch)).cpu().double()
         return [Reply(choices=list(self.answers), log_p=values) for values in log_p]

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal, InvalidOperation
-from typing import Any
 
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, Record, Writing, by_row, gather
+from vismt.llm.tasks.base import Item, Record, Tokenizer, Writing, by_row, gather
 from vismt.llm.tasks.causal import Causal, written
 from vismt.llm.tasks.pieces import IGNORE, select_tokens
 from vismt.uncertainty.intervals import Measure
@@ -68,13 +68,13 @@ class Generation(Causal):
         if groups != 1:
             raise UserError(f"tasks: pattern '{pattern}' has {groups} groups, needed one: the answer.")
         self.gold, self.pattern, self.stop, self.new_tokens = gold, pattern, stop, new_tokens
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer  # the tokenizer of the latest row
 
     @property
     def about(self) -> str:
         return f"exact match, greedy, at most {self.new_tokens} tokens"
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         if self.gold not in row:
             raise UserError(f"tasks: gold: row '{name}' has no field '{self.gold}'.")
         self._tokenizer = tokenizer

@@ -13,16 +13,18 @@ import importlib.util
 import json
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
+
+from torch import Tensor
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.base.registry import first_line
-from vismt.data.texts.text_set import TextSet
+from vismt.data.texts.text_set import TextRow, TextSet
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, LmTask, Record, by_row, context_tokens
+from vismt.llm.tasks.base import Item, LmTask, Record, Tokenizer, by_row, context_tokens
 from vismt.llm.tasks.pieces import piece
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE, Measure
 
@@ -62,7 +64,7 @@ class Harness(LmTask):
         self._task: Any = None
         self._requests: dict[str, list[Any]] = {}  # requests of each document
         self._model: tuple[LmNet, Any] | None = None
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer  # the tokenizer of the latest row
 
     @property
     def about(self) -> str:
@@ -113,12 +115,12 @@ class Harness(LmTask):
         title = str(self.task.task_name)
         return TextSet(title, "test", [{"doc": name} for name in ids], ids, lambda: digest, _FAMILY)
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         self._tokenizer = tokenizer
         text = str(self._requests[row["doc"]][0].arguments[0])
         return Item(name, [piece(context_tokens(tokenizer, text) or [0], [], self.length)])
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Any]:
+    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
         raise UserError(f"tasks: '{_FAMILY}:{self.name}' is for evaluation; train another task.")
 
     def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:

@@ -14,7 +14,7 @@ import string
 from collections.abc import Mapping, Sequence
 
 from vismt.base.errors import UserError
-from vismt.llm.tasks.base import answer_tokens, context_tokens
+from vismt.llm.tasks.base import Tokenizer, answer_tokens, context_tokens
 
 
 class ItemPrompt:
@@ -47,7 +47,7 @@ class ItemPrompt:
 
     def tokens(
         self,
-        tokenizer: object,
+        tokenizer: Tokenizer,
         lists: Mapping[str, Sequence[int]],
         titles: Sequence[str] | None,
         slots: bool,
@@ -83,7 +83,7 @@ class ItemPrompt:
         return ids, items
 
 
-def single_token(tokenizer: object, key: str, text: str) -> int:
+def single_token(tokenizer: Tokenizer, key: str, text: str) -> int:
     """Return the token of a text. Raise UserError if the text has several tokens."""
     ids = answer_tokens(tokenizer, text)
     if len(ids) != 1:

@@ -21,9 +21,8 @@ of one user are not. Left out: item tokens in the vocabulary, beam search.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +31,7 @@ from torch import Tensor
 from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import mix_seed
 from vismt.data.texts.interactions import draw_candidates
+from vismt.data.texts.text_set import TextRow
 from vismt.llm.ilora.hybrid import Hybrid, conditioned
 from vismt.llm.net import Batch, LmNet, counted_tokens
 from vismt.llm.tasks import TASKS
@@ -41,6 +41,7 @@ from vismt.llm.tasks.base import (
     Listed,
     LmTask,
     Record,
+    Tokenizer,
     Writing,
     answer_tokens,
     by_row,
@@ -132,7 +133,7 @@ class Recommendation(LmTask):
         self.items, self.titles, self.by_user = items, titles, sample == "users"
         self.curriculum, self.normalise, self.new_tokens, self.seed = curriculum, normalise, new_tokens, seed
         self.reads = self.documents = answer != "write"
-        self._tokenizer: Any = None
+        self._tokenizer: Tokenizer  # the tokenizer of the latest row
 
     @property
     def about(self) -> str:
@@ -144,7 +145,7 @@ class Recommendation(LmTask):
         }
         return f"the next of {self.candidates} items, {how[self.answer]}"
 
-    def encode(self, name: str, row: Mapping[str, Any], tokenizer: Any) -> Item:
+    def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         if "catalogue" not in row:
             raise UserError(f"tasks: row '{name}' has no items; 'recommendation' needs sets of kind interactions.")
         self._tokenizer = tokenizer

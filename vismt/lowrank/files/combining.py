@@ -9,7 +9,7 @@ the adapters (vismt/lowrank/cores.py). If one of several adapters has no update 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import replace
 from numbers import Integral, Real
 from pathlib import Path
@@ -271,7 +271,9 @@ def _concatenate(adapters: Sequence[LowRank], weights: Sequence[float]) -> LowRa
 def _covariances_at(path: str, covariances: Sequence[Mapping[str, Tensor]], width: int) -> list[Tensor]:
     for position, of_task in enumerate(covariances):
         if not isinstance(of_task, Mapping) or path not in of_task:
-            raise UserError(f"combine: covariances of adapter {position} lack '{path}'; give one for each adapted weight.")
+            raise UserError(
+                f"combine: covariances of adapter {position} lack '{path}'; give one for each adapted weight."
+            )
     found = [of_task[path] for of_task in covariances]
     _check_covariances(found, width, f"'{path}': ")
     return found
@@ -286,7 +288,7 @@ def _check_covariances(covariances: Sequence[object], width: int, where: str = "
             )
 
 
-def _check_settings(count: int, method: str, keep: float, drop: float, covariances: Any) -> None:
+def _check_settings(count: int, method: str, keep: float, drop: float, covariances: Sized | None) -> None:
     if not 0 < keep <= 1:
         raise UserError(f"combine: keep is {keep}, give a share in (0, 1].")
     if not 0 <= drop < 1:
@@ -329,7 +331,7 @@ def _check_weights(weights: Sequence[float]) -> None:
         raise UserError("combine: the sum of the weights is not finite; give smaller weights.")
 
 
-def _finite(value: Any) -> bool:
+def _finite(value: float) -> bool:
     try:
         return math.isfinite(value)
     except OverflowError:  # a whole number beyond fp64

@@ -12,16 +12,16 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from torch import Tensor
 
 from vismt.base.errors import UserError, shown_value
 from vismt.base.registry import PLACES
 from vismt.config.typed import JsonFile, build
-from vismt.lowrank.layers.base import MODULES, AdapterLayer, LayerSpec
+from vismt.lowrank.layers.base import MODULES, AdapterLayer, AdapterModule, LayerSpec
 from vismt.lowrank.tensors import check_finite
-from vismt.storage.files import is_sealed, read_json, read_tensors
+from vismt.storage.files import JsonObject, is_sealed, read_json, read_tensors
 
 FORMAT = 1
 DESCRIPTION = "adapter.json"
@@ -36,7 +36,7 @@ class _Part:
     """Entry of an adapter module other than a layer: the name of its class, and its settings."""
 
     type: str
-    settings: dict[str, Any]
+    settings: JsonObject
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Description:
     format: int
     method: str
     model: str
-    options: dict[str, Any]
-    sites: list[dict[str, Any]]
+    options: JsonObject
+    sites: list[JsonObject]
     also_train: list[str]
     base: str
     base_samples: dict[str, list[float]]
@@ -83,14 +83,14 @@ class _Site:
             raise ValueError(f"path {shown_value(self.path)}, shape {self.shape}")
 
 
-def entry_of(spec: LayerSpec) -> dict[str, Any]:
+def entry_of(spec: LayerSpec) -> JsonObject:
     """Return the entry of a spec in adapter.json. Empty settings are left out."""
     layer = {} if spec.layer.name in _UNNAMED else {"layer": spec.layer.name}
     entry = {"path": spec.path, "kind": spec.kind, "shape": spec.shape, **layer, **asdict(spec.settings)}
     return {name: value for name, value in entry.items() if value not in ("", (), None)}
 
 
-def module_entries(specs: Iterable[LayerSpec]) -> dict[str, dict[str, Any]]:
+def module_entries(specs: Iterable[LayerSpec]) -> dict[str, JsonObject]:
     """Return the entries of the adapter modules other than layers, by path."""
     others = [spec for spec in specs if not spec.has_weight]
     return {spec.path: {"type": spec.layer.name, "settings": asdict(spec.settings)} for spec in others}
@@ -122,7 +122,7 @@ def _part(path: str, entry: _Part, source: JsonFile) -> LayerSpec:
     return LayerSpec(path, "", (), kind, build(kind.Settings, entry.settings, source, f"{key}.settings"))
 
 
-def _module(name: str, source: JsonFile) -> Any:
+def _module(name: str, source: JsonFile) -> type[AdapterModule]:
     try:
         return MODULES[PLACES["earlier names in files"].get(name, name)]
     except UserError as error:

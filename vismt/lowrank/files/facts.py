@@ -24,7 +24,7 @@ from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
 from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
 from vismt.lowrank.tensors import FLOATING
 from vismt.lowrank.update import Update
-from vismt.storage.files import DTYPES, read_json
+from vismt.storage.files import DTYPES, JsonObject, read_json
 from vismt.storage.paths import regular_file
 
 TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
@@ -230,7 +230,7 @@ class AdapterFacts:
     """
 
     folder: Path
-    config: dict[str, Any] = field(default_factory=dict)
+    config: JsonObject = field(default_factory=dict)
     settings: PeftSettings | None = None
     tuner: str = ""
     modules: dict[str, ModuleFacts] = field(default_factory=dict)
@@ -259,7 +259,7 @@ class AdapterFacts:
             and not (tensor.path.endswith("bias") and self.settings.bias != "none")
         ]
 
-    def read_json(self, name: str) -> dict[str, Any]:
+    def read_json(self, name: str) -> JsonObject:
         """Return the settings in a file of the folder. If they cannot be read, return {} and add a reason."""
         try:
             content = read_bounded_json(self.folder / name, f"'{name}'")

@@ -36,7 +36,7 @@ from vismt.lowrank.model.record import AdaptRecord, need_record, refuse_adapted,
 from vismt.lowrank.model.targets import containers, suffixes
 from vismt.lowrank.svd import principal
 from vismt.lowrank.tensors import fits, need_finite
-from vismt.storage.files import atomic_write
+from vismt.storage.files import JsonObject, atomic_write
 
 
 def export_peft(
@@ -116,7 +116,7 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
     return folder
 
 
-def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> dict[str, Any]:
+def _settings(model: nn.Module, record: AdaptRecord, ranks: dict[str, int]) -> JsonObject:
     """Return the settings of a plain LoRA.
 
     ranks: Rank of each path that peft is given.

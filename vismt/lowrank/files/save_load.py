@@ -15,7 +15,6 @@ import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -49,7 +48,7 @@ from vismt.lowrank.model.record import (
 )
 from vismt.lowrank.model.targets import refusals
 from vismt.lowrank.tensors import check_finite, check_parameter, need_finite
-from vismt.storage.files import atomic_write, sealed, write_tensors
+from vismt.storage.files import JsonObject, atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
 
 WAIT_S = 60  # seconds to wait for another process that saves into the same folder
@@ -131,7 +130,7 @@ def _write(model: nn.Module, folder: Path, force: bool) -> Path:
         need_finite("save_adapter", {f"{path}.weight": _base_weight(model, path) for path in paths})
     with locked(folder, WAIT_S):
         digest = write_tensors(folder / "adapter-{digest}.safetensors", tensors)
-        description: dict[str, Any] = {
+        description: JsonObject = {
             "format": FORMAT,
             "method": record.method,
             "model": type(model).__name__,

@@ -13,7 +13,7 @@ import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.tensors import check_factor
 
+M = TypeVar("M", bound="AdapterModule")
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
@@ -137,11 +138,13 @@ class AdapterModule(Placed, ABC):
     # ---- the module as data
     @classmethod
     @abstractmethod
-    def build(cls, base: Any, spec: LayerSpec, **how: object) -> AdapterModule:
+    def build(
+        cls, base: Any, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> AdapterModule:
         """Return the module of `spec` around `base`, with its update unset.
 
-        base: Module at the path of the spec, None for a new path. how: Dropout, and the dtype of the trained tensors. None
-        stands for the weight's own dtype, or fp32 if that is half precision.
+        base: Module at the path of the spec, None for a new path. dropout: Probability of dropout on the input of the update.
+        dtype: Dtype of the trained tensors. None stands for the weight's own dtype, or fp32 if that is half precision.
         """
 
     @classmethod
@@ -330,12 +333,13 @@ MODULES: Registry[type[AdapterModule]] = Registry(
 )
 
 
-def register_module(name: str) -> Callable[[type[Any]], type[Any]]:
+def register_module(name: str) -> Callable[[type[M]], type[M]]:
     """Return a decorator that registers an AdapterModule class under `name`, the name that adapter files use."""
 
-    def decorate(module: type[Any]) -> type[Any]:
+    def decorate(module: type[M]) -> type[M]:
         module.name = name
-        return MODULES.add(name, module)
+        MODULES.add(name, module)
+        return module
 
     return decorate
 

@@ -9,7 +9,8 @@ the stock module with its weight of bitsandbytes or torchao
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,11 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import in_autocast, inner_module
 from vismt.lowrank.layers.fused import FusedLowRank
-from vismt.lowrank.layers.low_rank import FORMS, LowRankLayer
+from vismt.lowrank.layers.low_rank import FORMS, LayerOptions, LowRankLayer
 from vismt.lowrank.layers.stock_modules import dense_weight, weight_format
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 GEOMETRY = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
@@ -63,7 +67,7 @@ class LowRankConv(LowRankLayer):
     dilation: tuple[int, ...]
     padding_mode: str
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Unpack[LayerOptions]) -> None:
         super().__init__(base, rank, scale, **options)
         for name in GEOMETRY:
             setattr(self, name, getattr(base, name))
@@ -181,7 +185,13 @@ class LowRankParameter(LowRankLayer):
         return torch.cat(A, 1).detach().float(), torch.cat(B, 2).detach().float()
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        cls,
+        func: Callable[..., object],
+        types: Collection[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
         args, kwargs = tree_map_only(cls, lambda layer: layer.adapted_weight(), (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -197,14 +207,13 @@ class LowRankPrequantized(LowRankLayer):
 
     inner: nn.Module
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Any) -> None:
+    def __init__(self, base: nn.Module, rank: int, scale: float, **options: Unpack[LayerOptions]) -> None:
         super().__init__(base, rank, scale, **options)
         self.__dict__["inner"] = inner_module(base)
 
     def linked(self) -> nn.Module:
         """Return the stock module with the present weight and bias. A conversion may have replaced them."""
-        present: dict[str, Any] = {"weight": self.weight, "bias": self.bias}
-        self.inner._parameters.update(present)
+        self.inner._parameters.update(weight=self.weight, bias=self.bias)
         return self.inner
 
     def stock_weight(self) -> Tensor:

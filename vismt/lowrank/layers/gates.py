@@ -149,7 +149,7 @@ class Expansion:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
 
-    def __call__(self, expand_size: int = 1, *rest: object, **named: object) -> Any:
+    def __call__(self, expand_size: int = 1, *rest: object, **named: object) -> object:
         for kind in PerSample.__subclasses__():
             scope = kind._current.get()
             if scope is not None:  # batches may repeat each sample this often until the block of the context ends

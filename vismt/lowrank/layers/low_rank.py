@@ -15,8 +15,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +71,26 @@ class LowRankSettings:
         return {"": (), "full": (rows, self.rank), "diagonal": (rows,)}[self.core]
 
 
+class LayerOptions(TypedDict, total=False):
+    """Options of the constructor of a low-rank layer."""
+
+    blocks: tuple[int, ...] | None
+    dropout: float
+    dtype: torch.dtype | None
+    core: tuple[int, ...]
+    experts: int | None
+
+
+class LayerArguments(TypedDict):
+    """Arguments of the constructor that follow from the settings."""
+
+    rank: int
+    scale: float
+    blocks: tuple[int, ...]
+    core: tuple[int, ...]
+    experts: int | None
+
+
 @register_module("low_rank")
 class LowRankLayer(AdapterLayer):
     """Base class of the layers with a low-rank update.
@@ -99,10 +120,10 @@ class LowRankLayer(AdapterLayer):
         self.rank, self.scale, self.dropout = rank, scale, dropout
         out_features, in_features = matrix_shape(base)
         self.blocks = blocks or (out_features,)
-        where: dict[str, Any] = {"device": self.weight.device, "dtype": dtype or working_dtype(self.weight)}
-        self.lora_A = nn.Parameter(torch.empty(len(self.blocks) * rank, in_features, **where))
-        self.lora_B = nn.Parameter(torch.empty(out_features, rank, **where))
-        self.lora_C = nn.Parameter(torch.zeros(core, **where)) if core else None
+        empty = partial(torch.empty, device=self.weight.device, dtype=dtype or working_dtype(self.weight))
+        self.lora_A = nn.Parameter(empty(len(self.blocks) * rank, in_features))
+        self.lora_B = nn.Parameter(empty(out_features, rank))
+        self.lora_C = nn.Parameter(empty(core).zero_()) if core else None
         self.register_buffer("lora_A0", None)
         self.register_buffer("lora_B0", None)
 
@@ -151,13 +172,15 @@ class LowRankLayer(AdapterLayer):
         return spec_of(path, module, cls, cls.Settings(rank, scale, blocks, experts=experts, **settings))
 
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> LowRankLayer:
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> LowRankLayer:
         own = spec.kind in ("embedding", "parameter")
         layer = FORMS["prequantized" if not own and weight_format(base) is not None else spec.kind]
-        return layer(base, **how, **cls._options(spec.settings))
+        return layer(base, dropout=dropout, dtype=dtype, **cls._options(spec.settings))
 
     @staticmethod
-    def _options(settings: LowRankSettings) -> dict[str, Any]:
+    def _options(settings: LowRankSettings) -> LayerArguments:
         """Return the arguments of the constructor."""
         return {
             "rank": settings.rank,
@@ -347,7 +370,6 @@ def output_blocks(path: str, module: nn.Module, split_qkv: bool) -> tuple[int, .
     """
     rows = matrix_shape(module)[0]
     fused = split_qkv and path.split(".")[-1] in ("qkv", "in_proj_weight") and rows % 3 == 0
-    weight: Any = module.weight
-    stacked = weight.shape[0] if isinstance(module, ParameterModule) and weight.ndim == 3 else 1
+    stacked = module.weight.shape[0] if isinstance(module, ParameterModule) and module.weight.ndim == 3 else 1
     count = 3 if fused else stacked
     return (rows // count,) * count

@@ -133,7 +133,7 @@ def to_parameters(model: nn.Module) -> None:
                 owner._forward_hooks_always_called.pop(key, None)
 
 
-def _owner(model: nn.Module, path: str) -> tuple[Any, str]:
+def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     parent, _, name = path.rpartition(".")
     return model.get_submodule(parent), name
 

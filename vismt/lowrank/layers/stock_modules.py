@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+from types import ModuleType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -107,5 +108,5 @@ def _as_packed(weight: Any) -> tuple[Tensor, Any]:
     return data, state
 
 
-def _bitsandbytes() -> Any:
+def _bitsandbytes() -> ModuleType:
     return importlib.import_module("bitsandbytes").functional

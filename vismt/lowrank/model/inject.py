@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -38,10 +38,41 @@ from vismt.lowrank.model.record import (
 from vismt.lowrank.model.starts import Initialiser, start_layers
 from vismt.lowrank.model.targets import Targets, containers, find_targets, match_patterns, pattern_values
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 # Options of `inject` that users give with any method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
 COMMON |= {"rslora": False, "clamp_rank": False, "split_qkv": False, "dropout": 0.0, "dtype": None}
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class CommonOptions(TypedDict, total=False):
+    """Types of `COMMON`."""
+
+    exclude: str | Sequence[str]
+    also_train: str | Sequence[str]
+    rank_pattern: Mapping[str, int] | None
+    alpha_pattern: Mapping[str, float] | None
+    rslora: bool
+    clamp_rank: bool
+    split_qkv: bool
+    dropout: float
+    dtype: torch.dtype | str | None
+
+
+class InjectOptions(CommonOptions, total=False):
+    """Options that the function of a method passes on to `inject`."""
+
+    rank: int
+    alpha: float | None
+
+
+class LayerChoice(TypedDict, total=False):
+    """Arguments by which a method has layers of its own."""
+
+    layer: type[LowRankLayer]
+    settings: Mapping[str, object]
 
 
 def inject(
@@ -56,7 +87,7 @@ def inject(
     seed: int,
     layer: type[LowRankLayer] = LowRankLayer,
     settings: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[CommonOptions],
 ) -> AdaptReport:
     """Adapt `model` in place. Only the factors and `also_train` keep a gradient.
 
@@ -85,22 +116,22 @@ def inject(
     Raises:
         UserError: If an option has a wrong type or is out of range, or a module cannot be adapted. Nothing is changed then.
     """
-    options = check_options({**options, "targets": targets, "rank": rank, "alpha": alpha})
+    checked = check_options({**options, "targets": targets, "rank": rank, "alpha": alpha})
     refuse_adapted(model)
     # A start that needs the inputs of a module is not possible for a weight that is read without a call.
-    needs_calls = options["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
+    needs_calls = checked["dropout"] or isinstance(init, Mapping) or (settings or {}).get("experts")
     kinds = {"prequantized": layer.takes_prequantized, "readable": layer.weight_readable and not needs_calls}
-    modules, remarks = find_targets(model, options["targets"], options["exclude"], **kinds)
-    ranks = pattern_values("adapt.rank_pattern", options["rank_pattern"], modules)
-    alphas = pattern_values("adapt.alpha_pattern", options["alpha_pattern"], modules)
-    flags = {name: options[name] for name in ("rslora", "clamp_rank", "split_qkv")}
+    modules, remarks = find_targets(model, checked["targets"], checked["exclude"], **kinds)
+    ranks = pattern_values("adapt.rank_pattern", checked["rank_pattern"], modules)
+    alphas = pattern_values("adapt.alpha_pattern", checked["alpha_pattern"], modules)
+    flags = {name: checked[name] for name in ("rslora", "clamp_rank", "split_qkv")}
     specs = []
     for path, module in modules.items():
-        own_rank, own_alpha = ranks.get(path, options["rank"]), alphas.get(path, options["alpha"])
+        own_rank, own_alpha = ranks.get(path, checked["rank"]), alphas.get(path, checked["alpha"])
         specs.append(layer.plan(path, module, own_rank, own_alpha, **flags, **(settings or {})))
-    names = also_trained(model, options["also_train"], list(modules))
-    recorded = {"dropout": options["dropout"], "seed": seed}
-    layers: Any = install(model, method, specs, recorded, names, dtype=options["dtype"])
+    names = also_trained(model, checked["also_train"], list(modules))
+    recorded = {"dropout": checked["dropout"], "seed": seed}
+    layers: Any = install(model, method, specs, recorded, names, dtype=checked["dtype"])
     with undone_on_error(model):
         start_layers(layers, specs, init, seed, offset)
     if any(layer.weight.is_meta for layer in layers):
@@ -248,18 +279,18 @@ def check_options(options: Mapping[str, object]) -> dict[str, Any]:
     return result
 
 
-def _number(value: Any) -> bool:
+def _number(value: Any) -> TypeGuard[float]:
     real = isinstance(value, Real) and not isinstance(value, bool)
     return real and bool(abs(value) <= sys.float_info.max)  # false for NaN
 
 
-def _rank(name: str, value: Any) -> int:
+def _rank(name: str, value: object) -> int:
     if not _number(value) or value != int(value) or value < 1:
         raise UserError(f"adapt.{name}: {shown_value(value)}; it must be a whole number, at least 1.")
     return int(value)
 
 
-def _alpha(name: str, value: Any) -> float:
+def _alpha(name: str, value: object) -> float:
     if not _number(value) or value <= 0:
         raise UserError(f"adapt.{name}: {shown_value(value)}; it must be a positive number.")
     return float(value)

@@ -91,7 +91,7 @@ def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module
         dtype: Dtype of the copy's matrices if it runs under autocast to that dtype. Otherwise autocast casts them in every
             forward.
     """
-    shared: dict[int, Any] = {id(buffer): buffer for buffer in model.buffers()}
+    shared: dict[int, object] = {id(buffer): buffer for buffer in model.buffers()}
     plain = [p for p in model.parameters() if not is_prequantized(p)]
     shared |= {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in plain}
     twin = copy.deepcopy(model, shared).eval()
@@ -133,7 +133,7 @@ class MergedSave:
         self.module = module
         self.stock = stock  # function of the class, None if the model has this one as its own
 
-    def __call__(self, save_directory: str | Path, *args: object, **options: object) -> Any:
+    def __call__(self, save_directory: str | Path, *args: object, **options: object) -> object:
         module: Any = self.module
         adapted = [part for part in module.modules() if adapter_names(part)]  # the model itself, or parts of it
         records = [record_of(part) for part in adapted]
@@ -180,7 +180,7 @@ class Watch:
     """
 
     alive: ClassVar[int] = 0
-    watched: ClassVar[Callable[..., Any] | None] = None  # function that the class has meanwhile
+    watched: ClassVar[Callable[..., object] | None] = None  # function that the class has meanwhile
 
     def __init__(self) -> None:
         Watch.alive += 1
@@ -203,11 +203,11 @@ class Watch:
         Watch.watched = None
 
 
-def _watched(stock: Callable[..., Any]) -> Callable[..., Any]:
+def _watched(stock: Callable[..., object]) -> Callable[..., object]:
     """Return `save_pretrained` of a class for a model that is not adapted itself but may have an adapted part."""
 
     @functools.wraps(stock)
-    def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> Any:
+    def save_pretrained(self: nn.Module, *args: Any, **options: Any) -> object:
         if SAVE in vars(self) or not any(adapter_names(part) for part in self.modules()):
             return stock(self, *args, **options)
         return MergedSave(self, stock)(*args, **options)

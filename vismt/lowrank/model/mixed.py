@@ -186,7 +186,7 @@ def updates_of(model: nn.Module, name: str) -> dict[str, Update]:
 
 def _reason(model: nn.Module, path: str) -> str:
     """Return why the module at a path has no mixed layer, or "" if it has one."""
-    stock: Any = model.get_submodule(path)
+    stock = model.get_submodule(path)
     stock = stock.shell if isinstance(stock, AdapterLayer) else stock
     if weight_format(model.get_submodule(path)) is not None:
         return f"adapts '{path}', whose weight is packed"
@@ -230,7 +230,7 @@ class ActiveSet:
         self.names = tuple(names)
         self.alive.add(self)
 
-    def __reduce__(self) -> tuple[type[ActiveSet], tuple[Any]]:
+    def __reduce__(self) -> tuple[type[ActiveSet], tuple[tuple[str, ...]]]:
         return ActiveSet, (self.names,)  # a copy is also alive
 
 
@@ -358,7 +358,7 @@ class AdaptersPerSample(PerSample):
         )
 
 
-def _weights(entry: Any) -> dict[str, float]:
+def _weights(entry: str | Mapping[str, float] | None) -> dict[str, float]:
     if entry is None or isinstance(entry, str):
         return {} if entry is None else {entry: 1.0}
     numbers = isinstance(entry, Mapping) and all(isinstance(w, Real) and math.isfinite(w) for w in entry.values())

@@ -292,7 +292,7 @@ class Shelf(nn.Module):
         super().__init__()
         self.mixed: tuple[str, ...] = ()
 
-    def forward(self, x: object) -> Any:
+    def forward(self, x: object) -> object:
         return x
 
 
@@ -353,7 +353,7 @@ def unshelve(model: nn.Module, name: str) -> None:
 
 def _take(model: nn.Module, name: str) -> ShelvedAdapter:
     """Take an adapter off the shelf. Take an empty shelf off the model."""
-    shelf: Any = model._modules[SHELF]
+    shelf = _shelf(model)
     adapter = shelf._modules.pop(key(name))
     if not shelf._modules:
         del model._modules[SHELF]
@@ -373,5 +373,5 @@ def shelved(model: nn.Module) -> dict[str, ShelvedAdapter]:
 
 def mixed_names(model: nn.Module) -> tuple[str, ...]:
     """Return the names of the adapters that are active together."""
-    shelf: Any = model._modules.get(SHELF)
+    shelf = _shelf(model)
     return shelf.mixed if shelf is not None else ()

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import LayerSpec, Placed
+from vismt.storage.files import JsonObject
 
 RECORD = "vismt_record"  # attribute of an adapted model
 SHELF = "vismt_parked"  # submodule with the adapters that are not active (named.py)
@@ -35,15 +36,14 @@ class AdaptRecord:
 
     method: str
     specs: list[LayerSpec]
-    options: dict[str, Any]
+    options: JsonObject
     required_grad: dict[str, bool]
     also_train: dict[str, Tensor]
     frozen: dict[str, Tensor] = field(default_factory=dict)
     name: str = "default"
     start: tuple[Any, int, bool] | None = None
-    watch: Any = field(
-        default=None, repr=False, compare=False
-    )  # watches the library's saving while the record exists (merge.py)
+    # watches the library's saving while the record exists (merge.py)
+    watch: object = field(default=None, repr=False, compare=False)
 
     @property
     def layers(self) -> list[LayerSpec]:

@@ -24,7 +24,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ from vismt.lowrank.layers.parameter_modules import (
 )
 from vismt.lowrank.layers.stock_modules import KINDS, LINEAR, kind_of, weight_format
 
+T = TypeVar("T")
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
 SETS = ("all-linear", "all-conv", "all-linear+conv")
 READ_DIRECTLY = (
@@ -59,7 +60,7 @@ def heads_of(model: nn.Module, getter: str) -> list[nn.Module]:
     """Return the modules that `get_classifier` or `get_output_embeddings` returns: one, several or none."""
     function = getattr(model, getter, None)
     try:
-        found: Any = function() if callable(function) else None
+        found = function() if callable(function) else None
     except AttributeError:  # EfficientViT of MSRA looks for it in a head that it does not have
         return []
     return [head for head in (found if isinstance(found, tuple) else [found]) if isinstance(head, nn.Module)]
@@ -424,9 +425,9 @@ def match_patterns(name: str, patterns: Iterable[str], paths: Iterable[str]) -> 
     return found
 
 
-def pattern_values(name: str, table: Mapping[str, object], paths: Iterable[str]) -> dict[str, Any]:
+def pattern_values(name: str, table: Mapping[str, T], paths: Iterable[str]) -> dict[str, T]:
     """Return by path the value of the first pattern that matches the path. Raise UserError as `match_patterns` does."""
-    values: dict[str, Any] = {}
+    values: dict[str, T] = {}
     for pattern, matched in match_patterns(name, table, paths).items():
         for path in matched:
             values.setdefault(path, table[pattern])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,7 +54,12 @@ class GradientBalancer(Balancer, ABC):
     )
 
     def __init__(
-        self, tasks: Sequence[str], *, heads: str | None = None, loss_scale: float = 1.0, **common: Any
+        self,
+        tasks: Sequence[str],
+        *,
+        heads: str | None = None,
+        loss_scale: float = 1.0,
+        **common: Mapping[str, float] | None,
     ) -> None:
         super().__init__(tasks, **common)
         self.heads, self.loss_scale = self.default_heads if heads is None else heads, loss_scale

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +35,7 @@ class UncertaintyWeighting(Balancer):
         common: Options of `Balancer`.
     """
 
-    def __init__(self, tasks: Sequence[str], *, init: float = 0.0, **common: Any) -> None:
+    def __init__(self, tasks: Sequence[str], *, init: float = 0.0, **common: Mapping[str, float] | None) -> None:
         super().__init__(tasks, **common)
         check_range("init", init, math.isfinite(init), "finite")
         self.init = init
@@ -70,7 +69,9 @@ class DynamicWeightAverage(Balancer):
     counts: Tensor
     means: Tensor
 
-    def __init__(self, tasks: Sequence[str], *, temperature: float = 2.0, window: int = 100, **common: Any) -> None:
+    def __init__(
+        self, tasks: Sequence[str], *, temperature: float = 2.0, window: int = 100, **common: Mapping[str, float] | None
+    ) -> None:
         super().__init__(tasks, **common)
         check_range("temperature", temperature, temperature > 0, "positive")
         check_range("window", window, window >= 1, "at least 1")
@@ -129,7 +130,7 @@ class Famo(Balancer):
         lr: float = 0.025,
         gamma: float = 0.01,
         least: Mapping[str, float] | None = None,
-        **common: Any,
+        **common: Mapping[str, float] | None,
     ) -> None:
         super().__init__(tasks, **common)
         check_range("lr", lr, lr > 0, "positive")
@@ -164,7 +165,9 @@ class Famo(Balancer):
         distance = torch.where(present, losses - self.least, 1.0)
         for task, value in zip(self.tasks, distance.tolist()):
             if value < 0:
-                raise UserError(f"balancing: 'famo' takes logarithms of losses, and the loss of '{task}' is {value:.3g}.")
+                raise UserError(
+                    f"balancing: 'famo' takes logarithms of losses, and the loss of '{task}' is {value:.3g}."
+                )
         return torch.where(present, (distance + _LEAST).log(), 0.0)
 
     def _move(self, logs: Tensor, present: Tensor) -> None:

@@ -41,7 +41,7 @@ class TorchJdMethod(Balancer):
         options: Arguments of the class in torchjd, and of the base class.
     """
 
-    theirs: ClassVar[Any]
+    theirs: ClassVar[type]
 
     def __init__(self, tasks: Sequence[str], *, seed: int = 0, **options: Any) -> None:
         given = {name: options.pop(name) for name in _arguments(type(self)) if name in options}
@@ -91,7 +91,7 @@ class TorchJdScalarizer(TorchJdMethod):
         return torch.zeros(len(self.tasks), dtype=torch.float64).masked_scatter(batch.present, slopes)
 
 
-def methods() -> dict[str, Any]:
+def methods() -> dict[str, type]:
     """Return the classes of the installed torchjd that can be hosted, by name. Raise UserError without torchjd."""
     try:
         aggregation = importlib.import_module("torchjd.aggregation")

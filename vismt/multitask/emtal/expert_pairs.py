@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +23,12 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.layers.base import LayerSpec, register_module, spec_of
 from vismt.lowrank.layers.forms import LowRankLinear
-from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
+from vismt.lowrank.layers.low_rank import LayerOptions, LowRankLayer, LowRankSettings
 from vismt.lowrank.layers.stock_modules import matrix_shape
 from vismt.lowrank.tensors import check_factor
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SIDES = {"fc1": "out", "fc2": "in"}  # linear -> which of its features are hidden units
 
@@ -54,7 +57,9 @@ class ExpertPairs(LowRankLinear):
     Settings = ExpertSettings
     weight_readable = False
 
-    def __init__(self, base: nn.Module, rank: int, scale: float, *, n_experts: int, side: str, **options: Any) -> None:
+    def __init__(
+        self, base: nn.Module, rank: int, scale: float, *, n_experts: int, side: str, **options: Unpack[LayerOptions]
+    ) -> None:
         super().__init__(base, rank, scale, **options)
         self.n_experts, self.side = n_experts, side
         own, matrix = rank // n_experts, self.matrix(self.weight)
@@ -88,10 +93,12 @@ class ExpertPairs(LowRankLinear):
         return spec_of(path, module, cls, settings)
 
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: Any) -> ExpertPairs:
-        settings = spec.settings
-        own = {"n_experts": settings.n_experts, "side": settings.side}
-        return cls(base, **how, **own, **cls._options(settings))
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> ExpertPairs:
+        own = spec.settings
+        how = cls._options(own)
+        return cls(base, dropout=dropout, dtype=dtype, n_experts=own.n_experts, side=own.side, **how)
 
     @classmethod
     def check_settings(cls, spec: LayerSpec) -> None:

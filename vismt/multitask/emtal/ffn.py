@@ -252,7 +252,7 @@ class MoEfiedMlp(AdapterModule):
         super().check_tensors(what, spec, {"lora_router.weight": tensors["lora_router.weight"]})
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> MoEfiedMlp:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: object) -> MoEfiedMlp:
         return cls(base, None, spec.settings.n_experts, spec.settings.temperature)
 
     def tensors(self) -> dict[str, Tensor]:

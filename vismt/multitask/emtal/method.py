@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from vismt.base.errors import UserError, require_known
 from vismt.lowrank.layers.base import adapter_modules
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
-from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.inject import InjectOptions, LayerChoice, attach, inject
 from vismt.lowrank.model.record import AdaptReport, count_parameters, refuse_adapted
 from vismt.lowrank.model.starts import site_generator
 from vismt.lowrank.model.targets import Targets, find_targets
@@ -33,6 +33,9 @@ from vismt.multitask.emtal.clusters import cluster_ffns, explained_variance, fc1
 from vismt.multitask.emtal.expert_pairs import ExpertPairs
 from vismt.multitask.emtal.fading import RouterFade
 from vismt.multitask.emtal.ffn import Fade, MoEfiedMlp, RouterSettings, check_unit_labels, checked_fade, starter
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 PERMUTATIONS = ("clusters", "random")
@@ -53,7 +56,7 @@ def emtal(
     permute: str = "clusters",
     pairs: str = "shared",
     fade: float | Fade = 0.0,
-    **options: Any,
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add LoRA at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and a router in the FFN of every block.
 
@@ -82,10 +85,11 @@ def emtal(
     if targets is None:
         attention = [path for path, module in model.named_modules() if kind_of(module) == "linear"]
         targets = [*filter(PROJECTION.fullmatch, attention), *linears]
+    layer: LayerChoice = {}
     if pairs == "expert":
-        options = {**options, "layer": ExpertPairs, "settings": {"n_experts": n_experts}}
-    report = inject(model, "emtal", start, offset=False, targets=targets, seed=seed, **options)
-    wrappers: dict[str, Any] = {}
+        layer = {"layer": ExpertPairs, "settings": {"n_experts": n_experts}}
+    report = inject(model, "emtal", start, offset=False, targets=targets, seed=seed, **layer, **options)
+    wrappers: dict[str, MoEfiedMlp] = {}
     for path in mlps:
         router_seed = int(torch.randint(2**62, (), generator=site_generator(seed, path)))
         wrappers[path] = MoEfiedMlp(model.get_submodule(path), None, n_experts, temperature, init, router_seed)
@@ -129,7 +133,7 @@ def set_fade(model: nn.Module, fade: float | Fade) -> None:
 
     Raise UserError for a model without routers and for a number outside of [0, 1].
     """
-    routed: list[Any] = [wrapper for wrapper in adapter_modules(model).values() if isinstance(wrapper, MoEfiedMlp)]
+    routed = [wrapper for wrapper in adapter_modules(model).values() if isinstance(wrapper, MoEfiedMlp)]
     if not routed:
         raise UserError("set_fade: this model has no router; adapt it with 'emtal' first.")
     for wrapper in routed:

@@ -13,14 +13,13 @@ has IoU 0 in all conventions. The accuracy is the share of images whose largest 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from vismt.base.errors import UserError, require_known
 from vismt.multitask.metrics.inputs import Sums, check_same_size, map_of, require_any, require_numbers
+from vismt.storage.files import JsonObject
 
 _ABSENT = ("zero", "skip", "nan")
 
@@ -75,7 +74,7 @@ class MeanIoU(Sums):
         confusion = multiclass_confusion_matrix(classes, target, self.num_classes, validate_args=False)
         self.confusion += confusion.to(self.confusion.device)
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> JsonObject:
         """Return the scores.
 
         Returns:
@@ -159,7 +158,7 @@ class Accuracy(Sums):
         self.correct += (classes == target.to(pred.device)).sum().to(self.correct.device)
         self.images += len(target)
 
-    def compute(self) -> dict[str, Any]:
+    def compute(self) -> dict[str, float]:
         """Return "accuracy" in [0, 1] and the number of "images".
 
         Raises:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,10 @@ from vismt.lowrank.layers.forms import LowRankLinear
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
 from vismt.lowrank.model.starts import Initialiser
 from vismt.multitask.streams import task_features
+from vismt.storage.files import JsonObject
+
+if TYPE_CHECKING:
+    pass
 
 SCALE = 4.0  # scale of both kinds of pairs in every released configuration, for any rank
 SITES = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # linears of a block (a SwiGLU has two fc1)
@@ -68,8 +72,16 @@ class TaskLinear(LowRankLinear):
     export_refusal = "has a pair for each task beside the shared pair, so no single weight can hold its update"
     combine_refusal = export_refusal
 
-    def __init__(self, base: nn.Module, settings: TaskSettings, opens: bool, **options: Any) -> None:
-        super().__init__(base, settings.rank, settings.scale, blocks=settings.blocks, **options)
+    def __init__(
+        self,
+        base: nn.Module,
+        settings: TaskSettings,
+        opens: bool,
+        *,
+        dropout: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(base, settings.rank, settings.scale, blocks=settings.blocks, dropout=dropout, dtype=dtype)
         self.tasks, self.task_scale, self.opens = settings.tasks, settings.task_scale, opens
         A, B, r = self.lora_A, self.lora_B, settings.task_rank
         self.task_A = nn.ParameterList(A.new_empty(r, A.shape[1]) for _ in self.tasks)
@@ -83,7 +95,7 @@ class TaskLinear(LowRankLinear):
         rank: int,
         alpha: float | None,
         *,
-        of_tasks: Mapping[str, Any] | None = None,
+        of_tasks: Mapping[str, JsonObject] | None = None,
         **options: Any,
     ) -> LayerSpec:
         """Return the spec of a linear. A linear that `of_tasks` (settings by path) does not name is a plain low-rank layer.
@@ -103,8 +115,10 @@ class TaskLinear(LowRankLinear):
         return spec_of(path, module, cls, TaskSettings(**asdict(settings), **own))
 
     @classmethod
-    def build(cls, base: nn.Module, spec: LayerSpec, **how: object) -> TaskLinear:
-        return cls(base, spec.settings, spec.path.endswith(SITES[0]), **how)
+    def build(
+        cls, base: nn.Module, spec: LayerSpec, *, dropout: float = 0.0, dtype: torch.dtype | None = None
+    ) -> TaskLinear:
+        return cls(base, spec.settings, spec.path.endswith(SITES[0]), dropout=dropout, dtype=dtype)
 
     @classmethod
     def tensor_shapes(cls, spec: LayerSpec) -> dict[str, tuple[int, ...]]:
@@ -193,7 +207,9 @@ class TaskBlock(AdapterModule):
     """
 
     Settings = BlockSettings
-    not_sharded = "a block returns features of tasks beside its output, and FSDP watches only the output in the backward pass"
+    not_sharded = (
+        "a block returns features of tasks beside its output, and FSDP watches only the output in the backward pass"
+    )
     shell: nn.Module
 
     def __init__(self, block: nn.Module, settings: BlockSettings) -> None:
@@ -263,7 +279,7 @@ class TaskBlock(AdapterModule):
         return {}
 
     @classmethod
-    def build(cls, base: Any, spec: LayerSpec, **how: Any) -> TaskBlock:
+    def build(cls, base: nn.Module, spec: LayerSpec, **how: object) -> TaskBlock:
         return cls(base, spec.settings)
 
 

@@ -30,7 +30,7 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -39,7 +39,7 @@ from vismt.base.errors import UserError, need_names, shown_value
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import kind_of
-from vismt.lowrank.model.inject import attach, inject
+from vismt.lowrank.model.inject import InjectOptions, LayerChoice, attach, inject
 from vismt.lowrank.model.merge import forget
 from vismt.lowrank.model.record import AdaptReport, need_record, refuse_adapted, refuse_offloaded, refuse_others
 from vismt.lowrank.model.targets import Targets, pattern_values
@@ -49,6 +49,9 @@ from vismt.methods import Method, register_method
 from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
 from vismt.multitask.nets import default_blocks
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _BLOCK = re.compile(r"(?:.*\.)?blocks\.\d+")
 LINEARS = re.compile(rf"{_BLOCK.pattern}\.(?:attn\.(?:qkv|[qkv]_proj|proj)|mlp\.fc(?:1|1_g|1_x|2))")
 
@@ -57,11 +60,12 @@ def mtlora(
     model: nn.Module,
     *,
     targets: Targets,
+    seed: int,
     tasks: Sequence[str] = (),
     task_rank: int | Mapping[str, int] = 4,
     task_scale: float | Mapping[str, float] = SCALE,
     task_blocks: Sequence[str] | None = None,
-    **options: Any,
+    **options: Unpack[InjectOptions],
 ) -> AdaptReport:
     """Add a shared pair at `targets` (None: qkv, proj, fc1, fc2 of all blocks) and pairs of tasks in some blocks.
 
@@ -95,8 +99,8 @@ def mtlora(
     }
     if targets is None:
         targets = [path for path, module in modules.items() if LINEARS.fullmatch(path) and kind_of(module) == "linear"]
-    on_tasks: dict[str, Any] = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
-    report = inject(model, "mtlora", kaiming, offset=False, targets=targets, **on_tasks, **options)
+    on_tasks: LayerChoice = {"layer": TaskLinear, "settings": {"of_tasks": sites}}
+    report = inject(model, "mtlora", kaiming, offset=False, targets=targets, seed=seed, **on_tasks, **options)
     missing = sites.keys() - {spec.path for spec in report.specs}
     if missing:
         raise UserError(f"mtlora: targets leave out '{min(missing)}', which carries pairs of tasks; name it as well.")
@@ -115,15 +119,17 @@ def _stage_ends(blocks: Sequence[str]) -> list[str]:
     return [stage[number] for stage in stages.values() for number in dict.fromkeys(default_blocks(len(stage)))]
 
 
-def _by_block(name: str, value: object, paths: Sequence[str]) -> dict[str, Any]:
+def _by_block(name: str, value: object, paths: Sequence[str]) -> dict[str, float]:
     table = value if isinstance(value, Mapping) else {path: value for path in paths}
     matched = pattern_values(f"mtlora: {name}", table, paths)
-    values = {path: matched.get(path) for path in paths}
-    for path, number in values.items():
+    values = {}
+    for path in paths:
+        number = matched.get(path)
         kinds = int if name == "task_rank" else (int, float)
         if isinstance(number, bool) or not isinstance(number, kinds) or not 0 < number <= sys.float_info.max:
             kind = "whole number, at least 1" if kinds is int else "positive, finite number"
             raise UserError(f"mtlora: {name} of '{path}' is {shown_value(number)}; it must be a {kind}.")
+        values[path] = number
     return values
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import Registry, import_own
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
+from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -163,11 +164,11 @@ class Task(ABC):
         """
         return prediction
 
-    def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
+    def values(self, computed: JsonObject) -> dict[str, float]:
         """Return the values of `numbers` from the metric's `compute()`. An undefined value is NaN."""
         return {key: float(computed[key]) for key in self.numbers}
 
-    def score(self, computed: Mapping[str, object]) -> float:
+    def score(self, computed: JsonObject) -> float:
         """Return the score, the number that enters Delta_m, from the metric's `compute()`."""
         return self.values(computed)[self.measure]
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 import colorsys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ from vismt.multitask.tasks.base import (
     check_labels,
     log_frequencies,
 )
+from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -103,7 +104,7 @@ class Segmentation(LabelTask, ClassLoss):
         of_classes = {f"iou {label}": Number(f"IoU of {name}", share=True) for label, name in names}
         return {**CLASS_NUMBERS, **of_classes}
 
-    def values(self, computed: Mapping[str, Any]) -> dict[str, float]:
+    def values(self, computed: JsonObject) -> dict[str, float]:
         of_classes = {f"iou {label}": iou for label, iou in enumerate(computed["iou"])}
         return super().values({**computed, **of_classes})
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import combinations
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ from vismt.report.compare.score_tables import Say, TrainingValues
 from vismt.report.comparison import CONSTANT, Comparison, Values
 from vismt.report.results import Result, result_of
 from vismt.report.tables import interval_text, number_text, without_further
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.intervals import (
     CLEAN,
     HIGHER,
@@ -83,7 +84,7 @@ class PairedDifference:
     better: Better
     scale: Scale
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> JsonObject:
         """Return the fields that `vismt compare --json` prints."""
         return {name: value for name, value in asdict(self).items() if name not in ("better", "scale")}
 

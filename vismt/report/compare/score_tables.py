@@ -18,7 +18,7 @@ from typing import Any
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED
-from vismt.storage.files import parse_json
+from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import regular_file
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
@@ -38,6 +38,7 @@ USUAL = {
 }
 # keys of the harness
 OWN_KEYS = {"doc_id", "doc", "target", "arguments", "resps", "filtered_resps", "filter", "metrics"}
+TableColumns = Mapping[str, Sequence[Any]]  # columns of a file by name
 Say = Callable[[str], None]  # takes a sentence about what was guessed or left out
 
 
@@ -132,9 +133,7 @@ def read_path(path: Path, model: str, columns: Columns, say: Say) -> list[Traini
     return trainings
 
 
-def read_table(
-    table: Mapping[str, Sequence[object]], where: str, model: str, columns: Columns, say: Say
-) -> list[TrainingValues]:
+def read_table(table: TableColumns, where: str, model: str, columns: Columns, say: Say) -> list[TrainingValues]:
     """Return the trainings of one model in a table.
 
     table: Columns by name. Other arguments and errors are as for `read_path`.
@@ -144,7 +143,7 @@ def read_table(
         raise UserError(f"compare: '{where}' has no rows.")
     names = _resolve(columns, list(table), where, say)
 
-    def column(role: str) -> Sequence[Any]:
+    def column(role: str) -> Sequence[object]:
         return table[names[role]] if role in names else ()
 
     values, confidences = _values_of(table, names, where)
@@ -174,7 +173,7 @@ def read_table(
     ]
 
 
-def columns_of_object(given: object, name: str) -> dict[str, list[Any]]:
+def columns_of_object(given: object, name: str) -> TableColumns:
     """Return the columns of a pandas frame or a list of mappings. Raise UserError for another object."""
     if hasattr(given, "columns") and hasattr(given, "to_dict"):
         return {str(column): values for column, values in given.to_dict("list").items()}
@@ -185,7 +184,7 @@ def columns_of_object(given: object, name: str) -> dict[str, list[Any]]:
     return columns_of_rows(given, name)
 
 
-def columns_of_rows(rows: Iterable[Mapping[str, object]], where: str) -> dict[str, list[Any]]:
+def columns_of_rows(rows: Iterable[Mapping[str, object]], where: str) -> TableColumns:
     """Return the columns of a list of mappings, with None where a row lacks a key."""
     rows = list(rows)
     number = next((number for number, row in enumerate(rows, 1) if not isinstance(row, Mapping)), None)
@@ -221,9 +220,7 @@ def _resolve(columns: Columns, known: Sequence[str], where: str, say: Say) -> di
     return found
 
 
-def _values_of(
-    table: Mapping[str, Sequence[object]], names: Mapping[str, str], where: str
-) -> tuple[dict[str, list[float]], list[float]]:
+def _values_of(table: TableColumns, names: Mapping[str, str], where: str) -> tuple[dict[str, list[float]], list[float]]:
     """Return the value of each row by metric, and the probability of each answer ([] if it is not known)."""
     if "score" in names:
         return {names["score"]: _numbers(table, names["score"], where)}, []
@@ -255,7 +252,7 @@ def _values_of(
     return {CORRECT: correct, **means}, of_answer
 
 
-def _numbers(table: Mapping[str, Sequence[Any]], column: str, where: str) -> list[float]:
+def _numbers(table: TableColumns, column: str, where: str) -> list[float]:
     """Return a column as numbers. The texts "true" and "false" of a table count as 1 and 0."""
     numbers = []
     for row, value in enumerate(table[column], 1):
@@ -271,7 +268,7 @@ def _numbers(table: Mapping[str, Sequence[Any]], column: str, where: str) -> lis
     return numbers
 
 
-def _probabilities(table: Mapping[str, Sequence[object]], column: str, where: str) -> list[float]:
+def _probabilities(table: TableColumns, column: str, where: str) -> list[float]:
     numbers = _numbers(table, column, where)
     row = next((row for row, number in enumerate(numbers, 1) if not 0 <= number <= 1), None)
     if row is not None:
@@ -313,7 +310,7 @@ def _reading(path: Path) -> Iterator[None]:
         raise UserError(f"compare: '{path}' cannot be read: {reason}.") from error
 
 
-def _columns_of(path: Path) -> dict[str, list[Any]]:
+def _columns_of(path: Path) -> TableColumns:
     """Return the columns of a file."""
     ending = path.suffix.lower()
     with _reading(path):
@@ -335,7 +332,7 @@ def _columns_of(path: Path) -> dict[str, list[Any]]:
         return {name: [row[place] for row in rows] for place, name in enumerate(names)}
 
 
-def _parquet_columns(path: Path) -> dict[str, list[Any]]:
+def _parquet_columns(path: Path) -> TableColumns:
     try:
         from pyarrow import parquet
     except ImportError as error:
@@ -355,7 +352,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield line
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[JsonObject]:
     """Yield the object of each line that is not empty."""
     for number, line in enumerate(_lines(path), 1):
         if line.strip():
