@@ -27,7 +27,7 @@ WALKS = {
         ("vismt run FILE reads, types and hashes the file", "config/"),
         ("A run folder holds the run and its job", "jobs/run.py"),
         ("Each arm, rate and seed is trained", "engine/"),
-        ("The merged net answers: a record an example", "storage/records.py"),
+        ("The answers of the merged net are recorded", "storage/records.py"),
         ("Records become rows with intervals", "uncertainty/"),
         ("The report draws the rows", "report/"),
     ),
@@ -52,9 +52,9 @@ VARIANTS = (
     ("corda", "B, A = part of W in the inputs' axes"),
     ("polar", "B, A orthonormal, C trained from 0"),
     ("ilora", "C = gates of the user, by rank group"),
-    ("amt", "B, A = top part of W, one pair an expert"),
+    ("amt", "B, A = top part of W, a pair per expert"),
     ("emtal", "B, A random, a router beside them"),
-    ("mtlora", "one shared pair, one pair a task"),
+    ("mtlora", "a shared pair, and a pair for each task"),
     ("s2ft", "A or B = rows of the identity"),
 )
 

@@ -186,7 +186,7 @@ def sentence(method: str, found: dict[str, dict[str, Choice]]) -> str:
         if method in of:
             families.setdefault(of[method].text.rstrip("*"), []).append(family)
     each = ", ".join(f"{share} ({', '.join(names)})" for share, names in families.items())
-    text = f"In units of LoRA's learning rate, validation examples chose {each}. [All rates](../rates.md)."
+    text = f"The best learning rate on validation examples, as a multiple of LoRA's rate, was {each}. [All rates](../rates.md)."
     return "\n".join(("<!-- rate -->", *wrap(text, 130), "<!-- end -->"))
 
 
