@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
@@ -56,7 +56,7 @@ def with_groups(images: S) -> S:
 def groups_of(images: S) -> Tensor:
     """Return the group of each image of a set, int64 (n,): the index of the first image of its group."""
     groups = with_groups(images).groups or {}
-    first: dict[Any, int] = {}
+    first: dict[Hashable, int] = {}
     named = [(groups[name],) if name in groups else name for name in images.ids]
     return torch.tensor([first.setdefault(group, i) for i, group in enumerate(named)], dtype=torch.int64)
 
