@@ -109,7 +109,7 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
             {"arms": {"both": {"trained_tasks": OF}, "one": {"merge": {"arms": ["both"]}}}},
             "both alone; name two or more",
         ),
-        ({"arms": {"a": {"trained_tasks": ["digit"]}}}, "trained_tasks: 'digit'"),
+        ({"arms": {"a": {"trained_tasks": ["digit"]}}}, "trained_tasks: no task 'digit'"),
         ({"evaluate": {"risk": True}}, "arms.sum: merge.weights: are chosen on the validation images, of which none"),
         (
             {"tasks": [{"name": "digits", "train": ["a/b", "c/b"], "test_share": 0.1}], "arms": {}},

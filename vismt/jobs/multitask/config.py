@@ -60,16 +60,10 @@ _PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry 
 PANELS = "dense_panels.npz"  # a file of a run folder
 # Keys of runs with `size` alone, and of runs without it.
 _FITTED = (
-    "data",
-    "canvas",
-    "blocks",
-    "baseline",
-    "evaluate.mode",
-    "evaluate.overlap",
-    "evaluate.flip",
-    "evaluate.scales",
+    *("data", "canvas", "blocks", "baseline"),
+    *("evaluate.mode", "evaluate.overlap", "evaluate.flip", "evaluate.scales"),
+    *("augment.scales", "augment.cat_max_ratio", "augment.strength", "augment.hue"),
 )
-_FITTED += ("augment.scales", "augment.cat_max_ratio", "augment.strength", "augment.hue")
 _SQUARE = {
     "augment.crop": "augment.scales crops images and maps alike",
     "augment.jitter": "augment.strength is the strength of colour changes",
@@ -440,13 +434,16 @@ def _check_parts(config: MultitaskConfig) -> None:
             any(key in spec for key in _PARTS) or Classification.name in (*spec.values(),)
         )
         for key in (key for key in _OF_ALL if whole and key in spec):
-            raise UserError(f"tasks: {spec['name']}: {key} is of all tasks of whole images; give {key} beside tasks.")
+            raise UserError(
+                f"tasks: {entry_name(spec)}: {key} is of all tasks of whole images; give {key} beside tasks."
+            )
 
 
 def _check_square(config: MultitaskConfig) -> None:
     own, head = own_parts(config), config.head_section
     for spec in config.tasks:
-        require_known(f"tasks: {spec['name']}: unknown key", spec, ("name", "kind", "classes", "loss_weight", *_PARTS))
+        known = ("name", "kind", "classes", "loss_weight", *_PARTS)
+        require_known(f"tasks: {entry_name(spec)}: unknown key", spec, known)
     check_head(config.head_name, head.options)
     if is_variational(config.head_name) and head.labels != "union":
         raise UserError(f"head: vbll with labels '{head.labels}'; its bound is over all classes: set labels to union.")
