@@ -99,7 +99,6 @@ def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[S
                     by_severity[int(score.condition.level or 0)] = 1 - score.measure.values[name]
                 values[name] = error_under_corruptions(wrong)
             first = corrupted[0].measure
-            groups = {"groups": first.groups, "grouped_by": first.grouped_by}
-            measure = Measure(CORRUPTION_ERROR, values, better=LOWER, **groups)
+            measure = Measure(CORRUPTION_ERROR, values, better=LOWER, groups=first.groups, grouped_by=first.grouped_by)
             errors.setdefault(arm, []).append(replace(corrupted[0], measure=measure, condition=ALL_CORRUPTIONS))
     return errors

@@ -284,7 +284,8 @@ def _check_covariances(covariances: Sequence[object], width: int, where: str = "
         if not isinstance(value, Tensor) or tuple(value.shape) != (width, width) or not bool(value.isfinite().all()):
             shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise UserError(
-                f"combine: covariances: {where}covariance of adapter {position} is {shape}; give ({width}, {width}), all finite."
+                f"combine: covariances: {where}the covariance of adapter {position} is {shape}; give ({width}, {width}), all "
+                "finite."
             )
 
 
