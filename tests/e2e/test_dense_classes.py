@@ -18,9 +18,9 @@ from PIL import Image
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs.multitask.figures import read_numbers
 from vismt.jobs.multitask.job import MapsJob
 from vismt.jobs.multitask.maps_data import DenseData
-from vismt.jobs.multitask.maps_figures import read_numbers
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import data_roots

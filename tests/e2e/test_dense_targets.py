@@ -15,7 +15,7 @@ from PIL import Image
 
 from vismt.cli import main
 from vismt.jobs import open_run
-from vismt.jobs.multitask.maps_figures import read_numbers
+from vismt.jobs.multitask.figures import read_numbers
 from vismt.multitask.tasks.base import DARK
 from vismt.report.panels import read_panel
 from vismt.report.results import EXAMPLE, RECORDS, Result, read_results

@@ -14,9 +14,9 @@ from vismt.evaluation.risk import Risk
 from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.multitask import evaluation as dense_evaluation
 from vismt.jobs.multitask.config import MultitaskConfig, MultitaskEvaluateConfig, all_tasks
+from vismt.jobs.multitask.figures import sections
 from vismt.jobs.multitask.maps_data import Rows
 from vismt.jobs.multitask.maps_evaluation import Evaluation
-from vismt.jobs.multitask.maps_figures import sections
 from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import Task
 from vismt.robustness.corruptions import CorruptionSpec

@@ -8,7 +8,7 @@ from helpers.readable import assert_readable, visible_texts
 
 from vismt.base.errors import UserError
 from vismt.jobs.multitask.config import PANELS
-from vismt.jobs.multitask.maps_figures import predictions_figure, sections
+from vismt.jobs.multitask.figures import predictions_figure, sections
 from vismt.report.panels import read_panel, write_panel
 
 DEPTH, EDGE = "RMSE in m", "odsF"

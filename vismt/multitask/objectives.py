@@ -115,7 +115,7 @@ class MultitaskObjective(nn.Module):
         self.register_buffer("task_of_class", self.union.task_of_class(), persistent=False)
         self._balanced = tuple(balanced)
         self._batches: dict[str, list[tuple[Tensor, Tensor]]] = {}
-        self._last: dict[str, Tensor] | None = None  # the latest batch, if the balancer compares its losses before and after the step
+        self._last: dict[str, Tensor] | None = None  # the latest batch, if the balancer updates after the step
         self._precision: AbstractContextManager = nullcontext()
 
     @property

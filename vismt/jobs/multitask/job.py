@@ -35,9 +35,9 @@ from vismt.jobs.multitask.config import (
     window_of,
 )
 from vismt.jobs.multitask.delta import deltas
+from vismt.jobs.multitask.figures import confusions, sections, write_predictions
 from vismt.jobs.multitask.maps_data import DenseBatches, DenseData, FittedImages
 from vismt.jobs.multitask.maps_evaluation import Evaluation
-from vismt.jobs.multitask.maps_figures import confusions, sections, write_predictions
 from vismt.jobs.multitask.maps_predict import (
     check_images,
     class_names,
