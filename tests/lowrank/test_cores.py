@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.lowrank.cores import OFF_DIAGONAL, RIDGE, RULES, Cores, RuleSettings, joint_cores, ties
+from vismt.lowrank.cores import OFF_DIAGONAL, RIDGE, CORE_RULES, Cores, RuleSettings, joint_cores, ties
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates
@@ -131,7 +131,7 @@ def test_factors_in_single_precision(method):
     equal(found.delta().double(), REFERENCES[method]([a.to(dtype=torch.float64).delta() for a in adapters]), 1e-5)
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", CORE_RULES)
 def test_what_holds_for_every_rule(method):
     adapters, options = mixed(), arguments(method)
     found = combine(adapters, method=method, **options).delta()
@@ -158,7 +158,7 @@ def test_one_adapter_or_identical_ones_are_kept(method, count):
     assert found.rank == 3
 
 
-@pytest.mark.parametrize("method", RULES)
+@pytest.mark.parametrize("method", CORE_RULES)
 def test_adapters_without_an_update(method):
     nothing = LowRank(torch.zeros(OUT, 2).double(), torch.zeros(2, IN).double())
     assert float(combine([nothing, nothing], method=method, **arguments(method, 2)).delta().abs().max()) == 0
@@ -212,7 +212,7 @@ def test_regmean_runs_on_the_device_of_its_factors():
     """The meta device refuses tensors of the CPU, as a GPU does."""
     shapes = ((OUT, 3), (2, 3, 3), (3, IN))
     joint = Cores(*(torch.empty(shape, dtype=torch.float64, device="meta") for shape in shapes), 1e-10)
-    assert RULES["regmean"](joint, RuleSettings(covariances=[inputs(0), inputs(1)])).B.device.type == "meta"
+    assert CORE_RULES["regmean"](joint, RuleSettings(covariances=[inputs(0), inputs(1)])).B.device.type == "meta"
 
 
 def test_cores_keep_products():

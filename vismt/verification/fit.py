@@ -23,7 +23,7 @@ _CHUNK = 2**18  # elements at a time, so that copies in other dtypes stay small
 SAMPLE = 2**20  # elements that distinguish one factor from another
 FEWEST = 32  # elements that an update has to move for a merge to hold it
 BITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
-Kind = Literal["right", "factor", "other", "unresolved", "none"]
+FitKind = Literal["right", "factor", "other", "unresolved", "none"]
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Fit:
         lost: |P_1 - (W + D)|.
     """
 
-    kind: Kind
+    kind: FitKind
     factor: float | None = None
     rule: str = ""
     scale: float = 0.0

@@ -21,9 +21,9 @@ EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
 _NAMES = {"vllm": "vLLM"}
 _RUN = ("peft", "transformers", "timm")
-GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
-GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
-GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
+TENSOR_GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
+TENSOR_GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
+TENSOR_GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def readings(case: FolderCase, readers: Sequence[str] = ()) -> list[Reading]:
 
 def _reading(reader: str, case: FolderCase, met: Sequence[Met]) -> Reading:
     facts = case.facts
-    groups = {name: GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
+    groups = {name: TENSOR_GROUPS.get(tensor.role, "others") for name, tensor in facts.tensors.items()}
     effects, remarks, lacking = dict.fromkeys(groups, "used"), [], set[str]()
     for one in met:
         effect = one.rule.effects.get(reader)

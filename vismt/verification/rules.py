@@ -22,7 +22,7 @@ from itertools import product
 
 from vismt.lowrank.files.facts import PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
 from vismt.lowrank.files.peft_layouts import names_stack
-from vismt.lowrank.files.peft_settings import BIASES, STARTS, PeftSettings, texts
+from vismt.lowrank.files.peft_settings import BIASES, PEFT_STARTS, PeftSettings, texts
 from vismt.storage.files import DTYPES, JsonObject
 from vismt.verification.checkpoints import EARLIER, Located, Translated, shape_of, unheld
 from vismt.verification.facts import (
@@ -49,7 +49,7 @@ SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
     "llama.cpp": lambda settings, rank: settings.lora_alpha / rank,
 }
 # Whether the folder meets the rule, or the names of tensors that meet it, or paths of modules that the file lacks.
-Condition = Callable[["FolderCase"], "bool | Collection[str]"]
+FolderTest = Callable[["FolderCase"], "bool | Collection[str]"]
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Rule:
     there is no finding.
     """
 
-    when: Condition
+    when: FolderTest
     why: str
     effects: Mapping[str, str] = field(default_factory=dict)
     fix: str = ""
@@ -161,30 +161,30 @@ def of_modules(modules: Iterable[ModuleFacts]) -> list[str]:
     return [tensor.name for module in modules for tensor in module.tensors.values()]
 
 
-def _tensors(test: Callable[[FolderCase, Stored], object]) -> Condition:
+def _tensors(test: Callable[[FolderCase, Stored], object]) -> FolderTest:
     """Return a condition of single tensors of an adapter."""
     return lambda case: [
         tensor.name for tensor in case.facts.tensors.values() if case.facts.is_adapter and test(case, tensor)
     ]
 
 
-def _modules(test: Callable[[FolderCase, ModuleFacts], object]) -> Condition:
+def _modules(test: Callable[[FolderCase, ModuleFacts], object]) -> FolderTest:
     return lambda case: of_modules(module for module in case.facts.modules.values() if test(case, module))
 
 
-def _scaled(reader: str) -> Condition:
+def _scaled(reader: str) -> FolderTest:
     return _modules(lambda case, module: module.path in case.factors[reader])
 
 
-def _setting(*keys: str) -> Condition:
+def _setting(*keys: str) -> FolderTest:
     return lambda case: case.lora and any(case.facts.config.get(key) for key in keys)
 
 
-def _lacks(*keys: str) -> Condition:
+def _lacks(*keys: str) -> FolderTest:
     return lambda case: case.facts.kind == "peft" and any(key not in case.facts.config for key in keys)
 
 
-def _odd(key: str, known: Collection[object]) -> Condition:
+def _odd(key: str, known: Collection[object]) -> FolderTest:
     """Return the condition of a setting of a LoRA that has another value than the known ones."""
     return lambda case: case.lora and key in case.facts.config and case.facts.config[key] not in known
 
@@ -195,16 +195,16 @@ def _other_tuner(case: FolderCase) -> bool:
     return own != "lora_" and any(".lora_A" in name for name in names) and not any(own in name for name in names)
 
 
-def _start(*names: str) -> Condition:
+def _start(*names: str) -> FolderTest:
     return lambda case: case.lora and str(case.facts.config.get("init_lora_weights", True)).lower().startswith(names)
 
 
-def _role(role: str, flag: str, on: bool) -> Condition:
+def _role(role: str, flag: str, on: bool) -> FolderTest:
     """Return the condition of tensors of a role where a setting is on, or off."""
     return _tensors(lambda case, tensor: tensor.role == role and case.lora and bool(case.facts.config.get(flag)) is on)
 
 
-def _names(pattern: str) -> Condition:
+def _names(pattern: str) -> FolderTest:
     """Return the condition of tensors of a checkpoint by their names."""
     return lambda case: [
         name for name in case.facts.tensors if case.facts.kind == "checkpoint" and re.search(pattern, name)
@@ -292,7 +292,7 @@ def _gaps(case: FolderCase) -> list[str]:
 
 
 # ---- whole parameters
-def _saved(*kinds: str) -> Condition:
+def _saved(*kinds: str) -> FolderTest:
     """Return the condition of parameters that are saved whole: copies of adapted embeddings, norms and others."""
 
     def kind(tensor: Stored) -> str:
@@ -334,7 +334,7 @@ def _not_saved(case: FolderCase) -> list[str]:
 
 
 # ---- checkpoints
-def _whole(names: Callable[[Translated], list[str]]) -> Condition:
+def _whole(names: Callable[[Translated], list[str]]) -> FolderTest:
     return lambda case: names(case.whole) if case.whole is not None else []
 
 
@@ -354,7 +354,7 @@ def _wrapped(case: FolderCase) -> list[str]:
 
 _FACTORS = {"A", "B", "embedding_A", "embedding_B", "magnitude", "bias"}
 # What peft takes: the beginnings of starts, and tasks.
-INITIAL = (*STARTS, "pissa", "corda", "olora", "loftq", "lora_ga", "true", "false", "none")
+INITIAL = (*PEFT_STARTS, "pissa", "corda", "olora", "loftq", "lora_ga", "true", "false", "none")
 _TASKS = (None, "", "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION")
 _TOKENS = "trainable_token_indices"
 _HEADS = ("classifier", "score")

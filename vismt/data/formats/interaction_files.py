@@ -30,7 +30,7 @@ from vismt.storage.wheels import SourceFailed, download_wheel, member_of
 
 _SPLITS = ("train", "validation", "test")  # splits of a table of events
 WHEEL = re.compile(r"[\w.-]+==[\w.]+")
-Row = tuple[str, str, list[int], int]  # name, user, history, next
+InteractionRow = tuple[str, str, list[int], int]  # name, user, history, next
 
 
 def _check_pattern(pattern: str, where: str) -> None:
@@ -192,14 +192,14 @@ class InteractionsSource(RootedSource, TextSource):
         ordered = {user: sorted(pairs, key=lambda pair: pair[0]) for user, pairs in events.items()}
         return {user: list(dict.fromkeys(item for _, item in pairs)) for user, pairs in ordered.items()}
 
-    def _sequences(self, card: Card, path: Path, numbers: Mapping[str, int]) -> list[Row]:
+    def _sequences(self, card: Card, path: Path, numbers: Mapping[str, int]) -> list[InteractionRow]:
         def unpack(raw: bytes) -> bytes:
             try:
                 return gzip.decompress(raw) if path.suffix == ".gz" else raw
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"{card.shown}: '{shown_path(path)}' is damaged: {error}. {fix(card)}") from error
 
-        rows: list[Row] = []
+        rows: list[InteractionRow] = []
         users = 0
         past: list[int] = []  # end of the history of the user's next row
         history_key, next_key = self.fields
@@ -236,8 +236,8 @@ def _table(text: str, separator: str, columns: Sequence[str], shown: str) -> Ite
         raise UserError(f"{shown}: line {reader.line_num}: cannot be read as a table: {error}.") from error
 
 
-def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[Row]]:
-    parts: dict[str, list[Row]] = {name: [] for name in _SPLITS}
+def _leave_last_out(users: Mapping[str, list[int]]) -> dict[str, list[InteractionRow]]:
+    parts: dict[str, list[InteractionRow]] = {name: [] for name in _SPLITS}
     for user, items in users.items():
         last = len(items) - 1
         splits = {last: "test", last - 1: "validation"} if len(items) > 2 else {}

@@ -174,7 +174,7 @@ class MergeConfig:
     """
 
     arms: list[str] = field(default_factory=list)
-    method: Annotated[str, Names("vismt.lowrank.files.combining:METHODS", only=True)] = "svd"
+    method: Annotated[str, Names("vismt.lowrank.files.combining:COMBINATIONS", only=True)] = "svd"
     weights: list[float] = field(default_factory=list)
 
 

@@ -40,12 +40,12 @@ from vismt.lowrank.model.targets import Targets, find_targets
 from vismt.storage.files import atomic_write, file_digest, read_sealed, sealed, write_tensors
 from vismt.storage.paths import regular_file
 
-Batch = Tensor | Mapping[str, object] | Sequence[object]
+ModelInput = Tensor | Mapping[str, object] | Sequence[object]
 _TENSORS, DESCRIPTION = "covariances.safetensors", "covariances.json"
 
 
 def collect_covariance(
-    model: nn.Module, batches: Iterable[Batch], targets: Targets = None, *, exclude: Sequence[str] | str = ()
+    model: nn.Module, batches: Iterable[ModelInput], targets: Targets = None, *, exclude: Sequence[str] | str = ()
 ) -> dict[str, Tensor]:
     """Collect the covariance of the input of every target layer.
 
@@ -157,7 +157,7 @@ class _Moments:
         self.calls: Counter[str] = Counter()
         self.samples = 0
 
-    def add(self, model: nn.Module, batch: Batch) -> None:
+    def add(self, model: nn.Module, batch: ModelInput) -> None:
         """Run a forward pass and add X^T X of each layer. Raise UserError if a layer does not get what it got before."""
         positional, named, mask, count = _arguments(model, batch)
         latest: dict[str, weakref.ref] = {}  # tensor that a leader received last
@@ -227,7 +227,7 @@ def _not_always_shared(path: str, leader: str) -> UserError:
     )
 
 
-def _arguments(model: nn.Module, batch: Batch) -> tuple[list[Tensor], dict[str, Any], Tensor | None, int]:
+def _arguments(model: nn.Module, batch: ModelInput) -> tuple[list[Tensor], dict[str, Any], Tensor | None, int]:
     """Return positional arguments, named arguments, the attention mask (b, n) bool or None, and the number of samples.
 
     Arguments are moved to the device and dtype of the model. Labels are left out.

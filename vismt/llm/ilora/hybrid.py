@@ -6,9 +6,9 @@
 The recommender stays in evaluation mode when the surrounding net trains. In the released code it is a submodule that trains
 with dropout. With "text" gates, the user is the mean over the history of vectors of the titles. Two controls measure whether
 gates depend on the user. "random" draws the gates of each row from the simplex, and "shuffled-user" passes another user, of the
-training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for each of GROUPS
-groups. A group consists of the users nearest to one of GROUPS users of training rows. Similar users then share an adapter, and
-no gate network chose it.
+training rows, to the gate network. Both are functions of the name of the row. "group" draws the gates once for each of
+USER_GROUPS groups. A group consists of the users nearest to one of USER_GROUPS users of training rows. Similar users then share
+an adapter, and no gate network chose it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from vismt.lowrank.layers.gates import instance_gates
 GATES = ("user", "text", "random", "group", "shuffled-user")
 DRAWN = ("random", "group")  # kinds of gates without a gate network
 WITH_OTHERS = ("group", "shuffled-user")
-GROUPS = 16
+USER_GROUPS = 16
 PROJECTORS = ("mlp", "linear")
 
 
@@ -110,7 +110,7 @@ class Hybrid(nn.Module):
         if self.condition == "random":
             return random_gates(batch["key"], part.rank_groups)
         if self.condition == "group":
-            nearest = torch.cdist(self.recommender(batch["history"]), self.others[:GROUPS]).argmin(1)
+            nearest = torch.cdist(self.recommender(batch["history"]), self.others[:USER_GROUPS]).argmin(1)
             return random_gates(nearest, part.rank_groups)
         if self.condition == "shuffled-user":
             return part(self.others[batch["key"] % len(self.others)])

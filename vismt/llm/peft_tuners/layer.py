@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.peft_settings import STARTS
+from vismt.lowrank.files.peft_settings import PEFT_STARTS
 from vismt.lowrank.layers.base import (
     AdapterLayer,
     AdapterModule,
@@ -225,10 +225,10 @@ def configuration(settings: HostedSettings, paths: Iterable[str], saved: Sequenc
     if settings.tuner not in known:
         raise UserError(f"peft {peft.__version__} has no tuner '{settings.tuner}'; install the peft that has it.")
     start = settings.options.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in STARTS:
+    if isinstance(start, str) and start.lower() not in PEFT_STARTS:
         raise UserError(
             f"adapt.init_lora_weights: '{start}' moves the base weights, which stay frozen here; take true or one of "
-            f"{', '.join(STARTS)}."
+            f"{', '.join(PEFT_STARTS)}."
         )
     targets = "|".join(re.escape(path) for path in paths)
     beside = {"modules_to_save": list(saved)} if saved else {}  # not every configuration has this field

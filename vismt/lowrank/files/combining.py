@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.seeds import mix_seed
-from vismt.lowrank.cores import RULES, Interference, RuleSettings, interference_of, joint_cores
+from vismt.lowrank.cores import CORE_RULES, Interference, RuleSettings, interference_of, joint_cores
 from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.files.save_load import same_base
 from vismt.lowrank.files.updates import Updates, read_updates
 from vismt.lowrank.tensors import fits
 
 SUMS = ("cat", "svd")
-METHODS = (*SUMS, *RULES)
+COMBINATIONS = (*SUMS, *CORE_RULES)
 Adapter = Updates | nn.Module | str | Path
 
 
@@ -187,7 +187,7 @@ def _by_rule(
     """Return updates merged by a rule, on the device of the first update, in fp32 or, for fp64 factors, in fp64."""
     for update in updates:
         _check_factors(update)
-    merged = RULES[method](joint_cores(updates, weights), settings)
+    merged = CORE_RULES[method](joint_cores(updates, weights), settings)
     if rank is not None:
         merged = merged.truncate(min(rank, merged.rank))
     dtype = torch.float64 if any(update.B.dtype == torch.float64 for update in updates) else torch.float32
@@ -307,7 +307,7 @@ def _check_settings(count: int, method: str, keep: float, drop: float, covarianc
 def _check_call(
     adapters: Sequence[LowRank | Adapter], weights: Sequence[float] | None, method: str, rank: int | None
 ) -> None:
-    require_known("combine: no method", [method], METHODS)
+    require_known("combine: no method", [method], COMBINATIONS)
     for name, value in (("adapters", adapters), ("weights", () if weights is None else weights)):
         array = name == "weights" and getattr(value, "ndim", 0) == 1
         if isinstance(value, str) or not (array or isinstance(value, Sequence)):

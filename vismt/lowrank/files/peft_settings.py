@@ -22,7 +22,7 @@ from vismt.lowrank.model.targets import Expression, suffixes
 
 CONFIG = "adapter_config.json"
 # Starts that leave the base as it is. Every other start moved a part of the base into the factors.
-STARTS = ("gaussian", "eva", "orthogonal", "mica")
+PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Settings of variants, besides settings that begin with use_ or end with _config.
 _VARIANTS = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices")
 OF_A_START = ("loftq_config", "eva_config", "corda_config", "lora_ga_config", "runtime_config")
@@ -129,7 +129,7 @@ def check_plain(what: str, config: Mapping[str, object]) -> None:
     if config.get("peft_type") != "LORA":
         raise UserError(f"{what}: peft_type {shown_value(config.get('peft_type'))}; only LORA can be read.")
     start = config.get("init_lora_weights", True)
-    if isinstance(start, str) and start.lower() not in (*STARTS, "pissa"):
+    if isinstance(start, str) and start.lower() not in (*PEFT_STARTS, "pissa"):
         raise UserError(
             f"{what}: init_lora_weights '{start}' changed the base it was trained on and cannot be replayed; convert it to a "
             "plain LoRA with peft first: save_pretrained(path_initial_model_for_weight_conversion=...)."

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 from vismt.config.typed import Checked, Names, within
-from vismt.lowrank.cores import RULES as CORE_RULES
+from vismt.lowrank.cores import CORE_RULES
 
 
 def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:

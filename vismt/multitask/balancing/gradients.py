@@ -27,7 +27,7 @@ from vismt.base.errors import require_known
 from vismt.multitask.balancing.base import BALANCERS, Balancer, TaskLosses, check_range, count_processes, weighted_sum
 
 HEAD_GRADIENTS = ("plain", "weighted")
-COLUMNS = 1 << 22  # number of columns of the gradient matrix that are converted to float64 at a time
+COLUMNS_AT_ONCE = 1 << 22  # number of columns of the gradient matrix that are converted to float64 at a time
 _RIDGE = 1e-12  # added to cosines, keeps weights finite if vectors cancel
 
 
@@ -261,7 +261,7 @@ def trained_leaves(losses: Iterable[Tensor]) -> list[Tensor]:
 def gram_matrix(gradients: Tensor) -> Tensor:
     """Return <g_s, g_t> (T, T) in float64 on the CPU, from gradients (T, P)."""
     gram = torch.zeros(len(gradients), len(gradients), dtype=torch.float64)
-    for part in gradients.split(COLUMNS, dim=1):
+    for part in gradients.split(COLUMNS_AT_ONCE, dim=1):
         wide = part.cpu().double() if part.device.type == "mps" else part.double()  # MPS has no float64
         gram += (wide @ wide.T).cpu()
     return gram
