@@ -21,9 +21,9 @@ from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.study import Study
+from vismt.evaluation.adjust_logits import ADJUSTED, best_tau
+from vismt.evaluation.temperature import TEMPERED
 from vismt.jobs import load_config, make_job, open_run
-from vismt.jobs.multitask.evaluation import FITTED, best_tau
-from vismt.jobs.output_conditions import ADJUSTED, TEMPERED
 from vismt.multitask.class_loss import adjusted
 from vismt.report.results import EXAMPLE, GROUP, RECORDS, Result, read_results
 from vismt.storage.files import read_sealed, sealed
@@ -151,7 +151,7 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
     rows = read_results(study / "results.jsonl")
     job = open_run(study).job
     for training in job.study.trainings("lora"):
-        fitted = read_sealed(training.folder / FITTED, "calibration")
+        fitted = read_sealed(training.folder / "records" / "temperature.json", "temperature")
         net, temperatures = job.loaded(training), fitted["temperature"]
         with torch.no_grad():
             parts = [job.data.part(task, "validation") for task in (0, 1)]
@@ -162,7 +162,9 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
         assert temperatures == pytest.approx(fit_block_temperatures(logits, labels, blocks), rel=1e-4)
         assert len(set(temperatures)) == 2
         assert fitted["n"] == len(labels)
-        assert fitted["tau"] == best_tau(outputs, job.data.class_counts())
+        assert read_sealed(training.folder / "records" / "adjust_logits.json", "tau")["tau"] == best_tau(
+            outputs, job.data.class_counts()
+        )
         part = job.data.part(1, "test")
         with torch.no_grad():
             test = net(part[torch.arange(len(part))])
@@ -262,7 +264,7 @@ def test_merge_and_export_are_timm_classifiers(study: Path, tmp_path: Path, caps
     assert main(["export", str(study), "--format", "peft", "--arm", "lora", "--to", str(tmp_path / "peft")]) == 0
     assert (tmp_path / "peft" / "adapter_config.json").exists()
     for folder, arm in ((study / "merged-emtal-seed-1", "emtal:1"), (tmp_path / "peft", "lora")):
-        fitted = read_sealed(job.study.find(arm).folder / FITTED, "calibration")
+        fitted = read_sealed(job.study.find(arm).folder / "records" / "temperature.json", "temperature")
         exported = json.loads((folder / "temperature.json").read_text())
         assert exported["probabilities"] == "softmax(logits / temperature[argmax(logits)])"
         counts = job.data.union.counts

@@ -99,7 +99,6 @@ def test_evaluating_a_run_without_its_records_gives_its_numbers_and_report(
         *run.glob("*seeds.jsonl"),
         *run.rglob("merge.json"),
         *run.rglob("metrics.jsonl"),
-        *run.rglob("calibration.json"),
     ]:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["evaluate", str(run), "--quiet"]) == 0

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from vismt.data.batching import InOrder
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.risk import Risk
 from vismt.jobs.robustness.evaluation import card_view
 from vismt.jobs.robustness.models import Classifier
 from vismt.uncertainty.features import Feature
-from vismt.uncertainty.intervals import CLEAN, Score
+from vismt.uncertainty.intervals import Score
 
 
 def score_set(
@@ -28,4 +29,4 @@ def score_set(
     opened = lambda entry: nullcontext((others or {})[entry])  # noqa: E731  # a set of other classes
     view = card_view(classifier, batches, folder=folder, data="x", arm="a", opened=opened, fitting=fitting)
     asked = [*features, *([] if fitting is None else [Risk(True).fitted(view)])]
-    return view.scores(specs, asked, {CLEAN: lambda logits: logits})
+    return view.scores(specs, [Quality(None), *asked])

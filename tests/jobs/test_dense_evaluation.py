@@ -10,6 +10,7 @@ import torch
 
 from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Study, Training
+from vismt.evaluation.adjust_logits import ADJUSTED
 from vismt.evaluation.risk import Risk
 from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.multitask import evaluation as dense_evaluation
@@ -17,7 +18,6 @@ from vismt.jobs.multitask.config import MultitaskConfig, MultitaskEvaluateConfig
 from vismt.jobs.multitask.figures import sections
 from vismt.jobs.multitask.maps_data import Rows
 from vismt.jobs.multitask.maps_evaluation import Evaluation
-from vismt.jobs.output_conditions import ADJUSTED
 from vismt.multitask.tasks import Task
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.files import read_sealed

@@ -24,8 +24,8 @@ from vismt.data.maps.dense_set import DenseSet
 from vismt.data.pixels import Pixels
 from vismt.engine.study import Training
 from vismt.evaluation.ood import Ood
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.risk import Risk, Thresholds
-from vismt.jobs.image_scores import form_measures
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.multitask.maps_data import Rows as Samples
 from vismt.jobs.multitask.maps_evaluation import Evaluation
@@ -39,7 +39,7 @@ from vismt.report.results import read_results
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.features import Rows
-from vismt.uncertainty.intervals import CLEAN, Measure, wilson
+from vismt.uncertainty.intervals import Measure, wilson
 
 FUNCTION = """
 import torch
@@ -200,7 +200,7 @@ def test_intervals_of_grouped_examples_contain_the_truth() -> None:
         by_kind = []
         for given in (groups, {}):
             of_set = Rows(drawn, given)
-            measures = [*Risk(True, thresholds).scores(view, of_set, {}), *form_measures(of_set, CLEAN)]
+            measures = [*Risk(True, thresholds).scores(view, of_set, {}), *Quality(None).scores(view, of_set, {})]
             by_kind.append({measure.metric: replace(measure, groups=given) for measure in measures})
         for name, measure in by_kind[0].items():
             found.setdefault(name, []).append((measure.score, measure.interval(), by_kind[1][name].interval()))

@@ -8,13 +8,15 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
+from vismt.evaluation.quality import Quality
 from vismt.robustness import masking
 from vismt.robustness.attacks import attacks
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples
 from vismt.robustness.masking import check_masking
-from vismt.uncertainty.intervals import wilson
+from vismt.uncertainty.features import PROBABILITIES, Feature
+from vismt.uncertainty.intervals import Condition, wilson
 
 PGD = AttackSpec(epsilon=8 / 255, step_size=2 / 255, steps=20)  # enough steps to reach the boundary from any start
 
@@ -76,11 +78,21 @@ class Fixed(nn.Module):
         return torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.8, 0.1]]).log()
 
 
+class Forms(Feature):
+    """Twice the logits, and the logits in reverse."""
+
+    key, needs = "forms", frozenset({PROBABILITIES})
+    forms = {  # noqa: RUF012  # a constant
+        Condition("squared", "variant", "form"): lambda z: 2 * z,
+        Condition("turned", "variant", "form"): lambda z: z.flip(1),
+    }
+
+
 def test_forms_of_the_logits_by_hand(tmp_path):
-    forms = {"clean": lambda z: z, "squared": lambda z: 2 * z, "turned": lambda z: z.flip(1)}
+    features = [Quality(None), Forms(None)]
     batch = [(torch.zeros(2, 3, 4, 4), torch.tensor([0, 2]), ["a", "b"])]
     path = tmp_path / "rows.jsonl"
-    first, second = evaluate_examples(Fixed(), batch, [], num_classes=3, forms=forms, records=path)
+    first, second = evaluate_examples(Fixed(), batch, [], num_classes=3, features=features, records=path)
     assert (first["clean"], first["turned"], second["squared"]) == (0, 2, 1)
     assert first["clean confidence"] == pytest.approx(1 / 2) and second["clean confidence"] == pytest.approx(0.8)
     assert first["clean nll"] == pytest.approx(math.log(2)) and second["clean nll"] == pytest.approx(math.log(10))
@@ -88,9 +100,9 @@ def test_forms_of_the_logits_by_hand(tmp_path):
     assert first["clean brier"] == pytest.approx(3 / 8) and second["clean brier"] == pytest.approx(1.46)
     # Twice the logits square p: (4, 1, 1) / 6 and (1, 64, 1) / 66.
     assert first["squared nll"] == pytest.approx(math.log(1.5)) and second["squared nll"] == pytest.approx(math.log(66))
-    assert evaluate_examples(Fixed(), batch, [], num_classes=3, forms=forms, records=path) == [first, second]
-    with pytest.raises(UserError, match="different: forms"):
-        evaluate_examples(Fixed(), batch, [], num_classes=3, forms={"clean": forms["clean"]}, records=path)
+    assert evaluate_examples(Fixed(), batch, [], num_classes=3, features=features, records=path) == [first, second]
+    with pytest.raises(UserError, match="different: features"):
+        evaluate_examples(Fixed(), batch, [], num_classes=3, features=features[:1], records=path)
 
 
 def test_robust_means_right_before_and_after():

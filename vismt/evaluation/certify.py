@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 from torch import Tensor
 
@@ -16,22 +16,13 @@ from vismt.uncertainty.intervals import LOWER, Condition
 _RADII = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
-@dataclass
-class CertifyKeys:
-    """The key of the feature.
-
-    Args:
-        certify: certified accuracy by randomised smoothing, {sigma, samples, alpha}, or null for none.
-    """
-
-    certify: Smoothing | None = None
-
-
 @FEATURES.register("certify")
 class Certify(Feature):
     """The smoothed classifier is right and certified at a radius, or it abstains."""
 
-    key, needs, keys = "certify", frozenset({PROBABILITIES, PIXELS}), CertifyKeys
+    key, needs = "certify", frozenset({PROBABILITIES, PIXELS})
+    kind, default = Smoothing | None, None
+    meaning = "certified accuracy by randomised smoothing, {sigma, samples, alpha}, or null for none."
 
     @property
     def label(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from vismt.evaluation.sections import FEATURES
 from vismt.uncertainty.features import HEAD, VALIDATION, Feature, View
@@ -13,23 +13,15 @@ from vismt.uncertainty.intervals import Condition, Score
 _LABELS = {"full": "Laplace", "kronecker": "Laplace (Kronecker)", "rows": "Laplace"}
 
 
-@dataclass
-class LaplaceKeys:
-    """The key of the feature.
-
-    Args:
-        laplace: also evaluate with a Laplace approximation around the trained head. If a linear head has more than 4,096
-            weights, the approximation is Kronecker-factored, and the name of the condition says so.
-    """
-
-    laplace: bool = False
-
-
 @FEATURES.register("laplace")
 class Laplace(Feature):
     """Accuracy and quality of the probabilities with the approximation in the place of the head."""
 
-    key, needs, keys = "laplace", frozenset({HEAD, VALIDATION}), LaplaceKeys
+    key, needs = "laplace", frozenset({HEAD, VALIDATION})
+    meaning = (
+        "also evaluate with a Laplace approximation around the trained head. If a linear head has more than 4,096 weights, the "
+        "approximation is Kronecker-factored, and the name of the condition says so."
+    )
 
     def net_scores(self, views: Sequence[View]) -> list[Score]:
         from vismt.uncertainty.last_layers import laplace_head, laplace_structure

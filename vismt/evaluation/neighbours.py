@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -24,23 +23,16 @@ from vismt.uncertainty.intervals import CLEAN, Measure, Score
 _NEAREST, _WIDTH = 20, 0.07
 
 
-@dataclass
-class NeighboursKeys:
-    """The key of the feature.
-
-    Args:
-        neighbours: sets of images of other classes, which show how much of the frozen model is kept: their k-NN accuracy in the
-            net's features.
-    """
-
-    neighbours: list[str] = field(default_factory=list)
-
-
 @FEATURES.register("neighbours")
 class Neighbours(Feature):
     """Whether the nearest neighbours of each image have its class."""
 
-    key, needs, keys = "neighbours", frozenset({EMBEDDING}), NeighboursKeys
+    key, needs = "neighbours", frozenset({EMBEDDING})
+    kind, default = list[str], list
+    meaning = (
+        "sets of images of other classes, which show how much of the frozen model is kept: their k-NN accuracy in the net's "
+        "features."
+    )
     about = "features"
 
     @property

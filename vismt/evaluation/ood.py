@@ -8,7 +8,6 @@ The confidence is the maximum softmax probability (Hendrycks and Gimpel, ICLR 20
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -20,23 +19,16 @@ from vismt.uncertainty.intervals import NUMBER, Condition
 from vismt.uncertainty.probability_metrics import detection_values, largest_probability
 
 
-@dataclass
-class OodKeys:
-    """The key of the feature.
-
-    Args:
-        ood: sets of other classes, cards or folders, or evaluated sets of texts from elsewhere: how well the largest probability
-            tells them from the evaluated examples, as AUROC. A few-shot episode draws as many of their images as it has queries.
-    """
-
-    ood: list[str] = field(default_factory=list)
-
-
 @FEATURES.register("ood")
 class Ood(Feature):
     """The AUROC of the largest probability for each set of other classes."""
 
-    key, needs, keys = "ood", frozenset({PROBABILITIES, OUTSIDE}), OodKeys
+    key, needs = "ood", frozenset({PROBABILITIES, OUTSIDE})
+    kind, default = list[str], list
+    meaning = (
+        "sets of other classes, cards or folders, or evaluated sets of texts from elsewhere: how well the largest probability "
+        "tells them from the evaluated examples, as AUROC. A few-shot episode draws as many of their images as it has queries."
+    )
     about = "detection"
 
     @property

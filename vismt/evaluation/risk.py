@@ -46,18 +46,6 @@ _NOTE = (
 )
 
 
-@dataclass
-class RiskKeys:
-    """The key of the feature.
-
-    Args:
-        risk: also evaluate conformal sets and selective prediction (vismt.evaluation.risk). With tune, half of the validation
-            examples choose the rates and the other half give the thresholds.
-    """
-
-    risk: bool = False
-
-
 @dataclass(frozen=True)
 class Thresholds:
     """Thresholds from n validation examples: of -log p for sets, of confidences for answers."""
@@ -86,7 +74,11 @@ def _need_examples(count: int) -> None:
 class Risk(Feature):
     """Sets of classes and accepted answers by thresholds of validation examples."""
 
-    key, needs, keys = "risk", frozenset({PROBABILITIES, VALIDATION}), RiskKeys
+    key, needs = "risk", frozenset({PROBABILITIES, VALIDATION})
+    meaning = (
+        "also evaluate conformal sets and selective prediction (vismt.evaluation.risk). With tune, half of the validation "
+        "examples choose the rates and the other half give the thresholds."
+    )
     everywhere = holds_out = True
     summary = Summary("Risk", "Thresholds from clean validation examples", (COVERED, SIZE, ACCEPTED, RISK, AURC), _NOTE)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -14,9 +14,9 @@ from vismt.data.division import validation_parts
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import TuneConfig
 from vismt.uncertainty.features import REASONS, VALIDATION, Feature, Rows, View
-from vismt.uncertainty.intervals import Score
+from vismt.uncertainty.intervals import CLEAN, Score
 
-_PLACES = ("certify", "laplace", "neighbours", "ood", "risk")  # modules of this folder
+_PLACES = ("certify", "laplace", "neighbours", "ood", "risk", "temperature")  # modules of this folder
 FEATURES: Registry[type[Feature]] = Registry(
     "evaluate: no feature",
     with_entry_points(
@@ -39,7 +39,7 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
     def extended(own: type[Section]) -> type[Section]:
         features = [FEATURES[name] for name in FEATURES]
         lacking = {feature.key: sorted(feature.needs - set(provides)) for feature in features}
-        keys = [feature.keys for feature in features if not lacking[feature.key]]
+        keys = [_key(feature) for feature in features if not lacking[feature.key]]
         reasons = {key: REASONS[needs[0]] for key, needs in lacking.items() if needs}
         elsewhere = {key: f"Leave it out: {reason}." for key, reason in reasons.items()}
 
@@ -53,20 +53,33 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
     return extended
 
 
+def _key(feature: type[Feature]) -> type:
+    """Return a dataclass with the key of a feature, as a base of a section."""
+    default = field(default_factory=feature.default) if callable(feature.default) else field(default=feature.default)
+    content = {"__doc__": f"A key.\n\nArgs:\n    {feature.key}: {feature.meaning}\n", "__module__": feature.__module__}
+    return make_dataclass(f"{feature.__name__}Key", [(feature.key, feature.kind, default)], namespace=content)
+
+
 def refusals(section: type) -> dict[str, str]:
     """Return by the key of each feature why the section `evaluate` of a job lacks it.
 
-    The reason is "" for a key that the section has.
+    The reason is "" for a key that the section has from the feature.
     """
     known = {item.name for item in fields(section)} if is_dataclass(section) else set()
     reasons: dict[str, str] = getattr(section, "REFUSED", {})
-    return {name: "" if name in known else reasons.get(name, "this job declares no features") for name in FEATURES}
+    return {name: reasons.get(name, "" if name in known else "this job declares no features") for name in FEATURES}
 
 
-def asked_features(evaluate: object) -> list[Feature]:
-    """Return the features that a section `evaluate` asks for."""
-    asked = [(FEATURES[name], getattr(evaluate, name, None)) for name in FEATURES]
-    return [feature(section) for feature, section in asked if section]
+def asked_features(evaluate: object, *, validated: bool = False) -> list[Feature]:
+    """Return the features that a section `evaluate` asks for.
+
+    validated: Whether the job has validation answers anyway, with which some features cost nothing.
+    """
+    names = [
+        name for name in FEATURES if not refusals(type(evaluate))[name]
+    ]  # a job may have a key of its own by the name
+    asked = [(FEATURES[name], getattr(evaluate, name)) for name in names]
+    return [feature(section) for feature, section in asked if section or (validated and feature.costs_nothing)]
 
 
 def check_split(evaluate: object, split: str) -> None:
@@ -117,6 +130,7 @@ def outside_entries(features: Sequence[Feature]) -> list[str]:
 
 def asked_scores(features: Sequence[Feature], view: View, rows: Rows, outside: Callable[[str], Rows]) -> list[Score]:
     """Return the scores of recorded answers. outside: Returns the rows of a set of other classes by its entry."""
+    rows = replace(rows, forms={CLEAN: False, **{at: of.decides for of in features for at in of.forms}})
     others = {entry: outside(entry) for entry in outside_entries(features)}
     return [score for feature in features for score in feature.scores(view, rows, others)]
 

@@ -19,16 +19,13 @@ from vismt.base import ranks
 from vismt.data.batching import Images, InOrder
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
+from vismt.evaluation.quality import ACCURACY
 from vismt.evaluation.sections import asked_scores
-from vismt.jobs.output_conditions import ADJUSTED
 from vismt.robustness.conditions import DirectPerturbation, condition_of
-from vismt.robustness.evaluate import Form, ImageQuestions, Keep, accuracies
+from vismt.robustness.evaluate import ImageQuestions, Keep, accuracies
 from vismt.storage.records import Field, Header, Records, Row
 from vismt.uncertainty.features import Feature, Rows, View, in_condition
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
-from vismt.uncertainty.probability_metrics import MEASURES, example_measures
-
-ACCURACY = "accuracy"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,22 +64,17 @@ class ImageView(View):
         self,
         specs: Sequence[DirectPerturbation] = (),
         features: Sequence[Feature] = (),
-        forms: Mapping[Condition, Form] | None = None,
         keep: Keep | None = None,
     ) -> list[Score]:
-        """Return the accuracy clean and under each condition, the quality of probabilities, and what features ask for.
+        """Return the accuracy clean and under each condition, and what features ask for.
 
-        features: Fitted ones. forms: Forms of the clean logits by condition. Their probabilities have scores, the
-        adjusted form has an accuracy. keep: As for `evaluate_examples`.
+        features: Fitted ones. keep: As for `evaluate_examples`.
         """
-        by_label = {condition.label: form for condition, form in (forms or {}).items()}
-        rows = self.rows(ImageQuestions(self.num_classes, specs, by_label, features, keep, self.source))
+        rows = self.rows(ImageQuestions(self.num_classes, specs, features, keep, self.source))
         measures = [
             (condition, Measure(ACCURACY, values, counts=True, chance=self.chance))
             for condition, values in accuracies(rows.rows, specs, self.num_classes)
         ]
-        for condition in forms or ():
-            measures += [(condition, measure) for measure in form_measures(rows, condition)]
         found = [self.score(rows.grouped(measure), condition, rows.content) for condition, measure in measures]
         asked = ((CLEAN, False), *((condition_of(spec, self.num_classes), spec.worst_case) for spec in specs))
         outside = partial(self._outside, features)
@@ -110,16 +102,6 @@ class ImageView(View):
     def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
         protocol = about if data else ", ".join(filter(None, (self.part, about or self.choice)))
         return Score(self.task, data or self.data, protocol, measure, condition, examples=examples)
-
-
-def form_measures(rows: Rows, condition: Condition) -> list[Measure]:
-    """Return the accuracy of the adjusted form of the logits, the quality of the probabilities of another, from records."""
-    right = (rows.column("", condition) == rows.labels).double()
-    if condition == ADJUSTED:
-        return [Measure(ACCURACY, dict(zip(rows.ids, right.tolist(), strict=True)), counts=True)]
-    return example_measures(
-        rows.ids, {of.column: rows.column(of.column, condition) for of in MEASURES}, right, rows.groups
-    )
 
 
 def set_rows(

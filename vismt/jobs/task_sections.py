@@ -41,12 +41,6 @@ class BalancingConfig:
     options: dict[str, Any] = field(default_factory=dict)
 
 
-def check_adjusted(adjusts: bool, split: str) -> None:
-    """Raise UserError where logits are to be adjusted, and the validation images that choose tau are the evaluated ones."""
-    if adjusts and split == "validation":
-        raise UserError("evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test.")
-
-
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:
     """Raise UserError for names of tasks that cannot be, and where nothing trains their heads."""
     for name in tasks:

@@ -24,8 +24,8 @@ from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import ARMS, BEST, StudyConfig, Training, read_choice
 from vismt.engine.trackers import check_trackers
+from vismt.evaluation.sections import asked_features
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
-from vismt.jobs.output_conditions import TEMPERATURE_FILE, temperature_file
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
 from vismt.lowrank.model.modules import is_mergeable
@@ -34,6 +34,7 @@ from vismt.methods import adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.lines import write_lines
+from vismt.uncertainty.features import View
 
 PROCESSES = "processes.json"  # of the run's trainings; beside the folders of the arms
 
@@ -96,8 +97,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the files to write beside the merged or exported weights of a training, by name."""
         return {}
 
-    def temperature(self, training: Training) -> float | Sequence[float] | None:
-        """Return the temperature that exports of a training carry, or that of each class; None for none."""
+    def exported_view(self, training: Training) -> View | None:
+        """Return what features are fitted to that write files beside exported weights, None if nothing is fitted."""
         return None
 
     def facts(self) -> dict[str, Any]:
@@ -429,9 +430,12 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         training = self.study.find(arm)
-        temperature = self.temperature(training)
-        fitted = {} if temperature is None else {TEMPERATURE_FILE: temperature_file(temperature)}
-        return {**self.beside(training), **fitted}
+        found, asked = self.beside(training), asked_features(getattr(self.config, "evaluate", None))
+        exported = [feature for feature in asked if feature.exported]
+        view = self.exported_view(training) if exported else None
+        for feature in exported if view is not None else ():
+            found |= feature.fitted(view).files()
+        return found
 
 
 def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:

@@ -4,15 +4,14 @@ Under an attack, an example counts as right if the model is right on the clean i
 unchanged image is inside every budget (the convention of RobustBench, arXiv 2010.09670). Under a corruption, only the corrupted
 image counts. Intervals are Wilson's at 95 %.
 
-For each form of the clean logits (such as a temperature), the record has the answer and the numbers from which the quality of the
-probabilities follows. Features of the evaluation record columns of their own. Processes that share an evaluation
+Features of the evaluation record columns of their own. Processes that share an evaluation
 (vismt/base/ranks.py) run a batch each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -30,13 +29,11 @@ from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.storage.records import Field, Header, Records
-from vismt.uncertainty.features import Answers, Feature, feature_columns, in_condition
+from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
-from vismt.uncertainty.probability_metrics import example_fields, example_values
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Keep = Callable[[str, int, Mapping[str, np.ndarray]], object]
-Form = Callable[[Tensor], Tensor]  # function from logits float64 (b, k) on the CPU to logits of the same shape
 
 
 class RepeatableBatches(Protocol):
@@ -92,7 +89,6 @@ def evaluate_examples(
     specs: Sequence[DirectPerturbation],
     *,
     num_classes: int,
-    forms: Mapping[str, Form] | None = None,
     features: Sequence[Feature] = (),
     records: Path | None = None,
     data: str = "data",
@@ -112,7 +108,6 @@ def evaluate_examples(
             numbers by default.
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits. Labels are 0..num_classes-1.
-        forms: Forms of the clean logits by name, "clean" for the logits themselves.
         features: Features of the evaluation, which record their own columns (vismt/evaluation).
         records: Line file, written batch by batch. An interrupted run continues with the batches that are missing.
         data: The caller's name for the images. A file of other images is refused.
@@ -125,15 +120,14 @@ def evaluate_examples(
     Returns:
         Records in the order of the examples. Each has id, label, the predictions "clean" and "<condition>", and the distances
         "<condition> linf" and "<condition> l2". For an attack, "<condition> lost" is 1 if the attack counted an image as broken
-        that is right here, by rounding. Each form adds the answer "<form>" and the fields of
-        `vismt.uncertainty.probability_metrics.example_fields`, such as "<form> nll". Each feature adds its columns, such as
-        "clean confidence". Some features have columns for every condition.
+        that is right here, by rounding. Each feature adds its columns, such as "clean confidence". Some features have columns
+        for every condition, or for every form of the clean logits.
 
     Raises:
         UserError: If there is no example, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have
             the same text, the model answers differently from call to call, or the records are of another run.
     """
-    questions = ImageQuestions(num_classes, specs, forms or {}, features, keep, data)
+    questions = ImageQuestions(num_classes, specs, features, keep, data)
     log = questions.records(records, fingerprint, examples)
     return questions.answered(model, batches, log, label)
 
@@ -152,7 +146,6 @@ class ImageQuestions:
 
     num_classes: int
     specs: Sequence[DirectPerturbation] = ()
-    forms: Mapping[str, Form] = field(default_factory=dict)
     features: Sequence[Feature] = ()
     keep: Keep | None = None
     data: str = "data"
@@ -169,7 +162,6 @@ class ImageQuestions:
         """Open the records in a file. weights, examples: Fields of `vismt.storage.records.Header`."""
         settings = {
             "attacks": [dict(spec.settings()) for spec in self.specs],
-            "forms": [*self.forms],
             "features": {feature.key: feature.settings() for feature in self.features},
         }
         header = Header(weights, examples, {"data": self.data, "num_classes": self.num_classes}, settings)
@@ -210,11 +202,7 @@ class ImageQuestions:
         for name in self.conditions:
             fields.update({name: answer, f"{name} linf": distance, f"{name} l2": distance})
         fields.update(dict.fromkeys(self._lost().values(), Field(0, 1, whole=True)))
-        for form in self.forms:
-            fields |= {form: answer, **example_fields(form)}
-        for feature in self.features:
-            for condition in (CLEAN.label, *(self.conditions if feature.everywhere else ())):
-                fields |= in_condition(condition, feature.fields(self.num_classes))
+        fields |= feature_fields((CLEAN.label, *self.conditions), self.features, self.num_classes)
         return fields
 
     def _rows(self, model: nn.Module, images: Tensor, labels: Tensor, ids: Sequence[str], number: int) -> list[dict]:
@@ -224,16 +212,13 @@ class ImageQuestions:
 
         def asked(condition: str, logits: Tensor, images: Tensor) -> dict[str, list]:
             found = Answers(logits.cpu().double(), labels.cpu(), net, images, [(name,) for name in ids])
-            features = [of for of in self.features if of.everywhere or condition == CLEAN.label]
-            return feature_columns(condition, features, found)
+            return feature_columns(condition, self.features, found)
 
         device = next((p.device for p in model.parameters()), images.device)
         images, labels = images.to(device), labels.to(device)
         logits = _logits(model, images, classes)
         columns: dict[str, list] = {"id": list(ids), "label": labels.tolist(), "clean": logits.argmax(1).tolist()}
         columns |= asked(CLEAN.label, logits, images)
-        for name, form in self.forms.items():
-            columns |= probability_columns(name, form(logits.cpu().double()), labels.cpu())
         for condition, spec in self.conditions.items():
             keys = batch_keys(spec, number, len(images))
             if isinstance(spec, AttackSpec):
@@ -295,12 +280,6 @@ def _check_labels(ids: Sequence[str], labels: Sequence[int], log: Records) -> No
 def batch_keys(spec: DirectPerturbation, number: int, count: int) -> list[tuple[int, int]]:
     """Return the keys of the images of batch `number` under a condition. Random numbers are functions of these keys."""
     return [(mix_seed(spec.seed, number), position) for position in range(count)]
-
-
-def probability_columns(form: str, logits: Tensor, labels: Tensor) -> dict[str, list]:
-    """Return the columns of a form of the logits (b, k)."""
-    values = example_values(logits.log_softmax(1), labels)
-    return {form: logits.argmax(1).tolist(), **in_condition(form, {key: of.tolist() for key, of in values.items()})}
 
 
 @torch.no_grad()

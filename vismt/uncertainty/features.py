@@ -8,7 +8,7 @@ image is one answer, an episode is the mean over its queries. So one feature ser
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, ClassVar, TypeVar
@@ -32,6 +32,7 @@ REASONS = {
 }
 Fitted = TypeVar("Fitted")
 Value = TypeVar("Value")
+Form = Callable[[Tensor], Tensor]  # logits fp64 (n, k) on the CPU to logits of the same shape
 # Arguments: the trained head, features (b, d) of the training examples in batches, features and labels of validation examples.
 MakeHead = Callable[[nn.Module, list[Tensor], tuple[Tensor, Tensor]], nn.Module]
 
@@ -64,7 +65,8 @@ class Rows:
         groups: Group by id, {} for independent examples.
         unit: What the groups are, in the plural.
         content: What tells the examples from others of their names, "" if that is not known.
-        asked: The recorded conditions, each with whether an answer has to be right on the clean example, too.
+        asked: The conditions of inputs, each with whether an answer has to be right on the clean example, too.
+        forms: The forms of clean logits, each with whether it changes answers.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -72,6 +74,7 @@ class Rows:
     unit: str = ""
     content: str = ""
     asked: Sequence[tuple[Condition, bool]] = ((CLEAN, False),)
+    forms: Mapping[Condition, bool] = field(default_factory=lambda: {CLEAN: False})
 
     @cached_property
     def ids(self) -> list[str]:
@@ -144,8 +147,29 @@ class Summary:
     note: str
 
 
+@dataclass(frozen=True)
+class Validation:
+    """The answers of a net to validation examples.
+
+    Args:
+        logits: (n, k), or log-probabilities.
+        labels: int64 (n,).
+        fits: Whether an example chose no learning rate, bool (n,).
+    """
+
+    logits: Tensor
+    labels: Tensor
+    fits: Tensor
+
+
 class View(ABC):
-    """A trained net on one evaluated set, as a feature sees it. A job defines the methods of what it provides."""
+    """A trained net on one evaluated set, as a feature sees it. A job defines the methods of what it provides.
+
+    Attributes:
+        number: The place of the task of the set among the tasks of the net.
+    """
+
+    number: int = 0
 
     @abstractmethod
     def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
@@ -155,12 +179,30 @@ class View(ABC):
         score is of.
         """
 
-    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
-        """Return what is fitted once for the weights and the validation examples (VALIDATION). kind: A dataclass of numbers."""
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
+        """Return what is fitted once for the weights and the validation examples (VALIDATION).
+
+        kind: A dataclass of numbers. of_net: Whether it is the same for all sets of the net.
+        """
+        raise NotImplementedError
+
+    def validation(self) -> list[Validation]:
+        """Return the answers to the validation examples of each task of the net (VALIDATION)."""
         raise NotImplementedError
 
     def held_out(self, feature: Feature) -> Rows:
-        """Return the columns of a feature of the validation examples that chose no learning rate (VALIDATION)."""
+        """Return the columns of a feature of the validation examples of this task that chose no learning rate."""
+        of = self.validation()[self.number]
+        return rows_of([feature], Answers(of.logits[of.fits].double(), of.labels[of.fits]))
+
+    @property
+    def task_of_class(self) -> Tensor | None:
+        """The task of each class of a net over several tasks, int64 (k,). None for one task."""
+        return None
+
+    @property
+    def class_counts(self) -> list[int]:
+        """The number of training examples of each class, in the job multitask."""
         raise NotImplementedError
 
     def embedded(
@@ -191,9 +233,15 @@ class Feature:
     Attributes:
         key: Name of the section.
         needs: What a job has to provide.
-        keys: A dataclass with the field `key`: its type, its default, which asks for nothing, and its meaning.
+        kind: Type of the section.
+        default: Value of the section that asks for nothing, or the function that makes it.
+        meaning: What the section asks for, in configurations and their reference.
         about: What the protocol of its scores says in place of the choice among classes, "" for the choice.
-        everywhere: Whether the columns are recorded under attacks and corruptions, too, and not of clean examples alone.
+        everywhere: Whether the columns are recorded under attacks and corruptions, too.
+        of_forms: Whether the columns are recorded of all forms of the clean logits, too.
+        decides: Whether `forms` change answers.
+        costs_nothing: Whether a job with validation answers has the feature without being asked.
+        exported: Whether it writes `files` beside exported weights.
         holds_out: Whether it is fitted on validation examples that choose no learning rate.
         summary: A table of the report with its metrics, None for none.
         section: The value of the key.
@@ -201,9 +249,15 @@ class Feature:
 
     key: ClassVar[str]
     needs: ClassVar[frozenset[str]]
-    keys: ClassVar[type]
+    kind: ClassVar[Any] = bool
+    default: ClassVar[Any] = False
+    meaning: ClassVar[str] = ""
     about: ClassVar[str] = ""
     everywhere: ClassVar[bool] = False
+    of_forms: ClassVar[bool] = False
+    decides: ClassVar[bool] = False
+    costs_nothing: ClassVar[bool] = False
+    exported: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     summary: ClassVar[Summary | None] = None
 
@@ -219,6 +273,15 @@ class Feature:
     def quantile(self) -> float | None:
         """The largest -log p of a class in the set that a prediction shows, None for no set."""
         return None
+
+    @property
+    def forms(self) -> Mapping[Condition, Form]:
+        """The forms of the clean logits that it adds, by condition."""
+        return {}
+
+    def files(self) -> dict[str, bytes]:
+        """Return the content of files beside exported weights, by name."""
+        return {}
 
     def settings(self) -> Mapping[str, object]:
         """Return what the columns depend on, for the header of a record."""
@@ -279,7 +342,32 @@ def rows_of(features: Sequence[Feature], answers: Answers, ids: Sequence[str] = 
 
 
 def feature_columns(condition: str, features: Sequence[Feature], answers: Answers) -> dict[str, list]:
-    """Return the columns of features under a condition, by their names in a record of several conditions."""
+    """Return what features record of answers under a condition of inputs, by their names in a record of several conditions."""
+    if condition != CLEAN.label:
+        return _columns(condition, [of for of in features if of.everywhere], answers)
+    found = _columns(condition, features, answers)
+    for at, form in _forms(features).items():
+        changed = Answers(form(answers.logits), answers.labels)
+        found |= _columns(at.label, [of for of in features if of.of_forms], changed)
+    return found
+
+
+def feature_fields(conditions: Iterable[str], features: Sequence[Feature], classes: int) -> dict[str, Field]:
+    """Return the fields of `feature_columns` under conditions of inputs. classes: Number of logits."""
+    found: dict[str, Field] = {}
+    asked = {at.label: [of for of in features if of.of_forms] for at in _forms(features)}
+    asked |= {label: [of for of in features if of.everywhere or label == CLEAN.label] for label in conditions}
+    for label, recorded in asked.items():
+        for feature in recorded:
+            found |= in_condition(label, feature.fields(classes))
+    return found
+
+
+def _forms(features: Sequence[Feature]) -> dict[Condition, Form]:
+    return {at: form for feature in features for at, form in feature.forms.items()}
+
+
+def _columns(condition: str, features: Sequence[Feature], answers: Answers) -> dict[str, list]:
     found: dict[str, list] = {}
     for feature in features:
         found |= in_condition(condition, {name: of.tolist() for name, of in feature.columns(answers).items()})

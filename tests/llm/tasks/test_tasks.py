@@ -24,10 +24,10 @@ from vismt.llm.tasks.base import (
     Item,
     LmObjective,
     answer_tokens,
+    choices,
     gather,
+    in_form,
     probability_measures,
-    temperature_of,
-    tempered,
 )
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised, prompts_of
@@ -35,6 +35,7 @@ from vismt.llm.tasks.pieces import IGNORE, Piece, collate_pieces, pack, piece, s
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.last_layers import LinearAnswerHead, log_predictive, make_head
+from vismt.uncertainty.temperature import fit_temperature
 
 KINDS = ("llama", "qwen2", "gpt2")
 PIECES = [piece([5, 6, 7], [8, 9], 20), piece([10], [11, 12, 13, 14, 15], 20), piece([16, 17, 18, 19], [20], 20)]
@@ -478,7 +479,8 @@ def test_calibration_by_hand_and_rows_with_fewer_choices():
     assert measures["AUROC"].score == pytest.approx((0.75 + 0.25 + 1) / 3)
     low, high = measures["ECE-15"].interval()
     assert 0 <= low < high and "AUROC" not in probability_measures(records[:1])
-    soft = tempered(records[:2], temperature_of(records[:2]))
+    temperature = fit_temperature(*choices(records[:2]))
+    soft = in_form(records[:2], lambda logits: logits / temperature)
     assert [math.exp(p) for p in soft[0]["log_p"]] == pytest.approx([0.5, 0.5], abs=1e-2) and soft[0]["label"] == 0
 
 

@@ -29,9 +29,9 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.evaluation.sections import asked_features, outside_entries
+from vismt.evaluation.temperature import TEMPERED
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
-from vismt.jobs.output_conditions import TEMPERED, fitted_once
 from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import EpisodeQuestions, clean_logits, run_protocol
@@ -44,6 +44,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
+from vismt.storage.fitted import fitted_once
 from vismt.uncertainty.intervals import CLEAN, Measure, Score
 from vismt.uncertainty.probability_metrics import group_measures
 from vismt.uncertainty.temperature import fit_temperature

@@ -178,7 +178,6 @@ class LmEvaluateConfig:
         batch: rows at a time.
         limit: rows of each set; null for all.
         frozen: also evaluate the model before training.
-        temperature: also evaluate with the temperature that minimises the NLL on validation rows.
         passes: also evaluate the mean probability of this many passes with the adapter's dropout, of arms that have one.
         ensembles: arms whose trainings' mean probability is evaluated as a model of its own, "ARM:ensemble".
     """
@@ -187,7 +186,6 @@ class LmEvaluateConfig:
     batch: Count = 8
     limit: Annotated[int, within(2)] | None = None
     frozen: bool = True
-    temperature: bool = False
     passes: Annotated[int, within(0)] = 0
     ensembles: list[str] = field(default_factory=list)
 

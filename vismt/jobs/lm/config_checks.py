@@ -21,7 +21,7 @@ from vismt.jobs.task_sections import check_tasks
 from vismt.llm.ilora.hybrid import DRAWN
 from vismt.llm.tasks.causal import Causal
 from vismt.methods import needs
-from vismt.uncertainty.features import VALIDATION
+from vismt.uncertainty.features import HEAD
 
 
 def check(config: LmConfig) -> None:
@@ -94,7 +94,7 @@ def _check_task(section: LmTaskConfig) -> None:
 def _check_trained_task(config: LmConfig) -> None:
     trained = trained_task(config)
     evaluate = config.evaluate
-    validated = validates(config) or evaluate.temperature or fitted_keys(evaluate)
+    validated = validates(config) or bool(fitted_keys(evaluate))
     if trained.rotate and validates(config):
         key = "train.validate" if config.tune is None else "tune"
         raise UserError(
@@ -113,15 +113,15 @@ def _check_trained_task(config: LmConfig) -> None:
 def _check_probabilities(config: LmConfig) -> None:
     evaluate, trained = config.evaluate, trained_task(config)
     task = task_of(trained)
-    if evaluate.temperature and (isinstance(task, Causal) or not task.reads):
-        raise UserError(f"evaluate.temperature: '{trained.kind}' has no probabilities of choices; leave it out.")
     asked = asked_features(evaluate)
     own = [key for key in ("passes", "ensembles") if getattr(evaluate, key)]
-    for key in (*own, *(of.key for of in asked if VALIDATION in of.needs or of.sets)):
+    for key in (*own, *(of.key for of in asked if HEAD in of.needs)):
         if not task.head:
             raise UserError(
                 f"evaluate.{key}: needs the class probabilities of a head, and '{trained.kind}' has none; leave it out."
             )
+    for feature in asked if isinstance(task, Causal) or not task.reads else ():
+        raise UserError(f"evaluate.{feature.key}: '{trained.kind}' has no probabilities of choices; leave it out.")
     arms = resolve_arms(config)
     if evaluate.passes and not any(arm.adapt and arm.adapt.options.get("dropout") for arm in arms.values()):
         raise UserError("evaluate.passes: no arm has dropout; set adapt.options.dropout in one.")

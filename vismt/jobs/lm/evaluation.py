@@ -28,7 +28,6 @@ from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmC
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.output_conditions import TEMPERED
 from vismt.llm.net import LmNet
 from vismt.llm.tasks.base import (
     Item,
@@ -36,14 +35,13 @@ from vismt.llm.tasks.base import (
     averaged_records,
     choices,
     gather,
-    temperature_of,
-    tempered,
+    in_form,
     users_of,
 )
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.layers.base import AdapterModule
 from vismt.storage.records import Field, Header, Records
-from vismt.uncertainty.features import VALIDATION, Answers, Feature, Fitted, MakeHead, Rows, View, rows_of
+from vismt.uncertainty.features import VALIDATION, Answers, Feature, Fitted, MakeHead, Rows, Validation, View, rows_of
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
 
 MEANS = Condition("means of the head", "variant", "means")
@@ -90,6 +88,8 @@ class Evaluation:
             asked = [of for of in features if own or not (VALIDATION in of.needs or of.sets)]
             fitted = [of.fitted(view) for of in asked if view.name not in map(row_name, of.sets)]
             scores += asked_scores(fitted, view, view.rows(fitted), partial(view.other, fitted))
+            forms = [(at, form) for of in fitted for at, form in of.forms.items()]
+            scores += [score for at, form in forms for score in view.of(in_form(view.records, form), at)]
         trained = [view for view in views if view.task == self.data.trained and view.split != "validation"]
         if trained and training.arm in self.study.arms:
             scores += [score for feature in features for score in feature.net_scores(trained)]
@@ -101,20 +101,25 @@ class Evaluation:
 
     def quality(self, training: Training) -> float:
         """Return the trained task's quality on the validation rows that choose rates."""
-        return self.data.tasks[self.data.trained].quality(self.parts(training)[0])
+        records, chooses, _ = self.validation(training)
+        return self.data.tasks[self.data.trained].quality([*compress(records, chooses.tolist())])
+
+    def view(self, training: Training) -> SetView:
+        """Return the trained task for what is fitted on its validation rows."""
+        return SetView(self, training, self.data.trained, self.config.evaluate.split, "", [], "")
 
     def quantile(self, training: Training) -> float | None:
         """Return the largest -log p of a choice in the sets that predictions show, None for no sets."""
-        view = SetView(self, training, self.data.trained, self.config.evaluate.split, "", [], "")
+        view = self.view(training)
         return shown_quantile([of.fitted(view) for of in asked_features(self.config.evaluate) if of.holds_out])
 
-    def parts(self, training: Training) -> tuple[list[Record], list[Record]]:
-        """Return the validation records that choose rates, and those on which features are fitted."""
-        records = self._validation(training)
+    def validation(self, training: Training) -> tuple[list[Record], Tensor, Tensor]:
+        """Return the validation records of the trained task, and masks: which choose rates, on which features are fitted."""
+        names = self.data.names(self.data.trained, "validation")
+        records = [row for name in names for row in self.records(training, self.data.trained, "validation", name)[0]]
         labels = torch.tensor([record.get("label", 0) for record in records])
         apart, users = divides(self.config.evaluate, self.config.tune), list(users_of(records).values())
-        chooses, fits = validation_parts(labels, apart, users)
-        return list(compress(records, chooses.tolist())), list(compress(records, fits.tolist()))
+        return records, *validation_parts(labels, apart, users)
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
         """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""
@@ -134,17 +139,6 @@ class Evaluation:
         if passes and arm is not None and arm.adapt is not None and arm.adapt.options.get("dropout"):
             condition = Condition(f"{passes} passes with dropout", "variant", DROPOUT)
             yield condition, self.records(training, view.task, view.split, view.name, DROPOUT)[0]
-        if self.config.evaluate.temperature and view.split != "validation":  # the rows that it is fitted on
-            yield TEMPERED, tempered(records, self.temperature(training))
-
-    def temperature(self, training: Training) -> float:
-        """Return the temperature with the smallest NLL on the validation rows of the trained task."""
-        return temperature_of(self._validation(training))
-
-    def _validation(self, training: Training) -> list[Record]:
-        task = self.data.trained
-        names = self.data.names(task, "validation")
-        return [record for name in names for record in self.records(training, task, "validation", name)[0]]
 
     def records(
         self, training: Training, task: str, split: str, name: str, variant: str = "", make: MakeHead | None = None
@@ -317,11 +311,12 @@ class SetView(View):
         records, content = self.evaluation.records(self.training, self.task, self.split, name)
         return replace(self, name=name, records=records, content=content).rows(features)
 
-    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
         return fit()  # from validation rows that are on record
 
-    def held_out(self, feature: Feature) -> Rows:
-        return rows_of([feature], Answers(*choices(self.evaluation.parts(self.training)[1])))
+    def validation(self) -> list[Validation]:
+        records, _, fits = self.evaluation.validation(self.training)
+        return [Validation(*choices(records), fits)]
 
     @property
     def head_shape(self) -> tuple[str, int, int]:

@@ -57,6 +57,7 @@ from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
+from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import Score
 
 PREDICTED = "predictions.jsonl"
@@ -245,10 +246,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     def validate(self, training: Training) -> float:
         return self.fold(training.seed).evaluation.quality(training)
 
-    def temperature(self, training: Training) -> float | None:
-        if not (self.config.evaluate.temperature and self.data.tasks[self.data.trained].head):
-            return None
-        return self.fold(training.seed).evaluation.temperature(training)
+    def exported_view(self, training: Training) -> View | None:
+        return self.fold(training.seed).evaluation.view(training) if self.data.tasks[self.data.trained].head else None
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, since all nets share the LM; write what `write_merge_check` does, once."""

@@ -25,6 +25,8 @@ from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
+from vismt.evaluation.adjust_logits import AdjustLogits
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
 from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -45,6 +47,7 @@ from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
+from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import CLEAN, Score
 from vismt.uncertainty.last_layers import is_variational
 from vismt.uncertainty.predictive import GaussianHead
@@ -108,12 +111,11 @@ class ClassifierJob(MultitaskJob[PixelNet]):
 
     def check_data(self) -> None:
         settings = self.config.evaluate
-        tuned = settings.temperature or settings.adjust_logits or fitted_keys(settings)
         for task in range(len(self.data.union.tasks)):
             self.data.check_part(task, self.split)
             for name in (name for feature in asked_features(settings) for name in feature.sets):
                 self.data.outside(name)
-            if validates(self.config) or tuned:
+            if validates(self.config) or settings.adjust_logits or fitted_keys(settings):
                 self.data.check_part(task, "validation")
             if fitted_keys(settings):
                 labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
@@ -160,10 +162,11 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         records = records_folder(training.folder / RECORDS, attacks)
         net, evaluated = self.final(training), split == self.split
-        forms = self.evaluation.forms(net, training, split) if evaluated else None
-        features = [of for of in asked_features(settings) if evaluated and (of.everywhere or attacks is None)]
-        specs = conditions(chosen, corruptions)
-        return self.evaluation.scores(lambda: net, training, split, specs, records, features, forms)
+        validated = split != "validation" and self.evaluation.validated
+        features = [Quality(None), *asked_features(settings, validated=validated)] if evaluated else []
+        features += [AdjustLogits(True)] if evaluated and settings.adjust_logits else []
+        asked = [of for of in features if attacks is None or of.everywhere or of.of_forms]
+        return self.evaluation.scores(lambda: net, training, split, conditions(chosen, corruptions), records, asked)
 
     def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
         return config.trained_tasks or [entry_name(spec) for spec in config.tasks]
@@ -183,12 +186,11 @@ class ClassifierJob(MultitaskJob[PixelNet]):
                 values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
         return sum(values) / len(values)
 
-    def temperature(self, training: Training) -> Sequence[float] | None:
+    def exported_view(self, training: Training) -> View | None:
         # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
-        if not self.config.evaluate.temperature or is_variational(self.study.config_of(training).head_name):
+        if is_variational(self.study.config_of(training).head_name):
             return None
-        fitted = self.evaluation.fitted(self.final(training), training)
-        return None if fitted is None else self.evaluation.temperature_of_class(fitted).tolist()
+        return self.evaluation.view(self.final(training), training, self.split, 0, training.folder / RECORDS)
 
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0

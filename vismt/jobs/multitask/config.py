@@ -13,7 +13,6 @@ from typing import Annotated, Any
 from vismt.base.errors import UserError, near, require_known
 from vismt.config.sections import (
     SCHEDULED,
-    UNHASHED,
     UNHASHED_OPTIONS,
     Count,
     Jitter,
@@ -32,7 +31,6 @@ from vismt.jobs.task_sections import (
     BalancingConfig,
     RetainConfig,
     Split,
-    check_adjusted,
     check_tasks,
     make_configured_balancer,
 )
@@ -68,7 +66,6 @@ _SQUARE = {
     "augment.crop": "augment.scales crops images and maps alike",
     "augment.jitter": "augment.strength is the strength of colour changes",
     "merge": "adapters of tasks with heads of their own are merged by no rule",
-    "evaluate.temperature": "exports have heads of several kinds",
 }
 
 
@@ -134,8 +131,6 @@ class MultitaskEvaluateConfig:
         overlap: share of their side by which windows overlap.
         flip: whether the prediction is averaged with that on the mirrored image.
         scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
-        temperature: writes the temperature that fits the validation images beside exported weights, not those of vbll;
-            reports have it wherever there are validation images. Without `size`.
         adjust_logits: whether logits minus tau log prior are evaluated, too (vismt.multitask.class_loss), with tau chosen on the
             validation images: one for all tasks of whole images, or with `size` one for each task with classes.
         attacks: evaluated attacks; with `size` pgd on the run's losses.
@@ -148,7 +143,6 @@ class MultitaskEvaluateConfig:
     overlap: Annotated[float, within(0, below=1)] = 0.5
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
-    temperature: bool = field(default=False, metadata=UNHASHED)
     adjust_logits: bool = False
     attacks: list[AttackConfig] = field(default_factory=list)
     corruptions: list[CorruptionConfig] = field(default_factory=list)
@@ -156,7 +150,10 @@ class MultitaskEvaluateConfig:
     def __post_init__(self) -> None:
         from vismt.multitask.inference import check_scales
 
-        check_adjusted(self.adjust_logits, self.split)
+        if self.adjust_logits and self.split == "validation":
+            raise UserError(
+                "evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test."
+            )
         check_scales(self.scales)
 
 
@@ -402,7 +399,7 @@ def _check_values(config: MultitaskConfig) -> None:
 
 def _check_view(config: MultitaskConfig) -> None:
     """Raise UserError for keys and tasks that are of runs with `size` alone, or of runs without it."""
-    given = [*flat(differences(config)), *(["evaluate.temperature"] if config.evaluate.temperature else [])]
+    given = [*flat(differences(config))]
     other = list(_SQUARE) if config.size else _FITTED
     for key in (key for key in other if any(name == key or name.startswith(f"{key}.") for name in given)):
         if config.size:

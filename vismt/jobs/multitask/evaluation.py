@@ -1,13 +1,4 @@
-"""Evaluation of a multi-task run: scores are read from a record of every image of every training (jobs/image_scores.py).
-
-The clean probabilities of every task have ECE, NLL and Brier score, as they are and in the forms that are fitted on the
-validation images of a training:
-
-    p = softmax(z / T_b), T_b of the task of the largest logit                (vismt/uncertainty/temperature.py)
-    z - tau log pi, tau of TAUS with the best mean accuracy over the tasks    (vismt/multitask/class_loss.py)
-
-calibration.json in the training's folder has both.
-"""
+"""Evaluation of a multi-task run: scores are read from a record of every image of every training (jobs/image_scores.py)."""
 
 from __future__ import annotations
 
@@ -28,38 +19,23 @@ from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, divides, shown_quantile
 from vismt.jobs.image_scores import ImageView, set_rows
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.models import PixelNet, replace_head, stored
-from vismt.jobs.output_conditions import ADJUSTED, TAUS, TEMPERED, fitted_once
 from vismt.jobs.predictions import Softmax
-from vismt.multitask.class_loss import adjusted
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import RECORDS
 from vismt.robustness.conditions import DirectPerturbation
-from vismt.robustness.evaluate import Form
+from vismt.storage.fitted import fitted_once
 from vismt.storage.records import Field, Header
-from vismt.uncertainty.features import Answers, Feature, Fitted, MakeHead, Rows, rows_of
-from vismt.uncertainty.intervals import CLEAN, Condition, Score
-from vismt.uncertainty.temperature import block_tempered, fit_block_temperatures
+from vismt.uncertainty.features import Feature, Fitted, MakeHead, Rows, Validation
+from vismt.uncertainty.intervals import Score
 
 _TASK = "classification"
-FITTED = "calibration.json"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
-
-
-@dataclass(frozen=True)
-class FittedOutputs:
-    """The temperatures of a net by task and the tau of its class prior, fitted on n validation images.
-
-    temperature: of each task.
-    """
-
-    temperature: list[float]
-    tau: float
-    n: int
 
 
 class Evaluation:
@@ -87,27 +63,27 @@ class Evaluation:
         specs: Sequence[DirectPerturbation],
         records: Path,
         features: Sequence[Feature] = (),
-        forms: Mapping[Condition, Form] | None = None,
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and what features ask for.
 
-        records: the folder of records. forms: of the clean logits, whose probabilities have scores.
+        records: the folder of records.
         """
         model, views, scores = net(), [], []
         with ExitStack() as stack:
             for number in range(len(self.data.union.tasks)):
-                view = self._view(model, training, split, number, records, stack)
-                scores += view.scores(specs, [feature.fitted(view) for feature in features], forms)
+                images = stack.enter_context(stored(self.data.part(number, split)))
+                view = self.view(model, training, split, number, records, images)
+                scores += view.scores(specs, [feature.fitted(view) for feature in features])
                 views.append(view)
             return scores + [score for feature in features for score in feature.net_scores(views)]
 
-    def _view(
-        self, net: PixelNet, training: Training, split: str, number: int, records: Path, stack: ExitStack
+    def view(
+        self, net: PixelNet, training: Training, split: str, number: int, records: Path, images: Gathered | None = None
     ) -> TaskView:
-        """Return one task of a net. stack: Closes the store of its images."""
+        """Return one task of a net. images: of the task, in a store of features."""
         union = self.data.union
         task = union.tasks[number]
-        images = stack.enter_context(stored(self.data.part(number, split)))
+        images = self.data.part(number, split) if images is None else images
         return TaskView(
             net=self.classifier(net, training, number),
             batches=InOrder(images, self.config.evaluate.batch),
@@ -127,35 +103,12 @@ class Evaluation:
             number=number,
         )
 
-    def forms(self, net: PixelNet, training: Training, split: str) -> dict[Condition, Form]:
-        """Return the evaluated versions of the logits: raw, temperature-scaled, prior-adjusted.
-
-        The last two need validation images.
-        """
-        forms: dict[Condition, Form] = {CLEAN: lambda logits: logits}
-        fitted = None if split == "validation" else self.fitted(net, training)
-        if fitted is not None:
-            of_class = self.temperature_of_class(fitted)
-            forms[TEMPERED] = lambda logits: block_tempered(logits, of_class)
-            if self.config.evaluate.adjust_logits:
-                counts = self.data.class_counts()
-                forms[ADJUSTED] = lambda logits: adjusted(logits, counts, fitted.tau)
-        return forms
-
     # ---- what is fitted on validation images --------------------------------------------------------------------------
 
-    def fitted(self, net: PixelNet, training: Training) -> FittedOutputs | None:
-        """Return temperatures and tau of a training; None where a task has no validation images."""
-        if not all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks))):
-            return None
-
-        def fit() -> FittedOutputs:
-            tasks = self.validation(net, training)
-            logits, labels = (torch.cat(parts) for parts in zip(*tasks))
-            temperatures = fit_block_temperatures(logits, labels, self.data.union.task_of_class())
-            return FittedOutputs(temperatures, best_tau(tasks, self.data.class_counts()), len(labels))
-
-        return self.fitted_once(training.folder / FITTED, FittedOutputs, net, fit)
+    @property
+    def validated(self) -> bool:
+        """Whether every task has validation images."""
+        return all(self.data.has_part(task, "validation") for task in range(len(self.data.union.tasks)))
 
     def fitted_once(
         self, path: Path, kind: type[Fitted], net: PixelNet, fit: Callable[[], Fitted], ending: str = ""
@@ -164,11 +117,6 @@ class Evaluation:
         parts = [self.data.part(task, "validation") for task in range(len(self.data.union.tasks))]
         fingerprint = " ".join((net.fingerprint(), *map(names_digest, parts))) + ending
         return fitted_once(path, kind, fingerprint, fit, examples=joint_content(parts))
-
-    def temperature_of_class(self, fitted: FittedOutputs) -> Tensor:
-        """Return the temperature (C,) by which logits are divided where a class has the largest one."""
-        by_task = torch.tensor(fitted.temperature, dtype=torch.float64).expand(len(self.data.union.tasks))
-        return by_task[self.data.union.task_of_class()]
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
         """Return masks of a task's validation images: those that choose rates and those on which features are fitted."""
@@ -215,9 +163,8 @@ class Evaluation:
         numbers = range(len(union.tasks))
         spans = [union.span(task) for task in numbers] if separate else [slice(0, union.num_classes)]
         features, records = asked_features(self.config.evaluate), training.folder / RECORDS
-        with ExitStack() as stack:
-            views = [self._view(net, training, self.config.evaluate.split, task, records, stack) for task in numbers]
-            fitted = [[feature.fitted(view) for feature in features if feature.holds_out] for view in views]
+        views = [self.view(net, training, self.config.evaluate.split, task, records) for task in numbers]
+        fitted = [[feature.fitted(view) for feature in features if feature.holds_out] for view in views]
         quantiles = [shown_quantile(of) for of in (fitted if separate else [[*chain(*fitted)]])]
         return [Softmax(span, names[span], tasks[span], quantile) for span, quantile in zip(spans, quantiles)]
 
@@ -257,19 +204,6 @@ class Evaluation:
             yield "logits", merged(images), plain(images), True
 
 
-def best_tau(tasks: Outputs, counts: Sequence[int]) -> float:
-    """Return the tau with the largest mean accuracy over the tasks (ties: the smallest).
-
-    counts: training images of each class of the union.
-    """
-
-    def score(tau: float) -> float:
-        right = [(adjusted(logits, counts, tau).argmax(1) == labels).double().mean() for logits, labels in tasks]
-        return float(torch.stack(right).mean())
-
-    return max(TAUS, key=score)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TaskView(ImageView):
     """The images of one task of a run. pixels: the net over all tasks. number: of the task."""
@@ -279,15 +213,23 @@ class TaskView(ImageView):
     training: Training
     number: int
 
-    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
-        path, config = self.records.with_name(f"{name}-{self.data}.json"), self.evaluation.config
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
+        stem, config = name if of_net else f"{name}-{self.data}", self.evaluation.config
+        path = self.records.with_name(f"{stem}.json")
         ending = " half" if divides(config.evaluate, config.tune) else ""
         return self.evaluation.fitted_once(path, kind, self.pixels, fit, ending)
 
-    def held_out(self, feature: Feature) -> Rows:
-        logits, labels = self.evaluation.validation(self.pixels, self.training)[self.number]
-        _, chosen = self.evaluation.parts(self.number)
-        return rows_of([feature], Answers(logits[chosen].double(), labels[chosen]))
+    def validation(self) -> list[Validation]:
+        outputs = self.evaluation.validation(self.pixels, self.training)
+        return [Validation(*pair, self.evaluation.parts(number)[1]) for number, pair in enumerate(outputs)]
+
+    @property
+    def task_of_class(self) -> Tensor:
+        return self.evaluation.data.union.task_of_class()
+
+    @property
+    def class_counts(self) -> list[int]:
+        return self.evaluation.data.class_counts()
 
     def embedded(
         self, entry: str, name: str, fields: Mapping[str, Field], columns: Callable[[Tensor, Tensor], dict[str, Tensor]]
@@ -306,7 +248,7 @@ class TaskView(ImageView):
     @property
     def head_shape(self) -> tuple[str, int, int]:
         evaluation = self.evaluation
-        name = evaluation.study.config_of(self.training).head_section.name
+        name = evaluation.study.config_of(self.training).head_name
         return name, self.num_classes, self.pixels.backbone.width
 
     def with_head(self, name: str, make: MakeHead) -> list[Score]:
@@ -319,4 +261,4 @@ class TaskView(ImageView):
             fingerprint=net.fingerprint(),
             label=f"{self.label}, {name}",
         )
-        return other.scores(forms={CLEAN: lambda logits: logits})
+        return other.scores(features=[Quality(None)])

@@ -160,6 +160,10 @@ class DenseData:
         """Return the group of each of these images, [] for independent images."""
         return list(self._labelled(part, task).groups()[0].values())
 
+    def whole_images(self, part: str, task: Task) -> FittedImages:
+        """Return these images."""
+        return FittedImages(self._labelled(part, task), self.size)
+
     def _labelled(self, part: str, task: Task) -> Rows:
         entries = self.part(part).entries
         return Rows([(images, i) for images, i in entries if task.key in images.targets and images.labels is not None])

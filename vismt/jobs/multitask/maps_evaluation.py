@@ -38,18 +38,18 @@ from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
+from vismt.evaluation.adjust_logits import ADJUSTED, TAUS
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_scores, divides
-from vismt.jobs.image_scores import form_measures
 from vismt.jobs.multitask.config import MultitaskConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.multitask.maps_data import DenseData
 from vismt.jobs.multitask.maps_models import fingerprint
 from vismt.jobs.multitask.pooled_score import PooledScore, Undefined
-from vismt.jobs.output_conditions import ADJUSTED, TAUS, fitted_once
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
-from vismt.multitask.tasks.classes import Segmentation, unite
+from vismt.multitask.tasks.classes import Classification, Segmentation, unite
 from vismt.report.comparison import CONSTANT
 from vismt.report.results import RECORDS
 from vismt.robustness.attacks.dense_attack import DenseAttack
@@ -57,8 +57,9 @@ from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
 from vismt.robustness.evaluate import ImageQuestions
 from vismt.storage.files import atomic_write, sealed
+from vismt.storage.fitted import fitted_once
 from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature, Fitted, Rows, View
+from vismt.uncertainty.features import Feature, Fitted, Rows, Validation, View
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure, Score
 
 NUMBERS = ".numbers.json"  # ending of the file beside a record with what the metrics compute
@@ -182,10 +183,7 @@ class Evaluation:
             ]
             groups, examples = self.data.part(split).groups(), found[0][task].examples
             of_task = Rows(rows, *groups, examples, conditions)
-            if any(feature.everywhere for feature in features):
-                measures = form_measures(of_task, CLEAN)
-                scores += [view.score(of_task.grouped(measure), CLEAN, examples) for measure in measures]
-            scores += asked_scores(asked[task], view, of_task, partial(view.outside, asked[task]))
+            scores += asked_scores([Quality(None), *asked[task]], view, of_task, partial(view.outside, asked[task]))
         return scores
 
     def views(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> dict[str, TaskView]:
@@ -445,25 +443,30 @@ class TaskView(View):
         protocol = ", ".join(filter(None, (self.evaluation.protocol(self.split), about)))
         return Score(self.task.name, name, protocol, measure, condition, examples=examples)
 
-    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
         """Fit beside the records, as the evaluated net may be another version of the trained one."""
         of, config = self.evaluation, self.evaluation.config
         fitted_on = of.fitted_on(self.training) + (" half" if divides(config.evaluate, config.tune) else "")
         path = self.records / f"{name}-{self.task.name}.json"
         return fitted_once(path, kind, fitted_on, fit, examples=of.files("validation"), shared=True)
 
-    def held_out(self, feature: Feature) -> Rows:
-        """Return the rows of a record that holds the columns "nll" and "confidence"."""
-        answers = self.evaluation.pooled(self.net, self.training, "validation", self.records)[self.task.name].answers
-        fits = self.evaluation.halves(answers)[1].tolist()
-        return Rows([{"id": image, **row} for (image, row), gives in zip(answers.items(), fits) if gives])
+    @torch.no_grad()
+    def validation(self) -> list[Validation]:
+        task, of = self.task, self.evaluation
+        assert isinstance(task, Classification)
+        labels, groups = of.data.classes("validation", task), of.data.class_groups("validation", task)
+        batches = InOrder(of.data.whole_images("validation", task), of.config.evaluate.batch)
+        logits = torch.cat([_OfTask(self)(images).float().cpu() for images, _, _ in batches])
+        fits = validation_parts(labels, divides(of.config.evaluate, of.config.tune), groups)[1]
+        return [Validation(logits, task.placed(labels), fits)]
 
     def outside(self, features: Sequence[Feature], entry: str) -> Rows:
         """Return the columns of features of the images of a set of other classes."""
         evaluation, name = self.evaluation, row_name(entry)
-        images = evaluation.data.outside(entry)
+        images, task = evaluation.data.outside(entry), self.task
+        assert isinstance(task, Classification)
         columns = [of for of in features if any(one.outside == entry for one in of.quantities())]
-        questions = ImageQuestions(self.task.channels, features=columns, data=name)
+        questions = ImageQuestions(task.outputs, features=columns, data=name)
         path = self.records / f"{record_stem(self.task.name, name, 'outside')}.jsonl"
         log = questions.records(path, fingerprint(self.training), images.content)
         batches = InOrder(images, evaluation.config.evaluate.batch)

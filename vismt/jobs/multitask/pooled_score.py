@@ -24,16 +24,18 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.evaluation.quality import Quality
 from vismt.multitask.tasks import Task
 from vismt.multitask.tasks.classes import Classification
-from vismt.robustness.evaluate import probability_columns
 from vismt.storage.records import Field, array_of, array_text
-from vismt.uncertainty.features import Answers, Feature, feature_columns, in_condition
+from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields
 from vismt.uncertainty.intervals import CLEAN
-from vismt.uncertainty.probability_metrics import example_fields
 
 # Numbers of a state kept in memory for each image. The histogram of angles has more, and no score is read from it.
 _LARGEST = 100_000
+
+
+_PROBABILITIES = Quality(None)  # of the answers of whole images, whose panels show them
 
 
 class Undefined(UserError):
@@ -70,7 +72,7 @@ class PooledScore:
     a task of whole images.
 
     Attributes:
-        answers: of a task of whole images, class, label and probabilities by image, as `probability_columns` names them.
+        answers: of a task of whole images, label and columns of features by image.
         path, examples: the record of the images, and as in `Scored`; set by the evaluation that reads the record.
     """
 
@@ -81,7 +83,7 @@ class PooledScore:
         condition: str = CLEAN.label,
         features: Sequence[Feature] = (),
     ) -> None:
-        self.features = [of for of in features if of.everywhere or condition == CLEAN.label]
+        self.features = [_PROBABILITIES, *features]
         self.task, self.name, self.condition = task, name or task.name, condition
         self.answers: dict[str, dict[str, float]] = {}
         self.path, self.examples = Path(), ""
@@ -94,9 +96,8 @@ class PooledScore:
         """Return the fields of the row of an image; one without a valid pixel has none of them."""
         fields = {f"{self.name} {key}": Field(array=value.numpy(), optional=True) for key, value in self._empty.items()}
         if isinstance(self.task, Classification):
-            found = {"label": Field(whole=True), self.condition: Field(whole=True), **example_fields(self.condition)}
-            for feature in self.features:
-                found |= in_condition(self.condition, feature.fields(self.task.channels))
+            found = {"label": Field(whole=True)}
+            found |= feature_fields([self.condition], self.features, self.task.outputs)
             fields |= {f"{self.name} {key}": replace(values, optional=True) for key, values in found.items()}
         return fields
 
@@ -121,8 +122,7 @@ class PooledScore:
         if isinstance(self.task, Classification):
             place = self.task.placed(target)
             answers = Answers(prediction.double(), place, net, image, [(name,)])
-            values = probability_columns(self.condition, prediction.double(), place)
-            values |= feature_columns(self.condition, self.features, answers)
+            values = feature_columns(self.condition, self.features, answers)
             found |= {"label": int(place), **{key: value[0] for key, value in values.items()}}
         return {f"{self.name} {key}": value for key, value in found.items()}
 

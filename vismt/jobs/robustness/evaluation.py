@@ -12,12 +12,13 @@ import torch
 from vismt.data.batching import Images, InOrder, names_digest
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
-from vismt.jobs.image_scores import ACCURACY, ImageView
-from vismt.jobs.output_conditions import fitted_once
+from vismt.evaluation.quality import ACCURACY
+from vismt.jobs.image_scores import ImageView
 from vismt.jobs.robustness.models import Classifier
 from vismt.metatune.functional import answers
 from vismt.robustness.corruptions import error_under_corruptions
-from vismt.uncertainty.features import Answers, Feature, Fitted, Rows, rows_of
+from vismt.storage.fitted import fitted_once
+from vismt.uncertainty.features import Fitted, Validation
 from vismt.uncertainty.intervals import LOWER, Condition, Measure, Score
 
 _TASK = "robustness"
@@ -37,18 +38,18 @@ class CardView(ImageView):
     folder: Path
     fitting: InOrder | None
 
-    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted]) -> Fitted:
+    def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
         assert self.fitting is not None  # the configuration asks for them
         images = self.fitting.images
         path = self.folder / f"{record_stem(name, row_name(self.data), 'images')}.json"
         return fitted_once(path, kind, f"{self.fingerprint} {names_digest(images)}", fit, examples=images.content)
 
     @torch.no_grad()
-    def held_out(self, feature: Feature) -> Rows:
+    def validation(self) -> list[Validation]:
         device = next((parameter.device for parameter in self.net.parameters()), None)
         parts = [(answers(self.net, pixels.to(device)).cpu().double(), of) for pixels, of, _ in self.fitting or ()]
         logits, labels = (torch.cat(part) for part in zip(*parts))
-        return rows_of([feature], Answers(logits, labels))
+        return [Validation(logits, labels, torch.ones_like(labels, dtype=torch.bool))]
 
 
 def card_view(

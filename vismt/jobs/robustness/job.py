@@ -13,6 +13,7 @@ from vismt.base import console, ranks
 from vismt.data.set_entries import card_and_split, row_name, shown_name
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
+from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_split, fitted_keys
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check
@@ -28,7 +29,7 @@ from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.paths import file_name
-from vismt.uncertainty.intervals import CLEAN, Score
+from vismt.uncertainty.intervals import Score
 
 _SHOWN = 6  # images of a panel
 ADVERSARIAL = "adversarial"  # a folder of the run folder
@@ -104,7 +105,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 fitting=self.cards.for_fitting(data, classifier) if fitted_keys(self.config.evaluate) else None,
             )
             keep = partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None
-            scores += view.scores(specs, [of.fitted(view) for of in features], {CLEAN: lambda logits: logits}, keep)
+            scores += view.scores(specs, [Quality(None), *(of.fitted(view) for of in features)], keep)
         return scores
 
     def _keep(self, arm: str, data: str, condition: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:

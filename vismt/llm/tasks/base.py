@@ -29,14 +29,13 @@ from vismt.llm.ilora.recommenders import pad_histories
 from vismt.llm.net import Batch, LmNet
 from vismt.llm.tasks.pieces import Piece, collate_pieces, piece
 from vismt.storage.files import JsonObject
+from vismt.uncertainty.features import Form
 from vismt.uncertainty.intervals import NUMBER, Measure
 from vismt.uncertainty.probability_metrics import example_measures, example_values, scores
-from vismt.uncertainty.temperature import fit_temperature
 
 Record = JsonObject
 REPLY = "reply"  # stands for an answer if the text after it is wanted
 BEFORE = 64  # number of letters before a text that decide how it is tokenised
-_ABSENT = -1e6  # log-probability of an absent choice for the fit of a temperature, negligible at any T
 CARD_ALONE = "predict: the trained task ranks the items of its card, and takes no rows of text."
 
 
@@ -381,12 +380,6 @@ def choices(records: Sequence[Record]) -> tuple[Tensor, Tensor]:
     return torch.tensor(logs, dtype=torch.float64), torch.tensor([record["label"] for record in records])
 
 
-def temperature_of(records: Sequence[Record]) -> float:
-    """Return the temperature fitted on (validation) records."""
-    logs, labels = choices(records)
-    return fit_temperature(logs.clamp_min(_ABSENT), labels)
-
-
 def averaged_records(parts: Sequence[Sequence[Record]]) -> list[Record]:
     """Return records with the mean probability of several passes or models over the same rows."""
     logs = torch.tensor([[row["log_p"] for row in part] for part in parts], dtype=torch.float64)
@@ -394,10 +387,10 @@ def averaged_records(parts: Sequence[Sequence[Record]]) -> list[Record]:
     return [{"id": row["id"], "label": row["label"], "log_p": mean} for row, mean in zip(parts[0], means)]
 
 
-def tempered(records: Sequence[Record], temperature: float) -> list[Record]:
-    """Return the records with log-probabilities of softmax(log_p / T)."""
+def in_form(records: Sequence[Record], form: Form) -> list[Record]:
+    """Return the records with the log-probabilities of another form of the logits."""
     return [
-        {**record, "log_p": (torch.tensor(record["log_p"], dtype=torch.float64) / temperature).log_softmax(0).tolist()}
+        {**record, "log_p": form(torch.tensor(record["log_p"], dtype=torch.float64)[None]).log_softmax(1)[0].tolist()}
         for record in records
     ]
 

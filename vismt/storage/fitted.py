@@ -1,35 +1,14 @@
-"""Conditions of rows that several jobs have: variants of a model's outputs, sets of other classes; a temperature in an export.
-
-What is fitted on validation examples for the weights of a model is kept in a JSON file until the weights change.
-"""
+"""What is fitted on validation examples for the weights of a model: a JSON file, until the weights change."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar, get_type_hints
 
 from vismt.base import console, ranks
 from vismt.storage.files import atomic_write, read_sealed, sealed
-from vismt.uncertainty.intervals import Condition
-
-TEMPERED = Condition("temperature of validation", "variant", "temperature")
-ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")
-TEMPERATURE_FILE = "temperature.json"
-TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 to 2
-
-
-def temperature_file(temperature: float | Sequence[float]) -> bytes:
-    """Return the content of temperature.json beside exported weights.
-
-    temperature: one for all classes, or that of each class, where the class with the largest logit chooses.
-    """
-    chosen = "temperature" if isinstance(temperature, float) else "temperature[argmax(logits)]"
-    about = {"temperature": temperature, "probabilities": f"softmax(logits / {chosen})", "fitted_on": "validation"}
-    return json.dumps(about).encode()
-
 
 Fitted = TypeVar("Fitted")
 
