@@ -75,10 +75,7 @@ def asked_features(evaluate: object, *, validated: bool = False) -> list[Feature
 
     validated: Whether the job has validation answers anyway, with which some features cost nothing.
     """
-    names = [
-        name for name in FEATURES if not refusals(type(evaluate))[name]
-    ]  # a job may have a key of its own by the name
-    asked = [(FEATURES[name], getattr(evaluate, name)) for name in names]
+    asked = [(FEATURES[name], getattr(evaluate, name)) for name in FEATURES if hasattr(evaluate, name)]
     return [feature(section) for feature, section in asked if section or (validated and feature.costs_nothing)]
 
 
