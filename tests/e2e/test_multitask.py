@@ -162,9 +162,8 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
         assert temperatures == pytest.approx(fit_block_temperatures(logits, labels, blocks), rel=1e-4)
         assert len(set(temperatures)) == 2
         assert fitted["n"] == len(labels)
-        assert read_sealed(training.folder / "records" / "adjust_logits.json", "tau")["tau"] == best_tau(
-            outputs, job.data.class_counts()
-        )
+        tau = read_sealed(training.folder / "records" / "adjust_logits.json", "tau")["tau"]
+        assert tau == best_tau(outputs, job.data.class_counts())
         part = job.data.part(1, "test")
         with torch.no_grad():
             test = net(part[torch.arange(len(part))])
@@ -179,7 +178,7 @@ def test_every_arm_and_task_has_the_quality_of_its_probabilities(study: Path) ->
         assert known[TEMPERED.label, "NLL in nats"] == pytest.approx(
             float(F.cross_entropy(test / divisors[:, None], part.labels)), rel=1e-4
         )
-        shifted = adjusted(test, job.data.class_counts(), fitted["tau"]).argmax(1) == part.labels
+        shifted = adjusted(test, job.data.class_counts(), tau).argmax(1) == part.labels
         assert known[ADJUSTED.label, "accuracy"] == pytest.approx(float(shifted.double().mean()))
         assert (TEMPERED.label, "accuracy") not in known and 0 <= known["clean", "ECE-15"] <= 1
     assert {row.metric for row in rows} == {"accuracy", "ECE-15", "NLL in nats", "Brier"}

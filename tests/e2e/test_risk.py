@@ -186,7 +186,9 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
     covered = [-row["log_p"][row["label"]] <= quantile for row in log_p["test"]]
     assert numbers(folder)["clean", COVERED].value == pytest.approx(sum(covered) / len(covered))
     causal = {**task, "kind": "causal", "options": {"answer": "{text}", "length": 16, "end": False}, "prompt": ""}
-    assert "has no probabilities of choices" in refused(tmp_path, {**config, "tasks": [causal]}, capsys)
+    assert "has no probabilities of choices" in refused(
+        tmp_path, {**config, "tasks": [causal], "evaluate": {"risk": True}}, capsys
+    )
 
 
 @pytest.mark.parametrize(

@@ -28,5 +28,5 @@ def score_set(
     """Return the scores of the card "x". fitting: images for thresholds, whose measures are then among the scores."""
     opened = lambda entry: nullcontext((others or {})[entry])  # noqa: E731  # a set of other classes
     view = card_view(classifier, batches, folder=folder, data="x", arm="a", opened=opened, fitting=fitting)
-    asked = [*features, *([] if fitting is None else [Risk(True).fitted(view)])]
-    return view.scores(specs, [Quality(None), *asked])
+    asked = [Quality(None), *features, *([] if fitting is None else [Risk(True)])]
+    return view.scores(specs, [feature.fitted(view) for feature in asked])

@@ -17,11 +17,13 @@ from vismt.data.batching import InOrder
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.evaluation.ood import Ood
+from vismt.evaluation.temperature import TEMPERED, Temperature
 from vismt.jobs.evaluation_job import EvaluationJob
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.models import Classifier
 from vismt.uncertainty.intervals import CLEAN, NUMBER, SHARE, Condition, Measure, Score
+from vismt.uncertainty.temperature import fit_temperature
 
 LABELS = ["first/0", "first/1", "second/0", "second/1", "scenes/a/abbey", "scenes/a/alley", "scenes/b/alley"]
 CARDS = {"first": {"mnist"}, "second": {"digits"}, "scenes": {"grocery"}}
@@ -109,6 +111,22 @@ def test_answers_to_other_images_of_the_same_names_are_noticed(tmp_path, capsys)
     first = found()
     images.content, images.pixels = "second", 1 - images.pixels
     assert found() == first and "is of other examples than are there now" in capsys.readouterr().out
+
+
+def test_a_classifier_on_a_card_has_the_temperature_of_the_images_for_fitting(tmp_path):
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(3, 3)), Drawn(60)
+    batches = InOrder(images, 30)
+    found = score_set(
+        Classifier(net, 3, 1), batches, [], folder=tmp_path, fitting=batches, features=(Temperature(True),)
+    )
+    values = {(of.condition.label, of.measure.metric): of.measure.score for of in found}
+    with torch.no_grad():
+        logits = net(images.pixels).double()
+    temperature = fit_temperature(logits, images.labels)
+    tempered = values[TEMPERED.label, "NLL in nats"]
+    assert tempered == pytest.approx(float(nn.functional.cross_entropy(logits / temperature, images.labels)), abs=1e-5)
+    assert tempered < values["clean", "NLL in nats"] and (TEMPERED.label, "accuracy") not in values
 
 
 def test_thresholds_of_other_images_of_the_same_names_are_noticed(tmp_path, capsys):

@@ -6,16 +6,15 @@ again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vismt.base import ranks
 from vismt.data.batching import Images, InOrder
 from vismt.data.set_entries import row_name
 from vismt.engine.log import record_stem
@@ -23,8 +22,7 @@ from vismt.evaluation.quality import ACCURACY
 from vismt.evaluation.sections import asked_scores
 from vismt.robustness.conditions import DirectPerturbation, condition_of
 from vismt.robustness.evaluate import ImageQuestions, Keep, accuracies
-from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature, Rows, View, in_condition
+from vismt.uncertainty.features import Feature, Rows, View
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
 
 
@@ -102,23 +100,3 @@ class ImageView(View):
     def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
         protocol = about if data else ", ".join(filter(None, (self.part, about or self.choice)))
         return Score(self.task, data or self.data, protocol, measure, condition, examples=examples)
-
-
-def set_rows(
-    images: Images,
-    path: Path,
-    header: Header,
-    fields: Mapping[str, Field],
-    columns: Callable[[], dict[str, Tensor]],
-    label: str,
-) -> Rows:
-    """Return columns of the images of a set that are computed from all of them at once, from their record where it is there."""
-    log = Records(path, header, in_condition(CLEAN.label, fields))
-
-    def rows() -> list[Row]:
-        found = in_condition(CLEAN.label, {name: values.tolist() for name, values in columns().items()})
-        return [dict(zip(("id", *found), row, strict=True)) for row in zip(images.ids, *found.values(), strict=True)]
-
-    found = [] if all(name in log for name in images.ids) else ranks.on_first(rows)
-    complete = log.complete([images.ids], [found].__getitem__, label)  # one batch
-    return Rows(complete, *images.groups(torch.arange(len(images))), log.examples)

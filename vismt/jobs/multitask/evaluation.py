@@ -21,7 +21,7 @@ from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, divides, shown_quantile
-from vismt.jobs.image_scores import ImageView, set_rows
+from vismt.jobs.image_scores import ImageView
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.models import PixelNet, replace_head, stored
@@ -30,9 +30,9 @@ from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import RECORDS
 from vismt.robustness.conditions import DirectPerturbation
 from vismt.storage.fitted import fitted_once
-from vismt.storage.records import Field, Header
-from vismt.uncertainty.features import Feature, Fitted, MakeHead, Rows, Validation
-from vismt.uncertainty.intervals import Score
+from vismt.storage.records import Field, Header, Records, Row
+from vismt.uncertainty.features import Feature, Fitted, MakeHead, Rows, Validation, in_condition
+from vismt.uncertainty.intervals import CLEAN, Score
 
 _TASK = "classification"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
@@ -236,14 +236,22 @@ class TaskView(ImageView):
     ) -> Rows:
         images = self.evaluation.data.outside(entry)
         header = Header(self.fingerprint, images.content, {"data": row_name(entry), "images": names_digest(images)})
-        label = f"{name} in {row_name(entry)}, {self.training.arm}"
+        path = self.records.with_name(f"{record_stem(name, row_name(entry), self.training.arm)}.jsonl")
+        log, label = (
+            Records(path, header, in_condition(CLEAN.label, fields)),
+            f"{name} in {row_name(entry)}, {self.training.arm}",
+        )
 
         @torch.no_grad()
-        def computed() -> dict[str, Tensor]:
-            return columns(torch.cat(self.evaluation.features(self.pixels, images, label)).cpu(), images.labels)
+        def rows() -> list[Row]:
+            features = torch.cat(self.evaluation.features(self.pixels, images, label)).cpu()
+            found = {key: values.tolist() for key, values in columns(features, images.labels).items()}
+            found = {"id": images.ids, **in_condition(CLEAN.label, found)}
+            return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
 
-        path = self.records.with_name(f"{record_stem(name, row_name(entry), self.training.arm)}.jsonl")
-        return set_rows(images, path, header, fields, computed, label)
+        computed = [] if all(image in log for image in images.ids) else ranks.on_first(rows)
+        complete = log.complete([images.ids], [computed].__getitem__, label)  # one batch
+        return Rows(complete, *images.groups(torch.arange(len(images))), log.examples)
 
     @property
     def head_shape(self) -> tuple[str, int, int]:
