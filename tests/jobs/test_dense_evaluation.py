@@ -16,7 +16,7 @@ from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.multitask import evaluation as dense_evaluation
 from vismt.jobs.multitask.config import MultitaskConfig, MultitaskEvaluateConfig, all_tasks
 from vismt.jobs.multitask.figures import sections
-from vismt.jobs.multitask.maps_data import Rows
+from vismt.jobs.multitask.maps_data import FittedImages, Rows
 from vismt.jobs.multitask.maps_evaluation import Evaluation
 from vismt.multitask.tasks import Task
 from vismt.robustness.corruptions import CorruptionSpec
@@ -45,6 +45,15 @@ class Samples:
 
     def class_counts(self, task: Task) -> list[int]:
         return [9, 1]
+
+    def classes(self, part: str, task: Task) -> torch.Tensor:
+        return torch.tensor([int(self.rows.fitted(i, self.size)["class"]) for i in range(len(self.rows))])
+
+    def class_groups(self, part: str, task: Task) -> list[str]:
+        return []
+
+    def whole_images(self, part: str, task: Task) -> FittedImages:
+        return FittedImages(self.rows, self.size)
 
 
 @pytest.fixture
