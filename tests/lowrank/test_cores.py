@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vismt.base.errors import UserError
-from vismt.lowrank.cores import OFF_DIAGONAL, RIDGE, CORE_RULES, Cores, RuleSettings, joint_cores, ties
+from vismt.lowrank.cores import CORE_RULES, OFF_DIAGONAL, RIDGE, Cores, RuleSettings, joint_cores, ties
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.combining import combine, interference
 from vismt.lowrank.files.updates import Updates

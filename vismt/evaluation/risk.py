@@ -115,9 +115,10 @@ class Risk(Feature):
 
     def scores(self, view: View, rows: Rows, outside: Mapping[str, Rows]) -> list[Score]:
         assert self.thresholds is not None  # `fitted` was called
+        quantile = self.thresholds.quantile
 
         def outcome(name: Any) -> tuple[Tensor, Tensor]:
-            return rows.column("nll", name) <= self.thresholds.quantile, rows.column("", name) == rows.labels
+            return rows.column("nll", name) <= quantile, rows.column("", name) == rows.labels
 
         clean, found = outcome(CLEAN), []
         for condition, strict in rows.asked:

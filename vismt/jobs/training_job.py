@@ -433,8 +433,9 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         found, asked = self.beside(training), asked_features(getattr(self.config, "evaluate", None))
         exported = [feature for feature in asked if feature.exported]
         view = self.exported_view(training) if exported else None
-        for feature in exported if view is not None else ():
-            found |= feature.fitted(view).files()
+        if view is not None:
+            for feature in exported:
+                found |= feature.fitted(view).files()
         return found
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -257,7 +258,7 @@ class TaskView(ImageView):
     def head_shape(self) -> tuple[str, int, int]:
         evaluation = self.evaluation
         name = evaluation.study.config_of(self.training).head_name
-        return name, self.num_classes, self.pixels.backbone.width
+        return name, self.num_classes, cast(int, self.pixels.backbone.width)
 
     def with_head(self, name: str, make: MakeHead) -> list[Score]:
         net = self.evaluation.with_head(self.pixels, self.training, make)
