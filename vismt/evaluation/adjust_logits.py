@@ -1,7 +1,7 @@
-"""Logits z - tau log pi, pi the classes' shares of the training images, tau chosen on validation examples.
+"""Logits z - tau log pi. pi has the classes' shares of the training images, and tau is chosen on validation examples.
 
-The key `adjust_logits` of the job multitask asks for it, for whole images here and for maps by the score of their task.
-vismt/multitask/class_loss.py has the method and its source. tau is the one of TAUS with the best mean accuracy over the tasks.
+The key `adjust_logits` of the job multitask switches this on, for whole images here and for maps by the score of their task.
+vismt/multitask/class_loss.py has the method and its source. tau is the value of TAUS with the best mean accuracy over the tasks.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class AdjustLogits(Feature):
 
 
 def best_tau(tasks: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> float:
-    """Return the tau with the largest mean accuracy over the tasks. Of equal ones it is the smallest.
+    """Return the tau with the largest mean accuracy over the tasks. If several are equal, return the smallest.
 
     tasks: Logits (n, C) and labels (n,) of each task. counts: Training images of each class.
     """

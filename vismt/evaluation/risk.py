@@ -1,16 +1,15 @@
 """Conformal sets and selective prediction, with thresholds from clean validation examples: `evaluate.risk`.
 
-vismt/uncertainty/conformal.py has the threshold of sets that contain the label with _COVERAGE, vismt/uncertainty/selective.py the
-confidence above which _SHARE of the answers lie. Coverage, size of the sets, accepted share,
-risk among the accepted and AURC are measures of every condition, clean, corrupted or attacked, from the record of every
-example.
+vismt/uncertainty/conformal.py has the threshold of sets that contain the label with _COVERAGE. vismt/uncertainty/selective.py
+has the confidence above which _SHARE of the answers lie. Coverage, size of the sets, accepted share, risk among accepted
+answers and AURC are measures of every condition, clean, corrupted or attacked, from the record of every example.
 
-Under an attack the convention of accuracies holds (vismt/robustness/evaluate.py): an answer is right, and a label covered, when
-it is so on the clean image, too. Sizes and confidences are of the attacked image. Our attacks stop at wrong answers, where
-the label is often still in the set. `torchattacks:PGD` raises -log p, the score of the sets, to its last step.
+Under an attack the convention of accuracies holds (vismt/robustness/evaluate.py): an answer counts as right, and a label as
+covered, only if this also holds for the clean image. Sizes and confidences are of the attacked image. Our attacks stop at wrong
+answers, when the label is often still in the set. `torchattacks:PGD` raises -log p, the score of the sets, to its last step.
 
-Examples that chose a learning rate are not exchangeable with later examples: of five equal rates the best of 50 examples
-has sets with a coverage of 87 to 88 % by the threshold of the same examples. With `tune`, one half of the validation examples
+Examples that chose a learning rate are not exchangeable with later examples. If 50 examples choose the best of five equal rates
+and also give the threshold, the sets have a coverage of 87 to 88 %. With `tune`, one half of the validation examples therefore
 chooses the rates and the other half gives the thresholds.
 """
 
@@ -36,7 +35,7 @@ from vismt.uncertainty.selective import (
     selective_risk,
 )
 
-_COVERAGE, _SHARE = 0.9, 0.8  # of the sets; of the answers that are accepted
+_COVERAGE, _SHARE = 0.9, 0.8  # share of covered labels, share of accepted answers
 COVERED, SIZE, ACCEPTED, RISK, AURC = "coverage of sets", "classes in a set", "accepted", "selective risk", "AURC"
 _NOTE = (
     "Coverage: share of sets that contain the label, 90 % where examples are exchangeable with the validation examples that "

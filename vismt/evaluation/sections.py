@@ -89,7 +89,7 @@ def check_split(evaluate: object, split: str) -> None:
 
 
 def check_other_sets(evaluate: object, inside: Mapping[str, Sequence[str]]) -> None:
-    """Raise UserError for a set of other classes that is also among the sets of the run. inside: by the place that names them."""
+    """Raise UserError for a set of other classes that is also a set of the run. inside: Sets by the key that names them."""
     for feature in asked_features(evaluate):
         check_row_names(feature.sets, f"evaluate.{feature.key}")
         check_apart(inside, {f"evaluate.{feature.key}": feature.sets})
@@ -98,7 +98,7 @@ def check_other_sets(evaluate: object, inside: Mapping[str, Sequence[str]]) -> N
 def fitted_keys(evaluate: object, *, apart: bool = False) -> list[str]:
     """Return the keys of the features that are fitted on validation examples.
 
-    apart: Whether to leave out those that may be fitted on examples which choose learning rates.
+    apart: Whether features are left out that may be fitted on examples which choose learning rates.
     """
     features = asked_features(evaluate)
     return [of.key for of in features if VALIDATION in of.needs and (of.holds_out or not apart)]
@@ -112,7 +112,7 @@ def divides(evaluate: object, tune: TuneConfig | None) -> bool:
 def check_held_out(evaluate: object, tune: TuneConfig | None, labels: Tensor, groups: Sequence[str]) -> None:
     """Raise UserError for a feature that would be fitted on too few validation examples.
 
-    labels: Of the validation examples, int64 (n,). groups: Group of each, () for independent examples.
+    labels: Labels of the validation examples, int64 (n,). groups: Group of each example, () for independent examples.
     """
     count = int(validation_parts(labels, divides(evaluate, tune), groups)[1].sum())
     for feature in asked_features(evaluate):

@@ -1,4 +1,4 @@
-"""Data that a method computes options from before the training: covariances of inputs, or the choice of units; images."""
+"""Options that a method computes from data before the training, such as covariances of inputs or the choice of units."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ CALIBRATION = "calibration"  # the folder of covariances within a run folder
 
 @dataclass
 class ImageCalibrationConfig:
-    """Images that a method computes options from before the training, such as covariances of inputs.
+    """Images from which a method computes options before the training, such as covariances of inputs.
 
     Finished covariances are kept in calibration/ of the run folder.
 
     Args:
-        data: sets of images; [] takes the training images.
+        data: sets of images. [] takes the training images.
         examples: number of images.
-        batch: images at a time.
+        batch: number of images in one forward pass.
     """
 
     data: list[str] = field(default_factory=list)
@@ -50,16 +50,16 @@ def check_calibration(section: ImageCalibrationConfig | None, adapt: AdaptConfig
 
 
 class Calibrations:
-    """What methods compute from data for adapt sections; files in the run folder, values shared by the arms of a run."""
+    """Options that methods compute from data for adapt sections. Files are in the run folder, and arms of a run share values."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._results: dict[str, Any] = {}
 
     def calibrated(self, model: nn.Module, adapt: AdaptConfig, batches: Callable[..., list[Any]]) -> AdaptConfig:
-        """Return an adapt section with the options that its method computes from data; the same where it computes none.
+        """Return an adapt section with the options that its method computes from data, or unchanged if it computes none.
 
-        batches: batches() returns batches of inputs of the stock model.
+        batches: Function that returns batches of inputs of the stock model.
         """
         from vismt.engine import runtime
         from vismt.methods import METHODS, Calibration
@@ -68,7 +68,7 @@ class Calibrations:
         if method.calibrate is None:
             return adapt
         calibration = Calibration(batches, self.folder / CALIBRATION, self._results)
-        with runtime.processes().main_process_first():  # it computes and writes; the other processes read its files
+        with runtime.processes().main_process_first():  # it computes and writes, and the other processes read its files
             computed = method.calibrate(model, calibration, targets=adapt.targets, options=adapt.options)
         return replace(adapt, options={**adapt.options, **computed})
 

@@ -1,4 +1,4 @@
-"""The evaluation that all jobs share: scores become rows, values and a report here."""
+"""The evaluation that all jobs share. It turns scores into rows, values by example and a report."""
 
 from __future__ import annotations
 
@@ -54,21 +54,21 @@ Config = TypeVar("Config", bound=StudyConfig)
 
 
 class EvaluationJob(ABC, Generic[Config]):
-    """Evaluate the models of one run folder and report on them; the job's constructor checks the configuration."""
+    """Evaluate the models of one run folder and report on them. The constructor of the job checks the configuration."""
 
     # Columns of metrics.jsonl that the report draws, with their titles.
     logged: Mapping[str, str] = {"loss": "Training loss"}
-    # Whether lines about scores name the task: a set has scores of several.
+    # Whether lines about scores name the task, because a set has scores of several tasks.
     names_tasks = False
     # Names of models that no arm trains, evaluated beside the arms.
     references: Sequence[str] = ()
-    # Those of them that are made of trained arms.
+    # References that are made of trained arms.
     composed: Collection[str] = ()
     # The options of `vismt predict` that the job takes.
     predict_options: Collection[str] = ()
     # Commands of `vismt` to paste after a report, with the places {run} and {arm}.
     next_steps: Sequence[str] = ()
-    # The attack of `vismt attack RUN` where none is named.
+    # The attack of `vismt attack RUN` if none is named.
     default_attack = "strong"
 
     def __init__(self, config: Config, folder: Path, config_hash: str) -> None:
@@ -89,7 +89,7 @@ class EvaluationJob(ABC, Generic[Config]):
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         """Return every measure of a training or reference on a split, clean and under each condition.
 
-        attacks: conditions in place of those of the configuration; None for the latter.
+        attacks: Conditions in place of the configuration's conditions. None for the configuration's.
         """
 
     @abstractmethod
@@ -106,10 +106,10 @@ class EvaluationJob(ABC, Generic[Config]):
         return {}
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
-        """Raise UserError, before any evaluation, for what cannot be evaluated; by default do nothing."""
+        """Raise UserError, before any evaluation, for what cannot be evaluated. By default do nothing."""
 
     def finished(self, training: Training) -> None:
-        """Run after the evaluation of a training; by default do nothing."""
+        """Run after the evaluation of a training. By default do nothing."""
 
     def write_panels(self) -> None:
         """Write the files from which the report draws pictures of examples."""
@@ -119,11 +119,11 @@ class EvaluationJob(ABC, Generic[Config]):
         return []
 
     def baselines(self) -> dict[str, str]:
-        """Return by task the arm to which differences are computed, "" for none; tasks left out use the first arm."""
+        """Return the arm to which differences are computed, by task. "" for none. Tasks left out use the first arm."""
         return {}
 
     def described(self, arm: str) -> str:
-        """Return what an evaluated model is, in one line for the reader of a report: here the settings of its arm."""
+        """Return what an evaluated model is, in one line for the reader of a report. By default the settings of its arm."""
         return settings_text(self.config.arms.get(arm, {}))
 
     def facts(self) -> dict[str, Any]:
@@ -131,19 +131,19 @@ class EvaluationJob(ABC, Generic[Config]):
         return {}
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
-        """Return one arm as a classifier of images in [0, 1]: net, names of its outputs, size of its images in pixels."""
+        """Return one arm as a classifier of images in [0, 1]: the net, the names of its outputs, and the image size in pixels."""
         raise UserError(
             f"run '{self.folder}': the job '{self.config.task}' has no classifier of images; name another run."
         )
 
     def cards_of_tasks(self) -> dict[str, set[str]]:
-        """Return by task the cards of a classifier whose outputs are named "task/class", as rows of results name them."""
+        """Return the cards of a classifier whose outputs are named "task/class", by task, as rows of results name them."""
         return {}
 
     def test_ids(self, entry: str) -> set[str] | None:
-        """Return the ids of a set's images that the run tests on; None for a set that it neither trained nor chose on.
+        """Return the ids of a set's images that the run tests on. None for a set that it neither trained nor chose on.
 
-        entry: 'card' or 'card:split'.
+        entry: Name 'card' or 'card:split'.
         """
         return None
 
@@ -151,7 +151,7 @@ class EvaluationJob(ABC, Generic[Config]):
         """Raise UserError for what a configuration names, before data is decoded and a run folder is made."""
 
     def check_model_names(self) -> None:
-        """Raise UserError where two models would have the same files of records."""
+        """Raise UserError if two models would have the same files of records."""
         seen: dict[str, str] = {}
         for arm in self.evaluated():
             other = seen.setdefault(file_name(arm), arm)
@@ -168,7 +168,7 @@ class EvaluationJob(ABC, Generic[Config]):
         return False
 
     def train(self) -> dict[str, Any]:
-        """Train what is not trained yet; return the entry "adapt" of run.json."""
+        """Train what is not trained yet, and return the entry "adapt" of run.json."""
         return {}
 
     def adapted(self, arm: str | None = None) -> nn.Module:
@@ -183,7 +183,7 @@ class EvaluationJob(ABC, Generic[Config]):
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no adapter.")
 
     def graph(self, arm: str | None, form: str) -> Graph:
-        """Return the merged model of one arm to export as a graph. form: "torch" or "onnx"."""
+        """Return the merged model of one arm for the export as a graph. form: "torch" or "onnx"."""
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no model to export.")
 
     def about(self, arm: str | None = None) -> dict[str, Any]:
@@ -213,11 +213,11 @@ class EvaluationJob(ABC, Generic[Config]):
     # ---- evaluation ---------------------------------------------------------------------------------------------------
 
     def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
-        """Score every reference and arm and write results.jsonl; rows of other conditions (an earlier attack) stay.
+        """Score every reference and arm and write results.jsonl. Rows of other conditions (an earlier attack) stay.
 
-        Processes that share the evaluation (ranks.py) call it together, and the first one writes the files.
-        attacks: conditions in place of those of the configuration. Raises UserError for arms that cannot be evaluated, after the
-        others have been.
+        Processes that share the evaluation (ranks.py) call it together, and the first process writes the files. attacks:
+        Conditions in place of the configuration's conditions. Raises UserError for arms that cannot be evaluated, after the
+        others are.
         """
         self.check_evaluation(attacks)
         scores: dict[str, dict[int, list[Score]]] = {}
@@ -247,14 +247,14 @@ class EvaluationJob(ABC, Generic[Config]):
             ranks.on_first(self.write_panels)
 
     def evaluate_references(self) -> None:
-        """Score what no arm trains before the trainings, so that first numbers are soon there; `evaluate` reads the records."""
+        """Score models that no arm trains before the trainings, so that there are numbers soon. `evaluate` reads the records."""
         self.check_evaluation(None)
         for arm in (arm for arm in self.references if arm not in self.composed):
             trainings = self.trainings(arm)
             self._print(arm, mean_scores([self.evaluate_one(training) for training in trainings]), len(trainings))
 
     def evaluate_one(self, training: Training, attacks: Sequence[AttackConfig] | None = None) -> list[Score]:
-        """Return the scores of a training or reference, from its records where they are complete."""
+        """Return the scores of a training or reference, from its records if they are complete."""
         scores = self.score(training, self.split, attacks)
         if attacks is None and training.arm in self.study.arms:
             self.finished(training)
@@ -266,14 +266,14 @@ class EvaluationJob(ABC, Generic[Config]):
         return [*self.references, *self.study.arms]
 
     def _write(self, scores: Mapping[str, Mapping[int, Sequence[Score]]]) -> None:
-        """Write the rows of every arm, averaged over its trainings, and where there are several the rows of each."""
+        """Write the rows of every arm, averaged over its trainings, and the rows of each of several trainings."""
         groups: dict[int | None, dict[str, Sequence[Score]]]
         groups = {None: {arm: mean_scores(by_seed.values()) for arm, by_seed in scores.items()}}
         trained = {arm: by_seed for arm, by_seed in scores.items() if arm not in self.references}
         sizes = {(arm, of.key): len(of.measure.values) for arm, means in groups[None].items() for of in means}
         for seed in self.study.seeds if len(self.study.seeds) > 1 else ():
             groups[seed] = {
-                # The score of a fold is on other examples than that of another, and no repetition of it.
+                # The scores of two folds are on different examples, and do not repeat each other.
                 arm: [of for of in by_seed[seed] if sizes.get((arm, of.key), 0) <= len(of.measure.values)]
                 for arm, by_seed in trained.items()
                 if seed in by_seed
@@ -322,7 +322,7 @@ class EvaluationJob(ABC, Generic[Config]):
             console.block(note)
 
     def _print(self, arm: str, scores: Sequence[Score], trainings: int) -> None:
-        """Print a line for every set, with the mean of more than three corruptions; no line twice."""
+        """Print a line for every set, with the mean of more than three corruptions. No line is printed twice."""
         scores = [score for score in scores if not score.measure.further]
         for task, data, protocol in dict.fromkeys((score.task, score.data, score.protocol) for score in scores):
             chosen = [score for score in scores if (score.task, score.data, score.protocol) == (task, data, protocol)]
@@ -348,14 +348,14 @@ class EvaluationJob(ABC, Generic[Config]):
             self._printed.add(line)
 
     def _compared(self) -> tuple[list[Result], list[Comparison], ValuesByExample]:
-        """Return the rows of the run, what they are beside each other, and their values by example."""
+        """Return the rows of the run, their comparisons, and their values by example."""
         results, values = read_results(self.folder / RESULTS, self.hash), ValuesByExample(self.folder)
         return results, compare_results(results, values, self.baselines(), self.references), values
 
     def report(self, formats: Sequence[str] = DEFAULT_FORMATS) -> list[Path]:
-        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES; return its files.
+        """Write the report from the files of the run folder, in some of writer.FORMATS and plotting.FIGURES. Return its files.
 
-        The report of a run without results shows how far its trainings are.
+        The report of a run without results shows the progress of its trainings.
         """
         results, comparisons, values = self._compared()
         with figure_formats(formats):
@@ -418,20 +418,20 @@ class EvaluationJob(ABC, Generic[Config]):
 
 
 def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
-    """Return the settings in which an arm differs as one text, by dotted keys; those in `without` are left out."""
+    """Return the settings in which an arm differs as one text, by dotted keys. Keys in `without` are left out."""
     shown = {key: value for key, value in flat(settings).items() if key not in without and value != {}}
     return ", ".join(f"{key} {'null' if value is None else value}" for key, value in shown.items())
 
 
 def records_folder(folder: Path, attacks: Sequence[AttackConfig] | None) -> Path:
-    """Return the folder of records: `folder`, or one below it for attacks in place of the configuration's."""
+    """Return the folder of records: `folder`, or a folder below it for attacks in place of the configuration's."""
     if not attacks:
         return folder
     return folder / digest(json.dumps([asdict(attack) for attack in attacks], sort_keys=True).encode())[:8]
 
 
 def mean_scores(trainings: Iterable[Sequence[Score]]) -> list[Score]:
-    """Return the scores of several trainings averaged over them, example by example, but for those that one training lacks."""
+    """Return the scores of several trainings, averaged example by example. Scores that one training lacks are left out."""
     by_key: dict[tuple[str, ...], list[Score]] = {}
     count = 0
     for scores in trainings:

@@ -1,8 +1,8 @@
 """A trained model as a graph that runs without vismt: a program of torch.export, or ONNX for onnxruntime and others.
 
-The graph takes what `preprocessing.json` beside it describes, pixels in [0, 1] or tokens; the normalisation of images is
-inside. The written file is read back and compared with the model on two batches of other sizes than the one that was traced,
-ONNX where onnxruntime is installed; a graph that answers differently is not written.
+The graph takes what `preprocessing.json` beside it describes, pixels in [0, 1] or tokens. The normalisation of images is
+inside. The written file is read back and compared with the model on two batches of other sizes than the traced batch (ONNX only
+if onnxruntime is installed). A graph that answers differently is not written.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Graph:
     """What is exported.
 
     Args:
-        net: takes the inputs in their order and returns a tuple of tensors.
-        example: inputs(batch, seed) returns inputs by name.
-        dynamic: the axes of each input whose length is free.
-        outputs: what is known of each output, by name.
-        about: what preprocessing.json says of the inputs.
+        net: Net that takes the inputs in their order and returns a tuple of tensors.
+        example: Function of batch and seed that returns inputs by name.
+        dynamic: Axes of each input whose length is free.
+        outputs: Facts about each output, by name.
+        about: Content of preprocessing.json about the inputs.
     """
 
     net: nn.Module
@@ -56,7 +56,7 @@ class Graph:
 
 
 class Named(nn.Module):
-    """A net whose outputs are a tuple: a tensor alone, or the maps of a dense net at the size of the images."""
+    """A net whose outputs are a tuple: one tensor, or the maps of a dense net at the size of the images."""
 
     def __init__(self, net: nn.Module, tasks: Mapping[str, Task] | None = None) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class TokenLogits(nn.Module):
 def image_graph(
     net: nn.Module, size: Sequence[int], outputs: Mapping[str, Mapping[str, Any]], resizing: str = SQUARE
 ) -> Graph:
-    """Return the graph of a net on images float (b, 3, *size) in [0, 1]; resizing: how images get that size."""
+    """Return the graph of a net on images float (b, 3, *size) in [0, 1]. resizing: How images get this size."""
     from torch.export import Dim  # takes a second
 
     def example(batch: int, seed: int) -> dict[str, Tensor]:
@@ -129,13 +129,13 @@ def text_graph(lm: Any) -> Graph:
 def write_graph(graph: Graph, form: str, target: Path) -> None:
     """Write model.pt2 (form "torch") or model.onnx (form "onnx") and preprocessing.json to a folder.
 
-    Raises UserError where the packages of ONNX are missing, a model that the exporter cannot capture, one that is too large for
-    ONNX, and a graph that answers differently from the model.
+    Raises UserError if the packages of ONNX are missing, the exporter cannot capture the model, the model is too large for
+    ONNX, or the graph answers differently from the model.
     """
     graph.net.eval().requires_grad_(False)
     if form == "onnx":
         graph.net.float()
-        # ONNX has the fused attention of timm for four axes alone, and Hiera's has five.
+        # ONNX has the fused attention of timm only for four axes, and Hiera's attention has five.
         attention: list[Any] = [module for module in graph.net.modules() if hasattr(module, "fused_attn")]
         for module in attention:
             module.fused_attn = False
@@ -166,7 +166,7 @@ def _torch(graph: Graph) -> tuple[bytes, Forward]:
 
 
 def _onnx(graph: Graph) -> tuple[bytes, Forward | None]:
-    """Return an ONNX model as the bytes of a file, and its function in onnxruntime, None where that is not installed."""
+    """Return an ONNX model as the bytes of a file, and its function in onnxruntime, None if onnxruntime is not installed."""
     if find_spec("onnx") is None or find_spec("onnxscript") is None:
         raise UserError('export: ONNX needs two packages; `pip install "vismt[onnx]"`.')
     size = sum(value.numel() * value.element_size() for value in graph.net.state_dict().values())
@@ -210,7 +210,7 @@ def _captured(net: nn.Module) -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     except Exception as error:  # exporters have no common error, and each points into their own code
-        cause: BaseException = error  # what the exporter of ONNX met stands last in a chain
+        cause: BaseException = error  # the cause in the exporter of ONNX stands last in a chain
         while cause.__cause__ is not None:
             cause = cause.__cause__
         reason = one_line(str(cause) or type(cause).__name__, 200)

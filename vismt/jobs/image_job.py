@@ -26,7 +26,7 @@ MAPPED_IMAGES = 4  # with a picture of their routers
 class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     """A job whose trained nets the robustness job can evaluate on the job's own images.
 
-    The files from which the report draws routers are written here, too.
+    It also writes the files from which the report draws routers.
     """
 
     def check_features(self, evaluate: object) -> None:
@@ -42,15 +42,17 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
     def conditions_of(
         self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
     ) -> Sequence[Any]:
-        """Return the conditions that `evaluation` takes; seed: of attacks. Raises UserError for those the job does not have."""
+        """Return the conditions of an evaluation. seed: Seed of attacks. Raises UserError for conditions that the job lacks."""
 
     @property
     @abstractmethod
     def evaluation(self) -> Any:
-        """What scores trained nets on the run's own images: `scores(net, training, split, specs, records, features)`.
+        """An object that scores trained nets on the run's own images.
 
-        It returns every measure, clean and under each of the conditions `specs`. net: returns the evaluated net, asked for where
-        something is not on record. records: the folder of records. features: of an evaluation.
+        It has the method `scores(net, training, split, specs, records, features)`.
+
+        `scores` returns every measure, clean and under each of the conditions `specs`. net: Function that returns the evaluated
+        net, called if something is not on record. records: Folder of records. features: Features of an evaluation.
         """
 
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
@@ -61,7 +63,7 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
             objective.step()
 
     def write_router_maps(self, net: Callable[[Training], nn.Module], images: Callable[[], Tensor]) -> None:
-        """Write the router maps of every arm whose net has routers. net: of a training, not merged. images: those to map."""
+        """Write the router maps of every arm whose net has routers. net: Net of a training, not merged. images: Images to map."""
         for arm in self.study.arms:
             training = self.study.trainings(arm)[0]
             if not has_adapter(training) or not has_routers(training.folder / ADAPTER):

@@ -1,7 +1,7 @@
 """A classifier of images on one set: accuracy, quality of the probabilities and features, from a record of every image.
 
-An accuracy's values are 1 for a right answer and 0 for a wrong one. Records are kept, and images on record are not evaluated
-again.
+The values of an accuracy are 1 for a right answer and 0 for a wrong answer. Records are kept, and images on record are not
+evaluated again.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ class ImageView(View):
     """A classifier of images on one evaluated set. The jobs that have one extend it by what they provide.
 
     Args:
-        net: Images (b, 3, h, w) in [0, 1] to logits (b, num_classes).
+        net: Function from images (b, 3, h, w) in [0, 1] to logits (b, num_classes).
         batches: The evaluated images, in batches.
         task, data: Names of the task and the set in scores.
-        part: What the examples are, which begins the protocol of scores.
-        choice: Among which classes a class is chosen.
-        records: The file of records, which a further set has beside it.
+        part: Name of the examples, which begins the protocol of scores.
+        choice: Classes among which a class is chosen.
+        records: File of records. The records of a further set are beside it.
         source: Name of the images in the record.
-        fingerprint: Of the weights.
-        label: Of the progress bar.
-        opened: Returns the images of a set of other classes, by its entry.
-        chance: The score of a guess, None for a trained net.
+        fingerprint: Fingerprint of the weights.
+        label: Text of the progress bar.
+        opened: Function that returns the images of a set of other classes, by its entry.
+        chance: Score of a guess, None for a trained net.
     """
 
     net: nn.Module
@@ -64,9 +64,9 @@ class ImageView(View):
         features: Sequence[Feature] = (),
         keep: Keep | None = None,
     ) -> list[Score]:
-        """Return the accuracy clean and under each condition, and what features ask for.
+        """Return the accuracy clean and under each condition, and the scores of features.
 
-        features: Fitted ones. keep: As for `evaluate_examples`.
+        features: Fitted features. keep: Argument of `evaluate_examples`.
         """
         rows = self.rows(ImageQuestions(self.num_classes, specs, features, keep, self.source))
         measures = [

@@ -1,7 +1,7 @@
 """Predictions of a run folder, of a merged or exported folder, or of a checkpoint of a timm model, on files of the user.
 
-A backbone without classes predicts those of a folder of examples (`support`): by the classifier of the few-shot run that it
-belongs to, or else by cosine prototypes.
+A backbone without classes predicts the classes of a folder of examples (`support`), by the classifier of its few-shot run, or
+else by cosine prototypes.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ SUPPORT_BYTES = 2**30  # of the support's pixels, which few-shot classifiers tak
 
 
 def predict_inputs(source: Path, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
-    """Write predictions and return them; target: by default the folder `predictions` of a run, or beside a checkpoint.
+    """Write predictions and return them. target: Folder, by default `predictions` of a run, or beside a checkpoint.
 
-    Raises UserError for an option that is of another kind of model, and files that cannot be read.
+    Raises UserError for an option of another kind of model, and for files that cannot be read.
     """
     checkpoint = source / "model.safetensors" if source.is_dir() else source
     if (source / RESOLVED).exists() or not (checkpoint.is_file() and checkpoint.suffix in SUFFIXES):
@@ -40,7 +40,7 @@ def predict_inputs(source: Path, inputs: Sequence[Path], target: Path | None, op
 
 
 def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
-    """Write what a checkpoint of a timm model predicts."""
+    """Write the predictions of a checkpoint of a timm model."""
     about, taken = checkpoint_config(path), CLASSES - {"arm"}
     if about.get("num_classes") == 0:
         if "merged_from" in about and "features" not in about:
@@ -74,7 +74,7 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
 
 
 def _softmaxes(names: Sequence[str], otherwise: str, *, separate: bool) -> list[Softmax]:
-    """Return one softmax over all classes, or one for each task; classes without a task have the name `otherwise`."""
+    """Return one softmax over all classes, or one for each task. Classes without a task have the name `otherwise`."""
     tasks = [name.partition("/")[0] if "/" in name else otherwise for name in names]
     if not separate:
         return [Softmax(slice(len(names)), names, tasks)]
@@ -86,8 +86,9 @@ def _softmaxes(names: Sequence[str], otherwise: str, *, separate: bool) -> list[
 def fit_few_shot(model: FewShotModel, support: Path | None, size: int, what: str) -> tuple[nn.Module, Softmax]:
     """Return the classifier that a few-shot model makes of a folder of examples, and its classes.
 
-    model: in eval mode, on the device of this process. support: a folder with a folder of images for each class (or a card).
-    what: names the model in errors. Raises UserError for no folder, fewer than two classes, and more images than SUPPORT_BYTES.
+    model: Model in eval mode, on the device of this process. support: Folder with a folder of images for each class, or a card.
+    what: Name of the model in errors. Raises UserError for no folder, fewer than two classes, and more images than
+    SUPPORT_BYTES.
     """
     if support is None:
         raise UserError(

@@ -1,8 +1,8 @@
-"""What `vismt predict` takes and writes in every job: image files, predictions.csv with classes of images, a contact sheet.
+"""Inputs and outputs of `vismt predict` in every job: image files, predictions.csv with classes of images, a contact sheet.
 
-A row of predictions.csv is the answer of one softmax for one image: the likeliest class, the next ones, their probabilities,
-and, where the run has the thresholds of `evaluate.risk`, the conformal set as a JSON list. An image of a folder of class folders
-also has its true class, and the accuracy of all of them is printed.
+A row of predictions.csv is the answer of one softmax for one image: the likeliest class, the next classes, and their
+probabilities. If the run has the thresholds of `evaluate.risk`, the row also has the conformal set as a JSON list. An image of
+a folder of class folders has its true class too, and the accuracy over all of them is printed.
 """
 
 from __future__ import annotations
@@ -34,26 +34,26 @@ from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
 FOLDER = "predictions"  # of a run
 TABLE, SHEET, _ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
-_BATCH = 32  # images at a time where no configuration says it
+_BATCH = 32  # images in one batch if no configuration says it
 MOST_SHOWN, _COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Options:
-    """What a prediction is asked for; most are of some jobs only.
+    """Options of a prediction. Most belong only to some jobs.
 
     Args:
-        arm: the arm and its seed, "arm:seed"; of a few-shot run an evaluated model.
-        support: a folder with a folder of example images for each class.
-        top: classes in a row.
-        sheet: draw the images with their answers.
-        maps: write arrays: all probabilities, or the maps of a dense run with pictures.
-        own_size: predict at the size of the image.
-        flip: average with the mirrored image.
-        temperature: of sampled text; 0 takes the likeliest token.
-        new_tokens: longest text, in tokens.
-        seed: of sampled text.
+        arm: Arm and its seed, "arm:seed", or an evaluated model of a few-shot run.
+        support: Folder with a folder of example images for each class.
+        top: Number of classes in a row.
+        sheet: Whether the images are drawn with their answers.
+        maps: Whether arrays are written: all probabilities, or the maps of a dense run with pictures.
+        own_size: Whether images are predicted at their own size.
+        flip: Whether the prediction is averaged with the mirrored image.
+        temperature: Temperature of sampled text. 0 takes the likeliest token.
+        new_tokens: Longest text, in tokens.
+        seed: Seed of sampled text.
     """
 
     arm: str | None = None
@@ -73,7 +73,7 @@ class Options:
                 raise UserError(f"predict: {name} {getattr(self, name)}; it must be at least {least}.")
 
     def check(self, taken: Iterable[str], what: str) -> None:
-        """Raise UserError for an option that is set and not among `taken`; what: names the model."""
+        """Raise UserError for an option that is set and not among `taken`. what: Name of the model."""
         for item in fields(self):
             if item.name not in taken and getattr(self, item.name) != item.default:
                 name = item.name.replace("_", "-")
@@ -97,11 +97,11 @@ USED_BY = {
 
 @dataclass(frozen=True)
 class Predictions:
-    """What was predicted.
+    """The answers and files of a prediction.
 
     Attributes:
         rows: Answers by image (or row of text), as in the table.
-        files: What was written.
+        files: Written files.
         accuracy: Share of images of class folders that are classified right, with its 95 % interval and the number of images:
             the keys value, low, high and n. None if the images are in no class folders.
     """
@@ -116,10 +116,10 @@ class Softmax:
     """The classes of a net among which one answer is chosen.
 
     Args:
-        span: their outputs.
-        names: of the classes.
-        tasks: the task of each class.
-        quantile: largest -log p of a class in the conformal set; None for no set.
+        span: Outputs of the classes.
+        names: Names of the classes.
+        tasks: Task of each class.
+        quantile: Largest -log p of a class in the conformal set. None for no set.
     """
 
     span: slice
@@ -129,10 +129,10 @@ class Softmax:
 
 
 def image_files(paths: Sequence[Path], deep: bool = False) -> list[Path]:
-    """Return the files of `paths`, of a folder the image files in it, sorted by name.
+    """Return the files of `paths`, sorted by name. A folder stands for the image files in it.
 
-    deep: whether a folder without image files stands for those in the folders below it. Raises UserError for a folder without
-    an image, and for a name that a table cannot hold.
+    deep: Whether a folder without image files stands for the image files in the folders below it. Raises UserError for a folder
+    without an image, and for a name that a table cannot hold.
     """
     files: list[Path] = []
     for path in paths:
@@ -178,7 +178,7 @@ def _of_run(target: Path) -> bool:
 def images_for(inputs: Sequence[Path], target: Path, options: Options) -> dict[Path, str]:
     """Return the images whose classes are to be predicted into a folder, after a check of what will be written there.
 
-    Each image has the name of its class folder, "" if it lies in a folder that was named itself.
+    Each image has the name of its class folder. "" if it lies directly in a named folder.
     """
     named = {path if path.is_dir() else path.parent for path in inputs}
     files = image_files(inputs, deep=True)
@@ -204,15 +204,14 @@ def predict_classes(
 ) -> Predictions:
     """Write the classes of images to <target>/predictions.csv.
 
-    `options.maps` adds the probabilities of all classes in predictions.npz, `options.sheet` the contact sheet. Of the images
-    one batch at a time is in memory.
+    `options.maps` adds the probabilities of all classes in predictions.npz, and `options.sheet` the contact sheet. One batch of
+    images at a time is in memory.
 
     Args:
-        net: images (b, 3, size, size) in [0, 1] -> logits (b, k), on the device of this process.
-        size: of the images in pixels; others are resized by their shorter side and cropped to the centre, as in evaluation.
-        groups: the softmaxes, together all k outputs in their order; a row for each.
-        images: Class folder by image, as `images_for` returns them.
-        label: names the model in the progress bar.
+        net: Function from images (b, 3, size, size) in [0, 1] to logits (b, k), on the device of this process. size: Size of
+        the images in pixels. Other images are resized by their shorter side and cropped to the centre, as in evaluation.
+        groups: Softmaxes, which together have all k outputs in their order. Each has a row. images: Class folder by image, as
+        `images_for` returns them. label: Name of the model in the progress bar.
     """
     device, files = runtime.processes().device, list(images)
     rows: list[Row] = []
@@ -274,13 +273,13 @@ def class_row(
 ) -> Row:
     """Return the row of one image, whose task answers with log-probabilities (k,) of the classes.
 
-    quantile: largest -log p of a class in the conformal set; None for no set. top: number of classes.
+    quantile: Largest -log p of a class in the conformal set. None for no set. top: Number of classes.
     """
     return {"image": str(image), "task": task, **choice_row(log_p, names, quantile, top)}
 
 
 def choice_row(log_p: Tensor, names: Sequence[str], quantile: float | None, top: int) -> Row:
-    """Return the columns of the `top` likeliest of k choices and of the conformal set; arguments as of `class_row`."""
+    """Return the columns of the `top` likeliest of k choices and of the conformal set. Arguments are as in `class_row`."""
     order = log_p.argsort(descending=True, stable=True).tolist()
     row: Row = {}
     for place, label in enumerate(order[:top], 1):
@@ -307,9 +306,9 @@ def write_rows(rows: Sequence[Row], target: Path) -> Path:
 
 
 def draw_answers(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]], path: Path) -> Path:
-    """Draw the first images uint8 (3, h, w), each with its file above and its likeliest classes in % below; return `path`.
+    """Draw the first images uint8 (3, h, w), each with its file above and its likeliest classes in % below. Return `path`.
 
-    answers: the rows of every image; those beyond the images are counted in the last line.
+    answers: Rows of every image. Rows beyond the images are counted in the last line.
     """
     lines = len(answers[0])
     pitch, height = CELL + 0.1, CELL + 0.24 + 0.16 * lines

@@ -1,7 +1,7 @@
-"""What a configuration may hold, from the dataclasses that read it: keys for the terminal, a page and a JSON schema.
+"""The keys of a configuration, from the dataclasses that read it: for the terminal, as a page and as a JSON schema.
 
-The meaning of a key is its entry under `Args:` in the docstring of its dataclass; known names and ranges are those of `Names`
-and `within` in its type.
+The meaning of a key is its entry under `Args:` in the docstring of its dataclass. `Names` and `within` in its type give the
+known names and the range.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ ENTRY = re.compile(r"    (\w+): (.*)")
 
 @dataclass(frozen=True)
 class Key:
-    """One key of a configuration. path: dotted, with [] for the items of a list. section: whether it holds other keys."""
+    """One key of a configuration. path: Dotted path, with [] for the items of a list. section: Whether it holds other keys."""
 
     path: str
     type: str
@@ -49,7 +49,7 @@ class Key:
 
 
 def meanings(cls: type) -> dict[str, str]:
-    """Return the meaning of every field of a dataclass: the entries under `Args:` in its docstring and those of its bases."""
+    """Return the meaning of every field of a dataclass: the entries under `Args:` in its docstring and in its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
         entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")[2]
@@ -74,7 +74,7 @@ def keys(job: str) -> list[Key]:
 def find_keys(job: str, name: str) -> list[Key]:
     """Return the key of a dotted name and the keys below it.
 
-    Raises UserError for a name that is not a key: where it is set instead, or similar names.
+    Raises UserError for a name that is not a key. The message says where it is set instead, or has similar names.
     """
     every = keys(job)
     found = [key for key in every if key.path == name or key.path.startswith((f"{name}.", f"{name}["))]
@@ -118,7 +118,7 @@ def _members(hint: Any) -> list[Any]:
 
 
 def _section(hint: Any) -> type | None:
-    """Return the dataclass that a type holds, alone or in a list; None where it holds values."""
+    """Return the dataclass that a type holds, alone or in a list. None if it holds values."""
     for member in _members(hint):
         item = typing.get_args(member)[0] if typing.get_origin(member) is list else member
         if dataclasses.is_dataclass(item):
@@ -127,7 +127,7 @@ def _section(hint: Any) -> type | None:
 
 
 def _marks(hint: Any) -> Iterator[Any]:
-    """Yield the annotations of a type and of its members, but not those of a section's keys."""
+    """Yield the annotations of a type and of its members, without the annotations of a section's keys."""
     if typing.get_origin(hint) is Annotated:
         yield from typing.get_args(hint)[1:]
     if typing.get_origin(hint) is not Literal:

@@ -1,7 +1,7 @@
 """A run folder: the stages of its job, run.json with the facts of the run, merged weights and exports.
 
-The folder is named by the configuration and its hash, so the same command on the same configuration continues where it
-stopped: training at its checkpoint, evaluation at the first batch that is not on record.
+The folder is named by the configuration and its hash. The same command on the same configuration therefore continues where it
+stopped: a training at its checkpoint, and an evaluation at the first batch that is not on record.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Run:
     def owned(self) -> Iterator[Run]:
         """Hold the folder's lock, on the first process of a launch, and remove what a killed run has not finished.
 
-        Raises UserError where another run has the lock.
+        Raises UserError if another run has the lock.
         """
         runtime.processes().wait_for_everyone()  # what the others write at the start is not finished, nor to be removed
         with ExitStack() as held, ranks.shared():
@@ -81,19 +81,19 @@ class Run:
                 self._note(adapt=self.job.train())
 
     def evaluate_references(self) -> None:
-        """Evaluate what no arm trains, where trainings are still to come."""
+        """Evaluate models that no arm trains, if trainings are still to come."""
         if self.job.trains and "adapt" not in self.facts:
             self._note(started=self.facts.get("started") or _now())
             with ranks.shared():
                 self.job.evaluate_references()
 
     def on_main(self, stage: Callable[[], object]) -> None:
-        """Run a stage on the first process only; the others wait for it."""
+        """Run a stage only on the first process, while the others wait."""
         with ranks.shared():
             ranks.on_first(stage)
 
     def evaluate(self, attacks: Sequence[Any] | None = None) -> None:
-        """Evaluate and write results.jsonl; rows of other conditions (an earlier attack) stay.
+        """Evaluate and write results.jsonl. Rows of other conditions (an earlier attack) stay.
 
         All processes of a launch call it and share the evaluation.
         """
@@ -104,7 +104,7 @@ class Run:
             self._note(finished=_now())
 
     def report(self, formats: Sequence[str] | None = None) -> list[Path]:
-        """Write the report and return its files, by default report.html of report.md and report.html; print their places."""
+        """Write the report, print where its files are, and return them, by default report.html of report.md and report.html."""
         paths = self.job.report()[-1:] if formats is None else self.job.report(formats)
         for path in paths:
             console.stage("report", str(path))
@@ -117,7 +117,7 @@ class Run:
             )
 
     def merge(self, arm: str | None = None) -> Path:
-        """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors; return the folder."""
+        """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors. Return the folder."""
         self._need_adapter()
         arm = self.job.chosen_arm(arm)
         model = self.job.merged(arm)
@@ -127,8 +127,9 @@ class Run:
     def export(self, form: str, target: Path | None, arm: str | None = None, *, uniform: bool = False) -> Path:
         """Write one arm as timm (model.safetensors, config.json), transformers (save_pretrained), peft (adapter folder) or graph.
 
-        target: by default export-FORMAT-ARM-seed-SEED in the run folder. Raises UserError for another format, one that does not
-        fit the model, a run without an adapter, and a folder with the export of another model. uniform: see export_peft.
+        target: Folder, by default export-FORMAT-ARM-seed-SEED in the run folder. uniform: Argument of export_peft. Raises
+        UserError for an unknown format, a format that does not fit the model, a run without an adapter, and a folder with
+        another model's export.
         """
         require_known("export: format", [form], _FORMATS)
         if uniform and form != "peft":
@@ -233,7 +234,7 @@ class Run:
         return about
 
     def _note(self, **changes: Any) -> None:
-        """Update run.json; wall and CPU time add up over the sessions of a run."""
+        """Update run.json. Wall and CPU time add up over the sessions of a run."""
         now, cpu = time.monotonic(), _cpu_seconds()
         before = self.facts
         facts = {

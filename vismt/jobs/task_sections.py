@@ -42,7 +42,7 @@ class BalancingConfig:
 
 
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:
-    """Raise UserError for names of tasks that cannot be, and where nothing trains their heads."""
+    """Raise UserError for impossible names of tasks, and if nothing trains their heads."""
     for name in tasks:
         plain_name(name, "tasks")
     if not tasks or len(set(tasks)) < len(tasks):

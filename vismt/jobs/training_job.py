@@ -1,7 +1,7 @@
 """A job that trains: it declares data, nets, an objective and the scores of a trained net.
 
-Training, rates, seeds and checks of merging are written once for all jobs, here and in engine/study.py; rows of results and
-the report in evaluation_job.py.
+Training, rates, seeds and checks of merging are written once for all jobs, here and in engine/study.py. Rows of results and the
+report are in evaluation_job.py.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     @abstractmethod
     def skeleton(self, config: Config) -> nn.Module:
-        """Return a model with the modules of an arm's stock model; its values are not read."""
+        """Return a model with the modules of an arm's stock model. Its values are not read."""
 
     @abstractmethod
     def fresh(self, config: Config) -> Net:
@@ -61,7 +61,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     @abstractmethod
     def objective(self, config: Config, net: Net, balanced: Sequence[Tensor]) -> nn.Module:
-        """Return the objective. balanced: the parameters whose gradients a balancer uses."""
+        """Return the objective. balanced: Parameters whose gradients a balancer uses."""
 
     @abstractmethod
     def batches(self, config: Config) -> Batches:
@@ -84,12 +84,12 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return net.get_submodule("heads")
 
     def step(self, objective: nn.Module, number: int) -> None:
-        """Run after optimiser step `number`; by default do nothing."""
+        """Run after optimiser step `number`. By default do nothing."""
 
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         """Yield (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of some evaluated rows.
 
-        Of processes that share the evaluation each one yields its own batches (`ranks.my_share`).
+        If processes share the evaluation, each process yields its own batches (`ranks.my_share`).
         """
         return ()
 
@@ -112,7 +112,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return bool(self.study.arms)
 
     def train(self) -> dict[str, Any]:
-        """Train every arm at its rate and seeds; return {"arms": {arm: content of done.json}} for run.json."""
+        """Train every arm at its rate and seeds. Return {"arms": {arm: content of done.json}} for run.json."""
         self.check_training()
         self.study.train(self)
         for arm in self.study.arms:
@@ -131,9 +131,9 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         ranks.on_first(self.check_processes)
 
     def check_processes(self, begins: bool = False) -> None:
-        """Raise UserError where another number of processes began the trainings of this run: a step takes a batch of each.
+        """Raise UserError if another number of processes began the trainings of this run, because a step takes a batch of each.
 
-        begins: whether a training begins now, with which the number is recorded.
+        begins: Whether a training begins now. The number is then recorded.
         """
         path, count = self.folder / ARMS / PROCESSES, runtime.processes().num_processes
         recorded = recorded_processes(self.folder)
@@ -210,7 +210,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         ranks.on_first(finish)
 
     def prepared(self, config: Config) -> tuple[Net, str, list[Tensor]]:
-        """Return the net of an arm ready to train, the method's name, and the parameters whose gradients are balanced."""
+        """Return the net of an arm ready to train, the name of the method, and the parameters whose gradients are balanced."""
         net = self.fresh(config).requires_grad_(False)
         method = self.prepare(net, config)
         balanced: list[Tensor] = [parameter for parameter in net.parameters() if parameter.requires_grad]
@@ -221,7 +221,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return net, method, balanced
 
     def prepare(self, net: Net, config: Config) -> str:
-        """Adapt the stock model of a net as the configuration asks; return the method's name, "heads" for none."""
+        """Adapt the stock model of a net as the configuration says. Return the name of the method, "heads" for no method."""
         if config.adapt is None:
             return "heads"
         return self.adapt(self.stock(net), config.adapt, config.seed)
@@ -231,7 +231,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     ) -> str:
         """Adapt a model in place and return the method's name.
 
-        of_tasks: options of a method that needs "tasks", from the heads of the model's net; None where tasks have no heads.
+        of_tasks: Options of a method that needs "tasks", from the heads of the model's net. None if tasks have no heads.
         """
         options = settings.options
         reason = needs(settings.method, options).get("tasks")
@@ -278,7 +278,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             check_adaptation(self.skeleton(config), *arguments)
 
     def _each_arm(self, check: Callable[[Config], None]) -> None:
-        """Call `check` with the configuration of every arm; its errors name the arm."""
+        """Call `check` with the configuration of every arm. Errors name the arm."""
         for arm, config in self.study.arms.items():
             if self.study.is_chosen(arm):  # built before
                 continue
@@ -289,7 +289,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 raise UserError(f"arms.{arm}: {error}" if self.config.arms else str(error)) from error
 
     def check_arm(self, config: Config) -> None:
-        """Build the net of an arm, and its optimiser where that depends on the names of parameters."""
+        """Build the net of an arm, and its optimiser if the optimiser depends on the names of parameters."""
         net, _, balanced = self.prepared(config)
         if config.training.rates:
             objective = self.objective(config, net, balanced)
@@ -297,7 +297,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             make_optimizer(trained, config.training)
 
     def validate(self, training: Training) -> float:
-        """Return one number for a training on the validation split, higher is better: by default the mean of its scores."""
+        """Return one number for a training on the validation split, by default the mean of its scores. Higher is better."""
         scores = self.score(training, "validation", [])
         return sum(score.measure.score for score in scores) / len(scores)
 
@@ -306,7 +306,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return ()
 
     def chosen_arm(self, name: str | None) -> str | None:
-        """Return the arm that `--arm` names; None and "best" stand for the arm that is best on validation.
+        """Return the arm that `--arm` names. None and "best" stand for the arm that is best on validation.
 
         "best:SEED" takes another seed of the arm. The console says which arm was taken, and the score of each. Raises UserError,
         with the names of the arms, if no validation score tells them apart.
@@ -338,13 +338,13 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return f"{best}{colon}{seed}"
 
     def _validation_score(self, arm: str) -> float:
-        """Return the score that chose the rate of an arm, or that of its first training if it tried one rate."""
+        """Return the score that chose the rate of an arm, or the score of its first training if it tried one rate."""
         choice = read_choice(self.folder, arm)
         score = choice.validation.get(f"{choice.lr:g}")
         return self.validate(self.study.trainings(arm)[0]) if score is None else score
 
     def trainings(self, arm: str) -> list[Training]:
-        """Return an arm's trainings at its chosen rate; for a reference, one placeholder."""
+        """Return an arm's trainings at its chosen rate. For a reference, return one placeholder."""
         if arm in self.references:
             return [Training(arm, 0.0, self.config.seed, self.folder / arm)]
         return self.study.trainings(arm)
@@ -353,7 +353,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         self.check_merge(training)
 
     def check_merge(self, training: Training) -> None:
-        """Write merge.json, how far the merged net is from the unmerged one, and what training changed, unless it exists."""
+        """Write merge.json, unless it exists: the distance of the merged from the unmerged net, and what training changed."""
         training_files.check_weights(training)  # records alone would not show a change of the weights
         if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
@@ -373,10 +373,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         adapted: nn.Module,
         merged: nn.Module,
     ) -> None:
-        """Write changes.jsonl and merge.json of a trained model, with its adapter and merged; `adapted` is stock afterwards.
+        """Write changes.jsonl and merge.json of a trained model, with its adapter and merged. `adapted` is stock afterwards.
 
-        outputs: (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process; those
-        that share the evaluation write one file.
+        outputs: Tuples (name, outputs merged, outputs unmerged, whether their argmax along dim 1 is an answer) of this process.
+        Processes that share the evaluation write one file.
         """
         names: dict[str, dict[str, float]] = {}
         for part in ranks.gather(_compared(outputs)):
@@ -397,7 +397,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         ranks.on_first(lambda: atomic_write(training.folder / training_files.MERGE, sealed(about)))
 
     def final(self, training: Training) -> Net:
-        """Return a trained net for evaluation: merged where that is exact, on the device of this process."""
+        """Return a trained net for evaluation on the device of this process, merged if the merge is exact."""
         net = self.loaded(training)
         training_files.fold(self.stock(net), training)
         return net.to(runtime.processes().device)
@@ -409,7 +409,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         return self.stock(self.merged_net(self.study.find(arm)))
 
     def merged_net(self, training: Training) -> Net:
-        """Return a trained net whose stock model has merged weights. Raises UserError where it cannot be merged."""
+        """Return a trained net whose stock model has merged weights. Raises UserError if it cannot be merged."""
         net = self.loaded(training)
         if training_files.has_adapter(training):
             erased = erased_by_rounding(self.stock(net))
@@ -460,12 +460,13 @@ def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
 
 
 def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
-    """Return a line for every matrix in which a trained model, `merged`, differs from the stock one, `adapted` afterwards.
+    """Return a line for every matrix in which the trained model `merged` differs from the stock model.
 
         change = |DeltaW|_F      norm = |W|_F      stable rank = |DeltaW|_F^2 / |DeltaW|_2^2
 
-    DeltaW of a layer with factors comes from its factors, so that no rounding of a half-precision weight is counted. DeltaW of a
-    weight that is trained itself, and of a tuner without factors, is the merged weight minus the stock one.
+    `adapted` is the stock model afterwards. DeltaW of a layer with factors comes from its factors, so that no rounding of a
+    half-precision weight is counted. DeltaW of a weight that is trained itself, and of a tuner without factors, is the merged
+    weight minus the stock one.
     """
     lines = []
     with torch.no_grad():
@@ -493,13 +494,13 @@ def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
 
 
 def recorded_processes(folder: Path) -> int | None:
-    """Return how many processes began the trainings of a run folder, None where it has no record."""
+    """Return how many processes began the trainings of a run folder. None if it has no record."""
     path = folder / ARMS / PROCESSES
     return int(read_sealed(path, f"run '{folder}'", {"processes": int})["processes"]) if path.exists() else None
 
 
 def check_trained_dtype(net: nn.Module) -> None:
-    """Raise UserError where weights in half precision are trained: steps would be lost in rounding."""
+    """Raise UserError if weights in half precision are trained, because steps would be lost in rounding."""
     for name, parameter in net.named_parameters():
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             dtype = str(parameter.dtype).removeprefix("torch.")

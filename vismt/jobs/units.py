@@ -1,8 +1,8 @@
 """A study as units: trainings and evaluations of one arm and seed, which several processes may run at the same time.
 
 A round holds the units that need no other unit of it: the tried rates and single rates, the remaining seeds, the evaluations.
-Units write checkpoints, adapters and records; what is made of all of them (choice of rates, pools, results, report) is made
-afterwards by the ordinary run, which finds every unit finished.
+Units write checkpoints, adapters and records. The ordinary run then finds every unit finished, and makes what depends on all of
+them: the choice of rates, pools, results and the report.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Share = Callable[[Sequence[Training]], None]
 
 
 def run_with_workers(run: Run, workers: str) -> None:
-    """Train, evaluate and report as `vismt run` does in one process. workers: see `make_workers`."""
+    """Train, evaluate and report as `vismt run` does in one process. workers: Argument of `make_workers`."""
     job, study = run.job, run.job.study
     tried = sum(len(study.tried(arm)) for arm in study.arms) if job.trains else 0
     with make_workers(workers, max(tried, len(job.evaluated()) * len(study.seeds))) as pool:
@@ -48,9 +48,9 @@ def run_with_workers(run: Run, workers: str) -> None:
 
 
 def run_part(run: Run, part: int, parts: int) -> None:
-    """Run the share of one of `parts` parts of a study, and wait between rounds for the others; `vismt report` finishes the run.
+    """Run the share of one of `parts` parts of a study, and wait between rounds for the others. `vismt report` finishes the run.
 
-    Raises UserError where another process runs this part, and where parts that this one waits for have not run for ABSENT_S.
+    Raises UserError if another process runs this part, and if parts that this part waits for have not run for ABSENT_S.
     """
     job = run.job
 
@@ -88,7 +88,7 @@ def _attempt(job: EvaluationJob[Any], training: Training) -> None:
 
 
 def _train(job: EvaluationJob[Any], share: Share) -> None:
-    """Train in rounds: what needs no choice of a rate, the other seeds of arms that chose one, then what is made of others."""
+    """Train in rounds: trainings that need no chosen rate, then further seeds of other arms, then arms made of other arms."""
     study = job.study
     if not isinstance(job, TrainingJob):
         return
@@ -105,7 +105,7 @@ def _train(job: EvaluationJob[Any], share: Share) -> None:
 
 
 def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
-    """Return what is evaluated, each by a unit; what is composed of others has no records of its own."""
+    """Return the evaluations, each a unit. Models that are composed of others have no records of their own."""
     job.check_evaluation(None)
     return [training for arm in job.evaluated() if arm not in job.composed for training in job.trainings(arm)]
 
@@ -115,7 +115,7 @@ def _place(folder: Path, part: int, parts: int) -> Path:
 
 
 def _wait(folder: Path, parts: int, owing: Callable[[], list[int]], what: str) -> None:
-    """Wait until no part owes anything. owing: returns the number of a part for each thing that is missing."""
+    """Wait until no part owes anything. owing: Function that returns the number of a part for each missing result."""
     shown, seen = None, time.monotonic()
     while owed := owing():
         absent = [part for part in sorted(set(owed)) if not is_locked(_place(folder, part, parts))]

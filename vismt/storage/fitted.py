@@ -1,4 +1,4 @@
-"""What is fitted on validation examples for the weights of a model: a JSON file, until the weights change."""
+"""Values that are fitted on validation examples for the weights of a model. A JSON file keeps them until the weights change."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def fitted_once(
     examples: str = "",
     shared: bool = False,
 ) -> Fitted:
-    """Return what a JSON file holds for what has this fingerprint (weights, and what else the values need), or fit and write it.
+    """Return the values of a JSON file for this fingerprint (weights, and what else the values need), or fit and write them.
 
-    examples: what tells the validation examples from others of their names, "" where that is not known. Values that were fitted
-    to others are kept, like the records that were made with them, and a message names the file. shared: whether the processes
-    of an evaluation share the work of `fit`; by default the first one does it alone.
+    Values that were fitted to other examples are kept, like the records that were made with them, and a message names the file.
+    examples: Text that tells the validation examples from others of the same names, "" if it is not known. shared: Whether the
+    processes of an evaluation share the work of `fit`. By default only the first process fits.
     """
     types = get_type_hints(kind)
 

@@ -1,8 +1,8 @@
-"""What a feature of an evaluation asks of the answers of a net, beside their accuracy.
+"""Features of an evaluation: numbers beside the accuracy that are computed from the answers of a net.
 
-A feature is written on answers: one row of logits for one image or text. The job that evaluates makes examples of answers: an
-image is one answer, an episode is the mean over its queries. So one feature serves every job that provides what it needs
-(vismt/evaluation).
+A feature is written for answers. An answer is one row of logits for one image or text. The job that evaluates makes examples of
+answers: an image is one answer, and an episode is the mean over its queries. One feature therefore serves every job that
+provides what the feature needs (vismt/evaluation).
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ class Answers:
     """The answers of a net to a batch of examples under one condition.
 
     Args:
-        logits: (n, k), or log-probabilities.
-        labels: int64 (n,), 0 for examples of other classes.
-        net: Images (m, 3, h, w) to logits (m, k), of a job that provides PIXELS.
-        images: (n, 3, h, w) in [0, 1], of a job that provides PIXELS.
-        keys: Of the examples, of which their random numbers are a function.
+        logits: Logits or log-probabilities (n, k).
+        labels: Labels int64 (n,), 0 for examples of other classes.
+        net: Function from images (m, 3, h, w) to logits (m, k), if the job provides PIXELS.
+        images: Images (n, 3, h, w) in [0, 1], if the job provides PIXELS.
+        keys: Keys of the examples. The random numbers of an example are a function of its key.
     """
 
     logits: Tensor
@@ -61,12 +61,12 @@ class Rows:
     """The rows of a record, and how their examples depend on each other.
 
     Args:
-        rows: An id, a label and columns of each example, the columns after the label of their condition: "clean nll".
+        rows: Rows with an id, a label and columns of each example. The name of a column begins with its condition, "clean nll".
         groups: Group by id, {} for independent examples.
         unit: What the groups are, in the plural.
-        content: What tells the examples from others of their names, "" if that is not known.
-        asked: The conditions of inputs, each with whether an answer has to be right on the clean example, too.
-        forms: The forms of clean logits, each with whether it changes answers.
+        content: Text that tells the examples from others of the same names, "" if it is not known.
+        asked: Conditions of inputs, each with whether an answer also has to be right on the clean example.
+        forms: Forms of clean logits, each with whether it changes answers.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -81,7 +81,7 @@ class Rows:
         return [str(row["id"]) for row in self.rows]
 
     def column(self, name: str, condition: Condition = CLEAN) -> Tensor:
-        """Return the values fp64 (n,) of a column under a condition; of the column "" the answers."""
+        """Return the values fp64 (n,) of a column under a condition. The column "" has the answers."""
         (key,) = in_condition(condition.label, {name: None})
         return torch.tensor([row[key] for row in self.rows], dtype=torch.float64)
 
@@ -113,9 +113,9 @@ class Quantity:
     Args:
         condition: Condition of the score.
         metric: Name of the score.
-        scale, better, chance: As in `vismt.uncertainty.intervals.Measure`.
+        scale, better, chance: Fields of `vismt.uncertainty.intervals.Measure`.
         counts: Whether every value is 0 or 1.
-        outside: Entry of the set of other classes that the score is also over, "" for none.
+        outside: Entry of the set of other classes over which the score is also taken, "" for none.
     """
 
     condition: Condition
@@ -132,14 +132,14 @@ class Quantity:
         return f"{self.condition.label} {self.metric}"
 
     def measure(self, values: Mapping[str, float], *, counts: bool) -> Measure:
-        """Return the score of examples by name. counts: whether an example is one answer."""
+        """Return the score of examples by name. counts: Whether an example is one answer."""
         counts = self.counts and counts
         return Measure(self.metric, dict(values), self.scale, self.better, counts=counts, chance=self.chance)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """A table of a report with a row for each set, model and condition. metrics: Its columns. note: The text below it."""
+    """A table of a report with a row for each set, model and condition. metrics: Columns. note: Text below the table."""
 
     title: str
     caption: str
@@ -152,8 +152,8 @@ class Validation:
     """The answers of a net to validation examples.
 
     Args:
-        logits: (n, k), or log-probabilities.
-        labels: int64 (n,).
+        logits: Logits or log-probabilities (n, k).
+        labels: Labels int64 (n,).
         fits: Whether an example chose no learning rate, bool (n,).
     """
 
@@ -166,7 +166,7 @@ class View(ABC):
     """A trained net on one evaluated set, as a feature sees it. A job defines the methods of what it provides.
 
     Attributes:
-        number: The place of the task of the set among the tasks of the net.
+        number: Place of the task of the set among the tasks of the net.
     """
 
     number: int = 0
@@ -175,8 +175,8 @@ class View(ABC):
     def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
         """Return a score of the net.
 
-        examples: What tells its examples from others of their names. about: As of `Feature`. data: Name of another set that the
-        score is of.
+        examples: Text that tells its examples from others of the same names. about: Field of `Feature`. data: Name of another
+        set, if the score belongs to it.
         """
 
     def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
@@ -210,7 +210,7 @@ class View(ABC):
     ) -> Rows:
         """Return columns of the images of a set of other classes, from their features (n, d) and labels (n,) (EMBEDDING).
 
-        name: What the columns are, for the name of their record.
+        name: Name of the columns, for the name of their record.
         """
         raise NotImplementedError
 
@@ -222,7 +222,7 @@ class View(ABC):
     def with_head(self, name: str, make: MakeHead) -> list[Score]:
         """Return accuracy and quality of the probabilities of clean examples with another head (HEAD).
 
-        name: What the head is, for the names of records. Several views of one net make it once.
+        name: Name of the head, for the names of records. Several views of one net make the head once.
         """
         raise NotImplementedError
 
@@ -234,17 +234,17 @@ class Feature:
         key: Name of the section.
         needs: What a job has to provide.
         kind: Type of the section.
-        default: Value of the section that asks for nothing, or the function that makes it.
-        meaning: What the section asks for, in configurations and their reference.
+        default: Value of the section that switches the feature off, or the function that makes it.
+        meaning: Meaning of the section, in configurations and their reference.
         about: What the protocol of its scores says in place of the choice among classes, "" for the choice.
-        everywhere: Whether the columns are recorded under attacks and corruptions, too.
-        of_forms: Whether the columns are recorded of all forms of the clean logits, too.
+        everywhere: Whether the columns are also recorded under attacks and corruptions.
+        of_forms: Whether the columns are also recorded for all forms of the clean logits.
         decides: Whether `forms` change answers.
         costs_nothing: Whether a job with validation answers has the feature without being asked.
         exported: Whether it writes `files` beside exported weights.
         holds_out: Whether it is fitted on validation examples that choose no learning rate.
-        summary: A table of the report with its metrics, None for none.
-        section: The value of the key.
+        summary: Table of the report with its metrics, None for none.
+        section: Value of the key.
     """
 
     key: ClassVar[str]
@@ -284,37 +284,37 @@ class Feature:
         return {}
 
     def settings(self) -> Mapping[str, object]:
-        """Return what the columns depend on, for the header of a record."""
+        """Return the settings on which the columns depend, for the header of a record."""
         return {}
 
     def fields(self, classes: int) -> dict[str, Field]:
-        """Return the fields of `columns` in a record. classes: number of logits, which the names do not depend on."""
+        """Return the fields of `columns` in a record. classes: Number of logits. The names do not depend on it."""
         return {}
 
     def columns(self, answers: Answers) -> dict[str, Tensor]:
-        """Return what is recorded of each answer, by field. Columns of one name in several features have the same values."""
+        """Return the recorded values of each answer, by field. Columns of one name in several features have the same values."""
         return {}
 
     def fitted(self, view: View) -> Feature:
-        """Return the feature with what it fits on validation examples."""
+        """Return the feature with the values that it fits on validation examples."""
         return self
 
     def check_held_out(self, count: int) -> None:
         """Raise UserError if it cannot be fitted on so many validation examples."""
 
     def quantities(self) -> list[Quantity]:
-        """Return the scores that are means of values of answers. Other scores are those of `scores` alone."""
+        """Return the scores that are means of values of answers. Only `scores` returns other scores."""
         return []
 
     def values(self, of: Quantity, rows: Rows, outside: Mapping[str, Rows]) -> Tensor:
         """Return the values fp64 (n,) of one of `quantities`, or (n + m,) with m examples of its set of other classes.
 
-        outside: by entry.
+        outside: Columns of other sets by entry.
         """
         raise NotImplementedError
 
     def scores(self, view: View, rows: Rows, outside: Mapping[str, Rows]) -> list[Score]:
-        """Return the scores of examples of one answer each. outside: of sets of other classes by entry."""
+        """Return the scores of examples of one answer each. outside: Columns of sets of other classes by entry."""
         found = []
         for of in self.quantities():
             over = rows.beside(outside[of.outside]) if of.outside else rows
@@ -324,18 +324,18 @@ class Feature:
         return found
 
     def net_scores(self, views: Sequence[View]) -> list[Score]:
-        """Return scores that are not of recorded answers. views: of one net, one for each evaluated set."""
+        """Return scores that do not follow from recorded answers. views: Views of one net, one for each evaluated set."""
         return []
 
     def means(self, answers: Answers, outside: Mapping[str, Answers]) -> dict[str, float]:
-        """Return the score of the answers of one example for each quantity, by field. outside: by entry."""
+        """Return the score of the answers of one example for each quantity, by field. outside: Columns of other sets by entry."""
         rows = rows_of([self], answers)
         others = {of.outside: rows_of([self], outside[of.outside]) for of in self.quantities() if of.outside}
         return {of.field: float(self.values(of, rows, others).mean()) for of in self.quantities()}
 
 
 def rows_of(features: Sequence[Feature], answers: Answers, ids: Sequence[str] = ()) -> Rows:
-    """Return rows with the columns of features for clean answers. ids: of the examples, by default their numbers."""
+    """Return rows with the columns of features for clean answers. ids: Ids of the examples, by default their numbers."""
     columns = feature_columns(CLEAN.label, features, answers)
     columns |= {"id": list(ids) or [*range(len(answers.labels))], "label": answers.labels.tolist()}
     return Rows([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
@@ -375,5 +375,5 @@ def _columns(condition: str, features: Sequence[Feature], answers: Answers) -> d
 
 
 def in_condition(condition: str, columns: Mapping[str, Value]) -> dict[str, Value]:
-    """Return columns by their names in a record of several conditions, "clean nll"; the column "" is the answers."""
+    """Return columns by their names in a record of several conditions, "clean nll". The column "" has the answers."""
     return {f"{condition} {name}".rstrip(): values for name, values in columns.items()}

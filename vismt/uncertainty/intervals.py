@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 
-# Which values of a measure are better; and its scale: in [0, 1] and shown in per cent, or any number.
+# Which values of a measure are better. Its scale is in [0, 1] and shown in per cent, or any number.
 Better = Literal["higher", "lower"]
 Scale = Literal["share", "number"]
 # What a 95 % interval covers.
@@ -51,14 +51,14 @@ _COVERED: dict[str, str] = {
 def interval_kind_text(kind: Covers, units: str = "") -> str:
     """Return what an interval covers as a phrase, "95 % over new images of these classes and training seeds".
 
-    units: the independent units of the examples, "379 signs"; "" for the examples.
+    units: Independent units of the examples, such as "379 signs". "" if the examples are independent.
     """
     counted = f", {units}" if units else ""
     return f"95 % over {' and '.join(_COVERED[part] for part in kind.split('+'))}{counted}"
 
 
 def weakest_kind(kinds: Sequence[Covers]) -> Covers:
-    """Return the kind of an average of numbers with intervals of several kinds: what covers least, and the seeds of any."""
+    """Return the kind of an average of numbers with several kinds of intervals: the kind that covers least, and any seeds."""
     covered = {kind.split("+")[0] for kind in kinds}
     weakest = next((kind for kind in ("sampler", "images", "classes") if kind in covered), "examples")
     return cast(Covers, f"{weakest}+seeds" if any("+seeds" in kind for kind in kinds) else weakest)
@@ -73,12 +73,12 @@ def without_seeds_kind(kind: Covers) -> Covers:
 class Estimate:
     """A score with its bias and the independent sources of its error.
 
-    The interval is [mean - b_1 - h, mean - b_2 + h] with the bias b_1 at its lower end and b_2 at its upper end. Both are 0 for a
-    mean of values. An average of estimates has their mean bias, while its variance falls with their number. The half width h is
-    q sqrt(V), V = sum_k V_k, with q = t(0.975, df) and the df of Welch and Satterthwaite,
-    V^2 / sum_k V_k^2 / df_k. Where a source of one degree of freedom (two seeds) stands beside others, that interval covers
-    too little (simulated: 87 to 89 % where two seeds dominate), and so does one that takes t(0.975, 1) only where the estimated
-    V_k of the seeds is the largest (90 %); q is then Cochran's sum_k V_k t(0.975, df_k) / V (94 to 98 %).
+    The interval is [mean - b_1 - h, mean - b_2 + h] with the bias b_1 at its lower end and b_2 at its upper end. Both are 0 for
+    a mean of values. An average of estimates has their mean bias, while its variance falls with their number. The half width h
+    is q sqrt(V), V = sum_k V_k, with q = t(0.975, df) and the df of Welch and Satterthwaite, V^2 / sum_k V_k^2 / df_k. If there
+    is a source of one degree of freedom (two seeds) beside others, this interval covers too little (simulated: 87 to 89 % if
+    two seeds dominate). An interval that takes t(0.975, 1) only if the estimated V_k of the seeds is the largest also covers
+    too little (90 %). q is then Cochran's sum_k V_k t(0.975, df_k) / V (94 to 98 %).
 
     Args:
         mean: The score.
@@ -142,8 +142,8 @@ class Estimate:
     def detectable(self, power: float = 0.8) -> float:
         """Return the smallest true mean whose 95 % interval leaves out 0 with probability `power`.
 
-        delta sqrt(V), with delta the shift of a noncentral t beyond q(0.975) with probability `power`. Its degrees of freedom are
-        those whose t(0.975) is q.
+        It is delta sqrt(V), with delta the shift of a noncentral t beyond q(0.975) with probability `power`. Its degrees of
+        freedom are chosen so that t(0.975) is q.
         """
         from scipy.special import nctdtrinc, stdtridf
 
@@ -156,11 +156,12 @@ class Estimate:
     def with_seeds(self, *groups: Sequence[float]) -> Estimate:
         """Return the estimate with the spread of training seeds as a further source.
 
-        The variance of a group of m scores is that of their mean, with m - 1 degrees of freedom.
+        The variance of a group of m scores is the variance of their mean, with m - 1 degrees of freedom.
 
         Args:
-            groups: scores by seed of each independent group: those of a model, or the differences of two models seed by seed.
-                A group of one has no spread.
+            groups: Scores by seed of each independent group: scores of a model, or differences of two models seed by seed. A
+            group of
+                one score has no spread.
         """
         spreads = tuple((variance(scores) / len(scores), len(scores) - 1.0) for scores in groups if len(scores) > 1)
         if not spreads:
@@ -177,7 +178,7 @@ def student_quantile(level: float, freedom: float) -> float:
 
 
 def satterthwaite(sources: Sequence[tuple[float, float]]) -> float:
-    """Return the degrees of freedom of a sum of variances, each given with its own."""
+    """Return the degrees of freedom of a sum of variances. Each variance is given with its degrees of freedom."""
     inverse = math.fsum(variance**2 / freedom for variance, freedom in sources)
     return math.fsum(variance for variance, _ in sources) ** 2 / inverse if inverse > 0 else math.inf
 
@@ -187,9 +188,9 @@ def estimate(
 ) -> Estimate:
     """Return the mean of values (n,) with its error.
 
-    Without groups the values are independent: V = s^2 / n, n - 1 degrees of freedom. With g groups (n names, one for each value),
-    values of one group depend on each other, and the groups are independent: with m_k the mean and w_k the share of the values of
-    group k,
+    Without groups the values are independent, with V = s^2 / n and n - 1 degrees of freedom. With g groups (n names, one for
+    each value), values of one group depend on each other, and the groups are independent. With m_k the mean and w_k the share
+    of the values of group k,
 
         V = g / (g - 1) sum_k w_k^2 (m_k - m)^2,    s^2 / g of the group means if the groups are equally large,
 
@@ -217,7 +218,7 @@ def group_index(groups: Sequence[Hashable]) -> Tensor:
 
 
 def average_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Return the mean over a fixed list of independent sets, each weighing the same, with the errors within the sets.
+    """Return the mean over a fixed list of independent sets with equal weights, with the errors within the sets.
 
     The variances sum to one source, sum_d V_d / D^2 with Satterthwaite's degrees of freedom. The bias is the mean bias.
     """
@@ -237,12 +238,12 @@ def _mean_bias(estimates: Sequence[Estimate]) -> tuple[float, float]:
 
 
 def over_domains(means: Sequence[float]) -> Estimate | None:
-    """Return the mean of the scores of D sets as a sample of sets, by t(D - 1); None for fewer than FEWEST_DOMAINS."""
+    """Return the mean of the scores of D sets as a sample of sets, by t(D - 1). None for fewer than FEWEST_DOMAINS."""
     return estimate(means, covers="domains") if len(means) >= FEWEST_DOMAINS else None
 
 
 def with_least_error(found: Estimate, scale: Scale, n: int) -> Estimate:
-    """Return an estimate over n examples; one of shares that are all 0 or all 1, or of their differences, gets Wilson's error.
+    """Return an estimate over n examples, with Wilson's error if shares (or their differences) are all 0 or all 1.
 
     Such values have no spread, but are not certain: another example differs from them with a probability of up to
     3.84 / (n + 3.84), the end of Wilson's interval for 0 of n.
@@ -255,17 +256,17 @@ def with_least_error(found: Estimate, scale: Scale, n: int) -> Estimate:
 def interval_of(found: Estimate, scale: Scale, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a score over n examples.
 
-    That of a share ends at 0 and 1: the score is in [0, 1], so that cutting off the rest loses no coverage, while an interval on
-    a logit scale would fit no paired difference.
+    The interval of a share ends at 0 and 1. The score is in [0, 1], so cutting off the rest loses no coverage. An interval on a
+    logit scale would not fit paired differences.
     """
     low, high = with_least_error(found, scale, n).bounds
     return (max(0.0, low), min(1.0, high)) if scale == SHARE else (low, high)
 
 
 def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
-    """(mean, half width of the 95 % interval) of independent values (n,): t(0.975, n - 1) * std / sqrt(n), std with n - 1.
+    """Return the mean of independent values (n,), and the half width t(0.975, n - 1) * std / sqrt(n) of its 95 % interval.
 
-    Of per-episode values it covers other episodes of the same images alone.
+    std is the sample deviation, with n - 1. For values by episode, the interval covers only other episodes of the same images.
 
     Raises UserError for fewer than two values or a value that is not finite.
     """
@@ -277,8 +278,8 @@ def mean_interval(values: Tensor | Sequence[float]) -> tuple[float, float]:
 class Condition:
     """What was done to the examples before a score was taken.
 
-    label: its full text, unique within a run. kind: "clean", "attack", "corruption" or "variant" (of the model's outputs).
-    family: what conditions of different strength have in common. level: the strength (radius, severity), None without one.
+    label: Full text, unique within a run. kind: "clean", "attack", "corruption" or "variant" (of the model's outputs). family:
+    Name that conditions of different strength share. level: Strength (radius, severity). None without a strength.
     """
 
     label: str = "clean"
@@ -292,7 +293,7 @@ CLEAN = Condition()
 
 @dataclass(frozen=True)
 class Measure:
-    """A score as one value for each example, whose mean is the score; everything else about the score follows from them.
+    """A score as one value for each example, whose mean is the score. Everything else about the score follows from the values.
 
     A score that is not a mean (mIoU, perplexity, ECE) enters with the jackknife's pseudo-values, centred on the score.
 
@@ -331,12 +332,12 @@ class Measure:
 
     @cached_property
     def units(self) -> int:
-        """Number of independent units: of the groups of the values, or of the values."""
+        """Number of independent units, which are the groups of the values, or the values."""
         return len({self.groups[name] for name in self.values}) if self.groups else len(self.values)
 
     @property
     def units_text(self) -> str:
-        """The independent units, "379 signs"; "" where the examples are independent."""
+        """The independent units, such as "379 signs". "" if the examples are independent."""
         return f"{self.units:,} {self.grouped_by}" if self.groups else ""
 
     def estimate(self) -> Estimate:
@@ -378,9 +379,10 @@ class Score:
 def averaged(measures: Sequence[Measure]) -> Measure:
     """Return the mean of one measure over several trainings, example by example, with the interval of `over_seeds`.
 
-    The error over the examples is the error of the mean values. A measure with an error of its own gets the trainings' mean
-    variance and mean bias: trainings share the examples, so that neither falls with the number of trainings. Trainings with
-    examples of their own, as folds have them, are joined: scores of different examples say nothing of the trainings' spread.
+    The error over the examples is the error of the mean values. A measure with its own error gets the mean variance and mean
+    bias of the trainings. Neither falls with the number of trainings, because the trainings share the examples. Trainings with
+    different examples, such as folds, are joined, because scores of different examples say nothing about the spread of the
+    trainings.
     """
     first, n = measures[0], len(measures)
     if n == 1:
@@ -404,7 +406,7 @@ def averaged(measures: Sequence[Measure]) -> Measure:
 
 
 def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
-    """Return a measure whose interval has the spread of the trainings' scores beside that over the examples."""
+    """Return a measure whose interval covers the spread of the trainings' scores and the spread over the examples."""
     if len(scores) < 2:
         return measure
     found = measure.estimate().with_seeds(scores)
@@ -414,9 +416,10 @@ def over_seeds(measure: Measure, scores: Sequence[float]) -> Measure:
 def sign_flip_p(sums: Tensor) -> float:
     """Return the two-sided p of the hypothesis that each unit's difference is as likely as its negative.
 
-    It is the share of sign patterns whose sum is farther from 0 than the sum seen, and half of the share whose sum is as far (the
-    mid-p, which is uniform also for values that are right or wrong): of all patterns for up to EXACT_FLIPS units, of DRAWN_FLIPS
-    drawn patterns and the seen one for up to MOST_UNITS, and of the normal limit for more.
+    p is the share of sign patterns whose sum is farther from 0 than the observed sum, and half of the share whose sum is as
+    far. This is the mid-p, which is also uniform for values that are right or wrong. Up to EXACT_FLIPS units, all patterns
+    count. Up to MOST_UNITS, DRAWN_FLIPS drawn patterns and the observed pattern count. For more units, p follows from the
+    normal limit.
 
     Args:
         sums: Sum of the differences of each independent unit (an example or a group), float64 (n,).
@@ -437,7 +440,7 @@ def sign_flip_p(sums: Tensor) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Return p values corrected by Holm's method, in their order: the chance of one false finding among all is below each."""
+    """Return p values corrected by Holm's method, in their order. They bound the chance of any false finding among all."""
     order = sorted(range(len(p_values)), key=p_values.__getitem__)
     corrected, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):

@@ -1,17 +1,21 @@
-"""Laplace approximation of a trained linear head: w ~ N(mean, (H + lambda I)^-1), H the Gauss-Newton matrix of the NLL.
+"""Laplace approximation of a trained linear head: w ~ N(mean, (H + lambda I)^-1), with H the Gauss-Newton matrix of the NLL.
 
     H = sum_n Lambda_n (x) phi_n phi_n^T,   Lambda_n = diag(p_n) - p_n p_n^T,   over the WHOLE training set, p_n at the mean
 
-"full"       H itself, (k d)^2 numbers: the default, as a head on a few answer tokens is small; it is the exact Hessian
-"rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H: replace VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without the
-             coupling -p_c p_c' the classes share no information: for two classes, z_1 - z_2 gets twice the variance
-"kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers: for many classes; Laplace-LoRA's (arXiv 2308.13111)
+"full"       H itself, (k d)^2 numbers. It is the exact Hessian, and the default, because a head on a few answer tokens is small
+"rows"       the k blocks sum_n p_c (1 - p_c) phi phi^T of H, which replace VBLL's S_c in PoLAR-VBLL (arXiv 2604.03388). Without
+             the coupling -p_c p_c' the classes share no information. For two classes, z_1 - z_2 gets twice the variance
+"kronecker"  (sum_n Lambda_n) (x) (sum_n phi phi^T) / N, k^2 + d^2 numbers, for many classes (Laplace-LoRA, arXiv 2308.13111)
 
-A head that has noise, as VBLL's eps_c ~ N(0, sigma_c^2), keeps it: z = w^T phi + eps at prediction, H without it.
+A head with noise, such as VBLL's eps_c ~ N(0, sigma_c^2), keeps the noise: z = w^T phi + eps at prediction. H is computed
+without it.
 
-H is stored as eigenvectors and eigenvalues, so that another prior precision lambda costs nothing and no jitter is needed. Left
-out: a diagonal approximation (features of a transformer are strongly correlated, and it would treat every direction as known),
-the marginal likelihood (lambda is chosen on validation NLL), other layers. A bias is the weight of one more feature, which is 1.
+H is stored as eigenvectors and eigenvalues, so that another prior precision lambda costs nothing and no jitter is needed. A
+bias is the weight of one more feature, which is 1. Left out:
+
+- a diagonal approximation. Features of a transformer are strongly correlated, and it would treat every direction as known.
+- the marginal likelihood, because lambda is chosen on validation NLL.
+- other layers.
 """
 
 from __future__ import annotations
@@ -27,7 +31,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, require_known
 from vismt.uncertainty.predictive import GaussianHead, full_precision
 
-LARGEST = 4096  # k d of a full matrix, without biases: 128 MB in fp64, and half a minute of eigh
+LARGEST = 4096  # largest k d of a full matrix, without biases: 128 MB in fp64, and half a minute of eigh
 
 
 class Curvature(nn.Module, ABC):
@@ -45,14 +49,14 @@ class Curvature(nn.Module, ABC):
         self.examples = 0
 
     def add(self, x: Tensor, p: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch. x: (b, d) features; p: (b, k) probabilities; weights: (b,) of mean 1 in the NLL, None for 1."""
+        """Add a batch. x: Features (b, d). p: Probabilities (b, k). weights: Weights (b,) of mean 1 in the NLL, None for 1."""
         self.examples += len(x)
         ones = torch.ones_like(p[:, 0])
         for number, value in enumerate(self.products(x, p, ones if weights is None else weights)):
             getattr(self, f"sum{number}").add_(value)
 
     def finish(self, dtype: torch.dtype) -> None:
-        """Replace the sums by eigenvalues (clipped at 0, as H is positive semidefinite) and eigenvectors in `dtype`."""
+        """Replace the sums by eigenvectors and eigenvalues in `dtype`, clipped at 0, because H is positive semidefinite."""
         for name, value in list(self._buffers.items()):
             values, vectors = torch.linalg.eigh(value)
             self.register_buffer(name.replace("sum", "values"), values.clamp_min(0).to(dtype))
@@ -65,7 +69,7 @@ class Curvature(nn.Module, ABC):
 
     @abstractmethod
     def root(self, x: Tensor, precision: float) -> Tensor:
-        """Return R with R R^T the covariance of the k logits of each x: (b, k, k), or (b, k) for independent logits."""
+        """Return R, with R R^T the covariance of the k logits of each x. (b, k, k), or (b, k) for independent logits."""
 
 
 class FullCurvature(Curvature):
@@ -83,7 +87,7 @@ class FullCurvature(Curvature):
         return _square_root(self.wide_root(x, precision))
 
     def wide_root(self, x: Tensor, precision: float) -> Tensor:
-        """Return R (b, k, k d) with R R^T the covariance of the logits, linear in x; `root` has no gradient."""
+        """Return R (b, k, k d), with R R^T the covariance of the logits. R is linear in x, while `root` has no gradient."""
         vectors = rearrange(self.vectors0, "(k d) m -> k d m", k=self.classes)
         return einsum(x, vectors, "b d, k d m -> b k m") * (self.values0 + precision).rsqrt()
 
@@ -121,14 +125,14 @@ STRUCTURES: dict[str, type[Curvature]] = {"full": FullCurvature, "rows": RowCurv
 
 
 class Laplace(GaussianHead):
-    """The Gaussian head that `fit_laplace` returns; it has no trainable parameters.
+    """The Gaussian head that `fit_laplace` returns. It has no trainable parameters.
 
     Args:
-        mean: (k, d), the trained weight.
-        curvature: the decomposed Hessian.
-        prior_precision: lambda.
-        noise: (k,) variances of the logits in addition to those of the weights.
-        affine: whether the last column of mean is a bias.
+        mean: Trained weight (k, d).
+        curvature: Decomposed Hessian.
+        prior_precision: Precision lambda of the prior.
+        noise: Variances (k,) of the logits in addition to the variance of the weights.
+        affine: Whether the last column of mean is a bias.
     """
 
     noise: Tensor | None
@@ -174,15 +178,15 @@ class Laplace(GaussianHead):
         """Set prior_precision to the value of `grid` with the smallest validation NLL.
 
         Args:
-            features: (n, d) float.
-            labels: (n,) int in [0, k).
-            grid: prior precisions > 0.
+            features: Features (n, d), float.
+            labels: Integers (n,) in [0, k).
+            grid: Prior precisions > 0.
 
         Returns:
-            {precision: NLL in nats}.
+            NLL in nats by precision.
 
         Raises:
-            UserError: no examples, labels that do not fit, or an empty grid.
+            UserError: If there are no examples, labels do not fit, or the grid is empty.
         """
         if not len(features):
             raise UserError("laplace.tune: validation examples are missing; give features (n, d) and labels (n,).")
@@ -211,19 +215,20 @@ def fit_laplace(
     """Fit a Laplace approximation around the weight of a trained head.
 
     Args:
-        weight: (k, d) float.
-        batches: features (b, d) of the whole training set, without labels, which the Gauss-Newton matrix does not depend on.
-        prior_precision: lambda > 0, 1 / variance of the prior of a weight (1 / head.prior_variance after VBLL; N w after
-            weight decay w under a mean NLL).
+        weight: Weight (k, d), float.
+        batches: Features (b, d) of the whole training set. The Gauss-Newton matrix needs no labels.
+        prior_precision: lambda > 0, 1 / variance of the prior of a weight: 1 / head.prior_variance after VBLL, or N w after
+            weight decay w under a mean NLL.
         structure: "full", "rows" or "kronecker".
-        noise: (k,) variances that are added to those of the logits at prediction (torch.exp(2 * head.log_noise) after VBLL).
-        bias: (k,) of the head, None without one.
+        noise: Variances (k,) that are added to the variances of the logits at prediction (torch.exp(2 * head.log_noise) after
+            VBLL).
+        bias: Bias (k,) of the head. None without a bias.
 
     Returns:
         A head with `predict`, `uncertainty` and `tune`.
 
     Raises:
-        UserError: unknown structure, a head too large for "full", or features or noise that do not fit.
+        UserError: For an unknown structure, a head too large for "full", and features or noise that do not fit.
     """
     require_known("laplace: no structure", [structure], STRUCTURES)
     if weight.ndim != 2:
@@ -264,7 +269,7 @@ def _output_hessian(p: Tensor, w: Tensor) -> Tensor:
 
 
 def _square_root(wide: Tensor) -> Tensor:
-    """Return R (b, k, k) with R R^T = wide wide^T for wide (b, k, m), m >= k, by QR: the product loses half the digits."""
+    """Return R (b, k, k) with R R^T = wide wide^T for wide (b, k, m), m >= k, by QR. The product would lose half the digits."""
     return torch.linalg.qr(wide.mT, mode="r").R.mT
 
 

@@ -1,9 +1,12 @@
 """Heads on the features of the last token, registered by name: a linear head and VBLL.
 
-head(features (b, d)) -> logits (b, k); head.loss(features, labels (b,)) -> scalar; head.predict(features, ...) -> probabilities
-(b, k). A head starts at given rows (k, d), the rows of the LM's output embedding for the answer tokens. The prior of VBLL is
-centred at these rows; otherwise its KL would start at hundreds of nats per class. What is registered is a dataclass of the
-head's options.
+    head(features (b, d)) -> logits (b, k)
+    head.loss(features, labels (b,)) -> scalar
+    head.predict(features, ...) -> probabilities (b, k)
+
+A head starts at given rows (k, d), the rows of the LM's output embedding for the answer tokens. The prior of VBLL is centred at
+these rows. Otherwise its KL would start at hundreds of nats for each class. The registry holds a dataclass of the options of
+each head.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ HEADS: Registry[Any] = Registry("head: no head")
 
 
 class LinearAnswerHead(nn.Module):
-    """Logits features W^T + bias in fp32; W (k, d) starts at `rows`, the bias (k,) exists where the output embedding has one."""
+    """Logits features W^T + bias in fp32. W (k, d) starts at `rows`. The bias (k,) exists if the output embedding has one."""
 
     def __init__(self, rows: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
@@ -53,7 +56,7 @@ class LinearHead:
 
 @HEADS.register("vbll")
 class VBLLHead(VBLLOptions):
-    """A VBLLClassifier that starts at the rows; it has no bias, even where the output embedding has one."""
+    """A VBLLClassifier that starts at the rows. It has no bias, even if the output embedding has one."""
 
     def make(self, rows: Tensor, bias: Tensor | None, num_train: int, seed: int) -> VBLLClassifier:
         classes, width = rows.shape
@@ -66,15 +69,15 @@ def make_head(
     """Return the head registered as `name`.
 
     Args:
-        name: a key of HEADS.
-        rows: (k, d), where the weight starts.
-        bias: (k,) or None.
-        num_train: number of training rows.
-        seed: of the start values.
-        options: further arguments of the head.
+        name: Key of HEADS.
+        rows: Start (k, d) of the weight.
+        bias: Bias (k,) or None.
+        num_train: Number of training rows.
+        seed: Seed of the start values.
+        options: Further arguments of the head.
 
     Raises:
-        UserError: unknown name or option.
+        UserError: For an unknown name or option.
     """
     check_head(name, options)
     return HEADS[name](**options).make(rows, bias, num_train, seed)
@@ -110,14 +113,14 @@ def laplace_structure(name: str, classes: int, width: int) -> str:
 def laplace_head(head: nn.Module, training: list[Tensor], validation: tuple[Tensor, Tensor]) -> nn.Module:
     """Return a Laplace approximation around a trained head.
 
-    For a linear head it keeps the full Hessian, or a Kronecker-factored one where the full Hessian is too large, and chooses
-    the prior precision on the validation data. For VBLL, as in PoLAR-VBLL, it keeps the means, the prior and the learned noise
-    and replaces the covariances by the row blocks of the Hessian.
+    For a linear head it keeps the full Hessian, or Kronecker factors if the full Hessian is too large, and chooses the prior
+    precision on the validation data. For VBLL, as in PoLAR-VBLL, it keeps the means, the prior and the learned noise, and
+    replaces the covariances by the row blocks of the Hessian.
 
     Args:
-        head: a linear head with or without a bias, or a VBLLClassifier.
-        training: features (b, d) of all training rows, in batches.
-        validation: features (n, d) and labels (n,).
+        head: A linear head with or without a bias, or a VBLLClassifier.
+        training: Features (b, d) of all training rows, in batches.
+        validation: Features (n, d) and labels (n,).
     """
     if isinstance(head, VBLLClassifier):
         noise = torch.exp(2 * head.log_noise)

@@ -3,15 +3,19 @@
     probit     p_c ~ 1 / sum_j exp(-(m_c - m_j) / sqrt(1 + pi V_cj / 8)),   V_cj the variance of z_c - z_j           no draw
     sample     p = mean_s softmax(m + R eps_s), R R^T the covariance of the k logits     probabilities are averaged, not logits
 
-MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, where the probit above equals it. The usual
-extension to more classes, softmax(m / sqrt(1 + pi v / 8)) with the variances v of single logits, changes when a constant is
-added to all m, ignores correlations, and was further from the mean of many draws in all our measurements (two classes: total
-variation 0.06 against 0.005 at v = 10; five: 0.13 against 0.08). softmax(m + v / 2), which normalises VBLL's bound, is not a
-predictive distribution. Draws are of the k logits of an example, never of weights.
+MacKay's approximation (Neural Computation 4(5), 1992) is for two classes, for which the probit above equals it. The usual
+extension to more classes is softmax(m / sqrt(1 + pi v / 8)) with the variances v of single logits. It changes if a constant is
+added to all m, ignores correlations, and was further from the mean of many draws in all our measurements. At v = 10 its total
+variation was 0.06 against 0.005 for two classes, and 0.13 against 0.08 for five. softmax(m + v / 2), which normalises VBLL's
+bound, is not a predictive distribution. Draws are draws of the k logits of an example, never of weights.
 
-Jobs score by the probit, as few draws err more. NLL in nats above that of 20,000 draws, with independent logits of standard
-deviation 1, 2 and 4 about means of standard deviation 3 (200 examples): two classes 0.000, 0.001 and 0.000 (20 draws 0.004, 0.012
-and 0.016); three 0.001, 0.004 and 0.005 (0.007, 0.020 and 0.040); five 0.004, 0.014 and 0.023 (0.010, 0.033 and 0.080).
+Jobs score by the probit, because few draws err more. NLL in nats above the NLL of 20,000 draws, with independent logits of
+standard deviation 1, 2 and 4 about means of standard deviation 3 (200 examples):
+
+    classes     probit                    20 draws
+    two         0.000, 0.001, 0.000       0.004, 0.012, 0.016
+    three       0.001, 0.004, 0.005       0.007, 0.020, 0.040
+    five        0.004, 0.014, 0.023       0.010, 0.033, 0.080
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def full_precision(method: Callable[..., object]) -> Callable[..., Any]:
-    """Run a method of a head outside autocast: v / 2 in a logsumexp and factorisations are not accurate in half precision."""
+    """Run a method outside autocast, because v / 2 in a logsumexp and factorisations are not accurate in half precision."""
 
     @functools.wraps(method)
     def run(self: GaussianHead, *args: object, **options: object) -> Any:
@@ -54,7 +58,7 @@ class GaussianHead(nn.Module, ABC):
 
     @full_precision
     def forward(self, features: Tensor) -> Tensor:
-        """Return the mean logits (b, k) fp32, those of a linear head with these means. features: (b, d) float."""
+        """Return the mean logits (b, k) fp32, as a linear head with these means. features: Features (b, d), float."""
         return self._features(features) @ self.mean.mT
 
     @abstractmethod
@@ -73,14 +77,14 @@ class GaussianHead(nn.Module, ABC):
         """Return class probabilities (b, k) fp32, averaged over the distribution of the logits.
 
         Args:
-            features: (b, d) float, from one pass of the backbone for any number of samples.
-            samples: number of draws of the k logits, over which the softmax is averaged; 20 where None.
-            generator: of the draws; None for the global one.
-            method: "sample", or "probit", an approximation without draws that 20 draws do not reach; None draws where
-                `samples` is given, and takes the probit elsewhere.
+            features: Features (b, d), float, from one pass of the backbone for any number of samples. samples: Number of draws
+            of the k logits, over which the softmax is averaged. None means 20. generator: Generator of the draws. None for the
+            global generator. method: "sample", or "probit", an approximation without draws that is more accurate than 20 draws.
+            None means "sample" if
+                `samples` is given, and otherwise "probit".
 
         Raises:
-            UserError: features that do not fit, `samples` below 1, or an unknown method.
+            UserError: For features that do not fit, `samples` below 1, or an unknown method.
         """
         method = method or ("probit" if samples is None else "sample")
         require_known("predict: no method", [method], _METHODS)
@@ -90,17 +94,17 @@ class GaussianHead(nn.Module, ABC):
         return draw_logits(mean, root, 20 if samples is None else samples, generator).softmax(-1).mean(0)
 
     def log_probabilities(self, features: Tensor) -> Tensor:
-        """Return log class probabilities (b, k) by the probit, finite; every job scores a head by them."""
+        """Return finite log class probabilities (b, k) by the probit. Every job scores a head by them."""
         return self.predict(features).clamp_min(SMALLEST).log()
 
     @full_precision
     def uncertainty(
         self, features: Tensor, samples: int | None = None, generator: torch.Generator | None = None
     ) -> dict[str, Tensor]:
-        """Return scores (b,) by name; higher scores mean a less certain model. Arguments as for `predict`.
+        """Return scores (b,) by name. Higher scores mean a less certain model. Arguments are as for `predict`.
 
-        least_confidence: 1 - max p, in [0, 1 - 1/k]. entropy: H(p) in nats. With draws also mutual_information:
-        H(p) - mean_s H(p_s) >= 0, the disagreement of the draws. p is that of `predict`.
+        With p from `predict`, least_confidence is 1 - max p, in [0, 1 - 1/k], and entropy is H(p) in nats. With draws there is
+        also mutual_information, H(p) - mean_s H(p_s) >= 0, the disagreement of the draws.
         """
         mean, root = self.mean_and_root(features)
         if samples is None:
@@ -124,7 +128,7 @@ class GaussianHead(nn.Module, ABC):
         return features.to(self.mean.dtype)
 
     def _labels(self, labels: Tensor, count: int) -> Tensor:
-        """Return checked labels (b, 1) for gather; the range is checked on the CPU only, to avoid a device synchronisation."""
+        """Return checked labels (b, 1) for gather. The range is checked only on the CPU, to avoid a device synchronisation."""
         what, k = type(self).__name__, len(self.mean)
         if labels.shape != (count,) or labels.is_floating_point() or labels.dtype == torch.bool:
             raise UserError(
@@ -148,8 +152,9 @@ class GaussianHead(nn.Module, ABC):
 def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
     """Draw logits (s, b, k) from N(mean, root root^T).
 
-    mean: (b, k). root: standard deviations (b, k), or a factor (b, k, k) of the covariance. samples: s. generator: on any
-    device, None for the global generator of the logits' device; exactly s b k normal numbers are drawn.
+    Exactly s b k normal numbers are drawn. mean: Means (b, k). root: Standard deviations (b, k), or a factor (b, k, k) of the
+    covariance. samples: Number s of draws. generator: Generator on any device. None for the global generator of the logits'
+    device.
     """
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise UserError(
@@ -161,7 +166,7 @@ def draw_logits(mean: Tensor, root: Tensor, samples: int, generator: torch.Gener
 
 
 def probit(mean: Tensor, root: Tensor) -> Tensor:
-    """Return approximate probabilities (b, k) without a draw. Arguments as in `draw_logits`."""
+    """Return approximate probabilities (b, k) without a draw. Arguments are as in `draw_logits`."""
     batch = max(1, _PAIRS // mean.shape[1] ** 2)
     parts = []
     for m, r in zip(mean.split(batch), root.split(batch), strict=True):

@@ -1,28 +1,29 @@
-"""Accuracy and calibration of class probabilities: ACC, ECE, NLL, Brier and AUROC, with per-example values and intervals.
+"""Accuracy and calibration of class probabilities: ACC, ECE, NLL, Brier and AUROC, with values by example and intervals.
 
-    ECE   = sum_b |B_b| / n |acc_b - conf_b|        15 equal bins of the largest probability; empty bins count nothing
+    ECE   = sum_b |B_b| / n |acc_b - conf_b|        15 equal bins of the largest probability. Empty bins do not count
     NLL   = -mean log p_y                           Brier = mean sum_c (p_c - [y = c])^2, in [0, 2], 1 - 1/k for uniform p
     AUROC = mean over classes, each against the rest, ties counted half
 
 Values come from torchmetrics, from all examples at once, so that a short last batch has the right weight. ACC, NLL and Brier
-are means of per-example values, which are returned: intervals and paired differences are those of a mean. The same holds for
-AUROC to first order: with V_i the share of examples of the other label that example i is ranked correctly against, and n_i the
-number of examples with the label of i, the values AUROC + (n / n_i) (V_i - AUROC) have the AUROC as their mean and DeLong's
-variance (Biometrics 44, 1988).
+are means of the returned values by example, so that they have the intervals and paired differences of a mean. The same holds
+for AUROC to first order. Let V_i be the share of examples of the other label that are ranked correctly against example i, and
+n_i the number of examples with the label of i. The values AUROC + (n / n_i) (V_i - AUROC) have the AUROC as their mean and
+DeLong's variance (Biometrics 44, 1988).
 
-ECE is not a mean, and |.| biases it upwards: a calibrated model has about 0.04 at n = 300. With g_b the mean gap of bin b and C
-the covariance of the errors e of these means, ECE(t) = sum_b |t g_b + e_b| would be observed if the true gaps were t g. If the
-errors are normal, it has the mean m(t) and the variance V(t) of folded normal variables,
+ECE is not a mean, and |.| biases it upwards. A calibrated model has about 0.04 at n = 300. Let g_b be the mean gap of bin b,
+and C the covariance of the errors e of these means. If the true gaps were t g, ECE(t) = sum_b |t g_b + e_b| would be observed.
+If the errors are normal, ECE(t) has the mean m(t) and the variance V(t) of folded normal variables,
 
     m(t) = sum_b E|t g_b + e_b|,    V(t) = sum_b Var|t g_b + e_b| + sum_{b != c} w_b w_c C_bc,    w_b = E sign(t g_b + e_b).
 
-The ends of the interval are the t sum_b |g_b| with m(t) ± q sqrt(V(t)) = ECE. The bias at an end is m(t) - t sum_b |g_b|. A score
-keeps both biases and one variance, V(t) at the upper end, where it is largest. Averages over seeds and sets average the biases,
-and average or divide the variance (vismt.uncertainty.intervals.Estimate). docs/guides/intervals.md has the coverage. The
-difference of two models has no such interval, as the bias differs between the models. Compare their paired NLL or Brier values.
+The ends of the interval are the t sum_b |g_b| with m(t) ± q sqrt(V(t)) = ECE. The bias at an end is m(t) - t sum_b |g_b|. A
+score keeps both biases and one variance, V(t) at the upper end, where it is largest. Averages over seeds and sets average the
+biases, and average or divide the variance (vismt.uncertainty.intervals.Estimate). docs/coverage.md has the coverage. The
+difference of two models has no such interval, because the bias differs between the models. Compare their paired NLL or Brier
+values.
 
-NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952;
-Brier, Monthly Weather Review 78, 1950). torchmetrics is imported where a score is computed.
+NLL and Brier score are proper: their expectation is smallest for the true probabilities (Good, J. R. Stat. Soc. B 14, 1952, and
+Brier, Monthly Weather Review 78, 1950). torchmetrics is imported when a score is computed.
 """
 
 from __future__ import annotations
@@ -45,9 +46,10 @@ BINS = 15
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores of a model on n examples, with per-example values (n,) fp64 on the CPU of those that are means.
+    """Scores of a model on n examples. The scores that are means also have values by example, (n,) fp64 on the CPU.
 
-    correct: mean is accuracy. nlls: mean is nll, in nats. briers: mean is brier. orders: mean is auroc, NaN where that is.
+    correct: Values of the accuracy. nlls: Values of the NLL, in nats. briers: Values of the Brier score. orders: Values of the
+    AUROC, NaN if the AUROC is NaN.
     """
 
     n: int
@@ -66,17 +68,17 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
     """Compute all scores of a model.
 
     Args:
-        probabilities: (n, k) float on any device, rows sum to 1. A probability of 0 for the true class counts as the smallest
-            normal number of its dtype.
-        labels: (n,) int in [0, k).
-        bins: of the ECE.
+        probabilities: Probabilities (n, k), float on any device, with rows that sum to 1. A probability of 0 for the true class
+            counts as the smallest normal number of its dtype.
+        labels: Integers (n,) in [0, k).
+        bins: Number of bins of the ECE.
 
     Returns:
-        The scores. AUROC is the mean over the classes that have both positive and negative examples; NaN where all labels are
+        The scores. AUROC is the mean over the classes that have both positive and negative examples. It is NaN if all labels are
         equal.
 
     Raises:
-        UserError: logits, NaN, labels out of range, or shapes that do not fit.
+        UserError: For logits, NaN, labels out of range, or shapes that do not fit.
     """
     from torchmetrics.functional.classification import multiclass_accuracy
 
@@ -99,9 +101,9 @@ def scores(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> Scores:
 
 
 def expected_calibration_error(probabilities: Tensor, labels: Tensor, bins: int = BINS) -> float:
-    """Return the ECE in [0, 1] with `bins` equal bins, gaps weighted by their share of the examples.
+    """Return the ECE in [0, 1] with `bins` equal bins and gaps weighted by their share of the examples.
 
-    Arguments as in `scores`.
+    Arguments are as in `scores`.
     """
     from torchmetrics.functional.classification import multiclass_calibration_error
 
@@ -124,12 +126,12 @@ def largest_probability(log_p: Tensor) -> Tensor:
 
 
 def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tensor:
-    """Return (n, bins) with (correct - confidence) of each example in the column of its bin: ECE = sum_b |column sum| / n.
+    """Return (n, bins) with (correct - confidence) of each example in the column of its bin. ECE = sum_b |column sum| / n.
 
     Args:
-        confidences: largest probability of each example (n,), float64 in [0, 1].
-        correct: (n,), 1 where the class with the largest probability is the label, else 0.
-        bins: number of equal bins.
+        confidences: Largest probability of each example (n,), float64 in [0, 1].
+        correct: 1 if the class with the largest probability is the label, else 0, (n,).
+        bins: Number of equal bins.
     """
     bounds = torch.linspace(0, 1, bins + 1, dtype=confidences.dtype)
     column = (torch.bucketize(confidences, bounds, right=True) - 1).clamp(0, bins - 1)
@@ -140,10 +142,10 @@ def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tenso
 def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Estimate | None]:
     """Return values by row (n,) whose mean is the ECE (its first-order effects), and the ECE with its error.
 
-    Fewer than two rows or groups have no error: the estimate is then None.
+    With fewer than two rows or groups there is no error, and the estimate is None.
 
     Args:
-        gaps: (n, bins) fp64: rows of `binned_gaps`, or for examples that share a row (the queries of an episode) their mean row.
+        gaps: Rows (n, bins) fp64 of `binned_gaps`. Examples that share a row (the queries of an episode) have their mean row.
         groups: Group of each row, as for `vismt.uncertainty.intervals.estimate`. None if the rows are independent.
     """
     gap, n = gaps.mean(0), len(gaps)
@@ -194,14 +196,15 @@ class ProbabilityMeasure:
     Args:
         metric: Name in rows and tables, with its unit.
         column: Field in the record of an example, after the form of the logits: "clean nll".
-        values: values(log_p (n, k), labels int64 (n,)) returns the value of each example (n,), float64.
+        values: Function values(log_p (n, k), labels int64 (n,)) that returns the value of each example (n,), float64.
         field: Range of these values.
-        parts: parts(values (n,), right (n,)) returns what is averaged over examples, (n,) or (n, d); None for the values.
+        parts: Function parts(values (n,), right (n,)) that returns what is averaged over examples, (n,) or (n, d). None for the
+            values.
         parts_column: Field in the record of a group of examples, such as an episode, for the mean of the parts. By default
             `column`.
-        parts_field: Range of the mean.
-        measure: measure(parts, group of each row or None) returns the values (n,) whose mean is the score, and changes of the
-            fields of `Measure`; None for a mean.
+        parts_field: Range of the mean. measure: Function measure(parts, group of each row or None) that returns the values (n,)
+        whose mean is the score, and changes
+            of the fields of `Measure`. None for a mean.
     """
 
     metric: str
@@ -224,7 +227,7 @@ def _calibration(gaps: Tensor, groups: Sequence[Hashable] | None) -> tuple[Tenso
     return values, {"scale": SHARE, "error": error, "paired": False}
 
 
-# One entry is all that a measure of probabilities needs: records, scores and tables of every job follow from it.
+# A measure of probabilities needs only an entry here. Records, scores and tables of every job follow from it.
 MEASURES = [
     ProbabilityMeasure(
         "ECE-15",
@@ -252,7 +255,7 @@ def example_fields(form: str) -> dict[str, Field]:
 
 
 def group_row(form: str, log_p: Tensor, labels: Tensor) -> dict[str, Any]:
-    """Return the fields of the record of a group of examples, means over them; arguments as of `example_values`."""
+    """Return the fields of the record of a group of examples, means over them. Arguments are as in `example_values`."""
     right = log_p.argmax(1) == labels
     return {
         f"{form} {one.of_group}": _parts(one, one.values(log_p, labels), right).mean(0).tolist() for one in MEASURES
@@ -271,8 +274,8 @@ def example_measures(
 
     Args:
         ids: Names of n examples.
-        values: (n,) float64 by column, as `example_values` returns them.
-        right: (n,), 1 where the answer is the label, else 0.
+        values: Values (n,) float64 by column, as `example_values` returns them.
+        right: 1 if the answer is the label, else 0, (n,).
         groups: Group by name, as in `Measure`. None if the examples are independent.
     """
     return [_measure(one, ids, _parts(one, values[one.column], right), groups) for one in MEASURES]
@@ -281,7 +284,7 @@ def example_measures(
 def group_measures(
     ids: Sequence[str], form: str, rows: Mapping[str, Tensor], groups: Mapping[str, str] | None = None
 ) -> list[Measure]:
-    """Return the measures of groups of examples that weigh the same; rows: the fields of `group_row`, (n,) or (n, d)."""
+    """Return the measures of groups of examples with equal weights. rows: Fields of `group_row`, (n,) or (n, d)."""
     return [_measure(one, ids, rows[f"{form} {one.of_group}"], groups) for one in MEASURES]
 
 
@@ -298,16 +301,16 @@ def _measure(one: ProbabilityMeasure, ids: Sequence[str], parts: Tensor, groups:
 
 
 def detection_auroc(inside: Tensor, outside: Tensor) -> float:
-    """Return the AUROC in [0, 1] of an uncertainty score as a detector of outliers; 0.5 is chance.
+    """Return the AUROC in [0, 1] of an uncertainty score as a detector of outliers. 0.5 is chance.
 
     It is the probability that an outlier scores above an inlier, ties counted half.
 
     Args:
-        inside: scores (n,) of inliers; higher scores mean less certain (pass the negative of a confidence).
-        outside: scores (m,) of outliers.
+        inside: Scores (n,) of inliers. Higher scores mean less certain (pass the negative of a confidence).
+        outside: Scores (m,) of outliers.
 
     Raises:
-        UserError: no inliers, no outliers, or NaN.
+        UserError: If there are no inliers or no outliers, or for NaN.
     """
     from torchmetrics.functional.classification import binary_auroc
 
@@ -323,9 +326,9 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
 
 
 def detection_values(inside: Tensor, outside: Tensor) -> Tensor:
-    """Return values by example (n + m,) fp64, first of the inliers, whose mean is `detection_auroc`, with DeLong's variance.
+    """Return values by example (n + m,) fp64, inliers first, whose mean is `detection_auroc`, with DeLong's variance.
 
-    Arguments as in `detection_auroc`, and so are the errors.
+    Arguments and errors are as in `detection_auroc`.
     """
     area = detection_auroc(inside, outside)
     inliers, outliers = (values.detach().cpu().double().flatten() for values in (inside, outside))
@@ -337,7 +340,7 @@ def detection_values(inside: Tensor, outside: Tensor) -> Tensor:
 
 
 def _auroc(p: Tensor, y: Tensor) -> float:
-    """Return the mean AUROC over the classes that have both positive and negative examples; NaN without such a class."""
+    """Return the mean AUROC over the classes that have both positive and negative examples. NaN without such a class."""
     from torchmetrics.functional.classification import multiclass_auroc
 
     counts = torch.bincount(y, minlength=p.shape[1])
@@ -351,7 +354,7 @@ def _auroc(p: Tensor, y: Tensor) -> float:
 
 
 def _orders(p: Tensor, y: Tensor) -> Tensor:
-    """Return the per-example values (n,) of the AUROC, averaged over the classes as in `_auroc`."""
+    """Return the values by example (n,) of the AUROC, averaged over the classes as in `_auroc`."""
     values = []
     for column, truth in zip(p.T, (y[:, None] == torch.arange(p.shape[1])).T):
         if 0 < int(truth.sum()) < len(y):

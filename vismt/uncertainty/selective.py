@@ -1,17 +1,17 @@
-"""Selective prediction: the error of a classifier that answers only where its confidence is high.
+"""Selective prediction: the error of a classifier that answers only if its confidence is high.
 
     g_i confidence, e_i 1 for a wrong answer and 0 for a right one, tau a threshold on g
     accepted = mean_i a_i,   a_i = [g_i >= tau]                risk(tau) = sum_i a_i e_i / sum_i a_i
     AURC = 1/n sum_k (wrong answers among the k most confident) / k        area under the risk-coverage curve
 
-Geifman and El-Yaniv, NeurIPS 2017 (arXiv 1705.08500); AURC: Geifman, Uziel and El-Yaniv, ICLR 2019 (arXiv 1805.08206). tau is
-the confidence above which a chosen share of calibration examples lies, so the accepted share is itself measured elsewhere.
-Examples of one confidence are taken in random order, so that AURC is its expectation over orders. An AURC of 0 needs all
-answers right; one without use of confidence equals the error.
+Geifman and El-Yaniv, NeurIPS 2017 (arXiv 1705.08500). AURC: Geifman, Uziel and El-Yaniv, ICLR 2019 (arXiv 1805.08206). tau is
+the confidence above which a chosen share of calibration examples lies. On other examples, the accepted share is measured.
+Examples of equal confidence are taken in random order, and AURC is the expectation over orders. AURC is 0 only if all answers
+are right. If the confidence tells nothing, AURC equals the error.
 
-Both scores have values by example whose mean is the score: risk + a_i (e_i - risk) / accepted, of which the variance is that of
-the ratio to first order, and e_i sum_{k >= rank of i} 1/k. The ranks of the latter depend on all examples, so its interval is
-a bootstrap's. Groups of examples that depend on each other are drawn as wholes.
+Both scores have values by example whose mean is the score. For the risk, the values are risk + a_i (e_i - risk) / accepted,
+with the variance of the ratio to first order. For AURC, they are e_i sum_{k >= rank of i} 1/k. These ranks depend on all
+examples, so the interval of AURC is a bootstrap. Groups of examples that depend on each other are drawn as wholes.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from vismt.uncertainty.intervals import wilson
 
 
 def accepting_threshold(confidences: Tensor, share: float) -> float:
-    """Return the largest tau with at least `share` of the confidences (n,) at or above it; n >= 1, share in (0, 1]."""
+    """Return the largest tau with at least `share` of the confidences (n,) at or above it. n >= 1. share: In (0, 1]."""
     kept = max(1, -int(-share * len(confidences) // 1))
     return float(confidences.double().sort(descending=True).values[kept - 1])
 
 
 def selective_risk(confidences: Tensor, wrong: Tensor, tau: float) -> Tensor | None:
-    """Return values by example (n,) fp64 whose mean is the risk among the accepted; None where none is accepted.
+    """Return values by example (n,) fp64 whose mean is the risk among accepted examples. None if no example is accepted.
 
-    confidences, wrong: (n,) float, wrong 0 or 1.
+    confidences: Confidences (n,), float. wrong: 1 for a wrong answer and 0 for a right answer, (n,) float.
     """
     accepted = (confidences >= tau).double()
     if not bool(accepted.any()):
@@ -45,11 +45,11 @@ def risk_coverage_values(confidences: Tensor, wrong: Tensor) -> Tensor:
     """Return values by example (n,) fp64 whose mean is the AURC.
 
     Args:
-        confidences: (n,) float, higher is more certain.
-        wrong: (n,), 1 for a wrong answer, else 0.
+        confidences: Confidences (n,), float. Higher is more certain.
+        wrong: 1 for a wrong answer, else 0, (n,).
 
     Raises:
-        UserError: no example, or shapes that differ.
+        UserError: If there is no example, or shapes differ.
     """
     n = len(confidences)
     if not n or wrong.shape != confidences.shape:
@@ -69,14 +69,14 @@ def risk_coverage_interval(
 ) -> tuple[float, float]:
     """Return the percentile bootstrap's 95 % interval of the AURC over the examples.
 
-    If all answers are wrong, or all right, no draw differs: the interval is then Wilson's for the errors, of as many examples as
-    there are groups.
+    If all answers are wrong, or all are right, no draw differs. The interval is then Wilson's for the errors, with the number
+    of groups as the number of examples.
 
     Args:
-        confidences, wrong: as in `risk_coverage_values`.
-        groups: int64 (n,) from 0, the group of each example; None for independent examples.
-        resamples: number of draws.
-        seed: of the draws.
+        confidences, wrong: Arguments of `risk_coverage_values`.
+        groups: Group of each example, int64 (n,) from 0. None for independent examples.
+        resamples: Number of draws.
+        seed: Seed of the draws.
     """
     n, errors = len(confidences), int(wrong.sum())
     units = n if groups is None else int(groups.max()) + 1

@@ -5,9 +5,10 @@ is found first, and all logits are divided by its temperature:
 
     p = softmax(z / T_b),   b = block(argmax_c z_c),   T_b minimises  sum_{i: b_i = b} NLL_i(T) + 10 mean_i NLL_i(T)
 
-The logits of an example are divided by one positive number, so no answer changes, neither within a block nor across them. One T
-for all tasks would be a mean of temperatures that tasks of other difficulty and size need. The second term, over all examples,
-weighs as much as ten of them: it keeps a block with few or no answers, or right ones alone, near the temperature of all.
+The logits of an example are divided by one positive number, so no answer changes, neither within a block nor across blocks.
+Tasks of different difficulty and size need different temperatures, and one T for all tasks would be their mean. The second
+term, over all examples, weighs as much as ten examples. It keeps a block near the temperature of all if the block has few
+answers, or only right answers.
 """
 
 from __future__ import annotations
@@ -20,41 +21,41 @@ from torch import Tensor
 from vismt.base.errors import UserError
 
 COLDEST, HOTTEST = 1e-3, 1e3
-_SHARED = 10  # examples as which the mean over all examples weighs in a block's temperature
+_SHARED = 10  # weight of the mean over all examples in a block's temperature, in examples
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:
-    """Return the temperature T with the smallest NLL; calibrated probabilities are `softmax(logits / T)`.
+    """Return the temperature T with the smallest NLL. Calibrated probabilities are `softmax(logits / T)`.
 
     The NLL is convex in 1 / T, so its slope mean(E z - z_y) is bisected in fp64.
 
     Args:
-        logits: (n, k) float on any device, or log-probabilities of a Bayesian predictive.
-        labels: (n,) int in [0, k).
+        logits: Logits (n, k), float on any device, or log-probabilities of a Bayesian predictive.
+        labels: Integers (n,) in [0, k).
 
     Returns:
-        T in [0.001, 1000]: the lower end where every example is classified correctly, so that the minimum lies at T = 0; the
-        upper end where uniform probabilities are better than the logits at any T.
+        T in [0.001, 1000]. It is the lower end if every example is classified correctly, because the minimum then lies at T =
+        0. It is the upper end if uniform probabilities are better than the logits at any T.
 
     Raises:
-        UserError: shapes that do not fit, labels out of range, or logits that are not finite.
+        UserError: If shapes do not fit, labels are out of range, or logits are not finite.
     """
     return float(_fit(*_checked(logits, labels), torch.ones(1, len(labels), dtype=torch.float64)))
 
 
 def fit_block_temperatures(logits: Tensor, labels: Tensor, block_of_class: Tensor) -> list[float]:
-    """Return the temperature of each block of classes; calibrated probabilities are `softmax(block_tempered(...))`.
+    """Return the temperature of each block of classes. Calibrated probabilities are `softmax(block_tempered(...))`.
 
     Args:
-        logits: (n, k) float on any device.
-        labels: (n,) int in [0, k).
-        block_of_class: (k,) int, the number of each class's block, from 0 to the last without a gap.
+        logits: Logits (n, k), float on any device.
+        labels: Integers (n,) in [0, k).
+        block_of_class: Number of each class's block, int (k,), from 0 to the last without a gap.
 
     Returns:
-        Temperatures in [0.001, 1000], by block; of a single block the one of `fit_temperature`.
+        Temperatures in [0.001, 1000], by block. A single block has the temperature of `fit_temperature`.
 
     Raises:
-        UserError: as `fit_temperature`.
+        UserError: As `fit_temperature`.
     """
     z, y = _checked(logits, labels)
     answered = block_of_class[z.argmax(1)]
@@ -63,7 +64,7 @@ def fit_block_temperatures(logits: Tensor, labels: Tensor, block_of_class: Tenso
 
 
 def block_tempered(logits: Tensor, temperature_of_class: Tensor) -> Tensor:
-    """Return logits (n, k) divided by the temperature of their largest one's class; temperature_of_class: (k,)."""
+    """Return logits (n, k), each row divided by the temperature of its largest logit's class. temperature_of_class: (k,)."""
     return logits / temperature_of_class[logits.argmax(1)][:, None]
 
 

@@ -1,4 +1,4 @@
-"""VBLL: a classifier with a Gaussian posterior over its last layer, trained on a bound in closed form (no sampling).
+"""VBLL: a classifier with a Gaussian posterior over its last layer, trained on a bound in closed form, without sampling.
 
     z_c = w_c^T phi + eps_c,   w_c ~ q = N(mu_c, S_c),   eps_c ~ N(0, sigma_c^2)
     prior w_c ~ N(centre_c, p I) for each of the k rows of width d,   p = prior_scale * 2 / d
@@ -11,15 +11,21 @@
 Harrison, Willes, Snoek, "Variational Bayesian Last Layers", ICLR 2024, arXiv 2404.11599 (discriminative classification). On
 the answer rows of a language model's head it is the last layer of PoLAR-VBLL (arXiv 2604.03388, no code published).
 
-Deliberate differences from the package (vbll 0.4.9), whose numbers the tests hold: means may start at given rows with the
-prior centred there; the std of the posterior starts at 0.03 (the package's 1/d shows no uncertainty for a thousand steps); the
-noise starts at a fixed std, not at a random one; `predict` needs no draw, and no forward pass draws; covariance="dense" is
-dense. The package drops the constant -k d / 2 of the KL; here it is kept, so that KL is 0 at the prior (the loss differs by
-k d / (2 N)). `log_std` is a log standard deviation in all three covariances; the package interprets it as a log variance in the
-low-rank one. The logdet of a low-rank S is log det D + sum log(1 + eig(U^T D^-1 U)) on the small matrix, which cannot underflow
-as a determinant can and creates no tensor on another device. Defaults of the priors are those of the package. Left out: the
-generative, Student-t and heteroscedastic heads, the Monte Carlo bound, a bias (append a column of ones to the features where a
-bias is needed).
+The tests compare with the numbers of the package (vbll 0.4.9). Deliberate differences:
+
+- Means may start at given rows, and the prior is then centred there.
+- The std of the posterior starts at 0.03. The package's 1/d shows no uncertainty for a thousand steps.
+- The noise starts at a fixed std, not at a random std.
+- `predict` needs no draw, and no forward pass draws.
+- covariance="dense" is dense.
+- The constant -k d / 2 of the KL is kept, so that KL is 0 at the prior. The loss differs by k d / (2 N).
+- `log_std` is a log standard deviation in all three covariances. In the package it is a log variance in the low-rank covariance.
+- The logdet of a low-rank S is log det D + sum log(1 + eig(U^T D^-1 U)) on the small matrix. It cannot underflow as a
+determinant can,
+  and creates no tensor on another device.
+
+The defaults of the priors are the package's. Left out: the generative, Student-t and heteroscedastic heads, the Monte Carlo
+bound, and a bias. If a bias is needed, append a column of ones to the features.
 """
 
 from __future__ import annotations
@@ -40,7 +46,7 @@ from vismt.uncertainty.predictive import GaussianHead, full_precision
 
 
 class Covariance(nn.Module, ABC):
-    """The covariances S_c of k independent rows of width d. log_std: (k, d)."""
+    """The covariances S_c of k independent rows of width d. log_std: Log standard deviations (k, d)."""
 
     def __init__(self, rows: int, width: int, device: Any) -> None:
         super().__init__()
@@ -59,12 +65,12 @@ class Covariance(nn.Module, ABC):
         """Return the diagonals (k, d) of S_c."""
 
     def logdet(self) -> Tensor:
-        """Return log det S_c (k,), here of a triangular root whose diagonal is exp(log_std)."""
+        """Return log det S_c (k,), computed from a triangular root whose diagonal is exp(log_std)."""
         return 2 * self.log_std.sum(1)
 
 
 class DiagonalCovariance(Covariance):
-    """S_c = diag(std_c^2): k d numbers."""
+    """S_c = diag(std_c^2), k d numbers."""
 
     def quadratic(self, x: Tensor) -> Tensor:
         return x.square() @ self.variances().mT
@@ -74,9 +80,9 @@ class DiagonalCovariance(Covariance):
 
 
 class DenseCovariance(Covariance):
-    """S_c = L_c L_c^T, L_c with the diagonal exp(log_std): k d^2 numbers, for small d.
+    """S_c = L_c L_c^T, with exp(log_std) as the diagonal of L_c. k d^2 numbers, for small d.
 
-    lower: (k, d, d); only the entries below the diagonal are used.
+    lower: Matrices (k, d, d), of which only the entries below the diagonal are used.
     """
 
     def __init__(self, rows: int, width: int, device: Any) -> None:
@@ -99,7 +105,7 @@ class DenseCovariance(Covariance):
 
 
 class LowRankCovariance(Covariance):
-    """S_c = U_c U_c^T + diag(std_c^2): k d (r + 1) numbers. factor: U (k, d, r)."""
+    """S_c = U_c U_c^T + diag(std_c^2), k d (r + 1) numbers. factor: Factor U (k, d, r)."""
 
     def __init__(self, rows: int, width: int, device: Any, rank: int) -> None:
         super().__init__(rows, width, device)
@@ -132,14 +138,14 @@ class VBLLOptions:
     """The settings of a VBLL head beside its sizes.
 
     Args:
-        covariance: of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for d up to a few
-            hundred).
-        prior_scale: the prior variance of a weight is prior_scale * 2 / d.
-        covariance_rank: r of "lowrank", 3 if None.
-        noise_dof: nu of the noise prior is (noise_dof + k + 1) / 2.
-        noise_scale: s of the noise prior, whose mode is s / (noise_dof + k + 1).
-        start_std: std of the posterior of every weight at the start.
-        start_noise: std of the noise at the start.
+        covariance: Form of the covariance of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for d
+            up to a few hundred).
+        prior_scale: Scale of the prior. The prior variance of a weight is prior_scale * 2 / d.
+        covariance_rank: Rank r of "lowrank". None means 3.
+        noise_dof: Degrees of freedom of the noise prior, with nu = (noise_dof + k + 1) / 2.
+        noise_scale: Scale s of the noise prior, whose mode is s / (noise_dof + k + 1).
+        start_std: Std of the posterior of every weight at the start.
+        start_noise: Std of the noise at the start.
     """
 
     covariance: str = "diagonal"
@@ -151,7 +157,7 @@ class VBLLOptions:
     start_noise: float = 0.37
 
     def make_covariance(self, rows: int, width: int, device: object) -> Covariance:
-        """Return the covariance of that name; raise UserError for an unknown name or an impossible rank."""
+        """Return the covariance with this name. Raise UserError for an unknown name or an impossible rank."""
         require_known("VBLLClassifier: no covariance", [self.covariance], COVARIANCES)
         if self.covariance == "lowrank":
             rank = 3 if self.covariance_rank is None else self.covariance_rank
@@ -167,29 +173,27 @@ class VBLLOptions:
 
 
 class VBLLClassifier(GaussianHead):
-    """Bayesian last layer on features (b, d) of any backbone, float of any precision; computes in fp32.
+    """Bayesian last layer on features (b, d) of any backbone, float of any precision. It computes in fp32.
 
     `mean`, `spread` (the covariance of the posterior) and `log_noise` can have separate learning rates (train.rates, or
-    `parameter_groups`). The std of the posterior is learned on a log scale, so its rate should be several times that of the
+    `parameter_groups`). The std of the posterior is learned on a log scale, so its rate should be several times the rate of the
     mean.
 
     Args:
-        in_features: d.
-        num_classes: k >= 2.
-        num_train: N, the number of training examples.
-        covariance: "diagonal", "lowrank" or "dense", as in `VBLLOptions`.
-        prior_scale: the prior variance of a weight is prior_scale * 2 / d.
-        rows: (k, d), the start values of the means and the centre of the prior (rows of a trained linear head, or of an LM head
-            for the answer tokens); None: prior at 0, means from N(0, 2 / d).
-        seed: of the start values; the global generator is left alone.
-        device: of the parameters.
-        **options: further fields of `VBLLOptions`.
+        in_features: Number d of features. num_classes: Number k of classes, at least 2. num_train: Number N of training
+        examples. covariance: "diagonal", "lowrank" or "dense", as in `VBLLOptions`. prior_scale: Scale of the prior. The prior
+        variance of a weight is prior_scale * 2 / d. rows: Start values (k, d) of the means and centre of the prior (rows of a
+        trained linear head, or of an LM head for the answer
+            tokens). None for a prior at 0 and means from N(0, 2 / d).
+        seed: Seed of the start values. The global generator is not used.
+        device: Device of the parameters.
+        **options: Further fields of `VBLLOptions`.
 
     Raises:
-        UserError: values that do not fit.
+        UserError: For values that do not fit.
     """
 
-    own_prior = True  # no weight decay: the KL pulls towards the prior, and a decayed log_std would grow to std = 1
+    own_prior = True  # No weight decay: the KL pulls towards the prior, and a decayed log_std would grow to std = 1.
     centre: Tensor
 
     def __init__(
@@ -240,7 +244,7 @@ class VBLLClassifier(GaussianHead):
         self.reset_parameters(seed)
 
     def reset_parameters(self, seed: int) -> None:
-        """Set the start values, a function of the seed: means at the given rows, or from N(0, mean_std^2)."""
+        """Set the start values, which are a function of the seed: means at the given rows, or from N(0, mean_std^2)."""
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             self.mean.copy_(self.mean_std * torch.randn(self.mean.shape, generator=generator)).add_(self.centre)
@@ -249,7 +253,7 @@ class VBLLClassifier(GaussianHead):
 
     @full_precision
     def logit_distribution(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Return m and v, both (b, k): the logits of an example are independent N(m_c, v_c). features: (b, d) float."""
+        """Return m and v, both (b, k). The logits of an example are independent N(m_c, v_c). features: (b, d), float."""
         x = self._features(features)
         return x @ self.mean.mT, self.spread.quadratic(x) + torch.exp(2 * self.log_noise)
 
@@ -263,21 +267,21 @@ class VBLLClassifier(GaussianHead):
     ) -> dict[str, Tensor]:
         """Return the scores of `GaussianHead.uncertainty` and weight_variance.
 
-        weight_variance: phi^T S_c phi, mean over classes, without the noise; it needs no draw.
+        weight_variance is phi^T S_c phi, the mean over classes, without the noise. It needs no draw.
         """
         weight_variance = self.spread.quadratic(self._features(features)).mean(1)
         return {**super().uncertainty(features, samples, generator), "weight_variance": weight_variance}
 
     @full_precision
     def bound(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return a lower bound (b,) <= 0 of E log softmax_y(z) in nats. features: (b, d) float; labels: (b,) int in [0, k)."""
+        """Return a lower bound (b,) <= 0 of E log softmax_y(z) in nats. features: (b, d), float. labels: (b,) in [0, k)."""
         mean, variance = self.logit_distribution(features)
         chosen = mean.gather(1, self._labels(labels, len(mean))).squeeze(1)
         return chosen - torch.logsumexp(mean + variance / 2, 1)
 
     @full_precision
     def kl(self) -> Tensor:
-        """Return KL(q, prior) in nats, a scalar >= 0 that is 0 where q is the prior."""
+        """Return KL(q, prior) in nats, a scalar >= 0 that is 0 if q is the prior."""
         p = self.prior_variance
         squares = (self.mean - self.centre).square().sum() + self.spread.variances().sum()
         return 0.5 * (squares / p + self.mean.numel() * (math.log(p) - 1) - self.spread.logdet().sum())
@@ -289,7 +293,7 @@ class VBLLClassifier(GaussianHead):
         return -2 * self.noise_dof * self.log_noise.sum() - 0.5 * self.options.noise_scale * precisions
 
     def loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """Return the negative ELBO per training example, a scalar. features: (b, d) float; labels: (b,) int."""
+        """Return the negative ELBO for each training example, a scalar. features: (b, d), float. labels: (b,), int."""
         return (self.kl() - self.noise_log_prior()) / self.num_train - self.bound(features, labels).mean()
 
     def parameter_groups(self, lr: float, spread_lr: float) -> list[dict[str, Any]]:
@@ -308,23 +312,23 @@ def alternating_loss(
         (a) K steps on (mu, S, sigma) with loss = -mean bound + (KL - log prior) / N, features detached
         (b) the loss of the backbone is -mean bound, the only term of the ELBO that depends on it
 
-    Xiang, Li, Lu, arXiv 2604.03388, state that the two alternate; no code is published. K = 1 and one pass of the backbone for
-    both steps are choices of this implementation. The joint update, `head.loss(features, labels).backward()`, gives the backbone
-    the same gradient up to the step that (a) has taken. Left out: averaging the gradients of the head over processes; with
+    Xiang, Li, Lu, arXiv 2604.03388, state that both steps alternate. No code is published. K = 1, and one pass of the backbone
+    for both steps, are choices of this implementation. The joint update, `head.loss(features, labels).backward()`, gives the
+    backbone the same gradient up to the step that (a) has taken. Gradients of the head are not averaged over processes. With
     several processes, use the joint update.
 
     Args:
-        head: a VBLL head.
-        optimizer: holds parameters of the head only, without weight decay; `head.parameter_groups` makes its groups.
-        features: (b, d) float, with the graph of the backbone.
-        labels: (b,) int.
-        steps: K >= 1 updates of the posterior in each call, that is in each micro-batch where gradients are accumulated.
+        head: A VBLL head.
+        optimizer: Optimiser of only the head's parameters, without weight decay. `head.parameter_groups` makes its groups.
+        features: Features (b, d), float, with the graph of the backbone.
+        labels: Integers (b,).
+        steps: Number K >= 1 of updates of the posterior in each call, which is each micro-batch if gradients are accumulated.
 
     Returns:
         A scalar. Its backward pass reaches the features but no parameter of the head.
 
     Raises:
-        UserError: the optimiser holds other parameters or decays weights, or `steps` is less than 1.
+        UserError: If the optimiser holds other parameters or decays weights, or `steps` is less than 1.
     """
     head_parameters = {id(parameter) for parameter in head.parameters()}
     for group in optimizer.param_groups:

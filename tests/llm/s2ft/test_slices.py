@@ -152,5 +152,5 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="already carries 'lora'"):
         switch(plain, slices)
     other = vismt.save_adapter(plain, tmp_path / "lora")
-    with pytest.raises(UserError, match="method 'lora'; only an 's2ft'"):
+    with pytest.raises(UserError, match="method 'lora'; slices can be switched only for an 's2ft'"):
         read_slices(other)

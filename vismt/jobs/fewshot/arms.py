@@ -24,7 +24,7 @@ MERGING = {
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
-    """Return the configuration of every arm: those of `arms`, or the experts of a pool; {} where nothing is trained.
+    """Return the configuration of every arm: the arms of `arms`, or the experts of a pool. {} if nothing is trained.
 
     An arm with a pool section of one expert is trained as this expert, and evaluated like any other arm.
     """
@@ -59,7 +59,7 @@ def _only_expert(arm: FewShotConfig, name: str) -> PlannedExpert:
 
 
 def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
-    """Return the experts that the pool section lists, by label; {} without one."""
+    """Return the experts that the pool section lists, by label. {} without a pool section."""
     pool = config.pool
     if pool is None:
         return {}
@@ -73,7 +73,7 @@ def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
 
 
 def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
-    """Return the arms that are experts of the pool: all but the reference "clean"."""
+    """Return the arms that are experts of the pool, which are all but the reference "clean"."""
     return [arm for arm in arms if arm != CLEAN or CLEAN in planned_experts(config)]
 
 
@@ -88,7 +88,7 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
 
 
 def trained_on(config: FewShotConfig) -> str:
-    """Return the sets of an arm's training episodes, and the attack on an expert's."""
+    """Return the sets of an arm's training episodes, and the attack on the episodes of an expert."""
     sets = ", ".join(config.source.data) + (" by class labels" if config.source.labels == "set" else "")
     if not isinstance(config, ExpertConfig):
         return sets
@@ -100,7 +100,7 @@ def trained_on(config: FewShotConfig) -> str:
 
 
 def merged_text(config: FewShotConfig, stem: str) -> str:
-    """Return what a model that is made of several experts is; "" for another model."""
+    """Return a description of a model that is made of several experts. "" for another model."""
     return "" if config.pool is None else MERGING.get(strategy_of(config, stem), "")
 
 
@@ -118,9 +118,9 @@ def split_head(model: str) -> tuple[str, str]:
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
-    """Return evaluate.models, with all arms in place of "adapted"; without a training only "frozen", or arms in its place.
+    """Return evaluate.models, with all arms in place of "adapted". Without a training, only "frozen", or arms in its place.
 
-    Models without a head of their own get that of the configuration.
+    Models without a head of their own get the head of the configuration.
     """
     named = [(model, split_head(model)[0]) for model in config.evaluate.models]
     models = [

@@ -42,10 +42,10 @@ class SourceConfig:
         shots: support images of a class.
         queries: query images of a class.
         augment: whether training images are cropped, changed in colour and mirrored at random.
-        hierarchy: draw the ways within one superclass.
-        scale: of the cosine classifier's logits at the start; it is trained.
-        labels: episode classifies queries by the prototypes of their episode; set classifies all images of an episode by
-            a learned vector for each class of the one set in data, which no evaluation uses.
+        hierarchy: whether the ways are drawn within one superclass.
+        scale: scale of the cosine classifier's logits at the start. It is trained.
+        labels: classes of the training loss. episode classifies queries by the prototypes of their episode. set classifies all
+            images of an episode by a learned vector for each class of the one set in data, which no evaluation uses.
     """
 
     data: list[str] = field(default_factory=list)
@@ -63,13 +63,13 @@ class PoolConfig(AdversaryForm):
     """A pool of AMT experts, trained independently.
 
     Args:
-        levels: short for experts of source.data under linf: budget of the input attack in 1/255, 0 for none; a list in
+        levels: budgets of the input attack in 1/255, 0 for no attack, each for an expert of source.data under linf. A list in
             place of a number is one expert with a budget drawn for each episode.
-        clean: also train a reference on the same episodes without either attack (the model clean).
-        folder: an assembled pool to evaluate; nothing is trained.
-        experts: in place of levels: source, threat and level of each. A repeated expert is another one with another
+        clean: whether a reference without either attack is also trained on the same episodes (the model clean).
+        folder: an assembled pool to evaluate. Nothing is trained.
+        experts: source, threat and level of each expert, in place of levels. A repeated expert is another expert with another
             seed.
-        select: the rule of the model merged (metatune/amt/selection_rules.py).
+        select: rule of the model merged (metatune/amt/selection_rules.py).
     """
 
     levels: list[float | list[float]] = field(default_factory=lambda: list(_LEVELS))
@@ -92,7 +92,7 @@ class FewShotHeadConfig:
     """The head of evaluated models whose name has no ending.
 
     Args:
-        name: prototypes, or finetune, ridge, logistic, vbll or laplace, as in evaluate.models.
+        name: name of the head, prototypes, finetune, ridge, logistic, vbll or laplace, as in evaluate.models.
         options: further arguments of vbll (vismt.uncertainty.vbll).
     """
 
@@ -113,34 +113,32 @@ class EvaluateConfig:
 
     Args:
         data: cards as 'name' or 'name:split'.
-        models: the evaluated models: frozen and adapted, with a pool frozen, clean, merged, merged:RULE, average,
-            logits, min_ce and expert:LABEL. All except logits also with +finetune, +ridge, +logistic,
-            +vbll or +laplace.
-        rule: uniform (ways, shots) or variable (Meta-Dataset).
-        ways: classes of an episode of the uniform rule.
-        shots: support images of a class; each number is a protocol of its own.
-        queries: query images of a class.
+        models: evaluated models, frozen and adapted. With a pool frozen, clean, merged, merged:RULE, average, logits, min_ce
+            and expert:LABEL. All except logits also with +finetune, +ridge, +logistic, +vbll or +laplace.
+        rule: rule of the episodes, uniform (ways, shots) or variable (Meta-Dataset).
+        ways: number of classes of an episode of the uniform rule.
+        shots: number of support images of a class. Each number is a protocol of its own.
+        queries: number of query images of a class.
         episodes: number of episodes of each set.
-        seed: of the episodes, not of the training.
-        hierarchy: draw the ways within one superclass.
-        min_ways: least number of classes of the variable rule.
+        seed: seed of the episodes, not of the training.
+        hierarchy: whether the ways are drawn within one superclass.
+        min_ways: smallest number of classes of the variable rule.
         max_ways: largest number of classes of the variable rule.
-        max_contribution: largest number of support images of a class of the variable rule; with min_ways = max_ways =
-            5, 1 is the AMT paper's 5-way 1-shot.
+        max_contribution: largest number of support images of a class of the variable rule. With min_ways = max_ways = 5, a
+            value of 1 is the AMT paper's 5-way 1-shot.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
-        masking: also run PGD at growing radii, on the first masking_episodes episodes of each set.
-        masking_episodes: episodes of each set for `masking`.
-        probabilities: also report the ECE, NLL and Brier score of the probabilities after each model's temperature, fitted
-            on the validation episodes of the select section.
-        ways_of: {entry of data or of select.data: ways}, where a set has other ways than `ways`.
-        sampling: which images uniform episodes draw from. parts: episode i from part i % 5 of the images of every class, so
-            that intervals cover new images; of a set with fewer than four times as many images in a class as an episode takes
-            from part i % 5 of the classes, so that they cover new classes, too; a set with fewer than four times as many
-            classes as an episode has is sampled with_replacement. with_replacement: all images in each episode; intervals
-            cover new episodes alone.
-            without_replacement: no image twice, every class equally often, and no more episodes than the smallest class
-            allows. The variable rule takes shots from class sizes, and is always with_replacement.
+        masking: whether PGD also runs at growing radii, on the first masking_episodes episodes of each set.
+        masking_episodes: number of episodes of each set for `masking`.
+        probabilities: whether the ECE, NLL and Brier score of the probabilities after each model's temperature are reported.
+            The temperature is fitted on the validation episodes of the select section.
+        ways_of: ways of sets that have other ways than `ways`, by their entry in data or select.data.
+        sampling: images from which uniform episodes draw. parts draws episode i from part i % 5 of the images of every class,
+            so that intervals cover new images. If a class has fewer than four times as many images as an episode takes, the
+            classes are divided, so that intervals also cover new classes. A set with fewer than four times as many classes as
+            an episode has is sampled with_replacement. with_replacement draws from all images in each episode, and intervals
+            cover only new episodes. without_replacement draws no image twice and every class equally often, and the smallest
+            class limits the number of episodes. The variable rule takes shots from class sizes, and is always with_replacement.
     """
 
     data: list[str] = field(default_factory=list)
@@ -170,7 +168,7 @@ class EvaluateConfig:
             self.sampling = "with_replacement"
 
     def ways_in(self, data: str, classes: int | None = None) -> int:
-        """Return the ways of the uniform episodes of a set. Raises UserError where it has fewer classes."""
+        """Return the ways of the uniform episodes of a set. Raises UserError if it has fewer classes."""
         ways = self.ways_of.get(data, self.ways)
         if classes is not None and classes < ways:
             raise UserError(
@@ -189,8 +187,8 @@ class SelectConfig:
         episodes: number of episodes of each set.
         shots: support images of a class.
         queries: query images of a class.
-        attack: the criterion is the mean of clean accuracy and accuracy under this attack; null for clean accuracy
-            alone.
+        attack: attack of the criterion, which is the mean of clean accuracy and accuracy under the attack. null takes only clean
+            accuracy.
     """
 
     data: list[str] = field(default_factory=list)
@@ -206,18 +204,18 @@ class FewShotConfig(StudyConfig):
 
     Args:
         model: the backbone.
-        arms: {name: {dotted key: value}}, the variants; {} for one arm. The experts of a pool are arms of their own; an
-            arm may have a pool section of one expert and is trained as this expert. In a run that trains nothing, an arm
-            replaces values of `model` and is evaluated in place of frozen.
-        seeds: seeds of the trainings; [] for `seed` alone.
-        tune: the learning rates that every arm tries, judged on select.data; null takes train.lr.
+        arms: variants of the configuration, as {name: {dotted key: value}}. {} means one arm. The experts of a pool are arms of
+            their own. An arm may have a pool section of one expert and is then trained as this expert. In a run that trains
+            nothing, an arm replaces values of `model` and is evaluated in place of frozen.
+        seeds: seeds of the trainings. [] takes only `seed`.
+        tune: learning rates that every arm tries, judged on select.data. null takes train.lr.
         source: training episodes.
-        meta: MAML in place of prototypes; null for prototypes.
-        pool: the pool of AMT experts; null for none.
-        select: the validation episodes; null for none.
+        meta: MAML in place of prototypes. null means prototypes.
+        pool: pool of AMT experts. null means no pool.
+        select: validation episodes. null means none.
         finetune: fine-tuning on a task, of models with +finetune.
-        head: the head of evaluated models, fitted to each task's support; models may also name one, frozen+vbll.
-        calibration: images that a method computes options from before the training; null for none.
+        head: head of evaluated models, fitted to the support of each task. A model may also name its head, frozen+vbll.
+        calibration: images from which a method computes options before the training. null means none.
         evaluate: test episodes.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.
@@ -237,7 +235,7 @@ class FewShotConfig(StudyConfig):
 
     @property
     def selection(self) -> SelectConfig:
-        """The select section. Raises UserError where it is null."""
+        """The select section. Raises UserError if it is null."""
         if self.select is None:
             raise UserError("select: is null; choosing settings and rates needs this section.")
         return self.select
@@ -245,7 +243,10 @@ class FewShotConfig(StudyConfig):
 
 @dataclass
 class ExpertConfig(FewShotConfig):
-    """One expert of a pool. adversary: None for a clean one; copy: its index among experts that differ only in the seed."""
+    """One expert of a pool.
+
+    adversary: Attacks of the training. None for a clean expert. copy: Index among experts that differ only in the seed.
+    """
 
     adversary: Adversary | None = None
     copy: int = 0

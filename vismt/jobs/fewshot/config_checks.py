@@ -49,7 +49,7 @@ def check(config: FewShotConfig) -> None:
 
 
 def check_sets(config: FewShotConfig) -> None:
-    """Raise UserError where a set is trained on that chooses or tests; a run that is finished is opened all the same."""
+    """Raise UserError if a set that chooses or tests is also trained on. A finished run is opened anyway."""
     trained = {}
     arms = resolve_experts(config)
     for name, arm in arms.items():

@@ -66,7 +66,7 @@ class FewShotData:
         self._groups: dict[str, Tensor | None] = {}
 
     def variant(self, config: FewShotConfig) -> FewShotData:
-        """Return the same sets for an arm with another backbone; sets of one image size are shared."""
+        """Return the same sets for an arm with another backbone. Sets of one image size are shared."""
         other = FewShotData(config)
         other._sets, other._pixels, other._groups = self._sets, self._pixels, self._groups
         return other
@@ -82,7 +82,7 @@ class FewShotData:
 
     @cached_property
     def _stock(self) -> PixelBackbone:
-        """The stock backbone, which is never changed: a copy takes less time than building it again."""
+        """The stock backbone, which is never changed. A copy takes less time than building it again."""
         model = self.config.model
         given = object_named(model.name)
         if given is not None:
@@ -98,7 +98,7 @@ class FewShotData:
         )
 
     def gathered(self, names: Sequence[str]) -> Gathered:
-        """Return the images of several sets; their labels are 0."""
+        """Return the images of several sets, with 0 as their labels."""
         sets = [pixels for name in names if isinstance(pixels := self.open(name), Pixels)]
         return Gathered([(pixels, torch.zeros(len(pixels), dtype=torch.long)) for pixels in sets])
 
@@ -121,7 +121,7 @@ class FewShotData:
         return self._pixels[name, size]
 
     def _check_pixels(self, name: str) -> None:
-        """Raise UserError where the model only passes precomputed features on."""
+        """Raise UserError if the model only passes precomputed features on."""
         if isinstance(getattr(self._stock, "vit", None), nn.Identity) and self.config.model.img_size is None:
             raise UserError(
                 f"data '{name}': it has images, and nn.Identity() is for precomputed features; give another model."
@@ -154,7 +154,7 @@ class FewShotData:
         return pixels
 
     def groups(self, name: str) -> Tensor | None:
-        """Return the group of each image of a set, int64 (n,); None where all are independent."""
+        """Return the group of each image of a set, int64 (n,). None if all images are independent."""
         if name not in self._groups:
             images = self.open(name).images
             self._groups[name] = None if images.groups == {} else groups_of(images)

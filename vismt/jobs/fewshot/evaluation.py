@@ -1,11 +1,11 @@
 """Evaluation of few-shot models on episodes of every set, clean and under each condition, with a record for each episode.
 
-The probabilities of a model on the clean queries have ECE, NLL and Brier score: the softmax of the logits at the scale that the
-model has, the queries of all episodes pooled. With evaluate.probabilities they are also scored as p = softmax(z / T), T > 0 with
-the smallest NLL on the clean queries of validation episodes (vismt/uncertainty/temperature.py), which all weigh the same. z are
-the logits of `Models.task`, with the weights that the model takes for a task's support (pools, fine-tuning), or the
-log-probabilities of a posterior. T belongs to the ways and shots of the validation episodes. A file beside the model's records
-has T; it is fitted again when the weights, the settings or the episodes change.
+The probabilities of a model on the clean queries have ECE, NLL and Brier score. They are the softmax of the logits at the scale
+of the model, with the queries of all episodes pooled. With evaluate.probabilities they are also scored as p = softmax(z / T). T
+> 0 has the smallest NLL on the clean queries of validation episodes (vismt/uncertainty/temperature.py), which have equal
+weights. z are the logits of `Models.task`, with the weights that the model takes for the support of a task (pools,
+fine-tuning), or the log-probabilities of a posterior. T belongs to the ways and shots of the validation episodes. A file beside
+the model's records has T. T is fitted again if the weights, the settings or the episodes change.
 """
 
 from __future__ import annotations
@@ -76,8 +76,8 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of a model on the episodes of every set, clean and under each condition.
 
-        attacks: conditions in place of the configuration's, with separate records; None for the latter. with_panel: whether to
-        keep the first episode of each set as a panel.
+        attacks: Conditions in place of the configuration's conditions, with separate records. None for the configuration's.
+        with_panel: Whether the first episode of each set is kept as a panel.
         """
         settings = self.config.evaluate
         configured = self._conditions(models, settings.attacks, with_corruptions=True)
@@ -254,7 +254,7 @@ def temperature(folder: Path, models: Models, arm: str) -> float:
         ways = max(logits.shape[1] for logits, _ in pairs)
         logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=_ABSENT) for part, _ in pairs])
         labels = torch.cat([part for _, part in pairs])
-        # Rounded, as it is part of the records' settings: another machine fits the same.
+        # Rounded, because it is part of the records' settings, and another machine has to fit the same value.
         return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
 
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}

@@ -39,7 +39,7 @@ def mixture_bars(
 ) -> Path:
     """Draw a panel for each model with a bar for each set: the mean weight of each expert, side by side to 100 %.
 
-    shares: by model and (set, note behind its name, such as n), the weights (P,) with sum 1. labels: of the P experts.
+    shares: Weights (P,) with sum 1, by model and (set, note behind its name, such as n). labels: Labels of the P experts.
     """
     sets = max(map(len, shares.values()))
     label = 0.078 * max(len(_row(*key)) for panel in shares.values() for key in panel) + 0.3
@@ -85,8 +85,8 @@ def _row(data: str, note: str) -> str:
 def episode_grid(panel: Mapping[str, np.ndarray], path: Path) -> Path:
     """Draw one episode with a column for each class: support, queries with predictions, attacked queries, the change.
 
-    panel: the arrays of a panels/*.npz: model (its name), support, query and optionally adversarial uint8 (., 3, h, w), their
-    labels and predictions int (.,), classes (k,) of text. At most 8 classes and 2 queries of each are drawn.
+    At most 8 classes and 2 queries of each class are drawn. panel: Arrays of a panels/*.npz: model (its name), support, query and
+    optionally adversarial uint8 (., 3, h, w), their labels and predictions int (.,), and classes (k,) as text.
     """
     classes = [str(name) for name in panel["classes"]][:SHOWN_CLASSES]
     attacked = "adversarial" in panel

@@ -61,7 +61,7 @@ _FIRST = 10  # images of a class, whose mean starts its vector
 
 
 class FewShotJob(TrainingJob[FewShotConfig, Any]):
-    """Arms are adapters of one backbone, or the experts of a pool; models built from them are evaluated seed by seed."""
+    """Arms are adapters of one backbone, or the experts of a pool. Models built from them are evaluated seed by seed."""
 
     predict_options = CLASSES | {"support"}
     next_steps = (
@@ -122,7 +122,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return timm_models.skeleton(config.model.name, config.model.img_size) if given is None else given
 
     def fresh(self, config: FewShotConfig) -> Net:
-        """Return the net of an arm with untrained factors, where the configuration has any."""
+        """Return the net of an arm, with untrained factors if the configuration has any."""
         backbone = self.data.backbone()
         if config.adapt is not None:
             unused = [re.escape(name) + r"\..*" for name in backbone.unused_modules()]
@@ -212,7 +212,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return [Training(arm, 0.0, seed, self.folder) for seed in seeds]
 
     def models(self, seed: int, name: str = FROZEN) -> Models:
-        """Return the models of one training seed; in a run that trains nothing, those on the backbone of the model `name`."""
+        """Return the models of one training seed. In a run that trains nothing, they are on the backbone of the model `name`."""
         arm = split_head(name)[0] if self.untrained else ""
         if (seed, arm) not in self._models:
             if self.untrained:
@@ -252,7 +252,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
-        """Leave out the untrained arms whose weights cannot be had, with a line for each."""
+        """Leave out untrained arms whose weights cannot be loaded, with a line for each."""
         self.skipped = {}
         for arm in self.untrained:
             try:
@@ -266,7 +266,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             raise UserError(f"evaluate: the weights of no arm can be had: {next(iter(self.skipped.values()))}")
 
     def check_merge(self, training: Training) -> None:
-        """Do nothing: every evaluated model except MAML's is merged already."""
+        """Do nothing, because every evaluated model except MAML's is merged already."""
 
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)
@@ -278,7 +278,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     # ---- export of one arm ---------------------------------------------------------------------------------------------
 
     def adapted(self, arm: str | None = None) -> nn.Module:
-        """Return the timm model with one arm's adapter; for a pool also "average" or "average:seed" of all experts."""
+        """Return the timm model with one arm's adapter. For a pool, also "average" or "average:seed" of all experts."""
         pool, model = self.config.pool, arm
         arm = self._arm_of(arm)
         if pool is None:
@@ -302,7 +302,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return super().arm_of(model.removeprefix(EXPERT))
 
     def _arm_of(self, model: str | None) -> str | None:
-        """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head); of None the only expert."""
+        """Return the arm of an evaluated model's name ("expert:LABEL", with or without a head). None means the only expert."""
         if model is not None:
             return split_head(model)[0].removeprefix(EXPERT)
         experts = [] if self.config.pool is None else pool_members(self.config, self.study.arms)
@@ -333,7 +333,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return self.models(self._averaged_seed(arm)).pool()
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return the timm model with one arm's merged weights, or frozen; for a pool also "average" or "average:seed"."""
+        """Return the timm model with one arm's merged weights, or frozen. For a pool, also "average" or "average:seed"."""
         if arm is not None and split_head(arm)[0] == FROZEN:
             return self.data.backbone().vit
         if self.config.pool is not None and (arm or "").partition(":")[0] == _AVERAGE:
@@ -344,7 +344,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return merge(self.adapted(arm))
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
-        """Write the classes of images among those of `options.support`, by the evaluated model that `options.arm` names."""
+        """Write the classes of images among the classes of `options.support`, by the evaluated model that `options.arm` names."""
         name, seed = self._evaluated(options.arm)
         what = f"model '{name}' of the run '{self.folder}'"
         images = images_for(inputs, target, options)
@@ -353,7 +353,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return predict_classes(net, size, [classes], images, target, options, label=name)
 
     def _evaluated(self, text: str | None) -> tuple[str, int]:
-        """Return the evaluated model and the seed that "model" or "model:seed" names; None for the only one that is trained."""
+        """Return the evaluated model and the seed that "model" or "model:seed" names. None means the only trained model."""
         models = self.evaluated()
         trained = [model for model in models if model not in self.references] or models
         if text is None and len(trained) > 1:
@@ -388,7 +388,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return {"features": features}
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
-        """Return no file: the weights are the whole few-shot model."""
+        """Return no file, because the weights are the whole few-shot model."""
         return {}
 
 

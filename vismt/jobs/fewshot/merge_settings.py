@@ -1,7 +1,7 @@
 """The `select` section of a few-shot configuration: validation tasks that cannot be test tasks.
 
-Validation uses other sets, or other splits of a card, than those evaluated. Settings of the model "merged" that
-scripts/merge_settings.py chose on these tasks are in selection.json of a pool's folder.
+Validation uses other sets, or other splits of a card, than the evaluation. selection.json in the folder of a pool has the
+settings of the model "merged" that scripts/merge_settings.py chose on these tasks.
 """
 
 from __future__ import annotations

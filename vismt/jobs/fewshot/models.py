@@ -1,4 +1,4 @@
-"""The models that a few-shot configuration can evaluate, each built from the trainings of one seed; experts in folders."""
+"""The models that a few-shot configuration can evaluate, each built from the trainings of one seed, and experts in folders."""
 
 from __future__ import annotations
 
@@ -42,16 +42,16 @@ PROBES: dict[str, type[LinearProbe]] = {
 
 
 def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlNet:
-    """Return the classifier of episodes on a backbone; an inner loop updates its parameters that are trainable now."""
+    """Return the classifier of episodes on a backbone. An inner loop updates the parameters that are trainable now."""
     if config.meta is None:
         return ProtoNet(backbone, config.source.scale)
     return MamlNet(LinearLearner(backbone, config.source.ways, seed=config.seed), config.meta)
 
 
 class Models:
-    """Evaluated models by name; frozen, in eval mode, on the process's device, built once.
+    """Evaluated models by name: frozen, in eval mode, on the device of the process, built once.
 
-    seed: of the trainings from which the models are built.
+    seed: Seed of the trainings from which the models are built.
     """
 
     def __init__(self, data: FewShotData, study: Study[FewShotConfig], seed: int) -> None:
@@ -101,7 +101,7 @@ class Models:
         return self._pool
 
     def trained(self, training: Training, *, merged: bool) -> ProtoNet | MamlNet:
-        """Return a trained classifier, merged on request; one with an inner loop, which updates the factors, never is."""
+        """Return a trained classifier, merged on request, but for a classifier with an inner loop, which updates factors."""
         backbone, config = self.data.backbone(), self.study.arms[training.arm]
         what = training_files.restore(backbone.vit, training)
         if merged and config.meta is None:

@@ -1,6 +1,6 @@
 """The experts of a pool as its configuration lists them: source, threat and level of each, with a label.
 
-`pool.experts` lists them one by one; `pool.levels` is short for experts of source.data under linf, labelled by level alone.
+`pool.experts` lists them one by one. `pool.levels` is short for experts of source.data under linf, with the level as their label.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class ExpertSpec:
     """One expert of a pool.
 
     Args:
-        source: card or cards of its episodes; null for those of source.data.
-        level: for linf the budget of each value in 1/255; for l2 the radius in 1/255 (128 is a radius of 0.5 in pixel
-            units of [0, 1]); for gaussian the standard deviation in 1/255; for a corruption, drawn from the fifteen, its
-            severity, 1 to 5, null for all five. A list in place of a number: one of them is drawn for each episode.
-        norm: threat of its training, or clean for neither of the two attacks.
-        label: in place of source-norm-level.
+        source: card or cards of the episodes. null means the cards of source.data.
+        level: strength of the threat. For linf the budget of each value in 1/255, for l2 the radius in 1/255 (128 is a radius of
+            0.5 in pixel units of [0, 1]), and for gaussian the standard deviation in 1/255. For a corruption, which is drawn from
+            the fifteen, the severity from 1 to 5, or null for all five. From a list, one level is drawn for each episode.
+        norm: threat of the training, or clean for neither of the two attacks.
+        label: name of the expert, in place of source-norm-level.
     """
 
     source: str | list[str] | None = None
@@ -38,7 +38,7 @@ class ExpertSpec:
     label: str | None = None
 
     def levels(self, where: str) -> list[float]:
-        """Return the level's values, [] for a clean expert; `where` is the key in errors."""
+        """Return the values of the level, [] for a clean expert. where: Key in errors."""
         require_known(f"{where}.norm:", [self.norm], _NORMS)
         if self.norm == CLEAN:
             if self.level is not None:
@@ -69,13 +69,16 @@ class ExpertSpec:
 
 
 def level_text(levels: Sequence[float]) -> str:
-    """Return the values of a level as a label has them."""
+    """Return the values of a level as text for a label."""
     return "-".join(f"{value:g}" for value in levels)
 
 
 @dataclass(frozen=True)
 class PlannedExpert:
-    """An expert to train. adversary: None for a clean one. copy: number of experts before it that differ in the seed alone."""
+    """An expert to train.
+
+    adversary: Attacks of the training. None for a clean expert. copy: Number of experts before it that differ only in the seed.
+    """
 
     sources: tuple[str, ...]
     adversary: Adversary | None
@@ -87,8 +90,8 @@ def plan_experts(
 ) -> dict[str, PlannedExpert]:
     """Return the experts by label, in order.
 
-    key: of the list in the configuration, for errors. form: the settings that all adversaries share. default: the cards of
-    source.data. Raises UserError for a norm, level or label that does not fit, and a label of two different experts.
+    key: Key of the list in the configuration, for errors. form: Settings that all adversaries share. default: Cards of
+    source.data. Raises UserError for a norm, level or label that does not fit, and for a label of two different experts.
     """
     experts: dict[str, PlannedExpert] = {}
     earlier: list[tuple[tuple[str, ...], Adversary | None]] = []

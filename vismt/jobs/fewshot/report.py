@@ -61,7 +61,7 @@ def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Ta
 
 
 def masking_tables(folder: Path) -> list[tuple[Table, str]]:
-    """Return a table with a row for each model and set; [] for a run without the check."""
+    """Return a table with a row for each model and set. [] for a run without the check."""
     lines = read_lines(folder / MASKING, _MASKING_TYPES, whole=True)
     if not lines:
         return []

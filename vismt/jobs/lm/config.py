@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # tasks are loaded when one is made
 FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
 GRU = "gru4rec"
-BASELINES = (*ITEM_BASELINES, GRU)  # of the recommender
+BASELINES = (*ITEM_BASELINES, GRU)  # names of the recommender
 ENSEMBLE = ":ensemble"  # ends the name of a model that averages the trainings of an arm
 RECOMMENDERS = (RECOMMENDER, *BASELINES)
 REFERENCES = (FROZEN, *RECOMMENDERS)  # models that no arm trains
@@ -37,11 +37,11 @@ class LmModelConfig(ModelSection):
 
     Args:
         name: an asset, a folder or a name on the hub, see vismt.backbones.lm.create_lm.
-        revision: revision of a model of the hub; null for the newest.
-        gguf_file: name of the .gguf file in the folder; null for other files.
-        dtype: type of the weights; null for that of the checkpoint.
-        first_block: the blocks below it are frozen, and their output on each text is computed once and kept in memory,
-            and in the cache folder for later runs.
+        revision: revision of a model of the hub. null means the newest.
+        gguf_file: name of the .gguf file in the folder. null means other files.
+        dtype: type of the weights. null means the type of the checkpoint.
+        first_block: first block that is trained. The blocks below it are frozen, and their output on each text is computed once
+            and kept in memory, and in the cache folder for later runs.
     """
 
     name: str = "smollm2-135m-instruct"
@@ -53,23 +53,24 @@ class LmModelConfig(ModelSection):
 
 @dataclass
 class LmTaskConfig(PartsConfig):
-    """A task. Exactly one has sets to train on; the others are only evaluated.
+    """A task. Exactly one task has sets to train on. The others are only evaluated.
 
-    Each set in `test` is reported separately. Shares are the last rows of each training set, within each class where rows have
-    one (kind classes, and answers that are the same for all rows); of sets of interactions, all rows of the last users.
+    Each set in `test` is reported separately. Shares are the last rows of each training set. If rows have a class (kind
+    classes, and answers that are the same for all rows), they are the last rows of each class. Shares of sets of interactions
+    are all rows of the last users.
 
     Args:
         name: name of the task.
         kind: kind of the task (vismt.llm.tasks).
         prompt: template of the prompt. A space at its end becomes the beginning of the answer.
-        limit: largest number of rows, the same number of each class as far as it has so many, of recommendations the same
-            number of each user: of the training rows that the shares leave, and in a task that is only evaluated of each set.
-            null for all.
+        limit: largest number of training rows that the shares leave, and in a task that is only evaluated, of rows of each set.
+            Each class has the same number of rows, as far as it has so many, and in a recommendation each user. null takes
+            all.
         chat: whether the prompt is the user's turn in the chat template of the model, and the answer the assistant's.
         options: further arguments of the kind.
-        rotate: of sets of interactions: the training of seed s is tested on the s-th share of the users in place of the last, so
-            that seeds 0 to 1 / test_share - 1 are folds that test every user once. Their score is one over all users, with an
-            interval over users alone.
+        rotate: whether the training of seed s is tested on the s-th share of the users in place of the last, in sets of
+            interactions. Seeds 0 to 1 / test_share - 1 are then folds that test every user once. Their score is one over all
+            users, with an interval only over users.
     """
 
     name: str = ""
@@ -81,7 +82,7 @@ class LmTaskConfig(PartsConfig):
 
     @property
     def folds(self) -> int:
-        """The number of folds; 1 where every training is tested on the same rows."""
+        """The number of folds. 1 if every training is tested on the same rows."""
         return round(1 / self.test_share) if self.rotate else 1
 
 
@@ -91,8 +92,8 @@ class LmAlternateConfig:
 
     Args:
         lr: learning rate of the posterior's means and noise.
-        spread_lr: learning rate of its covariances.
-        steps: steps on the posterior for each batch.
+        spread_lr: learning rate of the posterior's covariances.
+        steps: number of steps on the posterior for each batch.
     """
 
     lr: Annotated[float, within(above=0)] = 3e-3
@@ -105,10 +106,10 @@ class LmHeadConfig:
     """The head on the last token, for kinds that have one.
 
     Args:
-        name: the head (vismt.uncertainty.last_layers).
+        name: name of the head (vismt.uncertainty.last_layers).
         options: further arguments of the head.
-        alternate: alternating training (vismt.uncertainty.vbll); null trains head and LM jointly (train.rates can
-            give the head another rate).
+        alternate: alternating training (vismt.uncertainty.vbll). null trains head and LM jointly, and train.rates can give the
+            head another rate.
     """
 
     name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
@@ -123,10 +124,10 @@ class LmHeadConfig:
 
 @dataclass
 class LmCalibrationConfig:
-    """Texts that a method computes options from before the training.
+    """Texts from which a method computes options before the training.
 
-    They serve for covariances of inputs, or for the choice of units by activations or gradients; see the method's
-    options. Finished covariances are kept in calibration/ of the run folder.
+    They serve for covariances of inputs, or for the choice of units by activations or gradients, see the options of the method.
+    Finished covariances are kept in calibration/ of the run folder.
 
     Args:
         data: sets of texts.
@@ -152,9 +153,9 @@ class LmRecommenderConfig:
     """SASRec, trained on the training rows of a recommendation, regardless of their limit, then frozen.
 
     Args:
-        width: of item and user vectors.
-        steps: optimiser steps.
-        batch: rows of a training batch.
+        width: length of item and user vectors.
+        steps: number of optimiser steps.
+        batch: number of rows of a training batch.
         lr: learning rate.
         cross_fit: whether the recommender is fitted to half of the training users, and the LM to the others.
         baselines: further recommenders that are evaluated on the same candidates.
@@ -175,10 +176,10 @@ class LmEvaluateConfig:
 
     Args:
         split: test, or validation while settings are chosen, without what is fitted to it.
-        batch: rows at a time.
-        limit: rows of each set; null for all.
-        frozen: also evaluate the model before training.
-        passes: also evaluate the mean probability of this many passes with the adapter's dropout, of arms that have one.
+        batch: number of rows in one forward pass.
+        limit: largest number of rows of each set. null takes all.
+        frozen: whether the model before training is also evaluated.
+        passes: number of passes with the adapter's dropout whose mean probability is also evaluated, in arms with dropout.
         ensembles: arms whose trainings' mean probability is evaluated as a model of its own, "ARM:ensemble".
     """
 
@@ -198,13 +199,13 @@ class LmConfig(StudyConfig):
         model: the language model.
         tasks: the tasks.
         head: the head on the last token, for kinds of tasks that have one.
-        batch: rows (or packed pieces) of a training batch.
-        calibration: texts that a method computes options from before the training; null for none.
-        recommender: the recommender that gives item and user vectors; null for the default settings.
-        gates: input of the gates of ilora in a recommendation: user, the recommender's representation of the history; text,
-            the titles of the history; or as controls random, group (drawn for each of a few groups of users) and
+        batch: number of rows (or packed pieces) of a training batch.
+        calibration: texts from which a method computes options before the training. null means none.
+        recommender: the recommender that gives item and user vectors. null means the default settings.
+        gates: input of the gates of ilora in a recommendation, user (the recommender's representation of the history) or text
+            (the titles of the history). The controls are random, group (drawn for each of a few groups of users) and
             shuffled-user.
-        projector: from item vectors to the LM, mlp or linear.
+        projector: form of the map from item vectors to the LM, mlp or linear.
         evaluate: the evaluation.
     """
 
@@ -228,7 +229,7 @@ def task_of(config: LmTaskConfig) -> LmTask:
 
 
 def recommendation_of(config: LmTaskConfig) -> Recommendation:
-    """Return the recommendation that a section describes; raise UserError for a section of another kind."""
+    """Return the recommendation that a section describes. Raise UserError for a section of another kind."""
     from vismt.llm.tasks.recommendation import Recommendation
 
     task = task_of(config)

@@ -28,13 +28,13 @@ from vismt.llm.tasks.recommendation import listed_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CACHE_MB = 1024  # of the stored output of frozen blocks
+CACHE_MB = 1024  # size of the stored output of frozen blocks
 
 
 class LmData:
-    """The rows of all tasks as tokens, the same for every arm. The constructor opens all sets; rows are encoded on first use.
+    """The rows of all tasks as tokens, the same for every arm. The constructor opens all sets. Rows are encoded on first use.
 
-    fold: that is tested, of a task whose shares rotate.
+    fold: Fold that is tested, if the shares of a task rotate.
 
     Raises UserError for a card that does not exist or has no texts, and for rows that do not fit the task.
     """
@@ -67,7 +67,7 @@ class LmData:
             console.stage("data", f"{name}   {'   '.join(counts)}")
 
     def names(self, task: str, part: str) -> list[str]:
-        """Return the names of the sets that a part of a task is reported by."""
+        """Return the names of the sets under which a part of a task is reported."""
         return list(self._sets[task][part])
 
     def rows(self, task: str, part: str, name: str) -> list[Item]:
@@ -104,7 +104,7 @@ class LmData:
         return min(section.limit, general or section.limit)
 
     def training(self) -> list[Item]:
-        """Return the items to train on, packed where the task packs."""
+        """Return the items to train on, packed if the task packs."""
         key = (self.trained, "train", "")
         if key not in self._items:
             self._items[key] = self.tasks[self.trained].training(self.all_rows("train"))
@@ -116,7 +116,7 @@ class LmData:
 
     @property
     def catalogue(self) -> Catalogue:
-        """The items of a recommendation. Raises UserError where its sets are of several cards."""
+        """The items of a recommendation. Raises UserError if its sets are of several cards."""
         catalogues = {
             card_and_split(name)[0]: texts.catalogue
             for name, texts in self._opened.items()
@@ -131,7 +131,7 @@ class LmData:
 
     @property
     def classes(self) -> Classes:
-        """The trained task, where it is of kind 'classes'. Raises UserError for another kind."""
+        """The trained task, which has to be of kind 'classes'. Raises UserError for another kind."""
         task = self.tasks[self.trained]
         if not isinstance(task, Classes):
             raise UserError(f"tasks: {self.trained}: has no head on the last token; train a task of kind 'classes'.")
@@ -143,7 +143,7 @@ class LmData:
         return [(row["history"], row["next"]) for sets in named_sets for texts in sets for row in texts.rows]
 
     def fingerprint(self, task: str, part: str, name: str) -> str:
-        """Return a digest of the rows of a set and of the task that is set on them."""
+        """Return a digest of the rows of a set and of their task."""
         return digest(repr((self.content(task, part, name), self.protocol(task))).encode())
 
     def protocol(self, task: str) -> dict[str, Any]:
@@ -159,7 +159,7 @@ class LmData:
         }
 
     def content(self, task: str, part: str, name: str) -> str:
-        """Return a digest of the rows of a set, whatever is asked of them."""
+        """Return a digest of the rows of a set, for any task."""
         return digest(" ".join(texts.content() for texts in self._sets[task][part][name]).encode())
 
     def calibration(self, settings: LmCalibrationConfig) -> list[dict[str, Tensor]]:
@@ -188,7 +188,7 @@ class LmData:
     def cache(self, items: Sequence[Item], net: LmNet, label: str) -> None:
         """Store the output of the net's frozen lower blocks in the items that lack it, if it fits into CACHE_MB.
 
-        label: name of the items in the console.
+        label: Name of the items in the console.
         """
         missing = [item for item in items if item.lower is None]
         texts = {(piece.ids, piece.documents) for item in missing for piece in item.pieces}
@@ -243,7 +243,7 @@ class LmData:
 
 
 def lm_of(net: LmNet) -> PreTrainedModel:
-    """Return the LM of a net with the type that `create_lm` gives it; LmNet takes any module that passes `check_logits`."""
+    """Return the LM of a net with the type that `create_lm` gives it. LmNet takes any module that passes `check_logits`."""
     return cast("PreTrainedModel", net.lm)
 
 
@@ -252,7 +252,7 @@ def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, TextRow]]:
 
 
 def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
-    """Raise UserError where two rows of joined sets have one name, by which records are kept."""
+    """Raise UserError if two rows of joined sets have the same name, because records are kept by names."""
     for part, named_sets in parts.items():
         for title, sets in named_sets.items():
             names = Counter(f"{texts.name}:{i}" for texts in sets for i in texts.ids)
@@ -277,7 +277,7 @@ def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task:
 
 
 def _rotated(texts: TextSet, split_shares: Mapping[str, float], name: str, folds: int, fold: int) -> dict[str, TextSet]:
-    """Return the parts of a set of interactions with one of equal runs of users as the test, and the others divided as ever."""
+    """Return the parts of a set of interactions with one share of the users as the test, and the others divided as usual."""
     users = torch.tensor(cast("InteractionSet", texts).users)
     count = int(users.max()) + 1
     tested = torch.arange(count) * folds // count == fold
@@ -300,9 +300,9 @@ def _cross_fit(parts: dict[str, dict[str, list[TextSet]]]) -> None:
 
 
 class ItemBatches:
-    """Return batch k of `of` from `gather`, in the form that the task uses there; each pass over the items has a new order.
+    """Return batch k of `of` from `gather`, in the form that the task uses there. Each pass over the items has a new order.
 
-    Where a task samples users, the passes are over users, with one item of each.
+    If a task samples users, the passes are over users, with one item of each user.
     """
 
     def __init__(self, items: Sequence[Item], batch: int, task: LmTask, of: int, *, seed: int) -> None:

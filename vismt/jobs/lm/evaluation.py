@@ -1,8 +1,8 @@
-"""Evaluation of a language-model run: a record for every row of every set; the scores are computed from the records.
+"""Evaluation of a language-model run: it writes a record for every row of every set, and computes the scores from the records.
 
-A score has a value for each row, and their mean is the score (vismt.llm.tasks.base), so that models are compared row by row
-(ECE has a separate interval instead). The model before training and the recommender are evaluated beside the arms. Nets are
-evaluated unmerged; the merge check compares the logits of each row's last token, on the first batch of each set.
+A score has a value for each row, and the mean of the values is the score (vismt.llm.tasks.base). Models are therefore compared
+row by row (ECE has a separate interval instead). The model before training and the recommender are evaluated beside the arms.
+Nets are evaluated unmerged. The merge check compares the logits of the last token of each row, on the first batch of each set.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class Evaluation:
         return scores + self._asked(training, [view for view in views if "log_p" in view.records[0]])
 
     def _asked(self, training: Training, views: Sequence[SetView]) -> list[Score]:
-        """Return what features ask of sets with log-probabilities of choices; of the trained task alone what is fitted for it."""
+        """Return the scores of features on sets with choices. Fitted features score only the trained task."""
         features, scores = asked_features(self.config.evaluate), []
         for view in views:
             own = view.task == self.data.trained and view.split != "validation"
@@ -96,7 +96,7 @@ class Evaluation:
         return scores
 
     def members(self, arm: str) -> list[Training]:
-        """Return the trainings whose probabilities an ensemble averages; [] for another model."""
+        """Return the trainings whose probabilities an ensemble averages. [] for another model."""
         return self.study.trainings(arm.removesuffix(ENSEMBLE)) if arm.endswith(ENSEMBLE) else []
 
     def quality(self, training: Training) -> float:
@@ -122,7 +122,7 @@ class Evaluation:
         return records, *validation_parts(labels, apart, users)
 
     def _sets(self, training: Training, split: str) -> list[tuple[str, str]]:
-        """Return (task, set) of all that a model can be evaluated on; recommenders can only choose from candidates."""
+        """Return all pairs (task, set) on which a model can be evaluated. Recommenders can only choose from candidates."""
         tasks = list(self.data.tasks)
         if training.arm in RECOMMENDERS:
             tasks = [name for name, task in self.data.tasks.items() if isinstance(task, Recommendation) and task.reads]
@@ -143,10 +143,10 @@ class Evaluation:
     def records(
         self, training: Training, task: str, split: str, name: str, variant: str = "", make: MakeHead | None = None
     ) -> tuple[list[Record], str]:
-        """Return a record for each row, from the training's folder where it is there, and what tells the rows from others.
+        """Return a record for each row, from the training's folder if it has one, and the text that tells the rows from others.
 
-        variant: DROPOUT, what the head of `make` is, or "" for the net as it is. An ensemble has no records on a task without
-        choices.
+        variant: DROPOUT, the name of the head of `make`, or "" for the unchanged net. An ensemble has no records on a task
+        without choices.
         """
         members = self.members(training.arm)
         if members:
@@ -213,7 +213,7 @@ class Evaluation:
         return self.recommender
 
     def _with_head(self, training: Training, make: MakeHead) -> LmNet:
-        """Return the net of a training with another head; the latest one is kept."""
+        """Return the net of a training with another head. The latest net is kept."""
         net = self.net(training)
         if self._other[:3] != (training, self.models.generation, make):
             validation = self._features(net, self.data.all_rows("validation"))
@@ -258,7 +258,7 @@ class Evaluation:
             yield "logits", _last_logits(merged_net, batch), _last_logits(net, batch), True
 
     def net(self, training: Training) -> LmNet:
-        """Return the net of a training, or the net before training; it is kept until another one is made."""
+        """Return the net of a training, or the net before training. It is kept until another net is made."""
         open_training, generation, net = self._open
         if open_training != training or generation != self.models.generation or net is None:
             if training.arm == FROZEN:
@@ -272,7 +272,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class SetView(View):
-    """The rows of a set with their records. content: what tells the rows from others of their names."""
+    """The rows of a set with their records. content: Text that tells the rows from others of the same names."""
 
     evaluation: Evaluation
     training: Training

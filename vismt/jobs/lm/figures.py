@@ -43,8 +43,8 @@ def forgetting_figure(
 ) -> Path:
     """Draw a dot for each training and, for each family, a line through the means over seeds from rate to rate.
 
-    families: trainings of arms that differ in the rate alone. frozen: the model before training, drawn as dashed lines where
-    they fall within the axes. score, perplexity: names of the axes.
+    families: Trainings of arms that differ only in the rate. frozen: Model before training, drawn as dashed lines if they fall
+    within the axes. score, perplexity: Names of the axes.
     """
     names = list(families)
     width, left = 7.4, 0.75
@@ -116,7 +116,7 @@ def sections(folder: Path, config: LmConfig, study: Study[LmConfig], results: Se
 def _by_training(
     rows: Sequence[Result], score: tuple[str, str, str], seeds: int
 ) -> dict[tuple[str, int | None], Result]:
-    """Return the rows of a score by arm and seed; for references and for a single seed the row of the mean."""
+    """Return the rows of a score by arm and seed. References and a single seed have the row of the mean."""
     return {
         (row.arm, row.seed): row
         for row in rows

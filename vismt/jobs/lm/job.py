@@ -1,4 +1,4 @@
-"""The language-model job: one adapted causal LM, trained on one task, evaluated on several; arms, seeds, rates, exact merge."""
+"""The language-model job: one adapted causal LM, trained on one task and evaluated on several, with arms, seeds and rates."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ ANSWER = "predicted_"  # begins the name of each field that a prediction adds to
 
 @dataclass(frozen=True, eq=False)
 class Fold:
-    """The rows of a fold, with the recommender and the evaluation of the trainings that it is the test of."""
+    """The rows of a fold, with the recommender and the evaluation of the trainings that are tested on this fold."""
 
     data: LmData
     recommender: Recommender | None
@@ -74,7 +74,7 @@ class Fold:
 
 
 class LmJob(TrainingJob[LmConfig, LmNet]):
-    """A causal LM, with a head on the last token where the trained task has one."""
+    """A causal LM, with a head on the last token if the trained task has one."""
 
     names_tasks = True
     next_steps = (
@@ -111,7 +111,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return LmModels(self.config, self.recommender_of)
 
     def fold(self, seed: int) -> Fold:
-        """Return the fold that trainings of a seed are tested on, the only one where the shares do not rotate."""
+        """Return the fold on which trainings of a seed are tested. There is only one if the shares do not rotate."""
         folds = trained_task(self.config).folds
         number = seed % folds
         if number not in self._folds:
@@ -191,7 +191,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return method
 
     def _options(self, net: LmNet, settings: AdaptConfig, texts: LmCalibrationConfig | None) -> dict[str, Any]:
-        """Return the method's options, with those that the job provides and without the blocks below model.first_block."""
+        """Return the method's options with the options that the job provides, without the blocks below model.first_block."""
         method = METHODS[settings.method]
         options = settings.options
         if isinstance(net.head, Hybrid) and "users" in method.needs(options):
@@ -250,7 +250,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return self.fold(training.seed).evaluation.view(training) if self.data.tasks[self.data.trained].head else None
 
     def check_merge(self, training: Training) -> None:
-        """Compare the unmerged LM with a merged copy, since all nets share the LM; write what `write_merge_check` does, once."""
+        """Compare the unmerged LM with a merged copy, because all nets share it. Write the files of `write_merge_check` once."""
         training_files.check_weights(training)  # records alone would not show a change of the weights
         if not ranks.on_first(lambda: training_files.needs_merge_check(training)):
             return
@@ -270,7 +270,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return model
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
-        """Write what an arm answers to rows of text to <target>/predictions.jsonl, after the fields of each row.
+        """Write the answers of an arm to rows of text to <target>/predictions.jsonl, after the fields of each row.
 
         Text is written after the prompt of the trained task (predicted_text). Tasks with choices add the likeliest choices
         (predicted_label, predicted_label_2), their probabilities and, with `evaluate.risk`, the conformal set.
@@ -318,7 +318,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return text_graph(self.merged(arm))
 
     def beside(self, training: Training) -> dict[str, bytes]:
-        """Return the files of the tokenizer, and head.safetensors where the training has one."""
+        """Return the files of the tokenizer, and head.safetensors if the training has a head."""
         with TemporaryDirectory() as folder:
             self.models.tokenizer.save_pretrained(folder)
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}

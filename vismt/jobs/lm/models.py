@@ -1,6 +1,6 @@
 """The nets of a language-model run. All share one loaded LM: adapting it and removing the adapter again is exact and fast.
 
-The folder of a training has adapter/, and head.safetensors where the task has a head.
+The folder of a training has adapter/, and head.safetensors if the task has a head.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ HEAD = "head.safetensors"
 
 
 class LmModels:
-    """The LM of a run and its tokenizer. A net is valid until the next one is made: all share the LM.
+    """The LM of a run and its tokenizer. A net is valid until the next net is made, because all share the LM.
 
-    recommender: returns that of a fold; called where the trained task is a recommendation.
+    recommender: Function that returns the recommender of a fold, called if the trained task is a recommendation.
     """
 
     def __init__(self, config: LmConfig, recommender: Callable[[int], Recommender]) -> None:
@@ -67,7 +67,7 @@ class LmModels:
         return lm.eval()
 
     def _load(self) -> PreTrainedModel:
-        """Return the LM with the adapter that it has; load LM and tokenizer where the LM is not loaded."""
+        """Return the LM with its present adapter. Load LM and tokenizer if the LM is not loaded."""
         if self._lm is None:
             model = self.config.model
             dtype = None if model.dtype is None else getattr(torch, model.dtype)
@@ -82,12 +82,12 @@ class LmModels:
         return self._lm
 
     def forget(self) -> None:
-        """Drop the LM after a change of its weights; the next net loads it again."""
+        """Drop the LM after a change of its weights. The next net loads it again."""
         self._lm = None
         self.generation += 1
 
     def fresh(self, config: LmConfig, data: LmData) -> LmNet:
-        """Return the net before training; where the trained task has a head, it starts at the rows of the answer tokens."""
+        """Return the net before training. A head of the trained task starts at the rows of the answer tokens."""
         self.generation += 1
         lm = self.stock()
         task = task_of(trained_task(config))
@@ -119,7 +119,7 @@ class LmModels:
 def load_trained(net: LmNet, training: Training) -> LmNet:
     """Load the adapter and head of a training into a fresh net, not merged, and return it.
 
-    Raises UserError when the training is not finished or its files do not fit.
+    Raises UserError if the training is not finished or its files do not fit.
     """
     what = training_files.restore(net.stock, training)
     if any(True for _ in net.head.parameters()):

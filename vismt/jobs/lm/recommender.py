@@ -1,13 +1,13 @@
-"""The recommender of a language-model run: SASRec, trained once, frozen for every arm and seed; and what to compare it with.
+"""The recommender of a language-model run (SASRec, trained once and frozen for every arm and seed), and its baselines.
 
 It is kept in recommender/ of the run folder (GRU4Rec in gru4rec/) and trained by the common training loop, so that it resumes
-like every training. It is trained on training rows only; the choices of SASRec and of the baselines among the candidates are
+like every training. It is trained only on training rows. The choices of SASRec and of the baselines among the candidates are
 reported beside the arms.
 
-Item vectors of users that the recommender was fitted to describe their rows far better than those of new users (SASRec finds
-89 % of the next items of its own rows on Last.fm, and 20 to 50 % of others). With `cross_fit` it is fitted to half of the
-training users, drawn by a hash of their names, and the LM learns from the other half, so that vectors mean in training what
-they mean for users of neither half.
+Item vectors describe the rows that the recommender was fitted to far better than the rows of new users. On Last.fm, SASRec
+finds 89 % of the next items of its own rows, and 20 to 50 % of others. With `cross_fit` it is fitted to half of the training
+users, drawn by a hash of their names, and the LM learns from the other half. Vectors then mean the same in training as for new
+users.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Recommender:
 
     @cached_property
     def gru(self) -> GRU4Rec:
-        """GRU4Rec, likewise."""
+        """GRU4Rec, frozen and in evaluation mode, on the CPU."""
         return self._trained(GRU, GRU4Rec(len(self.data.catalogue), self.settings.width, seed=self.config.seed))
 
     def _trained(self, name: str, net: Net) -> Net:
@@ -92,7 +92,7 @@ class Recommender:
     def head(self, width: int, config: LmConfig, texts: Tensor | None = None) -> Hybrid:
         """Return the item vectors and gates for the net of an arm.
 
-        width: of the LM's hidden states. texts: vectors of the titles, for gates of them.
+        width: Width of the LM's hidden states. texts: Vectors of the titles, for gates from titles.
         """
         vectors = recommendation_of(trained_task(self.config)).items
         others = self._others() if config.gates in WITH_OTHERS else None
@@ -100,7 +100,7 @@ class Recommender:
         return Hybrid(copy.deepcopy(self.net), width_shown, config.gates, others, texts, config.projector, config.seed)
 
     def fingerprint(self, arm: str) -> str:
-        """Return a digest of the weights that the scores of SASRec or of a baseline come from."""
+        """Return a digest of the weights that give the scores of SASRec or of a baseline."""
         return digest(safetensors.torch.save(training_files.state(self.gru if arm == GRU else self.net)))
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ class Recommender:
 
 
 class _Histories:
-    """Return batch k as {"history" int64 (b, n), "next" int64 (b,)}; each pass over the rows has a new order."""
+    """Return batch k as {"history" int64 (b, n), "next" int64 (b,)}. Each pass over the rows has a new order."""
 
     def __init__(self, rows: Sequence[tuple[list[int], int]], batch: int, length: int, seed: int) -> None:
         self.rows = rows

@@ -1,13 +1,13 @@
-"""Known layouts of rows of text, for `vismt init lm --texts`: which task rows set, by the names of their fields.
+"""Known layouts of rows of text, for `vismt init lm --texts`. The names of the fields determine the task.
 
-    messages or conversations          chats (of ShareGPT, too)
-    a prompt, choices and an answer    multiple choice; choices: a list, {"text": [...], "label": [...]}, or columns (A, B, or
-                                       option1, option2); answer: the number or letter of the right one
-    a prompt and an answer             Alpaca: instruction, input, output. Dolly: instruction, context, response.
-    a text and a label                 classes; with a title, the title and the text
-    a text                             every token; with a title, the title and the text
+    messages or conversations          chats, also of ShareGPT
+    a prompt, choices and an answer    multiple choice. Choices are a list, {"text": [...], "label": [...]}, or columns (A, B, or
+                                       option1, option2). The answer is the number or letter of the right choice
+    a prompt and an answer             Alpaca: instruction, input, output. Dolly: instruction, context, response
+    a text and a label                 classes. The text follows the title, if there is one
+    a text                             every token. The text follows the title, if there is one
 
-All rows are read: a field that the task reads has a text in each of them.
+All rows are read. A field that the task reads has a text in each row.
 """
 
 from __future__ import annotations
@@ -24,19 +24,22 @@ from vismt.storage.wheels import one_line
 
 CHATS = ("messages", "conversations")
 PROMPTS = ("prompt", "question", "instruction", "query", "question_stem", "goal", "ctx")
-ABOUT = ("input", "context", "passage")  # what a prompt is about; it may be empty
+ABOUT = ("input", "context", "passage")  # context of a prompt, which may be empty
 CHOICES = ("choices", "options", "endings")
 CHOICE = re.compile(r"(?:option|choice|ending|sol|op)?[ _]?([a-z]|[1-9])")  # the column of one choice
 _ANSWERS = ("answer", "response", "completion", "output")
 TITLES, _TEXTS = ("title",), ("text", "sentence", "content", "document")
 _LABELS = ("label", "class", "category")
-_RIGHT = ("answerkey", "answer_key", "target", *_LABELS)  # the right one of several choices, where no answer is named
+_RIGHT = ("answerkey", "answer_key", "target", *_LABELS)  # the right choice, if no answer is named
 _MOST = len(ascii_uppercase)  # choices or labels
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The task of rows. learned: What the model learns. read, unused: Fields of the rows. notes: Lines for the user."""
+    """The task of rows.
+
+    learned: What the model learns. read, unused: Fields of the rows. notes: Lines for the user.
+    """
 
     learned: str
     task: dict[str, Any]
@@ -46,7 +49,7 @@ class Layout:
 
 
 class RowTable:
-    """Rows with the names of all their fields. what: Begins every error."""
+    """Rows with the names of all their fields. what: Begin of every error."""
 
     def __init__(self, what: str, rows: Sequence[Mapping[str, Any]]) -> None:
         self.what = what
@@ -66,7 +69,7 @@ class RowTable:
         return found[0] if found else None
 
     def texts(self) -> list[str]:
-        """Return the fields of the title, if there is one, and of the text; [] without a text."""
+        """Return the fields of the title, if there is one, and of the text. [] without a text."""
         names = self.one(*TITLES), self.one(*_TEXTS)
         return [name for name in names if name] if names[1] else []
 
@@ -174,7 +177,7 @@ def _choices(table: RowTable) -> Layout | None:
 
 
 def _columns(table: RowTable) -> list[str]:
-    """Return the columns of the choices, in order; [] where they do not begin with A or 1 or leave one out."""
+    """Return the columns of the choices, in order. [] if they do not begin with A or 1, or leave one out."""
     matches = {match[1]: name for name in table.fields if (match := CHOICE.fullmatch(name.lower()))}
     found = "".join(sorted(matches))
     counted = len(found) > 1 and (ascii_lowercase.startswith(found) or "123456789".startswith(found))
@@ -182,7 +185,7 @@ def _columns(table: RowTable) -> list[str]:
 
 
 def _listed(table: RowTable, name: str) -> tuple[list[str], list[list[Any]]]:
-    """Return a template of each choice in a field, and the labels of the choices of each row, None for those without a label."""
+    """Return a template of each choice in a field, and the labels of the choices of each row (None without labels)."""
     values = table.values(name, (list, dict), "a list of texts")
     labelled = all(isinstance(value, dict) and {"text", "label"} <= value.keys() for value in values)
     lists = [value["text"] for value in values] if labelled else values
@@ -200,7 +203,7 @@ def _answer(table: RowTable) -> Layout | None:
     asked = _prompt(table) if answer else []
     if answer is None or not asked:
         return None
-    # The prompt is the user's turn in the chat template of the model, where it has one.
+    # The prompt is the user's turn in the chat template of the model, if it has a template.
     task = {"kind": "causal", "prompt": _joined(asked), "chat": True, "options": {"answer": f"{{{answer}}}"}}
     return Layout("the answer", task, [*asked, answer], _named_empty(table, answer))
 

@@ -85,7 +85,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
     def check_arm(self, config: MultitaskConfig) -> None:
         super().check_arm(config)
         merges = [arm.merge for arm in self.study.arms.values() if arm.merge is not None]
-        # Where several rules merge the same arms, with the first of them.
+        # If several rules merge the same arms, with the first rule.
         if config.merge is not None and config.merge == next(m for m in merges if m.arms == config.merge.arms):
             check_merging_arms(self, self.data, config)
 
@@ -187,7 +187,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         return sum(values) / len(values)
 
     def exported_view(self, training: Training) -> View | None:
-        # Merged weights have the means of a Bayesian head, and what is fitted is for its probabilities.
+        # Merged weights have the means of a Bayesian head, while fitted values belong to its probabilities.
         if is_variational(self.study.config_of(training).head_name):
             return None
         return self.evaluation.view(self.final(training), training, self.split, 0, training.folder / RECORDS)
@@ -217,11 +217,11 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         return [*merge_section(self.folder, first), *sections(self.folder)]
 
     def merged(self, arm: str | None = None) -> nn.Module:
-        """Return one arm's stock model with merged weights; a Bayesian head becomes the linear head of its means."""
+        """Return one arm's stock model with merged weights. A Bayesian head becomes the linear head of its means."""
         return with_linear_head(super().merged(arm))
 
     def graph(self, arm: str | None, form: str) -> Graph:
-        """Return the merged net; a Bayesian head gives log-probabilities."""
+        """Return the merged net. A Bayesian head gives log-probabilities."""
         net, size = self.merged_net(self.study.find(arm)), self.data.size
         bayesian = isinstance(net.head, GaussianHead)
         name = "log_probabilities" if bayesian else "logits"

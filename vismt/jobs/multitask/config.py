@@ -56,7 +56,7 @@ _OF_ALL = (
 )  # options of tasks of whole images that are keys of the run
 _PARTS = tuple(field.name for field in fields(PartsConfig))  # keys of an entry of `tasks`
 PANELS = "dense_panels.npz"  # a file of a run folder
-# Keys of runs with `size` alone, and of runs without it.
+# Keys of runs with `size`, and keys of runs without it.
 _FITTED = (
     *("data", "canvas", "blocks", "baseline"),
     *("evaluate.mode", "evaluate.overlap", "evaluate.flip", "evaluate.scales"),
@@ -79,8 +79,9 @@ class HeadConfig:
     """The heads.
 
     Args:
-        name: head of tasks of maps (linear, conv, segformer, dpt; vismt.multitask.heads), conv by default. Whole images beside
-            them have linear heads. Without `size`: linear, by default, or vbll, a Bayesian last layer (vismt.uncertainty.vbll).
+        name: head of tasks of maps, linear, conv (the default), segformer or dpt (vismt.multitask.heads). Whole images beside
+            maps have linear heads. Without `size`, linear (the default) or vbll, a Bayesian last layer
+            (vismt.uncertainty.vbll).
         options: further arguments of the head.
         labels: union, one softmax over the classes of all tasks of whole images, or separate, a softmax for each task. vbll needs
             union.
@@ -96,12 +97,12 @@ class AugmentConfig:
     """Augmentation of training images and their maps.
 
     Args:
-        crop: smallest area of a random crop, 1 for none. Without `size`.
+        crop: smallest area of a random crop, 1 for no crop. Without `size`.
         jitter: strength of colour changes. Without `size`.
         flip: whether images are mirrored at random.
         scales: smallest and largest factor of the size. With `size`.
-        cat_max_ratio: largest share of a crop that one class may cover; another crop is drawn up to ten times. With `size`.
-        strength: strength of colour changes, 0 for none. With `size`.
+        cat_max_ratio: largest share of a crop that one class may cover. Another crop is drawn up to ten times. With `size`.
+        strength: strength of colour changes, 0 for no changes. With `size`.
         hue: strength of changes of the hue. With `size`.
     """
 
@@ -125,16 +126,16 @@ class MultitaskEvaluateConfig:
 
     Args:
         split: test, or validation while settings are chosen.
-        batch: images in one forward pass.
-        mode: on a canvas larger than the size, slide averages over windows of the size, whole predicts the canvas at
-            once, with the position table resampled for it.
+        batch: number of images in one forward pass.
+        mode: prediction on a canvas larger than the size. slide averages over windows of the size, and whole predicts the canvas
+            at once, with a resampled position table.
         overlap: share of their side by which windows overlap.
-        flip: whether the prediction is averaged with that on the mirrored image.
-        scales: factors by which each image is enlarged; the predictions are averaged (multi-scale testing).
-        adjust_logits: whether logits minus tau log prior are evaluated, too (vismt.multitask.class_loss), with tau chosen on the
-            validation images: one for all tasks of whole images, or with `size` one for each task with classes.
-        attacks: evaluated attacks; with `size` pgd on the run's losses.
-        corruptions: evaluated corruptions; with `size` all has those that leave pixels where they are.
+        flip: whether the prediction is averaged with the prediction on the mirrored image.
+        scales: factors by which each image is enlarged. The predictions are averaged (multi-scale testing).
+        adjust_logits: whether logits minus tau log prior are also evaluated (vismt.multitask.class_loss). tau is chosen on the
+            validation images, one for all tasks of whole images, or with `size` one for each task with classes.
+        attacks: evaluated attacks. With `size`, pgd on the run's losses.
+        corruptions: evaluated corruptions. With `size`, all leaves out corruptions that move pixels.
     """
 
     split: Split = "test"
@@ -159,15 +160,15 @@ class MultitaskEvaluateConfig:
 
 @dataclass
 class MergeConfig:
-    """An arm that merges the adapters of others, each trained on tasks of its own; nothing is trained.
+    """An arm that merges the adapters of other arms, each trained on tasks of its own. Nothing is trained.
 
-    Of the heads it takes those rows that were trained.
+    For each task, the head takes the rows of the arm that was trained on the task.
 
     Args:
-        arms: the merged arms, which stand before this one; together they are trained on each task once.
-        method: of `vismt.lowrank.combine`; svd for their mean or sum.
-        weights: tried values of the weight of each adapter, of which that with the best mean accuracy over the validation
-            images of the tasks is taken, by each seed; [] for the method's own, 1 / T with svd, else 1.
+        arms: the merged arms, which stand before this arm. Together they are trained on each task once.
+        method: method of `vismt.lowrank.combine`, svd for their mean or sum.
+        weights: tried values of the weight of each adapter. Each seed takes the value with the best mean accuracy over the
+            validation images of the tasks. [] takes the method's own, 1 / T with svd, else 1.
     """
 
     arms: list[str] = field(default_factory=list)
@@ -181,32 +182,32 @@ class MultitaskConfig(StudyConfig):
 
     Args:
         model: the backbone. With `size` it takes images of that size.
-        data: with `size` the sets of all tasks without sets of their own: cards of maps, and for the task classify cards of
-            images with classes.
+        data: sets of all tasks without sets of their own, with `size`: cards of maps, and for the task classify cards of images
+            with classes.
         tasks: the tasks. A task of whole images is a mapping with any name and its sets: train, validation, test,
             validation_share, test_share and limit as in `data`. A task of maps is its name, or a mapping with the name and its
             options, and for a task of your own the module that registers it. Arms may differ in options of losses:
             `tasks.semseg.class_weights: sqrt`.
-        trained_tasks: the tasks that an arm is trained on, by name; images without a label of them are left out; [] for all.
-        size: [height, width] of training images in pixels, of a ViT multiples of the patch. Tasks of maps need it. [] takes
+        trained_tasks: names of the tasks on which an arm is trained. Images without a label of these tasks are left out. [] means
+            all tasks.
+        size: [height, width] of training images in pixels, for a ViT multiples of the patch. Tasks of maps need it. [] takes
             squares of the model's size.
-        canvas: [height, width] into which every image is fitted, and from which training crops are taken; null for the
-            size.
-        head: union, one linear head over the classes of all tasks, or separate, one for each task; or a section, such as
+        canvas: [height, width] into which every image is fitted, and from which training crops are taken. null means the size.
+        head: union, one linear head over the classes of all tasks, or separate, one for each task, or a section, such as
             {name: vbll} or {name: segformer}.
-        blocks: numbers of the blocks, or stages, that the heads of maps read; null for four evenly spread.
+        blocks: numbers of the blocks, or stages, that the heads of maps read. null takes four, evenly spread.
         label_smoothing: share of the label of a whole image that is spread over all classes, in [0, 1).
-        class_weights: weights of the classes of whole images by their training counts (vismt.multitask.class_loss); null for
-            none.
-        batch: images of a training batch.
+        class_weights: weights of the classes of whole images by their training counts (vismt.multitask.class_loss). null means
+            no weights.
+        batch: number of images of a training batch.
         augment: augmentation of training images and maps.
-        fade: the fading of routers; null leaves them at their start value.
-        retain: quality retaining of whole images with a union of labels, and of semseg; null for none.
-        balancing: how the losses of the tasks are weighed; null for the sum of the weighted losses of maps and one mean over the
-            whole images of a batch.
-        calibration: images that a method computes options from before the training; null for none.
-        merge: of an arm that merges the adapters of others; null for an arm that is trained.
-        baseline: the arm, or {task: arm}, that delta_m compares with; null for no delta_m.
+        fade: the fading of routers. null leaves them at their start value.
+        retain: quality retaining of whole images with a union of labels, and of semseg. null means none.
+        balancing: method that weighs the losses of the tasks. null takes the sum of the weighted losses of maps and one mean over
+            the whole images of a batch.
+        calibration: images from which a method computes options before the training. null means none.
+        merge: settings of an arm that merges the adapters of others. null means an arm that is trained.
+        baseline: the arm, or {task: arm}, with which delta_m compares. null means no delta_m.
         evaluate: the evaluation.
         on_bad_sample: error or skip, for images of classes that cannot be decoded.
         download: whether sets that are missing are downloaded.
@@ -245,7 +246,7 @@ class MultitaskConfig(StudyConfig):
 
     @property
     def head_section(self) -> HeadConfig:
-        """The head, whether it is written as a section or as its labels."""
+        """The head, written as a section or as its labels."""
         return self.head if isinstance(self.head, HeadConfig) else HeadConfig(labels=self.head)
 
     @property
@@ -286,7 +287,7 @@ def all_tasks(config: MultitaskConfig) -> list[Task]:
 
 
 def _options(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
-    """Return the options of an entry of `tasks` without its sets. A task with sets is of whole images, its classes counted."""
+    """Return the options of an entry of `tasks` without its sets. A task with sets is of whole images with counted classes."""
     if isinstance(spec, str) or not any(key in spec for key in _PARTS):
         return spec if isinstance(spec, str) else dict(spec)
     options = {"kind": Classification.name, **{key: spec[key] for key in spec if key not in _PARTS}}
@@ -318,12 +319,12 @@ def image_tasks(tasks: Iterable[Task]) -> list[Task]:
 
 
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
-    """Return the loss over the classes of whole images; counts: training images of each class of the union."""
+    """Return the loss over the classes of whole images. counts: Training images of each class of the union."""
     return ClassLoss(class_weights=config.class_weights, class_counts=counts)
 
 
 def canvas_of(config: MultitaskConfig) -> tuple[int, int]:
-    """Return (h, w) of the canvas that every image is fitted into."""
+    """Return (h, w) of the canvas into which every image is fitted."""
     height, width = config.canvas or config.size
     return height, width
 
@@ -334,7 +335,7 @@ def window_of(config: MultitaskConfig) -> tuple[int, int]:
 
 
 def baseline_arms(config: MultitaskConfig) -> dict[str, str]:
-    """Return {task: the arm that delta_m compares with}, empty without a baseline."""
+    """Return the arm with which delta_m compares, by task. Empty without a baseline."""
     baseline = config.baseline
     if baseline is None:
         return {}
@@ -369,7 +370,7 @@ def check(config: MultitaskConfig) -> None:
 
 
 def _free(task: Task) -> list[str]:
-    """Return the options of a task that arms may differ in."""
+    """Return the options of a task in which arms may differ."""
     return [option for option in loss_options(task) if isinstance(task, MapTask) or option not in _OF_ALL]
 
 
@@ -398,7 +399,7 @@ def _check_values(config: MultitaskConfig) -> None:
 
 
 def _check_view(config: MultitaskConfig) -> None:
-    """Raise UserError for keys and tasks that are of runs with `size` alone, or of runs without it."""
+    """Raise UserError for keys and tasks that belong only to runs with `size`, or only to runs without it."""
     given = [*flat(differences(config))]
     other = list(_SQUARE) if config.size else _FITTED
     for key in (key for key in other if any(name == key or name.startswith(f"{key}.") for name in given)):

@@ -1,4 +1,4 @@
-"""The images of a multi-task configuration: each task's parts, opened once, with the labels of the union."""
+"""The images of a multi-task configuration: the parts of each task, opened once, with the labels of the union."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
 class TaskData:
     """The parts "train", "validation" and "test" of every task, of images of `size` x `size` pixels.
 
-    The classes of a task are those of its training sets, in the order in which their cards name them; `union` is the label
-    space, `classes` their names task by task. Raises UserError for a card that is not available, a class without a training
-    image, and validation or test images of a class that training does not have.
+    The classes of a task are the classes of its training sets, in the order of their cards. union: Label space. classes: Names
+    of the classes, task by task. Raises UserError for a card that is not available, a class without a training image, and
+    validation or test images of a class that training does not have.
     """
 
     def __init__(self, config: MultitaskConfig, size: int) -> None:
@@ -51,7 +51,7 @@ class TaskData:
 
     @property
     def label_names(self) -> list[str]:
-        """The name of every label of the union: that of the class for a single task, else "task/class"."""
+        """The name of every label of the union: the name of the class for a single task, else "task/class"."""
         if len(self.classes) == 1:
             return self.classes[0]
         return [f"{task}/{name}" for task, names in zip(self.union.tasks, self.classes) for name in names]

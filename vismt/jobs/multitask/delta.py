@@ -13,9 +13,9 @@ from vismt.uncertainty.intervals import CLEAN, LOWER, NUMBER, Measure, Score
 
 
 def deltas(scores: Mapping[str, Sequence[Score]], baselines: Mapping[str, str]) -> dict[str, list[Score]]:
-    """Return delta_m of every arm that trains all tasks under each condition, by arm; none for the baseline itself.
+    """Return delta_m of every arm that trains all tasks under each condition, by arm. The baseline itself has none.
 
-    scores: by arm. baselines: arm by task.
+    scores: Scores by arm. baselines: Arm by task.
     """
     by_name: dict[str, list[Score]] = {}
     for condition in dict.fromkeys(score.condition for arm_scores in scores.values() for score in arm_scores):

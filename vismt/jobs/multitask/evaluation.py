@@ -65,9 +65,9 @@ class Evaluation:
         records: Path,
         features: Sequence[Feature] = (),
     ) -> list[Score]:
-        """Return the accuracy of every task, clean and under each condition, and what features ask for.
+        """Return the accuracy of every task, clean and under each condition, and the scores of features.
 
-        records: the folder of records.
+        records: Folder of records.
         """
         model, views, scores = net(), [], []
         with ExitStack() as stack:
@@ -81,7 +81,7 @@ class Evaluation:
     def view(
         self, net: PixelNet, training: Training, split: str, number: int, records: Path, images: Gathered | None = None
     ) -> TaskView:
-        """Return one task of a net. images: of the task, in a store of features."""
+        """Return one task of a net. images: Images of the task, in a store of features."""
         union = self.data.union
         task = union.tasks[number]
         images = self.data.part(number, split) if images is None else images
@@ -114,13 +114,13 @@ class Evaluation:
     def fitted_once(
         self, path: Path, kind: type[Fitted], net: PixelNet, fit: Callable[[], Fitted], ending: str = ""
     ) -> Fitted:
-        """Return what is fitted once for the weights of a net and the validation images of all tasks."""
+        """Return the values that are fitted once for the weights of a net and the validation images of all tasks."""
         parts = [self.data.part(task, "validation") for task in range(len(self.data.union.tasks))]
         fingerprint = " ".join((net.fingerprint(), *map(names_digest, parts))) + ending
         return fitted_once(path, kind, fingerprint, fit, examples=joint_content(parts))
 
     def parts(self, number: int) -> tuple[Tensor, Tensor]:
-        """Return masks of a task's validation images: those that choose rates and those on which features are fitted."""
+        """Return masks of a task's validation images that choose rates, and of the images on which features are fitted."""
         labels, groups = self.data.part(number, "validation").labels, self.data.validation_groups(number)
         return validation_parts(labels, divides(self.config.evaluate, self.config.tune), groups)
 
@@ -157,7 +157,7 @@ class Evaluation:
     def softmaxes(self, net: PixelNet, training: Training) -> list[Softmax]:
         """Return the softmaxes of a net for images of the user: one over all classes, or one for each task.
 
-        The conformal sets of one over all classes take the largest threshold of a task, which covers the images of every task.
+        A softmax over all classes takes the largest threshold of a task for its conformal sets, which covers every task's images.
         """
         union, names, separate = self.data.union, self.data.label_names, self.separate(training)
         tasks = [union.tasks[task] for task in union.task_of_class().tolist()]
@@ -170,7 +170,7 @@ class Evaluation:
         return [Softmax(span, names[span], tasks[span], quantile) for span, quantile in zip(spans, quantiles)]
 
     def with_head(self, net: PixelNet, training: Training, make: MakeHead) -> PixelNet:
-        """Return a copy of a net with another head, made from the images of the arm's tasks; the latest one is kept."""
+        """Return a copy of a net with another head, made from the images of the arm's tasks. The latest copy is kept."""
         key, found = net.fingerprint(), self._with_head[2]
         if self._with_head[:2] != (key, make) or found is None:
             device, what = runtime.processes().device, f"{training.arm} seed {training.seed}"
@@ -207,7 +207,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class TaskView(ImageView):
-    """The images of one task of a run. pixels: the net over all tasks. number: of the task."""
+    """The images of one task of a run. pixels: Net over all tasks. number: Number of the task."""
 
     evaluation: Evaluation
     pixels: PixelNet

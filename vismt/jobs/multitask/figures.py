@@ -58,7 +58,7 @@ def examples(
 ) -> Path:
     """Write `count` evaluated images of each task, evenly over its images, with the answers of trainings of several arms.
 
-    The answers are read from the records; nothing is evaluated. Raises UserError for an image without a record of an arm.
+    The answers are read from the records, and nothing is evaluated. Raises UserError for an image without a record of an arm.
     """
     names = data.label_names
     images: list[Tensor] = []
@@ -101,7 +101,7 @@ def write_confusions(folder: Path, data: TaskData, split: str, trainings: Mappin
 def write_examples(
     path: Path, images: np.ndarray, truth: Sequence[str], tasks: Sequence[str], predictions: Mapping[str, Sequence[str]]
 ) -> Path:
-    """Write images uint8 (n, 3, h, w), the names of their classes, and by arm its answers; return `path`."""
+    """Write images uint8 (n, 3, h, w), the names of their classes, and the answers of each arm. Return `path`."""
     arrays = {
         "images": images,
         "truth": np.array(list(truth), dtype=str),
@@ -127,8 +127,8 @@ def _answers(folder: Path, training: Training, stem: str, ids: Sequence[str], na
 def examples_figure(panel: Path, path: Path) -> Path:
     """Draw a band for each task: its images, the true class above, and below each arm's answer, ✓ right or ✗ wrong.
 
-    An answer that is a class of another task is shown with the name of that task. panel: the file of `write_examples`; at most
-    8 images of a task are drawn.
+    An answer that is a class of another task is shown with the name of that task. At most 8 images of a task are drawn. panel:
+    File of `write_examples`.
     """
     arrays = read_panel(panel, "examples")
     arms = arrays["arms"].tolist()
@@ -189,17 +189,18 @@ def write_predictions(
 ) -> Path | None:
     """Write _MAPS evaluated images, evenly over their split, not chosen by result, with what every training predicts.
 
-    Only tasks with a value at every pixel are drawn; without such a task return None and write no file. A file of the same
-    images and trainings is kept, and nothing is predicted. The arrays:
+    Only tasks with a value at every pixel are drawn. Without such a task, None is returned and no file is written. A file of
+    the same images and trainings is kept, and nothing is predicted. The arrays:
 
-        truth (t, n, 3, h, w), predictions (a, t, n, 3, h, w): pictures by MapTask.picture, a prediction in the colours of its
-            truth, of the first seed of each arm, merged.
-        scores (a, t, n): score of the image alone, NaN for none.
-        trained (a, t): whether the arm has the task; without it the pictures are dark grey and the scores NaN.
-        trainings (a,): digests of the trainings.
-        classes, colors (c,): of the truth in the pictures, the commonest first, at most _MOST_CLASSES of a task.
+        truth (t, n, 3, h, w), predictions (a, t, n, 3, h, w): Pictures by MapTask.picture, of the first seed of each arm,
+        merged. A
+            prediction has the colours of its truth.
+        scores (a, t, n): Score of the single image, NaN for no score. trained (a, t): Whether the arm has the task. Without it
+        the pictures are dark grey and the scores NaN. trainings (a,): Digests of the trainings. classes, colors (c,): Classes
+        and colours of the truth in the pictures, the commonest first, at most _MOST_CLASSES of a task.
 
-    logits: returns the outputs of a training on a batch by task. pooled: returns the images of a training by task.
+    logits: Function that returns the outputs of a training on a batch by task. pooled: Function that returns the images of a
+    training by task.
     """
     tasks = [task for task in data.tasks.values() if isinstance(task, MapTask)]
     if not tasks:
@@ -257,7 +258,7 @@ def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
 
 
 def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor | None = None) -> np.ndarray:
-    """Return pictures uint8 (n, 3, h, w) of a batch of maps; without maps all pixels have no value."""
+    """Return pictures uint8 (n, 3, h, w) of a batch of maps. Without maps, no pixel has a value."""
     if maps is None:
         return np.full(tuple(images.shape), DARK, dtype=np.uint8)
     references = [None] * len(maps) if like is None else like
@@ -267,8 +268,7 @@ def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor |
 def predictions_figure(panel: Path, path: Path) -> Path:
     """Draw a block for each image: the input, and for each task the truth and each arm's prediction, its score below.
 
-    Blocks are side by side where they are narrow. An arm that does not train a task leaves its place empty. panel: the file of
-    `write_predictions`.
+    Narrow blocks are side by side. An arm that does not train a task leaves its place empty. panel: File of `write_predictions`.
     """
     arrays = read_panel(panel, "maps")
     count, _, rows, columns = arrays["images"].shape
@@ -294,7 +294,7 @@ def predictions_figure(panel: Path, path: Path) -> Path:
 def _block(
     figure: Figure, arrays: Mapping[str, np.ndarray], number: int, left: float, top: float, size: tuple[float, float]
 ) -> None:
-    """Draw one image at inches from the upper left corner. size: (width, height) of a picture."""
+    """Draw one image at inches from the upper left corner. size: Size (width, height) of a picture."""
     (width, height), arms = size, arrays["arms"].tolist()
     pitch, most = width + GAP, max(4, int(width / LETTER))
     for place, name in enumerate(["Input", "Truth", *arms]):

@@ -1,4 +1,4 @@
-"""Runs of images fitted into `size`: one adapted backbone, a head for each task, one forward for all; and the choice of a run."""
+"""Runs of images fitted into `size`: one adapted backbone, a head for each task, one forward pass for all tasks."""
 
 from __future__ import annotations
 
@@ -163,7 +163,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         return models.loaded(self.study.config_of(training), training, window_of(self.config))
 
     def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
-        """Return the images of every task of a training, clean, read from its folder where they are on record."""
+        """Return the images of every task of a training, clean, read from its folder if they are on record."""
         records, asked = training.folder / RECORDS, {}
         net = cache(lambda: self.final(training))
         if split == self.split:
@@ -257,11 +257,11 @@ class MapsJob(MultitaskJob[DenseNet]):
         return [confusions(self.folder, firsts, self.split), *sections(self.folder)]
 
     def baselines(self) -> dict[str, str]:
-        """Return {task: the arm that others are compared with}; delta_m is a difference and has none."""
+        """Return the arm with which others are compared, by task. delta_m is a difference and has none."""
         return {**baseline_arms(self.config), DELTA: ""}
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
-        """Draw one arm's predictions on images and on those in folders, see `predict_images`."""
+        """Draw one arm's predictions on images and on images in folders, see `predict_images`."""
         images = image_files(inputs)
         training = self.study.find(options.arm)
         config = self.study.config_of(training)
@@ -271,7 +271,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         net = models.loaded(config, training, size)
         training_files.fold(net.stock, training)
         quantiles = {}
-        # What is fitted holds for images that are predicted as the validation images were.
+        # Fitted values hold for images that are predicted like the validation images.
         if not (options.own_size or options.flip):
             views = self.evaluation.views(lambda: self.final(training), training, self.split, training.folder / RECORDS)
             features = [of for of in asked_features(self.config.evaluate) if of.holds_out]
@@ -280,7 +280,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         return predict_images(config, net, str(training), images, target, options, quantiles)
 
     def graph(self, arm: str | None, form: str) -> Graph:
-        """Return the merged net, with the maps of all tasks at the size of the images; pairs of tasks stay beside the weights."""
+        """Return the merged net, with the maps of all tasks at the size of the images. Pairs of tasks stay beside the weights."""
         training = self.study.find(arm)
         config, size = self.study.config_of(training), window_of(self.config)
         tasks = named_tasks(config)
@@ -311,7 +311,7 @@ class MapsJob(MultitaskJob[DenseNet]):
 
 
 def _unread(net: DenseNet) -> list[str]:
-    """Return patterns of the parameters that no head depends on: several processes wait for the gradient of each trained one."""
+    """Return patterns of parameters that no head depends on. Several processes would wait for a gradient of a trained one."""
     shapes = copy.deepcopy(net.backbone).to("meta").requires_grad_(True)
     taps = shapes.maps(torch.empty(1, 3, *shapes.img_size, device="meta"), net.blocks)
     named = dict(shapes.vit.named_parameters())

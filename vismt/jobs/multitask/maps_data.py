@@ -41,7 +41,7 @@ _PIXELS = 4096  # of each of them that a constant prediction is of
 
 @dataclass(frozen=True)
 class Rows:
-    """Samples of several sets behind one running index, in their sets' order and own sizes."""
+    """Samples of several sets behind one running index, in the order of their sets and in their own sizes."""
 
     entries: list[tuple[DenseSet, int]]
     _digests: dict[int, str] = field(default_factory=dict)  # of the samples that were read
@@ -55,7 +55,7 @@ class Rows:
         return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
 
     def groups(self, index: Tensor | None = None) -> tuple[dict[str, str], str]:
-        """Return the group of each sample by its name, as `named_groups` does; index: of the samples, None for all."""
+        """Return the group of each sample by its name, as `named_groups` does. index: Indices of the samples, None for all."""
         rows = range(len(self)) if index is None else index.tolist()
         ids = self.ids
         return named_groups([ids[i] for i in rows], [self.entries[i] for i in rows])
@@ -66,7 +66,7 @@ class Rows:
         return "+".join(dict.fromkeys(images.name for images, _ in self.entries))
 
     def content(self, number: int) -> str:
-        """Return a digest of a sample in its own size, which is read for it if it was not read yet."""
+        """Return a digest of a sample in its own size. The sample is read if it was not read yet."""
         if number not in self._digests:
             images, i = self.entries[number]
             self._note(number, images.stored(i))
@@ -74,7 +74,7 @@ class Rows:
 
     @cached_property
     def files(self) -> str:
-        """A digest of the files that the samples are read from, "" where that is not known."""
+        """A digest of the files from which the samples are read, "" if they are not known."""
         contents = dict.fromkeys(images.content(i) for images, i in self.entries)
         return digest(" ".join(contents).encode()) if all(contents) else ""
 
@@ -87,7 +87,7 @@ class Rows:
         return transforms.pad(self.unpadded(number, size), size)
 
     def unpadded(self, number: int, size: tuple[int, int]) -> Sample:
-        """Return a fitted sample before padding, which must not enter a score."""
+        """Return a fitted sample before padding, because padding must not enter a score."""
         images, i = self.entries[number]
 
         def fitted(sample: Sample) -> Sample:
@@ -100,9 +100,9 @@ class Rows:
 class DenseData:
     """The parts "train", "validation" and "test" of a configuration's sets, fitted into a canvas of `size` (h, w).
 
-    `tasks` are by name; depth or inverse depth, as the sets hold it. Raises UserError for a card that is not here, a set
-    without a target of any task, a task that no set of a part has a target for, a number of classes that is not the sets',
-    classes that two sets call differently, and depth beside inverse depth.
+    tasks: Tasks by name, with depth or inverse depth as in the sets. Raises UserError for a missing card, a set without a
+    target of any task, a task without a target in the sets of a part, a number of classes that differs from the sets, classes
+    with different names in two sets, and depth beside inverse depth.
     """
 
     def __init__(self, config: MultitaskConfig) -> None:
@@ -136,18 +136,18 @@ class DenseData:
         console.stage("data", "   ".join(f"{part} {len(rows):,}" for part, rows in self.parts.items() if len(rows)))
 
     def part(self, name: str) -> Rows:
-        """Return the samples of a part; raise UserError where the validation part is missing."""
+        """Return the samples of a part. Raise UserError if the validation part is missing."""
         if not len(self.parts[name]):
             raise UserError("data: nothing to validate on; name a set in validation, or give validation_share.")
         return self.parts[name]
 
     def rows(self, *entries: str) -> Rows:
-        """Return the samples of sets that are not of the run."""
+        """Return the samples of sets that do not belong to the run."""
         sets = [self._sets.samples(entry, grouped=True) for entry in entries]
         return Rows([(images, i) for images in sets for i in range(len(images))])
 
     def outside(self, name: str) -> FittedImages:
-        """Return the images of a set that is not of the run."""
+        """Return the images of a set that does not belong to the run."""
         return FittedImages(self.rows(name), self.size)
 
     def classes(self, part: str, task: Task) -> Tensor:
@@ -169,7 +169,7 @@ class DenseData:
         return Rows([(images, i) for images, i in entries if task.key in images.targets and images.labels is not None])
 
     def counted(self, tasks: Sequence[Task]) -> list[Task]:
-        """Return the tasks, with their training labels counted where the loss needs them."""
+        """Return the tasks, with counted training labels if the loss needs them."""
         return [
             replace(cast(Any, task), class_counts=self.class_counts(task))
             if isinstance(task, ClassLoss) and task.needs_counts
@@ -204,7 +204,7 @@ class DenseData:
         return float(torch.cat(values).mean()) if any(map(len, values)) else 0.0
 
     def constants(self, tasks: Iterable[Task]) -> dict[str, Tensor]:
-        """Return the best constant prediction (channels,) of each task that training samples have values of, as they are scored.
+        """Return the best constant prediction (channels,) of each task with values in training samples, as they are scored.
 
         It comes from at most SAMPLED samples of a task, evenly over their order, and _PIXELS pixels of each of them.
         """
@@ -235,7 +235,7 @@ class DenseData:
 
 
 class FittedImages:
-    """The images of some samples, fitted and padded: `images[index]` as of `vismt.data.batching.Gathered`, without classes."""
+    """The images of some samples, fitted and padded, with `images[index]` as in `vismt.data.batching.Gathered`."""
 
     def __init__(self, rows: Rows, size: tuple[int, int]) -> None:
         self.rows, self.size, self.ids, self.groups = rows, size, rows.ids, rows.groups
@@ -255,8 +255,8 @@ class FittedImages:
 class DenseBatches:
     """Batches by number, a function of (seed, k): passes over the rows of trained tasks, each in its own random order.
 
-    canvas: (h, w) that an image is fitted into. config: of an arm, whose crops and targets they have. Raises UserError when
-    there are fewer rows than images in a batch.
+    canvas: Size (h, w) into which an image is fitted. config: Configuration of an arm, which gives crops and targets. Raises
+    UserError if there are fewer rows than images in a batch.
     """
 
     def __init__(self, rows: Rows, canvas: tuple[int, int], config: MultitaskConfig) -> None:
@@ -311,7 +311,7 @@ def _check_set(images: DenseSet, tasks: Sequence[Task]) -> None:
 
 
 def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
-    """Raise UserError where one number is two classes. named: (set, its classes)."""
+    """Raise UserError if one number stands for two classes. named: Pairs (set, its classes)."""
     for name, classes in named[1:]:
         first, first_classes = named[0]
         for expected, actual in zip(first_classes, classes):
@@ -322,14 +322,14 @@ def _check_names(named: Sequence[tuple[str, Sequence[str]]]) -> None:
 
 
 def _with_names(task: Task, names: Sequence[str]) -> Task:
-    """Return a task of segmentation with names of its classes, unless the configuration gives them; any other task unchanged."""
+    """Return a task of segmentation with names of its classes, unless it has names. Return other tasks unchanged."""
     if task.name != SEGMENTATION or not isinstance(task, Segmentation) or task.class_names is not None:
         return task
     return replace(task, class_names=list(names))
 
 
 def _numbered(classes: Sequence[str]) -> bool:
-    """Return whether the classes of maps are called by their numbers, as where the card does not name them."""
+    """Return whether the classes of maps are named by their numbers, because the card does not name them."""
     return list(classes) == [str(number) for number in range(len(classes))]
 
 

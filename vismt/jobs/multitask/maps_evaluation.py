@@ -1,16 +1,16 @@
 """Evaluation of a dense run: every task of every training on the images in their fixed size, clean, attacked and corrupted.
 
-A task's score is pooled over the n images that have a value of the task; its values by example are the jackknife's
-pseudo-values (pooled_score.py), which for accuracy are 1 and 0; the interval of delta_m comes from the same values (delta.py).
-Under an attack the arms and their baselines are each attacked on their own losses.
+The score of a task is pooled over the n images that have a value of the task. Its values by example are the jackknife's
+pseudo-values (pooled_score.py), which for accuracy are 1 and 0. The interval of delta_m comes from the same values (delta.py).
+Under an attack, the arms and their baselines are each attacked on their own losses.
 
 An image without a valid pixel of a task is left out of the task's score, n, records and interval, and has no effect on delta_m
-through that task; the n of delta_m counts the images with a value of any task. A score that is undefined (`absent: nan`) is no
+through that task. The n of delta_m counts the images with a value of any task. A score that is undefined (`absent: nan`) has no
 number, and the report says why.
 
-Tasks of whole images have a record of the probabilities of every image, and of what features of the evaluation ask of them.
-With evaluate.adjust_logits the tasks with classes are also scored with
-z - tau log pi (class_loss.py), by the tau with the best score on the validation images.
+Tasks of whole images have a record of the probabilities of every image, and of the columns of features. With
+evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
+score on the validation images.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from vismt.storage.records import Field, Header, Records, Row
 from vismt.uncertainty.features import Feature, Fitted, Rows, Validation, View
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure, Score
 
-NUMBERS = ".numbers.json"  # ending of the file beside a record with what the metrics compute
+NUMBERS = ".numbers.json"  # ending of the file beside a record with the numbers of the metrics
 UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # of this file, by task
 CONTENT = "content"  # of a row, what tells its sample from others of its name
 ADJUSTMENT = "adjustment.json"
@@ -126,7 +126,7 @@ class Evaluation:
         return Score(task, part.name, self.protocol(split), grouped, condition, examples=examples)
 
     def halves(self, answers: Mapping[str, Mapping[str, float]]) -> tuple[Tensor, Tensor]:
-        """Return masks of the labelled validation images: those that choose rates and those on which features are fitted."""
+        """Return masks of the labelled validation images that choose rates, and of the images on which features are fitted."""
         labels = torch.tensor([int(row["label"]) for row in answers.values()])
         of_image, _ = self.data.part("validation").groups()
         groups = [of_image[image] for image in answers] if of_image else []
@@ -143,10 +143,10 @@ class Evaluation:
         return text + ", mean with the mirrored image" if settings.flip else text
 
     def quality(self, scores: Sequence[Score], undefined: int = 0) -> float:
-        """Return the geometric mean over the tasks of the score, 1 / score where lower is better.
+        """Return the geometric mean over the tasks of the score, or of 1 / score if lower is better.
 
         It ranks trainings independently of the units of the scores, and to first order as delta_m over any baseline does, so
-        that no baseline has to be trained first. undefined: number of scores without a number, which count as _LEAST.
+        that no baseline has to be trained first. undefined: Number of scores without a number, which count as _LEAST.
         """
         measures = [score.measure for score in scores if not score.measure.further]
         logs = [math.log(max(measure.score, _LEAST)) for measure in measures]
@@ -165,8 +165,8 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
-        net: returns the evaluated net, asked for where a condition is not on record. records: folder. features: asked of tasks of
-        whole images.
+        net: Function that returns the evaluated net, called if a condition is not on record. records: Folder of records.
+        features: Features for tasks of whole images.
         """
         views = self.views(net, training, split, records)
         asked = {task: [feature.fitted(view) for feature in features] for task, view in views.items()}
@@ -187,14 +187,14 @@ class Evaluation:
         return scores
 
     def views(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> dict[str, TaskView]:
-        """Return the tasks of whole images of a training. Arguments as for `scores`."""
+        """Return the tasks of whole images of a training. Arguments are as for `scores`."""
         return {
             task.name: TaskView(self, net, training, split, records, task)
             for task in image_tasks(self._trained(training))
         }
 
     def constant_scores(self, training: Training, split: str) -> list[Score]:
-        """Return the scores of the best constant predictions of the training part. training: the placeholder of this model."""
+        """Return the scores of the best constant predictions of the training part. training: Placeholder of this model."""
         trained = {task.name for arm in self.study.arms.values() for task in trained_tasks(arm)}
         tasks = [task for name, task in self.tasks.items() if name in trained]
         if self.config.head_section.labels == "union":
@@ -213,9 +213,9 @@ class Evaluation:
         spec: DensePerturbation | None = None,
         features: Mapping[str, Sequence[Feature]] | None = None,
     ) -> dict[str, PooledScore]:
-        """Return the images of every task of one training, clean or under a condition, from their record where they are there.
+        """Return the images of every task of one training, clean or under a condition, from their record if there is one.
 
-        features: fitted, by task. Other arguments as for `scores`.
+        features: Fitted features, by task. Other arguments are as for `scores`.
         """
         condition, asked = CLEAN.label if spec is None else spec.label, features or {}
         pools = {
@@ -231,7 +231,7 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of the tasks with classes, their logits adjusted by the tau of validation.
 
-        Arguments as for `scores`.
+        Arguments are as for `scores`.
         """
         tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
         if not tasks:
@@ -268,15 +268,18 @@ class Evaluation:
         spec: DensePerturbation | None = None,
         taus: Mapping[str, float] | None = None,
     ) -> None:
-        """Add the images of a part to pools, from the record in `path` where they are there.
+        """Add the images of a part to pools, from the record in `path` if it has them.
 
-        net: returns the evaluated net, or constant predictions (channels,) by task. taus: of the logits by pool, 0 for none.
+        net: Function that returns the evaluated net, or constant predictions (channels,) by task. taus: tau of the logits by
+        pool, 0 for no change.
         """
         part = self.data.part(split)
         log = Records(path, self._header(pools, training, split, spec, taus or {}), _fields(pools))
         starts, ids = self._starts(split), part.ids
         batches = [ids[start : start + starts.step] for start in starts]
-        evaluated = net() if any(name not in log for name in ids) else {}  # here, as all processes make it together
+        evaluated = (
+            net() if any(name not in log for name in ids) else {}
+        )  # here, because all processes make it together
         device = runtime.processes().device
 
         def rows_of(number: int) -> list[Row]:
@@ -423,13 +426,13 @@ def _fields(pools: Mapping[str, PooledScore]) -> dict[str, Field]:
 
 
 def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:
-    """Return the part of a map that belongs to the image and not to its padding; a whole image's output unchanged."""
+    """Return the part of a map that belongs to the image and not to its padding. A whole image's output is unchanged."""
     return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction
 
 
 @dataclass(frozen=True)
 class TaskView(View):
-    """The images of a task of whole images. Other arguments as for `Evaluation.scores`."""
+    """The images of a task of whole images. The other fields are arguments of `Evaluation.scores`."""
 
     evaluation: Evaluation
     net: Callable[[], DenseNet]
@@ -444,7 +447,7 @@ class TaskView(View):
         return Score(self.task.name, name, protocol, measure, condition, examples=examples)
 
     def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
-        """Fit beside the records, as the evaluated net may be another version of the trained one."""
+        """Fit beside the records, because the evaluated net may be another version of the trained net."""
         of, config = self.evaluation, self.evaluation.config
         fitted_on = of.fitted_on(self.training) + (" half" if divides(config.evaluate, config.tune) else "")
         path = self.records / f"{name}-{self.task.name}.json"
@@ -475,7 +478,7 @@ class TaskView(View):
 
 
 class _OfTask(nn.Module):
-    """The answers (b, channels) of one task of whole images, as the evaluation has them."""
+    """The answers (b, channels) of one task of whole images, as the evaluation computes them."""
 
     def __init__(self, view: TaskView) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """The nets of a dense run, built from the files in the folders of its trainings.
 
-A folder has adapter/, unless only heads are trained; heads.safetensors with the tensors "<task>.<parameter>"; and done.json,
-written last, which marks the training as finished.
+A folder has adapter/ (unless only heads are trained), heads.safetensors with the tensors "<task>.<parameter>", and done.json,
+which is written last and marks the training as finished.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _head(config: MultitaskConfig, task: Task, widths: list[int]) -> Head:
 
 
 def make_backbone(config: MultitaskConfig, size: tuple[int, int]) -> Backbone | Pyramid:
-    """Return the stock backbone for images of `size` in pixels; raise UserError where the size does not fit the patches."""
+    """Return the stock backbone for images of `size` in pixels. Raise UserError if the size does not fit the patches."""
     model = config.model
     backbone = timm_models.create(
         model.name, size, model.pretrained, position=model.position, seed=config.seed, dtype=model.dtype
@@ -61,7 +61,7 @@ def make_backbone(config: MultitaskConfig, size: tuple[int, int]) -> Backbone | 
 
 
 def heads_file(net: DenseNet, config: MultitaskConfig) -> bytes:
-    """Return the bytes of heads.safetensors; its metadata entry "heads" describes the heads so that they can be built again."""
+    """Return the bytes of heads.safetensors. Its metadata entry "heads" describes the heads, so that they can be built again."""
     about = {
         "head": config.head_name,
         "options": config.head_section.options,
@@ -78,11 +78,11 @@ def heads_file(net: DenseNet, config: MultitaskConfig) -> bytes:
 def loaded(config: MultitaskConfig, training: Training, size: tuple[int, int]) -> DenseNet:
     """Return a trained net, not merged, for images of `size`.
 
-    The position table for a size other than the trained one is resampled once from the grid of the pretrained weights, or from
-    the trained table where training has changed it or the weights are random. Raises UserError when the training is not
-    finished or its files do not fit.
+    For a size other than the trained size, the position table is resampled once, from the grid of the pretrained weights. If
+    training has changed the table or the weights are random, it is resampled from the trained table. Raises UserError if the
+    training is not finished or its files do not fit.
 
-    config: of the training.
+    config: Configuration of the training.
     """
     net = fresh(config)
     stock: Any = net.stock

@@ -1,12 +1,13 @@
-"""`vismt predict`: images of any size through a trained dense run; each becomes one picture, on request with its maps.
+"""`vismt predict` for maps: images of any size through a trained run. Each image becomes one picture, on request with its maps.
 
 Tasks of whole images also write predictions.csv (jobs/predictions.py). The maps of an image are an array for each task in one
-.npz, and for each task of maps two PNG files of the image's size: the map in its colours, and the same half transparent over the
+.npz, and two PNG files of the image's size for each task of maps: the map in its colours, and the map half transparent over the
 image.
 
-An image is fitted into the run's canvas as in evaluation, so that the net meets the camera that it knows, or, with `own_size`,
-taken at its own resolution by windows of the trained size. Depth is in the unit of the training data: the prediction for an
-image s times as large as the fitted one is s times too near (dense_transforms.py), and is multiplied by s, inverse depth divided.
+An image is fitted into the canvas of the run as in evaluation, so that the net sees the camera that it knows. With `own_size`,
+it is taken at its own resolution by windows of the trained size. Depth is in the unit of the training data. The prediction for
+an image s times as large as the fitted image is s times too near (dense_transforms.py). It is multiplied by s, and inverse
+depth is divided by s.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save_figure, 
 from vismt.storage.files import atomic_write
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
-VALUES = 2**29  # 2 GiB of predictions, which are there several times
+VALUES = 2**29  # 2 GiB of predictions, of which there are several copies
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -54,7 +55,7 @@ _WIDTH, _LINE, _MOST = 2.6, 0.18, 8  # inches: of a panel, and of a line of the 
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture: its name and caption, pixels uint8 (3, h, w), and (class name, colour) for the legend."""
+    """One picture, with its name and caption, pixels uint8 (3, h, w), and pairs (class name, colour) for the legend."""
 
     name: str
     caption: str
@@ -69,9 +70,9 @@ def most_pixels(config: MultitaskConfig) -> int:
 
 
 def output_names(images: Sequence[Path], tasks: Mapping[str, Task], maps: bool) -> Iterator[tuple[str, str]]:
-    """Yield the name of each file that a prediction writes, with the image that it is made of.
+    """Yield the name of each file that a prediction writes, with its image.
 
-    maps: whether the maps are written, too.
+    maps: Whether the maps are also written.
     """
     for path in images:
         endings = [".png"]
@@ -83,7 +84,7 @@ def output_names(images: Sequence[Path], tasks: Mapping[str, Task], maps: bool) 
 
 
 def _map_endings(name: str, task: Task) -> list[str]:
-    """Return what follows an image's stem in the names of the pictures of its map; a task of whole images has none."""
+    """Return the endings of the names of the pictures of a map, after the image's stem. A task of whole images has none."""
     return [f"-{name}.png", f"-{name}-overlay.png"] if isinstance(task, MapTask) else []
 
 
@@ -111,17 +112,17 @@ def predict_images(
     options: Options,
     quantiles: Mapping[str, float],
 ) -> Predictions:
-    """Write <target>/<image's stem>.png for each image that `check_images` accepts; return rows of classes and the paths.
+    """Write <target>/<image's stem>.png for each image that `check_images` accepts. Return rows of classes and the paths.
 
     Tasks of whole images also have rows in <target>/predictions.csv.
 
     Args:
-        label: name of the training for the progress bar.
-        options: own_size takes windows over the image at its own size, not fitted into the canvas; flip the mean with the
-            mirrored image also where evaluate.flip is false; maps also writes <stem>.npz, what each task answers
-            (Task.answer) at the size of the picture, by the task's name, and <stem>-<task>.png and <stem>-<task>-overlay.png
-            of tasks of maps; top is the number of classes in a row.
-        quantiles: largest -log p of a class in a conformal set, by task of whole images.
+        label: Name of the training for the progress bar.
+        options: Options of the prediction. own_size takes windows over the image at its own size. flip averages with the mirrored
+            image, also if evaluate.flip is false. maps also writes <stem>.npz, with the answer of each task (Task.answer) at
+            the size of the picture by the task's name, and <stem>-<task>.png and <stem>-<task>-overlay.png for tasks of maps.
+            top is the number of classes in a row.
+        quantiles: Largest -log p of a class in a conformal set, by task of whole images.
     """
     device = runtime.processes().device
     net = net.to(device)
@@ -186,7 +187,7 @@ def _class_rows(
 def _write_maps(
     image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], target: Path, stem: str
 ) -> None:
-    """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps alone and over the image."""
+    """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps, alone and over the image."""
     answers = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
     write_arrays(target / f"{stem}.npz", answers)
     for name, value in outputs.items():
@@ -201,9 +202,9 @@ def _write_maps(
 
 
 def class_names(config: MultitaskConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-    """Return the class names of each task: its own, those on the cards of its training sets, or of classified images on disk.
+    """Return the class names of each task: its own, the names on the cards of its training sets, or of classified images on disk.
 
-    Those of a union are task/class, of all its tasks.
+    The names of a union are task/class, for all of its tasks.
     """
     own = {name: getattr(task, "class_names", None) or task.default_class_names for name, task in tasks.items()}
     classes = {name: list(names) for name, names in own.items() if names}
@@ -232,7 +233,7 @@ def _numbered(count: int) -> list[str]:
 
 
 def named_tasks(config: MultitaskConfig) -> dict[str, Task]:
-    """Return the trained tasks by name, depth as the training sets hold it: as inverse depth in all or none of a run's."""
+    """Return the trained tasks by name. Depth is as in the training sets, as inverse depth in all sets of a run or in none."""
     tasks = {task.name: task for task in trained_tasks(config)}
     depth = tasks.get(Depth.name)
     cards = [load_card(card_and_split(name)[0]) for name in config.data.train]
@@ -248,11 +249,11 @@ def draw_predictions(
     classes: Mapping[str, Sequence[str]],
     path: Path,
 ) -> Path:
-    """Draw the image and each task's prediction side by side, at most four in a row; return `path`.
+    """Draw the image and each task's prediction side by side, at most four in a row. Return `path`.
 
-    The commonest classes are named by colour. image: float (3, h, w) in [0, 1]. predictions: by task (channels, h, w);
-    (channels,) of a class of the image, which is named above the image. classes: names by task; without names they are
-    numbered.
+    The commonest classes are named by colour. The class of a whole image is named above the image. image: Image, float (3, h,
+    w) in [0, 1]. predictions: Prediction (channels, h, w) by task, or (channels,) for the class of the image. classes: Names by
+    task. Classes without names are numbered.
     """
     captions = {name: tasks[name].caption(value, classes.get(name, ())) for name, value in predictions.items()}
     whole = [captions[name] for name, value in predictions.items() if value.ndim == 1]

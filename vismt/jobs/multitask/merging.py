@@ -2,10 +2,10 @@
 
     W + D,    D = rule(w D_1, .., w D_T)    for every adapted weight,    D_t of the arm that was trained on task t
 
-`vismt.lowrank.combine` has the rules. Of each task the head has the rows of the arm that was trained on it. w is chosen on the
-validation images of all tasks, for each seed. The inputs of a layer, which RegMean and the interference need, are those in the
-net of the task's own arm on training images of the task. The report shows the interference of the first seed, so by the other
-seeds only RegMean collects inputs.
+`vismt.lowrank.combine` has the rules. For each task the head has the rows of the arm that was trained on the task. w is chosen
+on the validation images of all tasks, for each seed. RegMean and the interference need the inputs of a layer. These are
+computed in the net of the task's own arm, on training images of the task. The report shows the interference of the first seed.
+For the other seeds, only RegMean collects inputs.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ CAPTION = (
 
 
 def check_merging_arms(job: Job, data: TaskData, config: MultitaskConfig) -> None:
-    """Raise UserError, before any training, for arms whose adapters or heads cannot be merged; config: of a merged arm."""
+    """Raise UserError, before any training, for adapters or heads that cannot be merged. config: Merged arm."""
     section: Any = config.merge
     for name in section.arms:
         arm = job.study.arms[name]
         net = job.prepared(arm)[0]
         steps = arm.training.steps
         for schedule in schedules(net.stock, torch.optim.SGD(net.parameters()), steps, arm):
-            schedule.on_step(steps)  # as it is after the training
+            schedule.on_step(steps)  # after the training
         updates = read_updates(net.stock, what=f"merge.arms: '{name}'")
         if updates.also_train:
             raise UserError(
@@ -155,7 +155,7 @@ def write_interference(about: dict[str, Any], training: Training) -> None:
 
 
 def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
-    """Return the section on merged arms; trainings: of the first seed, of which the merged ones have a file."""
+    """Return the section on merged arms. trainings: Trainings of the first seed, of which merged trainings have a file."""
     found = {
         one.arm: read_sealed(one.folder / FILE, f"run '{folder}'", TYPES)
         for one in trainings

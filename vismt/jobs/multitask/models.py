@@ -27,14 +27,14 @@ HEAD_FILE = "head.safetensors"
 
 
 class PixelNet(nn.Module):
-    """A backbone with a head: images (b, 3, h, w) in [0, 1] -> logits (b, k), of a Bayesian head log-probabilities.
+    """A backbone with a head: images (b, 3, h, w) in [0, 1] -> logits (b, k), or log-probabilities of a Bayesian head.
 
-    Those are the logarithm of the probit without draws (vismt/uncertainty/predictive.py), so that an answer does not depend on
-    the batch around it and an attack follows the gradient of what is evaluated.
+    Log-probabilities are the logarithm of the probit without draws (vismt/uncertainty/predictive.py). An answer therefore does
+    not depend on the other images of the batch, and an attack follows the gradient of the evaluated function.
 
     Attributes:
-        frozen: whether no training changes the backbone. It then stays in evaluation mode, and computes the features of
-            `stored` images once.
+        frozen: Whether no training changes the backbone. It then stays in evaluation mode, and computes the features of `stored`
+            images once.
     """
 
     frozen = False
@@ -57,7 +57,7 @@ class PixelNet(nn.Module):
             return features(self.backbone, images)
 
     def train(self, mode: bool = True) -> PixelNet:
-        """Set the mode of the net, of a frozen backbone that of the head alone."""
+        """Set the mode of the net. With a frozen backbone, only the mode of the head is set."""
         super().train(mode)
         if self.frozen:
             self.backbone.eval()
@@ -85,7 +85,7 @@ class PixelNet(nn.Module):
 
 
 def fresh(config: MultitaskConfig, num_classes: int, num_train: int) -> PixelNet:
-    """Return the backbone before adaptation, its head drawn from the configuration's seed; num_train: training images."""
+    """Return the backbone before adaptation, with a head drawn from the configuration's seed. num_train: Training images."""
     model = config.model
     net = PixelNet(
         timm_models.create(

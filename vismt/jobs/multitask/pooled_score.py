@@ -1,14 +1,14 @@
 """A pooled score of many images, and the effect of each image on it.
 
-Scores of dense tasks are not means over images: counts and errors of all pixels are added up and the score is computed from the
-sums. The jackknife gives it an interval over images nevertheless. With theta of all n images and theta_i of all but image i,
+Scores of maps are not means over images. Counts and errors of all pixels are added up, and the score is computed from the sums.
+The jackknife nevertheless gives the score an interval over images. With theta of all n images and theta_i of all but image i,
 
     psi_i = theta + (n - 1) (mean_j theta_j - theta_i)     mean_i psi_i = theta     var = sum (psi_i - theta)^2 / n (n - 1)
 
-so psi_i (Tukey's pseudo-values, centred on theta) may be treated as if the score were their mean: intervals, paired differences
-of two models on the same images, averages over trainings. Correct to first order for scores that are smooth in the images'
-weights, as all scores of the tasks are but for a jump of the best threshold; not for a median. The interval covers the choice of
-images, not of pixels within an image.
+Therefore the score may be treated as the mean of the psi_i (Tukey's pseudo-values, centred on theta) for intervals, paired
+differences of two models on the same images, and averages over trainings. This is correct to first order for scores that are
+smooth in the weights of the images. All scores of the tasks are smooth, except for a jump of the best threshold. A median is
+not. The interval covers the choice of images, not of pixels within an image.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Undefined(UserError):
     """A score that is not a finite number."""
 
 
-State = dict[str, Tensor]  # what a metric has counted on one image, by the metric's names
+State = dict[str, Tensor]  # counts of a metric on one image, by the metric's names
 
 
 @dataclass(frozen=True)
@@ -50,12 +50,11 @@ class Scored:
     """A pooled score.
 
     Args:
-        value: Score of all images.
-        numbers: Everything that the metric computes, None in the place of NaN (a class that is nowhere), which JSON lacks.
-        images: psi by image.
-        further: psi by image of the other numbers of the task, by their keys. A number that is undefined, also without one
+        value: Score of all images. numbers: Everything that the metric computes. None stands for NaN (a class that no image
+        has), which JSON lacks. images: psi by image. further: psi by image of the other numbers of the task, by their keys. A
+        number that is undefined, or undefined without one
             image (the IoU of a class that a single image has), is left out.
-        examples: As in `vismt.report.results.Result`.
+        examples: Field of `vismt.report.results.Result`.
     """
 
     value: float
@@ -66,14 +65,15 @@ class Scored:
 
 
 class PooledScore:
-    """Collects the rows of the images of one task under a condition; images without a valid pixel are left out.
+    """Collects the rows of the images of one task under a condition. Images without a valid pixel are left out.
 
-    name: of the task or of a variant of its outputs, which begins the fields of its rows. features: of the evaluation, fitted, of
-    a task of whole images.
+    name: Name of the task or of a variant of its outputs, which begins the fields of its rows. features: Fitted features of the
+    evaluation, for a task of whole images.
 
     Attributes:
-        answers: of a task of whole images, label and columns of features by image.
-        path, examples: the record of the images, and as in `Scored`; set by the evaluation that reads the record.
+        answers: Label and columns of features by image, for a task of whole images.
+        path: Record of the images, set by the evaluation that reads the record.
+        examples: Field of `Scored`, set by the evaluation that reads the record.
     """
 
     def __init__(
@@ -93,7 +93,7 @@ class PooledScore:
         self._fields = self.fields()
 
     def fields(self) -> dict[str, Field]:
-        """Return the fields of the row of an image; one without a valid pixel has none of them."""
+        """Return the fields of the row of an image. An image without a valid pixel has none of them."""
         fields = {f"{self.name} {key}": Field(array=value.numpy(), optional=True) for key, value in self._empty.items()}
         if isinstance(self.task, Classification):
             found = {"label": Field(whole=True)}
@@ -111,7 +111,7 @@ class PooledScore:
     ) -> dict[str, Any]:
         """Return the fields of one image, with a batch dimension of 1, at the target's size.
 
-        net, image, name: for features: what answers images, the image and its name. Other arguments and errors as Task.update.
+        net, image, name: Net, image and name of the image, for features. Other arguments and errors are as in Task.update.
         """
         if not bool(self.task.valid(target).any()):
             return {}
@@ -147,12 +147,12 @@ class PooledScore:
         return bool(self._states)
 
     def value(self) -> float:
-        """Return the score of all images without more; -1 where it is not finite."""
+        """Return only the score of all images. -1 if it is not finite."""
         score = self.task.score(self._compute(self._total)) if self._states else math.nan
         return score if math.isfinite(score) else -1.0
 
     def alone(self, name: str) -> float:
-        """Return the score of an image as if it were the whole set, NaN where it has none (no boundary in it, say)."""
+        """Return the score of an image as if it were the whole set. NaN if it has none, for example without a boundary."""
         if name not in self._states:
             return math.nan
         try:
@@ -161,7 +161,7 @@ class PooledScore:
             return math.nan
 
     def result(self) -> Scored:
-        """Return the score. Raises Undefined for one that is not finite, UserError for one that rests on less than two images."""
+        """Return the score. Raises Undefined if it is not finite, and UserError if it rests on fewer than two images."""
         n = len(self._states)
         if n < 2:
             raise UserError(f"evaluate: {n} image(s) with a value for {self.task.name}; an interval needs two or more.")
@@ -199,7 +199,7 @@ class PooledScore:
 
 
 def _pseudo_values(value: float, without: Mapping[str, float]) -> dict[str, float]:
-    """Return psi by image. without: the number without each image."""
+    """Return psi by image. without: Number without each image."""
     n = len(without)
     mean = sum(without.values()) / n
     return {name: value + (n - 1) * (mean - other) for name, other in without.items()}

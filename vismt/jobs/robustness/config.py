@@ -22,17 +22,17 @@ class ClassifierConfig:
     Args:
         name: a timm name, a checkpoint file, a folder of `vismt merge` or `export`, or
             robustbench:MODEL[:DATASET[:THREAT]].
-        architecture: of a checkpoint without a config.json its timm architecture, or the module:function that builds the
-            nn.Module of which it has the state_dict.
-        pretrained: false takes a timm model without its weights.
+        architecture: timm architecture of a checkpoint without a config.json, or the module:function that builds the nn.Module
+            whose state_dict the checkpoint has.
+        pretrained: whether a timm model has its weights.
         run: a run folder of vismt.
         arm: arm or arm:seed of that run.
         function: module:function, which returns an nn.Module from images in [0, 1] to logits, alone or with its number of
             classes.
-        size: pixels that the images are decoded to; null for the classifier's own. A function needs it.
-        quantise: rounds the weights (vismt.robustness.quantisation); null leaves them.
-        img_size: pixels of the images of a model; null for those of its config.json or of timm.
-        task: of a multi-task classifier, the task whose classes the cards have; null where the cards decide.
+        size: size in pixels to which images are decoded. null means the classifier's own. A function needs it.
+        quantise: rounding of the weights (vismt.robustness.quantisation). null leaves them.
+        img_size: size of the images of a model in pixels. null means the size in its config.json or of timm.
+        task: task of a multi-task classifier whose classes the cards have. null lets the cards decide.
     """
 
     name: str | None = None
@@ -53,14 +53,14 @@ class RobustnessEvaluateConfig:
     """Evaluation.
 
     Args:
-        images: number of images of each card, drawn with the run's seed; null for all.
+        images: number of images of each card, drawn with the run's seed. null takes all.
         threshold_images: number of further images of each card, from which features take their thresholds.
-        batch: images in one forward pass.
+        batch: number of images in one forward pass.
         attacks: evaluated attacks.
         corruptions: evaluated corruptions.
-        keep_images: also write the attacked images of cards to the folder `adversarial` of the run folder.
-        masking: also run the first attack at growing radii, on cards.
-        baseline: the error under corruptions is also given relative to this arm; null for none.
+        keep_images: whether the attacked images of cards are written to the folder `adversarial` of the run folder.
+        masking: whether the first attack also runs at growing radii, on cards.
+        baseline: arm relative to which the error under corruptions is also given. null means none.
     """
 
     images: Annotated[int, within(2)] | None = None
@@ -78,12 +78,12 @@ class RobustnessConfig(StudyConfig):
     """Trained models, clean, under attacks and under corruptions.
 
     Args:
-        model: not used; `classifier` names the models.
-        adapt: must be null.
-        train: must be null.
+        model: not used, because `classifier` names the models.
+        adapt: null.
+        train: null.
         classifier: the source of the classifier, of which arms replace values.
-        data: cards as 'name' or 'name:split'; [] evaluates run folders on the images and by the scores of their own
-            configurations, those of dense prediction included.
+        data: cards as 'name' or 'name:split'. [] evaluates run folders on the images and by the scores of their own
+            configurations, also of maps.
         evaluate: the evaluation.
         on_bad_sample: error or skip, for images that cannot be decoded.
         download: whether sets that are missing are downloaded.

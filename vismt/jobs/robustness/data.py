@@ -54,7 +54,7 @@ class Cards:
         return self._sets[name]
 
     def classifier(self, name: str, given: Classifier) -> Classifier:
-        """Return a classifier as it answers on a set: where each task has a softmax of its own, by that of the set's task."""
+        """Return a classifier as it answers on a set, by the softmax of the set's task if each task has its own."""
         if not given.separate:
             return given
         tasks = [label.partition("/")[0] for label in given.labels or ()]
@@ -73,7 +73,7 @@ class Cards:
         return nullcontext(self._pixels_of(name, classifier))
 
     def for_fitting(self, name: str, classifier: Classifier) -> InOrder:
-        """Return the images of a set after the drawn ones, on which features are fitted; none is in a group with a drawn one."""
+        """Return further images of a set, on which features are fitted. None is in a group with a drawn image."""
         settings, images, order = self.config.evaluate, self.images(name), self._order(name)
         start = settings.images or 0
         groups, _ = named_groups(images.ids, [(images, i) for i in range(len(images))])
@@ -110,9 +110,9 @@ class Cards:
         return self._pixels[key]
 
     def outputs(self, name: str, classifier: Classifier) -> list[int]:
-        """Return the output index of each class of a set, by name where the outputs have names, else in the card's order.
+        """Return the output index of each class of a set, by name if the outputs have names, else in the card's order.
 
-        Of a classifier of several tasks only the task that the configuration names counts, else the tasks with this card.
+        For a classifier of several tasks, only the task that the configuration names counts, or else the tasks with this card.
         """
         classes, labels = self.images(name).classes, classifier.labels
         tasks = self._tasks(name, classifier)
@@ -140,7 +140,7 @@ class Cards:
         return [places[label][0] for label in classes]
 
     def _tasks(self, name: str, classifier: Classifier) -> list[str]:
-        """Return the tasks whose outputs may be the classes of a set; [] for all outputs."""
+        """Return the tasks whose outputs may be the classes of a set. [] for all outputs."""
         if classifier.task is None:
             card = row_name(card_and_split(name)[0])
             return [task for task, cards in classifier.cards.items() if card in cards]
@@ -150,7 +150,7 @@ class Cards:
 
 
 def _unseen(images: ImageSet, name: str, run: str) -> ImageSet:
-    """Return the images of a set that are in the test part of a run; all of them if the run neither trained nor chose on it."""
+    """Return the images of a set in the test part of a run, or all images if the run neither trained nor chose on the set."""
     tested = open_run(Path(run)).job.test_ids(name)
     if tested is None:
         return images

@@ -27,13 +27,13 @@ ALL_CORRUPTIONS = Condition("all corruptions", "variant", "corruptions")
 
 
 def records_path(folder: Path, data: str) -> Path:
-    """Return the file with a classifier's answers on a set; folder: of the classifier."""
+    """Return the file with a classifier's answers on a set. folder: Folder of the classifier."""
     return folder / "records" / f"{record_stem('answers', row_name(data), 'images')}.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
 class CardView(ImageView):
-    """The images of a card. folder: of the classifier. fitting: images on which features are fitted, None for none."""
+    """The images of a card. folder: Folder of the classifier. fitting: Images on which features are fitted, None for none."""
 
     folder: Path
     fitting: InOrder | None
@@ -84,7 +84,7 @@ def card_view(
 
 
 def corruption_errors(scores: Mapping[str, Sequence[Score]]) -> dict[str, list[Score]]:
-    """Return by arm the mean error under corruptions on each set, image by image; every corruption has the same weight."""
+    """Return the mean error under corruptions on each set by arm, image by image. Every corruption has the same weight."""
     errors: dict[str, list[Score]] = {}
     for arm, arm_scores in scores.items():
         groups: dict[tuple[str, str, str], list[Score]] = {}

@@ -36,7 +36,7 @@ ADVERSARIAL = "adversarial"  # a folder of the run folder
 
 
 class RobustnessJob(EvaluationJob[RobustnessConfig]):
-    """Arms are classifiers; nothing is trained."""
+    """Arms are classifiers. Nothing is trained."""
 
     def __init__(self, config: RobustnessConfig, folder: Path, config_hash: str) -> None:
         check(config)
@@ -48,7 +48,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
 
     @cached_property
     def trained(self) -> dict[str, TrainedArm]:
-        """The arms that are evaluated on their own images, none where there are cards."""
+        """The arms that are evaluated on their own images. None if there are cards."""
         return {} if self.config.data else {arm: TrainedArm(at.classifier) for arm, at in self.study.arms.items()}
 
     @property
@@ -109,7 +109,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         return scores
 
     def _keep(self, arm: str, data: str, condition: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the attacked images of a batch, in float32: rounded to 8 bits some would be answered otherwise."""
+        """Write the attacked images of a batch in float32, because rounding to 8 bits would change some answers."""
         folder = self.folder / ADVERSARIAL / file_name(arm) / file_name(shown_name(data))
         write_arrays(folder / f"{file_name(condition)}-{number:05d}.npz", arrays)
 

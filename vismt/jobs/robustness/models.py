@@ -36,10 +36,10 @@ from vismt.robustness.quantisation import quantise
 class Classifier:
     """A classifier of images in [0, 1].
 
-    net: images (b, 3, h, w) -> logits (b, k), in eval mode. size: of the decoded images in pixels. labels: names of the k
-    outputs, "task/class" of a multi-task run; None where only their number is known. cards: of each task, by the name in rows of
-    results. task: the one whose outputs are meant; None where the card decides. separate: whether each task has a softmax of its
-    own.
+    net: Module from images (b, 3, h, w) to logits (b, k), in eval mode. size: Size of the decoded images in pixels. labels:
+    Names of the k outputs, "task/class" of a multi-task run. None if only their number is known. cards: Cards of each task, by
+    the name in rows of results. task: Task whose outputs are meant. None lets the card decide. separate: Whether each task has
+    its own softmax.
     """
 
     net: nn.Module
@@ -51,7 +51,7 @@ class Classifier:
     separate: bool = False
 
     def fingerprint(self) -> str:
-        """Return a digest of the weights; of a net with code of its own, which may change, of that, too."""
+        """Return a digest of the weights, and of the code of a net with its own code, which may change."""
         identity = Identity(self.net)
         return str(identity) if identity.foreign and not identity.unknown else weights_digest(self.net)
 
@@ -66,7 +66,7 @@ def check_exists(config: ClassifierConfig) -> None:
 
 
 def make_classifier(config: ClassifierConfig) -> Classifier:
-    """Return the classifier of a configuration on the device of this process, quantised where it asks for that."""
+    """Return the classifier of a configuration on the device of this process, quantised if the configuration says so."""
     classifier = replace(_load(config), task=config.task)
     if config.quantise is not None:
         quantise(classifier.net, f"'{config.run or config.function or config.name}'")
@@ -118,7 +118,7 @@ class TrainedArm:
         self.job = run.job
         self.training = run.job.study.find(config.arm)
         self.scheme = config.quantise
-        self.net = cache(self._load)  # kept, as the classifiers of cards are
+        self.net = cache(self._load)  # kept like the classifiers of cards
 
     def _load(self) -> nn.Module:
         net = self.job.final(self.training)

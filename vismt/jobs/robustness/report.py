@@ -140,10 +140,10 @@ def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> l
     """Write the results of a run in the format of RobustBench's `model_info` (github.com/RobustBench/robustbench).
 
     There is one file for each arm, set and radius under the standard AutoAttack, robustbench/<set>/<Linf or L2>/<arm>.json, in
-    folders as theirs. Accuracies are texts in per cent. What a run does not know, such as title and authors, is null. Returns
-    the paths.
+    the folders that RobustBench has. Accuracies are texts in per cent. Unknown entries, such as title and authors, are null.
+    Returns the paths.
 
-    Raises UserError where it has no result of AutoAttack with its standard lengths in linf or l2.
+    Raises UserError if the run has no result of AutoAttack with its standard lengths in linf or l2.
     """
     results = read_results(folder / RESULTS, run_hash)
     arms = Study(config, folder).arms
