@@ -27,7 +27,7 @@ from typing import Any
 from vismt.base import console
 from vismt.cli import GROUPS
 from vismt.cli.commands import Commands
-from vismt.jobs import JOBS
+from vismt.jobs import JOBS, OTHER_NAMES
 from vismt.jobs.reference import page
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
@@ -176,7 +176,7 @@ def contents() -> Iterator[tuple[Path, str]]:
         if MARKED.search(text):
             yield path, MARKED.sub(rewritten, text)
     for job in JOBS:
-        if job not in ("classification", "dense"):  # other names of multitask
+        if job not in OTHER_NAMES:
             yield DOCS / f"reference/config_{job}.md", page(job)
 
 

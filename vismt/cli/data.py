@@ -78,7 +78,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def _config(options: argparse.Namespace) -> None:
-    from vismt.jobs import JOBS, job_config
+    from vismt.jobs import JOBS, OTHER_NAMES, job_config
     from vismt.jobs.reference import find_keys, keys, schema_text
 
     if options.schema:
@@ -86,7 +86,8 @@ def _config(options: argparse.Namespace) -> None:
         return
     if options.job is None:
         for job in JOBS:
-            console.stage("config", f"{job:<16}{(job_config(job).__doc__ or '').splitlines()[0]}")
+            about = f"Another name of {OTHER_NAMES[job]}." if job in OTHER_NAMES else job_config(job).__doc__ or ""
+            console.stage("config", f"{job:<16}{about.splitlines()[0]}")
         return
     found = keys(options.job) if options.key is None else find_keys(options.job, options.key)
     for key in found:
@@ -211,12 +212,13 @@ def _list(options: argparse.Namespace) -> None:
 def _list_features() -> dict[str, dict[str, str]]:
     """Print which job has which feature of evaluation, and return why a job does not have one, "" where it has."""
     from vismt.evaluation.sections import FEATURES, refusals
-    from vismt.jobs import JOBS, job_config
+    from vismt.jobs import JOBS, OTHER_NAMES, job_config
 
-    by_job = {job: refusals(type(getattr(job_config(job)(), "evaluate", None))) for job in JOBS}
+    jobs = [job for job in JOBS if job not in OTHER_NAMES]
+    by_job = {job: refusals(type(getattr(job_config(job)(), "evaluate", None))) for job in jobs}
     listed = {key: {job: found[key] for job, found in by_job.items()} for key in FEATURES}
     cells = [[key, *("no" if reason else "yes" for reason in of_jobs.values())] for key, of_jobs in listed.items()]
-    console.table(("feature", *JOBS), cells)
+    console.table(("feature", *jobs), cells)
     for key, of_jobs in listed.items():
         for job, reason in of_jobs.items():
             if reason:

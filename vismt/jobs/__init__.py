@@ -37,8 +37,7 @@ if TYPE_CHECKING:
     from vismt.jobs.run import Run
 
 # Package of each task. Its config.py has a dataclass CONFIG (a StudyConfig), its job.py a class JOB (an EvaluationJob), and
-# start.yaml is what `vismt init` writes. A job may have several names. Installed packages add jobs by entry points of the group
-# "vismt.jobs".
+# start.yaml is what `vismt init` writes. Installed packages add jobs by entry points of the group "vismt.jobs".
 JOBS = with_entry_points(
     "vismt.jobs",
     {
@@ -50,6 +49,7 @@ JOBS = with_entry_points(
         "robustness": "vismt.jobs.robustness",
     },
 )
+OTHER_NAMES = {"classification": "multitask", "dense": "multitask"}  # of jobs
 
 
 def job_config(task: str, source: str = "config") -> type[RunConfig]:
