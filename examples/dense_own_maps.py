@@ -31,7 +31,7 @@ def main(
     tasks = {"label": {"name": "semseg", "classes": int(classes)}, "depth_m": {"name": "depth"}}
     results = vismt.train(
         {
-            "task": "dense",
+            "task": "multitask",
             "model": {"name": name, "pretrained": pretrained},
             "adapt": {"method": "lora", "rank": 8},
             "data": {"train": [card], "test_share": 0.2},
