@@ -146,7 +146,9 @@ def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> str:
     """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
     mixed = len({is_weak(row) for _, row in used}) > 1
     kinds = dict.fromkeys(
-        "‡ " * (mixed and is_weak(row)) + interval_kind_text(row.interval, row.units) for _, row in used
+        "‡ " * (mixed and is_weak(row))
+        + interval_kind_text(row.interval, "" if row.units.endswith(" parts") else row.units)
+        for _, row in used
     )
     sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
     counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
