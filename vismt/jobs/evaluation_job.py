@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 from torch import nn
 
@@ -47,6 +47,7 @@ from vismt.report.tables import (
 from vismt.report.trainings import cost_section, progress_section, read_costs, training_sections
 from vismt.report.writer import DEFAULT_FORMATS, result_sections, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
+from vismt.storage.files import JsonObject
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
@@ -126,7 +127,7 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return what an evaluated model is, in one line for the reader of a report. By default the settings of its arm."""
         return settings_text(self.config.arms.get(arm, {}))
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """Return the job's entries of run.json, such as seeds."""
         return {}
 
@@ -167,7 +168,7 @@ class EvaluationJob(ABC, Generic[Config]):
         """Whether there is anything to train."""
         return False
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> JsonObject:
         """Train what is not trained yet, and return the entry "adapt" of run.json."""
         return {}
 
@@ -186,7 +187,7 @@ class EvaluationJob(ABC, Generic[Config]):
         """Return the merged model of one arm for the export as a graph. form: "torch" or "onnx"."""
         raise UserError(f"run '{self.folder}': the job '{self.config.task}' trains no model to export.")
 
-    def about(self, arm: str | None = None) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> JsonObject:
         """Return the further entries of config.json beside the merged weights of an arm."""
         return {}
 
@@ -417,7 +418,7 @@ class EvaluationJob(ABC, Generic[Config]):
         return model if model in self.study.arms else ""
 
 
-def settings_text(settings: Mapping[str, Any], without: Collection[str] = ()) -> str:
+def settings_text(settings: JsonObject, without: Collection[str] = ()) -> str:
     """Return the settings in which an arm differs as one text, by dotted keys. Keys in `without` are left out."""
     shown = {key: value for key, value in flat(settings).items() if key not in without and value != {}}
     return ", ".join(f"{key} {'null' if value is None else value}" for key, value in shown.items())

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from vismt.jobs.graphs import NAMES, PREPROCESSING, SQUARE
-from vismt.storage.files import read_json
+from vismt.storage.files import JsonObject, read_json
 
 PHOTO = 'image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")'
 TIMM = f"""\
@@ -107,7 +106,7 @@ def readme(folder: Path, form: str, title: str, base: str, adapted: str) -> str:
     return _text(folder, title, {"timm": f"{TIMM}print(outputs.shape)\n"}, about)
 
 
-def _graph(form: str, about: Mapping[str, Any]) -> str:
+def _graph(form: str, about: JsonObject) -> str:
     if "input_ids" in about["input"]:
         return _TOKENS
     height, width = about["input"]["shape"][-2:]
@@ -120,7 +119,7 @@ def _graph(form: str, about: Mapping[str, Any]) -> str:
     return f"{head}{prepare}{_RUN[form]}{answer}"
 
 
-def _text(folder: Path, title: str, code: Mapping[str, str], about: Mapping[str, Any]) -> str:
+def _text(folder: Path, title: str, code: Mapping[str, str], about: JsonObject) -> str:
     """Return the page. about: what is known of the outputs."""
     blocks = "\n".join(f"With {library}:\n\n```python\n{lines}```\n" for library, lines in code.items())
     notes = []

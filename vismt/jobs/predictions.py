@@ -13,7 +13,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from vismt.engine import runtime
 from vismt.report.panels import write_arrays
 from vismt.report.plotting import MUTED, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.tables import interval_text
-from vismt.storage.files import atomic_write
+from vismt.storage.files import JsonObject, atomic_write
 from vismt.storage.outputs import check_folder_outputs, check_outputs, note_outputs
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
@@ -36,7 +35,7 @@ FOLDER = "predictions"  # of a run
 TABLE, SHEET, _ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
 _BATCH = 32  # images in one batch if no configuration says it
 MOST_SHOWN, _COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
-Row = dict[str, Any]
+Row = JsonObject
 
 
 @dataclass(frozen=True)

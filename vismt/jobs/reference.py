@@ -20,6 +20,7 @@ from vismt.base.errors import UserError, near
 from vismt.config.sections import RunConfig, default_of
 from vismt.config.typed import MAPPINGS, Names, Range, describe_type, is_union
 from vismt.jobs import JOBS, job_config
+from vismt.storage.files import JsonObject
 
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_JOB = RunConfig.task  # of a configuration without the key
@@ -189,12 +190,12 @@ def _cell(text: str) -> str:
     return text.replace("|", r"\|").replace("<", "&lt;")
 
 
-def schema() -> dict[str, Any]:
+def schema() -> JsonObject:
     """Return the JSON schema of all configurations, which the key `task` tells apart."""
-    definitions: dict[str, Any] = {}
+    definitions: JsonObject = {}
     branches = []
     for job in JOBS:
-        condition: dict[str, Any] = {"properties": {"task": {"const": job}}}
+        condition: JsonObject = {"properties": {"task": {"const": job}}}
         if job != DEFAULT_JOB:
             condition["required"] = ["task"]
         branches.append({"if": condition, "then": _reference(job_config(job), definitions)})
@@ -203,7 +204,7 @@ def schema() -> dict[str, Any]:
     return {**about, "allOf": branches, "$defs": definitions}
 
 
-def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
+def _reference(cls: type, definitions: JsonObject) -> JsonObject:
     if cls.__name__ not in definitions:
         definitions[cls.__name__] = {}  # its place, so that the order is that of first use
         hints = typing.get_type_hints(cls, include_extras=True)
@@ -221,7 +222,7 @@ def _reference(cls: type, definitions: dict[str, Any]) -> dict[str, Any]:
     return {"$ref": f"#/$defs/{cls.__name__}"}
 
 
-def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
+def _schema_of(hint: Any, definitions: JsonObject) -> JsonObject:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is Annotated:
         inner = _schema_of(arguments[0], definitions)
@@ -245,7 +246,7 @@ def _schema_of(hint: Any, definitions: dict[str, Any]) -> dict[str, Any]:
     return {"type": JSON_TYPES[hint]} if hint in JSON_TYPES else {}
 
 
-def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: dict[str, Any]) -> dict[str, Any]:
+def _schema_of_list(origin: Any, arguments: Sequence[Any], definitions: JsonObject) -> JsonObject:
     if origin is list or arguments[-1] is Ellipsis:
         return {"type": "array", "items": _schema_of(arguments[0], definitions)}
     items = [_schema_of(argument, definitions) for argument in arguments]

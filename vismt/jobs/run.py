@@ -29,7 +29,7 @@ from vismt.jobs.predictions import FOLDER, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
 from vismt.report.results import FACTS
 from vismt.report.writer import read_run_facts
-from vismt.storage.files import atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
+from vismt.storage.files import JsonObject, atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
 from vismt.storage.locks import locked
 from vismt.storage.outputs import check_folder
 
@@ -62,7 +62,7 @@ class Run:
             yield self
 
     @property
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         """The content of run.json, empty before the first stage."""
         facts = read_run_facts(self.folder)
         if facts.get("config_hash", self.hash) != self.hash:
@@ -210,8 +210,8 @@ class Run:
         options += f", img_size={image_size(model)}" if takes_size(model) else ""
         return f"timm.create_model({json.dumps(name)}, {options})"
 
-    def _model_config(self, model: Any, arm: str | None) -> dict[str, Any]:
-        about: dict[str, Any] = {
+    def _model_config(self, model: Any, arm: str | None) -> JsonObject:
+        about: JsonObject = {
             "architecture": self.config.model.name,
             "img_size": getattr(self.config.model, "img_size", None),
             "merged_from": self.folder.name,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, arguments, plain_name
 from vismt.engine.study import StudyConfig
 from vismt.multitask.balancing.base import BALANCERS, Balancer, make_balancer
+from vismt.storage.files import JsonObject
 
 _SPLITS = ("test", "validation")
 Split = Annotated[str, Names(_SPLITS, only=True)]
@@ -38,7 +39,7 @@ class BalancingConfig:
     """
 
     method: Annotated[str, Names("vismt.multitask.balancing.base:BALANCERS", only=True)] = "ew"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
 
 
 def check_tasks(config: StudyConfig, tasks: Sequence[str]) -> None:

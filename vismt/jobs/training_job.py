@@ -32,7 +32,7 @@ from vismt.lowrank.model.modules import is_mergeable
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import adapt, check_adaptation, needs
 from vismt.report.comparison import FROZEN
-from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 from vismt.storage.lines import write_lines
 from vismt.uncertainty.features import View
 
@@ -101,7 +101,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return what features are fitted to that write files beside exported weights, None if nothing is fitted."""
         return None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         processes = recorded_processes(self.folder)
         return {"seeds": self.study.seeds if self.trains else [], **({"processes": processes} if processes else {})}
 
@@ -111,7 +111,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     def trains(self) -> bool:
         return bool(self.study.arms)
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> JsonObject:
         """Train every arm at its rate and seeds. Return {"arms": {arm: content of done.json}} for run.json."""
         self.check_training()
         self.study.train(self)
@@ -186,7 +186,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         )
         ranks.on_first(lambda: self.finish(net, config, training, about))
 
-    def finish(self, net: Net, config: Config, training: Training, about: dict[str, Any]) -> None:
+    def finish(self, net: Net, config: Config, training: Training, about: JsonObject) -> None:
         """Write the files of a finished training."""
         self.save(net, config, training.folder)
         training_files.finish(self.stock(net), training.folder, config.adapt is not None, about)
@@ -459,7 +459,7 @@ def _add(total: dict[str, float], sums: Mapping[str, float]) -> None:
         total[key] = before + value if key in ("n", "different") else max(value, before)  # first a float
 
 
-def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]]:
+def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[JsonObject]:
     """Return a line for every matrix in which the trained model `merged` differs from the stock model.
 
         change = |DeltaW|_F      norm = |W|_F      stable rank = |DeltaW|_F^2 / |DeltaW|_2^2
@@ -487,7 +487,7 @@ def weight_changes(adapted: nn.Module, merged: nn.Module) -> list[dict[str, Any]
     return lines
 
 
-def _line(name: str, weight: Tensor, values: Tensor) -> dict[str, Any]:
+def _line(name: str, weight: Tensor, values: Tensor) -> JsonObject:
     norm = float(values.square().sum().sqrt())
     stable = float((values / values.max()).square().sum()) if norm else 0.0
     return {"weight": name, "norm": float(weight.float().norm()), "change": norm, "stable_rank": stable}

@@ -32,12 +32,12 @@ import math
 import warnings
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.storage.files import JsonObject
 from vismt.storage.records import Field
 from vismt.uncertainty.intervals import LOWER, NUMBER, SHARE, Estimate, Measure, group_index, student_quantile
 
@@ -214,7 +214,7 @@ class ProbabilityMeasure:
     parts: Callable[[Tensor, Tensor], Tensor] | None = None
     parts_column: str = ""
     parts_field: Field | None = None
-    measure: Callable[[Tensor, Sequence[Hashable] | None], tuple[Tensor, dict[str, Any]]] | None = None
+    measure: Callable[[Tensor, Sequence[Hashable] | None], tuple[Tensor, JsonObject]] | None = None
 
     @property
     def of_group(self) -> str:
@@ -222,7 +222,7 @@ class ProbabilityMeasure:
         return self.parts_column or self.column
 
 
-def _calibration(gaps: Tensor, groups: Sequence[Hashable] | None) -> tuple[Tensor, dict[str, Any]]:
+def _calibration(gaps: Tensor, groups: Sequence[Hashable] | None) -> tuple[Tensor, JsonObject]:
     values, error = gap_values(gaps, groups)
     return values, {"scale": SHARE, "error": error, "paired": False}
 
@@ -254,7 +254,7 @@ def example_fields(form: str) -> dict[str, Field]:
     return {f"{form} {one.column}": one.field for one in MEASURES}
 
 
-def group_row(form: str, log_p: Tensor, labels: Tensor) -> dict[str, Any]:
+def group_row(form: str, log_p: Tensor, labels: Tensor) -> JsonObject:
     """Return the fields of the record of a group of examples, means over them. Arguments are as in `example_values`."""
     right = log_p.argmax(1) == labels
     return {
@@ -296,7 +296,7 @@ def _measure(one: ProbabilityMeasure, ids: Sequence[str], parts: Tensor, groups:
     of_row = [groups[name] for name in ids] if groups else None
     values, changes = (parts, {}) if one.measure is None else one.measure(parts, of_row)
     by_id = dict(zip(ids, values.tolist(), strict=True))
-    settings: dict[str, Any] = {"scale": NUMBER, "better": LOWER, "groups": groups or {}, **changes}
+    settings: JsonObject = {"scale": NUMBER, "better": LOWER, "groups": groups or {}, **changes}
     return Measure(one.metric, by_id, **settings)
 
 

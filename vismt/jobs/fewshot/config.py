@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
 from vismt.base.errors import UserError
 from vismt.config.sections import HASH_DEFAULT, Episodes, ModelConfig, OnBadSample, Seed
@@ -16,6 +16,7 @@ from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -97,7 +98,7 @@ class FewShotHeadConfig:
     """
 
     name: Annotated[str, Names((PROTOTYPES, *HEADS), only=True)] = PROTOTYPES
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if is_variational(self.name):

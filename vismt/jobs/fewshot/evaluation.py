@@ -14,7 +14,6 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -44,6 +43,7 @@ from vismt.robustness.conditions import (
     worst_cases,
 )
 from vismt.robustness.masking import check_episodes
+from vismt.storage.files import JsonObject
 from vismt.storage.fitted import fitted_once
 from vismt.uncertainty.intervals import CLEAN, Measure, Score
 from vismt.uncertainty.probability_metrics import group_measures
@@ -171,7 +171,7 @@ class Evaluation:
         corruptions = self.config.evaluate.corruptions if with_corruptions else []
         return few_shot_conditions(attacks, corruptions, source)
 
-    def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[dict[str, Any]]:
+    def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[JsonObject]:
         """Return the gradient-masking check of a model on every set, with the set's first protocol."""
         lines = []
         for name in self.config.evaluate.data:
@@ -195,7 +195,7 @@ class Evaluation:
         return lines
 
 
-def masking_summary(lines: Sequence[dict[str, Any]]) -> str:
+def masking_summary(lines: Sequence[JsonObject]) -> str:
     """Return the gradient-masking checks of one model, rows of MASKING, as one text for the console."""
     failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
     model = lines[0]["model"]

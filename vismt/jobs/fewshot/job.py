@@ -51,7 +51,7 @@ from vismt.metatune.protonet import EpisodeObjective, ProtoNet, prototypes
 from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
-from vismt.storage.files import atomic_write
+from vismt.storage.files import JsonObject, atomic_write
 from vismt.storage.lines import write_lines
 from vismt.uncertainty.intervals import Score
 
@@ -186,7 +186,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         tensors = {name: value.detach().cpu().contiguous() for name, value in net.own_tensors().items()}
         atomic_write(folder / OWN_FILE, safetensors.torch.save(tensors))
 
-    def train(self) -> dict[str, Any]:
+    def train(self) -> JsonObject:
         about = super().train()
         if self.config.pool is not None:
             ranks.on_first(self._assemble_pools)
@@ -271,7 +271,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, self.study, results)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         left_out = {"skipped": self.skipped} if self.untrained else {}
         return {**super().facts(), "evaluation_seed": self.config.evaluate.seed, **left_out}
 
@@ -375,9 +375,9 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         outputs = {"features": {"shape": ["batch", "width"], **self.about(arm)["features"]}}
         return image_graph(Named(backbone), backbone.img_size, outputs)
 
-    def about(self, arm: str | None = None) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> JsonObject:
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
-        features: dict[str, Any] = {"block": self.config.model.block, "pool": self.config.model.pool}
+        features: JsonObject = {"block": self.config.model.block, "pool": self.config.model.pool}
         name, arm = split_head(arm or "")[0].partition(":")[0], self._arm_of(arm)
         if self.config.pool is not None and not (name == CLEAN and CLEAN in self.study.arms):
             features["scale"] = self._averaged_pool(arm).scale

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from vismt.base.errors import UserError
 from vismt.config.sections import Count, Dtype, ModelSection
@@ -14,6 +14,7 @@ from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.task_sections import Split
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
 from vismt.llm.tasks import make_text_task
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import HEAD, OUTSIDE, PROBABILITIES, VALIDATION
 from vismt.uncertainty.last_layers import check_head
 
@@ -77,7 +78,7 @@ class LmTaskConfig(PartsConfig):
     kind: Annotated[str, Names("vismt.llm.tasks:TASKS", only=True)] = "causal"
     prompt: str = ""
     chat: bool = False
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
     rotate: bool = False
 
     @property
@@ -113,7 +114,7 @@ class LmHeadConfig:
     """
 
     name: Annotated[str, Names("vismt.uncertainty.last_layers:HEADS", only=True)] = "linear"
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
     alternate: LmAlternateConfig | None = None
 
     def __post_init__(self) -> None:

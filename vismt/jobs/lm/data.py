@@ -24,6 +24,7 @@ from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, ga
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import collate_pieces, piece
 from vismt.llm.tasks.recommendation import listed_of
+from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -146,7 +147,7 @@ class LmData:
         """Return a digest of the rows of a set and of their task."""
         return digest(repr((self.content(task, part, name), self.protocol(task))).encode())
 
-    def protocol(self, task: str) -> dict[str, Any]:
+    def protocol(self, task: str) -> JsonObject:
         """Return how the rows of a task are asked."""
         section = self._sections[task]
         return {

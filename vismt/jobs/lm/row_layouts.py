@@ -20,6 +20,7 @@ from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 from vismt.base.errors import UserError, shown_value
+from vismt.storage.files import JsonObject
 from vismt.storage.wheels import one_line
 
 CHATS = ("messages", "conversations")
@@ -42,7 +43,7 @@ class Layout:
     """
 
     learned: str
-    task: dict[str, Any]
+    task: JsonObject
     read: list[str]
     notes: list[str] = field(default_factory=list)
     unused: list[str] = field(default_factory=list)

@@ -47,6 +47,7 @@ from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import CLEAN, Score
 from vismt.uncertainty.last_layers import is_variational
@@ -272,7 +273,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         used += [name for arm in self.study.arms.values() if arm.calibration for name in arm.calibration.data]
         return self.data.test_ids(entry) if any(overlap(entry, name) for name in used) else None
 
-    def about(self, arm: str | None = None) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> JsonObject:
         """Return the classes for config.json beside merged weights, with timm's keys."""
         several = len(self.config.tasks) > 1
         space = {"label_space": "separate"} if several and self.evaluation.separate(self.study.find(arm)) else {}

@@ -41,6 +41,7 @@ from vismt.multitask.heads import HEADS, check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, dense_conditions
+from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
 from vismt.uncertainty.last_layers import HEADS as CLASSIFIERS
 from vismt.uncertainty.last_layers import check_head, is_variational
@@ -88,7 +89,7 @@ class HeadConfig:
     """
 
     name: Annotated[str | None, Names("vismt.jobs.multitask.config:head_names", only=True)] = None
-    options: dict[str, Any] = field(default_factory=dict)
+    options: JsonObject = field(default_factory=dict)
     labels: Annotated[str, Names("vismt.multitask.nets:LABEL_SPACES", only=True)] = "union"
 
 
@@ -218,7 +219,7 @@ class MultitaskConfig(StudyConfig):
     task: str = "multitask"
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PartsConfig = field(default_factory=PartsConfig)
-    tasks: Annotated[list[str | dict[str, Any]], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
+    tasks: Annotated[list[str | JsonObject], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
         default_factory=list, metadata={UNHASHED_OPTIONS: ("absent", "module")}
     )
     trained_tasks: list[str] = field(default_factory=list)
@@ -286,7 +287,7 @@ def all_tasks(config: MultitaskConfig) -> list[Task]:
     return [make_task(_options(spec)) for spec in config.tasks]
 
 
-def _options(spec: str | Mapping[str, Any]) -> str | dict[str, Any]:
+def _options(spec: str | Mapping[str, Any]) -> str | JsonObject:
     """Return the options of an entry of `tasks` without its sets. A task with sets is of whole images with counted classes."""
     if isinstance(spec, str) or not any(key in spec for key in _PARTS):
         return spec if isinstance(spec, str) else dict(spec)

@@ -59,7 +59,7 @@ from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
-from vismt.storage.files import atomic_write
+from vismt.storage.files import JsonObject, atomic_write
 from vismt.uncertainty.intervals import Score
 
 _FITTED = (
@@ -304,7 +304,7 @@ class MapsJob(MultitaskJob[DenseNet]):
     def beside(self, training: Training) -> dict[str, bytes]:
         return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
-    def about(self, arm: str | None = None) -> dict[str, Any]:
+    def about(self, arm: str | None = None) -> JsonObject:
         # The whole image is seen, and padded to the size.
         whole = {"pretrained_cfg": {"crop_mode": "border"}}
         return {"num_classes": 0, "img_size": list(window_of(self.config)), **whole}

@@ -39,7 +39,7 @@ from vismt.lowrank.model.merge import merge
 from vismt.methods import schedules
 from vismt.report.plotting import MUTED, axes_at, new_figure, save_figure, short, write
 from vismt.report.tables import Picture, Section, Table
-from vismt.storage.files import atomic_write, read_sealed, sealed
+from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 
 Job = TrainingJob[MultitaskConfig, PixelNet]
 FILE = "interference.json"  # in the folder of a merged arm's training
@@ -84,7 +84,7 @@ def check_merging_arms(job: Job, data: TaskData, config: MultitaskConfig) -> Non
             )
 
 
-def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Training) -> tuple[PixelNet, dict[str, Any]]:
+def merged_net(job: Job, data: TaskData, evaluation: Evaluation, training: Training) -> tuple[PixelNet, JsonObject]:
     """Return the net of a merged arm with the merged adapter, and the content of interference.json."""
     config = job.study.config_of(training)
     section: Any = config.merge
@@ -146,7 +146,7 @@ def _inputs(job: Job, data: TaskData, expert: Training, paths: Sequence[str]) ->
     return collect_covariance(net.to(runtime.processes().device).stock, batches, list(paths))
 
 
-def write_interference(about: dict[str, Any], training: Training) -> None:
+def write_interference(about: JsonObject, training: Training) -> None:
     """Write interference.json, and print the chosen weight."""
     if about["validation"]:
         scores = "   ".join(f"{weight} {100 * value:.1f}" for weight, value in about["validation"].items())
@@ -176,7 +176,7 @@ def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
     return [Section("Merged arms", [(table, _NOTE)], [picture])]
 
 
-def interference_figure(found: dict[str, dict[str, Any]], path: Path) -> Path:
+def interference_figure(found: dict[str, JsonObject], path: Path) -> Path:
     """Draw a map of layers by pairs of arms, then one of layers by arms for each merged arm."""
     first = next(iter(found.values()))
     layers = list(dict.fromkeys(path for about in found.values() for path in about["layers"]))

@@ -27,6 +27,7 @@ from vismt.base.errors import UserError
 from vismt.evaluation.quality import Quality
 from vismt.multitask.tasks import Task
 from vismt.multitask.tasks.classes import Classification
+from vismt.storage.files import JsonObject
 from vismt.storage.records import Field, array_of, array_text
 from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields
 from vismt.uncertainty.intervals import CLEAN
@@ -58,7 +59,7 @@ class Scored:
     """
 
     value: float
-    numbers: dict[str, Any]
+    numbers: JsonObject
     images: dict[str, float]
     further: dict[str, dict[str, float]] = field(default_factory=dict)
     examples: str = ""
@@ -108,7 +109,7 @@ class PooledScore:
         net: Callable[[Tensor], Tensor] | None = None,
         image: Tensor | None = None,
         name: str = "",
-    ) -> dict[str, Any]:
+    ) -> JsonObject:
         """Return the fields of one image, with a batch dimension of 1, at the target's size.
 
         net, image, name: Net, image and name of the image, for features. Other arguments and errors are as in Task.update.
@@ -118,7 +119,7 @@ class PooledScore:
         metric = self.task.metric()
         self.task.update(metric, prediction, target)
         state = cast("State", metric.metric_state)
-        found: dict[str, Any] = {key: array_text(value.numpy()) for key, value in state.items()}
+        found: JsonObject = {key: array_text(value.numpy()) for key, value in state.items()}
         if isinstance(self.task, Classification):
             place = self.task.placed(target)
             answers = Answers(prediction.double(), place, net, image, [(name,)])
@@ -188,7 +189,7 @@ class PooledScore:
         writable = {key: _writable(number) for key, number in numbers.items()}
         return Scored(value, writable, effects.pop(measure), effects, self.examples)
 
-    def _compute(self, states: Mapping[str, Tensor]) -> dict[str, Any]:
+    def _compute(self, states: Mapping[str, Tensor]) -> JsonObject:
         metric = self.task.metric()
         metric.distributed_available_fn = lambda: False  # the states are those of all processes
         for key, value in states.items():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -27,6 +26,7 @@ from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
 from vismt.robustness.evaluate import batch_keys
 from vismt.robustness.masking import check_masking
+from vismt.storage.files import JsonObject
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import Score
@@ -120,7 +120,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         super().evaluate(attacks)
         if not self.config.evaluate.masking or attacks is not None:
             return
-        lines: list[dict[str, Any]] = []
+        lines: list[JsonObject] = []
         spec = self.config.evaluate.attacks[0].spec(self.config.seed)
         for arm in self.study.arms:
             for data in self.config.data:
@@ -188,7 +188,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def sections(self, results: Sequence[Result]) -> list[Section]:
         return sections(self.folder, self.config, results)
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self) -> JsonObject:
         return {"seeds": [], "evaluation_seed": self.config.seed}
 
 
