@@ -120,15 +120,15 @@ def test_what_stands_in_comments_can_be_used(job: str, tmp_path: Path) -> None:
 # What a job cannot give a method; the file is not at fault.
 CANNOT = {
     ("classification", "ilora"): "gates",
-    ("classification", "mtlora"): "those of a multitask run with `size`",
+    ("classification", "mtlora"): "only tasks of a multitask run with `size` have them",
     ("fewshot", "emtal"): "a router takes adapt.options.fade: 1",
     ("fewshot", "ilora"): "gates",
-    ("fewshot", "mtlora"): "those of a multitask run with `size`",
+    ("fewshot", "mtlora"): "only tasks of a multitask run with `size` have them",
     ("dense", "ilora"): "gates",
     ("lm", "corda"): "calibration: 'corda' needs covariances",
     ("lm", "emtal"): "it needs a timm ViT",
     ("lm", "ilora"): "is gated by a user's history",
-    ("lm", "mtlora"): "those of a multitask run with `size`",
+    ("lm", "mtlora"): "only tasks of a multitask run with `size` have them",
     ("lm", "head"): "has no head",
 }
 METHODS = [*vismt.list_methods(), "peft:dora"]

@@ -107,7 +107,7 @@ def test_rows_and_interference_are_reported(run: Path) -> None:
         ({"arms": {**SMALL["arms"], "odd": {"merge": {"arms": OF, "method": "ties"}}}}, "core_ties"),
         (
             {"arms": {"both": {"trained_tasks": OF}, "one": {"merge": {"arms": ["both"]}}}},
-            "both alone; name two or more",
+            "only both; name two or more",
         ),
         ({"arms": {"a": {"trained_tasks": ["digit"]}}}, "trained_tasks: no task 'digit'"),
         ({"evaluate": {"risk": True}}, "arms.sum: merge.weights: are chosen on the validation images, of which none"),

@@ -238,7 +238,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         if reason is not None:
             if of_tasks is None or "tasks" in options:
                 fix = (
-                    "those of a multitask run with `size`"
+                    "only tasks of a multitask run with `size` have them"
                     if of_tasks is None
                     else "the run names them, leave out options.tasks"
                 )
@@ -505,6 +505,6 @@ def check_trained_dtype(net: nn.Module) -> None:
         if parameter.requires_grad and parameter.dtype.itemsize < 4:
             dtype = str(parameter.dtype).removeprefix("torch.")
             raise UserError(
-                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it (or adapt.options.dtype, which is "
-                "that of factors) to float32, and train.precision to bf16 for a faster pass."
+                f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it (or "
+                "adapt.options.dtype for factors) to float32, and train.precision to bf16 for a faster pass."
             )

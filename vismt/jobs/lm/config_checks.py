@@ -106,7 +106,7 @@ def _check_trained_task(config: LmConfig) -> None:
         )
     if config.adapt is None and not task_of(trained).head:
         raise UserError(
-            f"adapt: null, as the method 'head', trains a new head alone, and '{trained.kind}' has no head: name a method."
+            f"adapt: null, as the method 'head', trains only a new head, and '{trained.kind}' has no head: name a method."
         )
 
 

@@ -220,7 +220,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         processes = runtime.processes().num_processes
         if processes > 1 and isinstance(task, Recommendation) and task.items and task.curriculum:
             raise UserError(
-                f"tasks: curriculum {task.curriculum:g} with {processes} processes: in a batch of titles alone the projector has "
+                f"tasks: curriculum {task.curriculum:g} with {processes} processes: in a batch of only titles the projector has "
                 "no gradient to share; set curriculum to 0, or run one process."
             )
         if processes > 1 and config.head.alternate is not None:

@@ -222,7 +222,7 @@ def _label(table: RowTable) -> Layout | None:
     for one, other in combinations(labels, 2):
         if one.split() == other.split():
             alike = f"{shown_value(one)} and {shown_value(other)} in the column '{label}'"
-            raise table.refuse(f"the labels {alike} differ in blanks alone; write one of them")
+            raise table.refuse(f"the labels {alike} differ only in blanks; write one of them")
     answers = {name: f" {letter}" for name, letter in zip(labels, ascii_uppercase)}
     listed = "".join(f"\n({letter.strip()}) {name}" for name, letter in answers.items())
     prompt = f"{_joined(read)}{listed.replace('{', '{{').replace('}', '}}')}\nAnswer:"

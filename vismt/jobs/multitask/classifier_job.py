@@ -250,7 +250,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         for folder in trained_on:
             if any(path.resolve().is_relative_to(folder.resolve()) for path in images):
                 text = f"'{folder}' has images that the run was trained on, and they count"
-                console.stage("", f"{text}; the report has the test images alone")
+                console.stage("", f"{text}; the report has only the test images")
         return found
 
     def _training_folders(self) -> Iterator[Path]:

@@ -470,7 +470,7 @@ def _check_fitted(config: MultitaskConfig) -> None:
     if len(size) != 2 or min(size) < 1:
         raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
     if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
-        raise UserError(f"canvas: {canvas}; give [height, width], neither below that of size {size}, or null.")
+        raise UserError(f"canvas: {canvas}; give [height, width], neither smaller than in size {size}, or null.")
     if config.head_name in CLASSIFIERS and config.head_name not in HEADS:
         raise UserError(f"head: {config.head_name} takes the place of a stock classifier; leave it or size out.")
     check_map_head(config.head_name, config.head_section.options)
@@ -531,11 +531,13 @@ def _check_merges(config: MultitaskConfig) -> None:
                 "arms before this one whose trained_tasks hold each task once."
             )
         if len(arm.merge.arms) < 2:
-            raise UserError(f"{where} {arm.merge.arms[0]} alone; name two or more.")
+            raise UserError(f"{where} only {arm.merge.arms[0]}; name two or more.")
         if arm.adapt is None or any(earlier[other].adapt is None for other in arm.merge.arms):
             raise UserError(f"{where} an arm without adapt has no adapter; give it the section.")
         if is_variational(arm.head_name):
-            raise UserError(f"arms.{name}: merge: rows of a '{arm.head_name}' head do not stand alone; take linear.")
+            raise UserError(
+                f"arms.{name}: merge: rows of a '{arm.head_name}' head cannot be merged; take linear."
+            )
         if len(arm.merge.weights) > 1 and any(not (of.validation or of.validation_share) for of in own.values()):
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."

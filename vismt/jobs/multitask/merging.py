@@ -80,7 +80,7 @@ def check_merging_arms(job: Job, data: TaskData, config: MultitaskConfig) -> Non
         observed_modules(job.fresh(arm).stock, [*updates.low_rank])
         if any(len(value) != data.union.num_classes for value in net.heads.parameters()):
             raise UserError(
-                f"merge.arms: rows of the {type(net.head).__name__} of {arm.model.name} do not stand alone; take another model."
+                f"merge.arms: rows of the {type(net.head).__name__} of {arm.model.name} cannot be merged; take another model."
             )
 
 
