@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import safetensors
 import torch
 from helpers.room import save, write_cards
 from helpers.tiny_runs import refused, run_config, written
@@ -172,24 +171,6 @@ def test_records_have_the_answers_by_image(study: Path) -> None:
     records = read_lines(study / RECORDS / f"{row.stem}.jsonl")
     assert {record[EXAMPLE].partition(":")[0] for record in records} == {"scenes", "tones"} and len(records) == 7
     assert sum(record["clean"] for record in records) / 7 == pytest.approx(row.value)
-
-
-def test_merging_is_checked_and_the_file_of_heads_describes_them(study: Path) -> None:
-    paths = list((study / "arms" / "both").glob("*/merge.json"))
-    assert len(paths) == 2
-    for path in paths:
-        check = json.loads(path.read_text())
-        assert set(check["outputs"]) == {"semseg", "classify"} and check["n"] == 7
-        assert check["largest_difference"] < 1e-5 * check["largest_logit"] and check["different_predictions"] == 0
-        classify = check["outputs"]["classify"]
-        assert classify["different"] == 0 and classify["largest"] > 0 and classify["n"] == 7
-    assert main(["merge", str(study), "--arm", "both:1"]) == 0
-    with safetensors.safe_open(study / "merged-both-seed-1" / "heads.safetensors", "pt") as file:
-        metadata = json.loads(file.metadata()["heads"])
-        weight = file.get_tensor("classify.predict.weight")
-    assert metadata["tasks"] == {"semseg": 3, "classify": 2}
-    assert metadata["pooled"] == ["classify"] and metadata["head"] == "linear"
-    assert weight.shape == (2, 64)
 
 
 def test_predict_writes_the_class_and_draws_the_maps(study: Path, room: Path, painted: None, tmp_path: Path) -> None:

@@ -178,9 +178,9 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
     assert check["largest_difference"] < 1e-5 * check["largest_logit"]
     assert main(["merge", str(study), "--arm", "all:0", "--quiet"]) == 0
     with safetensors.safe_open(study / "merged-all-seed-0" / "heads.safetensors", "pt") as file:
-        about = json.loads(file.metadata()["heads"])
+        about, weight = json.loads(file.metadata()["heads"]), file.get_tensor("tones.predict.weight")
     assert about["labels"] == "union" and about["tasks"] == {"semseg": 3, "tones": 2, "reds": 2}
-    assert about["pooled"] == ["tones", "reds"]
+    assert about["pooled"] == ["tones", "reds"] and about["head"] == "linear" and weight.shape == (2, 64)
     shapes = {name: output["shape"] for name, output in open_run(study).job.graph("all", "torch").outputs.items()}
     assert shapes["tones"] == shapes["reds"] == ["batch", 4] and shapes["semseg"][:2] == ["batch", 3]
 
