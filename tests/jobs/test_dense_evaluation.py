@@ -13,7 +13,7 @@ from vismt.engine.study import ALONE, Study, Training
 from vismt.evaluation.adjust_logits import ADJUSTED
 from vismt.evaluation.risk import Risk
 from vismt.jobs.evaluation_job import mean_scores
-from vismt.jobs.multitask import evaluation as dense_evaluation
+from vismt.jobs.multitask import maps_evaluation as dense_evaluation
 from vismt.jobs.multitask.config import MultitaskConfig, MultitaskEvaluateConfig, all_tasks
 from vismt.jobs.multitask.figures import sections
 from vismt.jobs.multitask.maps_data import FittedImages, Rows

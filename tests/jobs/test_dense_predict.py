@@ -12,7 +12,7 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
-from vismt.jobs.multitask import predict as dense_predict
+from vismt.jobs.multitask import maps_predict as dense_predict
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.predictions import Options
 from vismt.multitask.tasks import make_task
