@@ -24,7 +24,7 @@ from vismt.cli import main
 from vismt.data.maps.dense_transforms import resize
 from vismt.jobs import load_config, open_run
 from vismt.jobs.multitask import config as dense_config
-from vismt.jobs.multitask import maps_models as models
+from vismt.jobs.multitask import models
 from vismt.jobs.multitask.job import MapsJob
 from vismt.jobs.multitask.maps_predict import VALUES, most_pixels
 from vismt.jobs.multitask.pooled_score import PooledScore, Scored
@@ -439,7 +439,7 @@ def test_the_whole_canvas_has_the_table_that_was_trained(also_train: list[str], 
     assert main(["train", str(path), "--out", str(tmp_path / "runs"), "--quiet"]) == 0
     job = open_run(next((tmp_path / "runs").iterdir())).job
     (training,) = job.study.trainings("adapted")
-    trained = models.loaded(job.config, training, (32, 48)).stock.pos_embed
+    trained = models.loaded_maps(job.config, training, (32, 48)).stock.pos_embed
     stock = resample_abs_pos_embed(pretrained.pos_embed, [2, 3])
     assert torch.equal(trained, stock) != bool(also_train)
     table, grid = (trained, [2, 3]) if also_train else (pretrained.pos_embed, [10, 10])

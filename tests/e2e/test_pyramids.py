@@ -22,7 +22,7 @@ from vismt.cli import main
 from vismt.config.sections import ModelConfig
 from vismt.evaluation.risk import Risk
 from vismt.jobs import open_run
-from vismt.jobs.multitask import maps_models as models
+from vismt.jobs.multitask import models
 from vismt.jobs.run import Run
 from vismt.multitask.inference import predict
 from vismt.report.results import read_results
@@ -114,7 +114,7 @@ def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
     run = open_run(run_config(written(tmp_path / "run.yaml", {**settings, "canvas": [64, 96]})))
     training = run.job.study.find(None)
     net = run.job.loaded(training)
-    large = models.loaded(replace(run.config, size=[64, 96]), training, (64, 96))
+    large = models.loaded_maps(replace(run.config, size=[64, 96]), training, (64, 96))
     images = torch.rand(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         torch.testing.assert_close(net(images)["depth"], large(images)["depth"], atol=1e-5, rtol=1e-4)
@@ -125,7 +125,7 @@ def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     model = {"name": "tiny_swin", "pretrained": False}
     settings = config("dense", "tiny_swin", model=model, size=[64, 64], adapt={"method": "full"})
     run = open_run(run_config(written(tmp_path / "run.yaml", settings), "train.steps=1"))
-    net = models.fresh(run.config)
+    net = models.maps_net(run.config)
     run.job.prepare(net, run.config)
     frozen = {name for name, parameter in net.stock.named_parameters() if not parameter.requires_grad}
     assert frozen == {"norm.weight", "norm.bias"}
@@ -158,7 +158,7 @@ def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
         answers = dict(zip(graph.outputs, graph.net(images), strict=True))
         for task, wanted in predict(pairs, run.job.data.tasks, images).items():
             assert torch.allclose(answers[task], wanted, atol=1e-5)
-    untrained = models.fresh(run.config).stock.state_dict()
+    untrained = models.maps_net(run.config).stock.state_dict()
     assert passes == [1] and all(torch.equal(value, untrained[name]) for name, value in net.stock.state_dict().items())
 
 

@@ -15,7 +15,7 @@ from vismt.engine.study import Training
 from vismt.engine.training_files import finish, write_state
 from vismt.jobs.multitask.classifier_job import ClassifierJob
 from vismt.jobs.multitask.config import MultitaskConfig
-from vismt.jobs.multitask.models import HEAD_FILE, fresh, with_linear_head
+from vismt.jobs.multitask.models import HEAD_FILE, classifier_net, with_linear_head
 
 
 def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
@@ -36,7 +36,7 @@ def config(name: str = "test_vit", **changes: Any) -> MultitaskConfig:
 
 def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Path) -> None:
     distilled = config("deit_tiny_distilled_patch16_224", adapt=None)
-    job, net = ClassifierJob(distilled, tmp_path, "hash"), fresh(distilled, 4, 9)
+    job, net = ClassifierJob(distilled, tmp_path, "hash"), classifier_net(distilled, 4, 9)
     parameters = list(job.heads(net).parameters())
     assert [tuple(p.shape) for p in parameters] == [(4, 192), (4,), (4, 192), (4,)]
     with torch.no_grad():
@@ -45,16 +45,16 @@ def test_both_classifiers_of_a_distilled_vit_are_trained_and_saved(tmp_path: Pat
     training = Training("both", 1e-3, 0, tmp_path / "both")
     write_state(net.heads, training.folder / HEAD_FILE)
     finish(net.stock, training.folder, False, {})
-    job.fresh = lambda config: fresh(distilled, 4, 9)  # type: ignore[method-assign]
+    job.fresh = lambda config: classifier_net(distilled, 4, 9)  # type: ignore[method-assign]
     images = torch.rand(2, 3, 32, 32)
     assert torch.equal(job.loaded(training)(images), net.eval()(images))
     for changes in ({"evaluate": {"laplace": True}}, {"head": {"name": "vbll"}}):
         with pytest.raises(UserError, match="averages two classifiers"):
-            fresh(config("deit_tiny_distilled_patch16_224", **changes), 4, 9)
+            classifier_net(config("deit_tiny_distilled_patch16_224", **changes), 4, 9)
 
 
 def test_the_means_of_a_bayesian_head_on_half_precision_weights() -> None:
-    net = fresh(config(head={"name": "vbll"}, model={"dtype": "bfloat16"}), 4, 9).eval()
+    net = classifier_net(config(head={"name": "vbll"}, model={"dtype": "bfloat16"}), 4, 9).eval()
     images = torch.rand(2, 3, 32, 32)
     expected = net.head(net.features(images))
     logits = with_linear_head(net.stock)(net.backbone.normalise(images))

@@ -37,7 +37,7 @@ from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.evaluation import Evaluation
 from vismt.jobs.multitask.figures import EXAMPLES, examples, sections, write_confusions
 from vismt.jobs.multitask.merging import check_merging_arms, merge_section, merged_net, write_interference
-from vismt.jobs.multitask.models import HEAD_FILE, PixelNet, fresh, load_head, stored, with_linear_head
+from vismt.jobs.multitask.models import HEAD_FILE, PixelNet, classifier_net, load_head, stored, with_linear_head
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.lowrank.model.inject import train_along
 from vismt.lowrank.model.record import count_parameters
@@ -126,7 +126,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         return timm_models.skeleton(config.model.name, config.model.img_size, num_classes=1)
 
     def fresh(self, config: MultitaskConfig) -> PixelNet:
-        return fresh(config, self.data.union.num_classes, sum(self.data.class_counts(config.trained_tasks)))
+        return classifier_net(config, self.data.union.num_classes, sum(self.data.class_counts(config.trained_tasks)))
 
     def trained(self, config: MultitaskConfig) -> tuple[Sequence[Task], Union, Sequence[float]]:
         factors = {entry_name(spec): spec.get("loss_weight", 1.0) for spec in config.tasks if not isinstance(spec, str)}

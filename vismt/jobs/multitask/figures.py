@@ -22,7 +22,7 @@ from vismt.jobs.multitask.config import PANELS
 from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.maps_data import DenseData
 from vismt.jobs.multitask.maps_evaluation import CLASS_NAMES, NUMBERS, UNDEFINED
-from vismt.jobs.multitask.maps_models import fingerprint
+from vismt.jobs.multitask.models import fingerprint
 from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK

@@ -20,7 +20,7 @@ from vismt.engine.study import Training, validates
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
-from vismt.jobs.multitask import maps_models as models
+from vismt.jobs.multitask import models
 from vismt.jobs.multitask.base import MultitaskJob
 from vismt.jobs.multitask.classifier_job import ClassifierJob
 from vismt.jobs.multitask.config import (
@@ -117,7 +117,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         return timm_models.skeleton(config.model.name, (config.size[0], config.size[1]))
 
     def fresh(self, config: MultitaskConfig) -> DenseNet:
-        return models.fresh(config)
+        return models.maps_net(config)
 
     def prepare(self, net: DenseNet, config: MultitaskConfig) -> str:
         """Adapt the timm model and return the method's name. A head of depth starts at the mean of the training depths."""
@@ -157,10 +157,10 @@ class MapsJob(MultitaskJob[DenseNet]):
         return DenseBatches(self.data.parts["train"], self.data.size, config)
 
     def save(self, net: DenseNet, config: MultitaskConfig, folder: Path) -> None:
-        atomic_write(folder / models.HEADS, models.heads_file(net, config))
+        atomic_write(folder / models.HEADS_FILE, models.heads_file(net, config))
 
     def loaded(self, training: Training) -> DenseNet:
-        return models.loaded(self.study.config_of(training), training, window_of(self.config))
+        return models.loaded_maps(self.study.config_of(training), training, window_of(self.config))
 
     def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
         """Return the images of every task of a training, clean, read from its folder if they are on record."""
@@ -248,7 +248,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         )
         rows, size = self.data.part(self.split), (self.config.size[0], self.config.size[1])
         self.write_router_maps(
-            lambda training: models.loaded(self.study.config_of(training), training, size),
+            lambda training: models.loaded_maps(self.study.config_of(training), training, size),
             lambda: torch.stack([rows.fitted(i, size)["image"] for i in spread(len(rows), MAPPED_IMAGES).tolist()]),
         )
 
@@ -268,7 +268,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         check_images(images, most_pixels(config) if options.own_size else None)
         check_target(target, output_names(images, named_tasks(config), options.maps), images)
         size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
-        net = models.loaded(config, training, size)
+        net = models.loaded_maps(config, training, size)
         training_files.fold(net.stock, training)
         quantiles = {}
         # Fitted values hold for images that are predicted like the validation images.
@@ -302,7 +302,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         return image_graph(Named(net, tasks), size, outputs, _FITTED.format(*size))
 
     def beside(self, training: Training) -> dict[str, bytes]:
-        return {models.HEADS: models.heads_file(self.loaded(training), self.study.config_of(training))}
+        return {models.HEADS_FILE: models.heads_file(self.loaded(training), self.study.config_of(training))}
 
     def about(self, arm: str | None = None) -> JsonObject:
         # The whole image is seen, and padded to the size.

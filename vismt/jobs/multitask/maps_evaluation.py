@@ -43,7 +43,7 @@ from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_scores, divides
 from vismt.jobs.multitask.config import MultitaskConfig, image_tasks, trained_tasks, window_of
 from vismt.jobs.multitask.maps_data import DenseData
-from vismt.jobs.multitask.maps_models import fingerprint
+from vismt.jobs.multitask.models import fingerprint
 from vismt.jobs.multitask.pooled_score import PooledScore, Undefined
 from vismt.multitask.class_loss import ClassLoss, adjusted
 from vismt.multitask.inference import predict
