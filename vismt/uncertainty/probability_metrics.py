@@ -249,11 +249,6 @@ def example_values(log_p: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return {one.column: one.values(log_p, labels) for one in MEASURES}
 
 
-def example_fields(form: str) -> dict[str, Field]:
-    """Return the fields of `example_values` in the record of an example, by name, for a form of the logits."""
-    return {f"{form} {one.column}": one.field for one in MEASURES}
-
-
 def group_row(form: str, log_p: Tensor, labels: Tensor) -> JsonObject:
     """Return the fields of the record of a group of examples, means over them. Arguments are as in `example_values`."""
     right = log_p.argmax(1) == labels
