@@ -535,9 +535,7 @@ def _check_merges(config: MultitaskConfig) -> None:
         if arm.adapt is None or any(earlier[other].adapt is None for other in arm.merge.arms):
             raise UserError(f"{where} an arm without adapt has no adapter; give it the section.")
         if is_variational(arm.head_name):
-            raise UserError(
-                f"arms.{name}: merge: rows of a '{arm.head_name}' head cannot be merged; take linear."
-            )
+            raise UserError(f"arms.{name}: merge: rows of a '{arm.head_name}' head cannot be merged; take linear.")
         if len(arm.merge.weights) > 1 and any(not (of.validation or of.validation_share) for of in own.values()):
             raise UserError(
                 f"arms.{name}: merge.weights: are chosen on validation images; give each task validation_share."
