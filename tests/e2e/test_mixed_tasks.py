@@ -195,7 +195,7 @@ def test_a_mix_is_merged_exactly(study: Path) -> None:
         ({"validation_share": 2}, {}, "tasks: reds: validation_share"),
         ({"kind": "depth"}, {}, "task: 'depth' has no option 'name'"),
         ({"name": "classify"}, {}, "tasks: classify: its sets belong in data."),
-        ({"name": "loss"}, {}, "tasks: loss: the name has another meaning in a run"),
+        ({"name": "ce"}, {}, "tasks: ce: the name has another meaning in a run"),
         (
             {"name": "semseg", "kind": "classify"},
             {},

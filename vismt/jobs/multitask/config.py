@@ -49,7 +49,8 @@ from vismt.uncertainty.last_layers import check_head, is_variational
 _MODES = ("slide", "whole")
 _SHARED = ("data", "size", "canvas", "baseline")  # sections that all arms share, besides those in engine/study.py
 DELTA = "delta_m"  # the name of a score
-TAKEN = (DELTA, "loss", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")  # in logs and results
+# Names of columns in logs and of scores, which no task may have.
+TAKEN = (DELTA, "loss", "ce", "accuracy", "retain", "fade", "step", "elapsed_s", "memory_mb", "lr", "grad_norm")
 _OF_ALL = (
     "label_smoothing",
     "class_weights",
@@ -347,14 +348,6 @@ def baseline_arms(config: MultitaskConfig) -> dict[str, str]:
 # ---- checks ------------------------------------------------------------------------------------------------------------
 
 
-def task_names(config: MultitaskConfig) -> list[str]:
-    """Return the names of the tasks. Raises UserError for an entry without one."""
-    named = [spec if isinstance(spec, str) else spec.get("name", spec.get("kind")) for spec in config.tasks]
-    if None in named:
-        raise UserError(f"tasks[{named.index(None)}]: has no name; give one.")
-    return [str(name) for name in named]
-
-
 def check(config: MultitaskConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
     _check_values(config)
@@ -376,6 +369,9 @@ def _free(task: Task) -> list[str]:
 
 
 def _check_values(config: MultitaskConfig) -> None:
+    for place, spec in enumerate(config.tasks):
+        if not isinstance(spec, str) and not {"name", "kind"} & {*spec}:
+            raise UserError(f"tasks[{place}]: has no name; give one.")
     names = [entry_name(spec) for spec in config.tasks]
     check_tasks(config, names)
     require_known("trained_tasks: no task", config.trained_tasks, names)
