@@ -1,4 +1,4 @@
-"""Draw the pictures of docs/architecture.md and docs/methods/index.md that show no numbers.
+"""Draw the pictures of docs/architecture.md, docs/extending.md and docs/methods/index.md that show no numbers.
 
     python -m scripts.drawings            draw them
     python -m scripts.drawings --check    exit code 1 with the name of a picture that is not up to date
@@ -15,6 +15,8 @@ from html import escape
 from pathlib import Path
 
 from vismt.base import console
+from vismt.evaluation.sections import FEATURES, refusals
+from vismt.jobs import JOBS, OTHER_NAMES, job_config
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 
@@ -38,11 +40,12 @@ WALKS = {
         ("Any training loop trains the model", "engine/, integrations/, yours"),
         ("vismt.merge puts stock modules back", "lowrank/model/merge.py"),
     ),
-    "From an image to its attacked answer": (
-        ("The clean answers are computed", "robustness/evaluate.py"),
-        ("Images that are still right are attacked", "robustness/attacks/"),
-        ("The net answers the attacked image again", "robustness/evaluate.py"),
-        ("The record holds both answers", "storage/records.py"),
+    "From a feature of evaluation to scores": (
+        ("A class declares a key and its needs", "evaluation/"),
+        ("Jobs that meet the needs get the key", "evaluation/sections.py"),
+        ("It is fitted to validation answers", "storage/fitted.py"),
+        ("The record keeps columns of each answer", "storage/records.py"),
+        ("Columns become scores with intervals", "uncertainty/intervals.py"),
     ),
 }
 # Method -> B, C, A and the start of the update.
@@ -120,7 +123,24 @@ def low_rank() -> str:
     return page(y + 4, "The low-rank update and what each method makes of it", parts)
 
 
-DRAWINGS = {"architecture": architecture, "low_rank": low_rank}
+def features() -> str:
+    """Return a row for each feature of evaluation, with a dot in the column of each job that has it."""
+    jobs = [job for job in JOBS if job not in OTHER_NAMES]
+    lacking = {job: refusals(type(getattr(job_config(job)(), "evaluate", None))) for job in jobs}
+    columns = {job: 128 + 62 * place for place, job in enumerate(jobs)}
+    parts = [text(x - 3 * len(job), 30, job, size=11, color=QUIET) for job, x in columns.items()]
+    y = 58.0
+    for feature in (name for name in FEATURES if (CHECKOUT / "vismt" / "evaluation" / f"{name}.py").exists()):
+        parts.append(text(MARGIN, y, feature, bold=True))
+        for job, x in columns.items():
+            fill = GROUND if lacking[job][feature] else EDGE
+            parts.append(f'<circle cx="{x}" cy="{y - 4.5:g}" r="6" fill="{fill}" stroke="{EDGE}"/>')
+        y += 28
+    parts.append(text(MARGIN, y + 2, "A full dot: the job has the feature.", size=12, color=QUIET))
+    return page(y + 18, "Which job has which feature of evaluation", parts)
+
+
+DRAWINGS = {"architecture": architecture, "features": features, "low_rank": low_rank}
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.tiny_runs import evaluated_configs, written
 
+from scripts.drawings import GROUND
 from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.config.typed import build
@@ -60,14 +62,13 @@ def test_a_feature_of_others_is_one_file(tmp_path: Path, job: str) -> None:
     assert "margin" in (folder / "report.md").read_text()
 
 
-def test_the_page_has_the_matrix_that_the_command_prints(capsys: pytest.CaptureFixture) -> None:
-    """Features that a test registers are of no page."""
+def test_the_picture_has_the_matrix_that_the_command_prints(capsys: pytest.CaptureFixture) -> None:
+    """Features that a test registers are in no picture."""
     assert main(["list", "features"]) == 0
-    printed = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[-1:] != []]
-    heads, *rows = printed
-    page = (ROOT / "docs" / "extending.md").read_text()
-    assert f"| {' | '.join(heads)} |" in page
-    of_package = [row for row in rows if (ROOT / "vismt" / "evaluation" / f"{row[0]}.py").exists()]
-    assert len(of_package) >= 5
-    for key, *cells in of_package:
-        assert f"| `{key}` | {' | '.join(cells)} |" in page
+    heads, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+    dots = re.findall(r">(\w+)</text>|<circle.*? fill=\"([^\"]+)\"", (ROOT / "docs" / "features.svg").read_text())
+    names, full = [name for name, _ in dots if name], [fill != GROUND for _, fill in dots if fill]
+    jobs, features = names[: len(heads) - 1], names[len(heads) - 1 :]
+    assert jobs == heads[1:] and len(features) >= 5
+    answers = {key: cells for key, *cells in rows if key in features and {*cells} <= {"yes", "no"}}
+    assert [cell == "yes" for feature in features for cell in answers[feature]] == full
