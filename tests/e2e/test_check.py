@@ -196,11 +196,7 @@ def test_a_claim_that_the_run_contradicts_fails(
     assert f"{1 - code} of 1 verdicts are not contradicted" in printed
 
 
-TO_MEASURE = pytest.mark.xfail(strict=True, reason="its CAGrad is torchjd's now, and not measured again yet")
-STUDIES = [
-    pytest.param(path, id=name, marks=[TO_MEASURE] if name == "balancers" else [])
-    for name, path in study_rows.studies().items()
-]
+STUDIES = [pytest.param(path, id=name) for name, path in study_rows.studies().items()]
 
 
 @pytest.mark.parametrize("path", STUDIES)
