@@ -144,7 +144,10 @@ def test_one_line_errors(tmp_path: Path, changes: dict, text: str) -> None:
             },
             "arms.mean: covariance: 'stages.0.blocks.0.conv_dw' is a Conv2d in groups",
         ),
-        ({"model": {"name": "levit_128s", "pretrained": False}}, "rows of the NormLinear of levit_128s do not stand"),
+        (
+            {"model": {"name": "levit_128s", "pretrained": False}},
+            "rows of the NormLinear of levit_128s cannot be merged",
+        ),
     ],
 )
 def test_what_cannot_be_merged_is_refused_before_the_training(tmp_path: Path, changes: dict, text: str) -> None:

@@ -11,6 +11,7 @@ from vismt.base.errors import UserError
 from vismt.evaluation.certify import Certify
 from vismt.robustness.evaluate import evaluate_examples
 from vismt.robustness.smoothing import ABSTAINED, FIRST, Smoothing
+from vismt.uncertainty.features import Rows
 
 SHAPE = (3, 4, 4)
 UNIT = torch.ones(SHAPE).flatten() / math.sqrt(48)
@@ -117,12 +118,12 @@ def test_records_and_accuracies():
     labels = torch.tensor([1, 1, 1, 0])
     rows = evaluate_examples(Halfspace(), [(images, labels)], [], num_classes=2, features=[feature])
     assert [row["clean"] for row in rows] == [1, 1, 1, 1]
-    assert [row["smoothed 0.25"] for row in rows][:2] == [1, 1]
-    radii = [row["smoothed 0.25 radius"] for row in rows]
+    assert [row["clean smoothed 0.25"] for row in rows][:2] == [1, 1]
+    radii = [row["clean smoothed 0.25 radius"] for row in rows]
     assert radii[0] > 0.25 and radii[1] < 0.3 and smoothing.largest < 0.75
-    *certified, (_, abstentions) = feature.measures(rows)
-    found = {condition.level: list(measure.values.values()) for condition, measure in certified}
-    assert abstentions.metric == "abstentions" and list(abstentions.values.values())[:2] == [0, 0]
+    *certified, abstentions = feature.quantities()
+    found = {of.condition.level: feature.values(of, Rows(rows), {}).tolist() for of in certified}
+    assert abstentions.metric == "abstentions" and feature.values(abstentions, Rows(rows), {})[:2].tolist() == [0, 0]
     assert list(found) == [0.0, 0.25]  # the others are out of reach of 200 draws
     assert found[0.0][0] == 1 and found[0.0][3] == 0 and found[0.25][0] == 1 and sum(found[0.25][2:]) == 0
     assert all(a >= b for a, b in zip(found[0.0], found[0.25]))
@@ -136,7 +137,7 @@ def test_the_size_of_batches_changes_no_certificate():
         batches = [(images[part], labels[part], names[part]) for part in parts]
         return evaluate_examples(Halfspace(), batches, [], num_classes=2, features=[Certify(Smoothing(samples=100))])
 
-    assert rows(4) == rows(2) and len({row["smoothed 0.25 radius"] for row in rows(4)}) > 1
+    assert rows(4) == rows(2) and len({row["clean smoothed 0.25 radius"] for row in rows(4)}) > 1
 
 
 @pytest.mark.parametrize(

@@ -138,7 +138,8 @@ class MultitaskObjective(nn.Module):
             losses |= self._by_task(entropies, tasks)
             scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
             if len(labels):
-                factors = entropies.new_tensor([self.weights[name] for name in self.union.tasks])
+                weights = [self.weights[name] for name in self.union.tasks]
+                factors = torch.tensor(weights, dtype=entropies.dtype, device=entropies.device)
                 loss = loss + (entropies * factors[tasks]).mean()
         if self.balancer is not None:
             loss = self._balance(self._weighted(losses), batch)

@@ -412,7 +412,7 @@ _RULES = (
          "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, _MERGE),
     Rule(lambda case: case.facts.is_adapter and "model_type" in case.facts.model_config
          and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files),
-         "a model's weights are beside the adapter: from_pretrained adds the update to them, a second time if they are merged",
+         "a model's weights are beside the adapter: from_pretrained adds the update to them, twice if they are merged",
          {"transformers": "note"}, "keep adapter and merged model in two folders", "adapter-beside-model", "suspicious"),
     # names
     Rule(_tensors(lambda case, tensor: case.facts.kind == "peft" and tensor.role != "shared"

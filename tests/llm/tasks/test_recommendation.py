@@ -11,7 +11,7 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.data.texts.interactions import Catalogue
-from vismt.llm.ilora.hybrid import GROUPS, random_gates
+from vismt.llm.ilora.hybrid import USER_GROUPS, random_gates
 from vismt.llm.ilora.method import gate_of, gate_part
 from vismt.llm.ilora.recommenders import SASRec, pad_histories
 from vismt.llm.net import LmNet
@@ -320,7 +320,7 @@ def test_gates_of_a_group_follow_the_users_and_not_the_row():
     assert torch.equal(gates, net.head.gates(net.lm, {**batch, "key": batch["key"].flip(0)}))
     assert torch.equal(net.head.gates(net.lm, {**batch, "history": batch["history"].flip(0)}), gates.flip(0))
     users = net.head.recommender(batch["history"])
-    nearest = [min(range(GROUPS), key=lambda g: float((user - others[g]).norm())) for user in users]
+    nearest = [min(range(USER_GROUPS), key=lambda g: float((user - others[g]).norm())) for user in users]
     groups = {group: gate for group, gate in zip(nearest, gates)}
     assert all(torch.equal(groups[group], gate) for group, gate in zip(nearest, gates))
     assert 1 < len({tuple(gate.tolist()) for gate in gates}) == len(groups) < len(gates)

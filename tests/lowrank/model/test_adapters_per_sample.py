@@ -249,7 +249,7 @@ def test_adapters_that_are_activated_inside_the_block_are_refused() -> None:
         (
             "lora",
             {"also_train": ["model.norm"]},
-            "trained 'model.norm.weight' whole, which only a linear of its own can",
+            "trained 'model.norm.weight' whole, which is not the weight of one linear",
         ),
         ("pissa", {"quantize": "nf4"}, "cannot be mixed: 'pissa' lies on quantised weights"),
         ("lisa", {"targets": None, "rank": 8}, "trained 'model.embed_tokens.weight' whole"),

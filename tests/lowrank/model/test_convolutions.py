@@ -188,7 +188,9 @@ def test_no_second_tensor_of_the_size_of_the_output(layout: torch.memory_format)
 def test_a_set_that_leaves_most_of_the_weights_out_says_so() -> None:
     """Weight standardisation has zero mean in each row, so no weight has the sum of a standardised one and an update."""
     model = timm.create_model("test_nfnet", num_classes=0)
-    with pytest.warns(UserWarning, match=r"'all-linear\+conv' of NormFreeNet adapts \d % .* ScaledStdConv2d .*more\)"):
+    with pytest.warns(
+        UserWarning, match=r"'all-linear\+conv' of NormFreeNet adapts only \d % .* ScaledStdConv2d .*more\)"
+    ):
         report = vismt.adapt(model, "lora", "all-linear+conv", rank=2)
     assert {spec.path.rpartition(".")[2] for spec in report.specs} == {"fc1", "fc2"}  # of squeeze and excite
     with warnings.catch_warnings():

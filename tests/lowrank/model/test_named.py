@@ -204,7 +204,9 @@ def test_a_tuner_of_peft_beside_another_adapter() -> None:
     for name in ("tuner", "factors", "tuner"):
         vismt.activate(model, name)
         assert torch.equal(model(images()), expected[name])
-    with pytest.raises(UserError, match="'tuner' cannot be mixed: 'peft:dora' has no factors; activate it alone"):
+    with pytest.raises(
+        UserError, match="'tuner' cannot be mixed: 'peft:dora' has no factors; activate only this adapter"
+    ):
         vismt.activate(model, ["factors", "tuner"])
     assert torch.equal(model(images()), expected["tuner"])
 

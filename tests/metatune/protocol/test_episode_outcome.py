@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -42,15 +41,6 @@ def test_a_two_query_episode_by_hand() -> None:
     tempered = TWO.record({"tempered": 0.5})
     assert tempered["tempered nll"] == pytest.approx((-math.log(0.49 / 0.54) - math.log(0.04 / 0.38)) / 2, abs=1e-6)
     assert set(tempered) == {"clean", "clean right", "tempered nll", "tempered brier", "tempered gaps"}
-
-
-def test_the_largest_probability_separates_outside_images() -> None:
-    # Largest probabilities 0.7 and 0.5 inside, 0.6, 0.45 and 0.4 outside: of six pairs 0.7 wins three, 0.5 two. The logits
-    # outside are shifted, so that the largest logits give another share.
-    p = torch.tensor([[0.6, 0.3, 0.1], [0.3, 0.45, 0.25], [0.3, 0.3, 0.4]])
-    logits = p.log() + torch.tensor([[90.0], [-90.0], [0.0]])
-    row = replace(TWO, outside={"against other": logits}).record({})
-    assert row == {"clean": 0.5, "clean right": "10", "against other": pytest.approx(5 / 6, abs=1e-6)}
 
 
 def test_the_calibration_error_pools_episodes_before_it_takes_absolute_values() -> None:

@@ -421,7 +421,7 @@ def test_autocast_of_the_caller_does_not_round_the_balance():
 
 
 def test_gram_of_wide_gradients_in_parts_is_exact(monkeypatch):
-    monkeypatch.setattr("vismt.multitask.balancing.gradients.COLUMNS", 4)
+    monkeypatch.setattr("vismt.multitask.balancing.gradients.COLUMNS_AT_ONCE", 4)
     g = matrix(0, 3, 11, dtype=torch.float32)
     gram = gram_matrix(g)
     assert torch.equal(gram.float(), (g.double() @ g.double().T).float()) and gram.dtype == torch.float64

@@ -301,7 +301,7 @@ def test_checkpointed_blocks_have_the_same_gradients() -> None:
 def test_fsdp_is_refused() -> None:
     model = net()
     vismt.adapt(model.stock, "mtlora", rank=2, tasks=TASKS)
-    with pytest.raises(UserError, match="FSDP: a block's features of tasks leave it beside its output"):
+    with pytest.raises(UserError, match="FSDP: a block returns features of tasks beside its output"):
         check_sharded(model, TrainConfig(steps=1, lr=0.1))
 
 
