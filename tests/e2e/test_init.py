@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -300,6 +301,7 @@ def test_rows_of_a_known_layout_train_as_written(row: dict, tmp_path: Path) -> N
 def test_without_images(job: str, tmp_path: Path, monkeypatch) -> None:
     assert main(["init", job, "--to", str(tmp_path), "--quiet"]) == 0
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "classifier", raising=False)  # the module of another folder
     tiny = [*TINY, "train.warmup=0"]
     cut = {
         "fewshot": [*tiny, "evaluate.episodes=2"],
