@@ -113,7 +113,7 @@ class DataSource(ABC):
         """Return the folders where the copy may be, in order."""
 
     def list_files(self, base: Path) -> Files:
-        """Return the files of the copy in the folder `base`, in the groups that a manifest hashes. The default is no files."""
+        """Return the files of the copy in the folder `base`, in the groups that a manifest hashes. By default: {}."""
         return {}
 
     @abstractmethod

@@ -20,7 +20,7 @@ class Laplace(Feature):
     key, needs = "laplace", frozenset({HEAD, VALIDATION})
     meaning = (
         "also evaluate with a Laplace approximation around the trained head. If a linear head has more than 4,096 weights, the "
-        "approximation is Kronecker-factored, and the name of the condition says so."
+        "approximation is Kronecker-factored, and the condition is called Laplace (Kronecker)."
     )
 
     def net_scores(self, views: Sequence[View]) -> list[Score]:

@@ -59,12 +59,10 @@ class Temperature(Feature):
 
     @property
     def forms(self) -> Mapping[Condition, Form]:
-        return {TEMPERED: self._tempered}
-
-    def _tempered(self, logits: torch.Tensor) -> torch.Tensor:
-        if self._task_of_class is None:
-            return logits / self._temperature[0]
-        return block_tempered(logits, self._temperature[self._task_of_class])
+        tasks = self._task_of_class
+        if tasks is None:
+            return {TEMPERED: lambda logits: logits / self._temperature[0]}
+        return {TEMPERED: lambda logits: block_tempered(logits, self._temperature[tasks])}
 
     @property
     def _temperature(self) -> torch.Tensor:

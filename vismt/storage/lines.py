@@ -46,7 +46,7 @@ def read_lines(path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, w
         row = None
         if match is not None and match[2] == _checksum(checksum, match[1]):
             checksum = match[2]
-            with suppress(ValueError):  # a line that is no JSON object
+            with suppress(ValueError):  # a line that does not hold a JSON object
                 row = parse_json(match[1] + b"}")
         if row is None:
             raise UserError(f"'{path}' line {number} was changed or damaged; move the file away and make it again.")

@@ -285,7 +285,11 @@ class Evaluation:
         def rows_of(number: int) -> list[Row]:
             names, samples, batch = self._batch(split, starts[number])
             if isinstance(spec, CorruptionSpec):
-                batch["image"] = self._corrupted(names, samples, spec)
+                changed = [  # corrupted before the padding
+                    corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+                    for name, sample in zip(names, samples)
+                ]
+                batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
             elif spec is not None and not isinstance(evaluated, dict):
                 tasks = [pool.task for pool in pools.values()]
                 batch["image"] = self._attacked(evaluated, tasks, names, samples, batch, spec)
@@ -341,14 +345,6 @@ class Evaluation:
 
     def fitted_on(self, training: Training) -> str:
         return f"{self._weights(training)} {Identity(self.data.part('validation').ids)}"
-
-    def _corrupted(self, names: Sequence[str], samples: Sequence[Sample], spec: CorruptionSpec) -> Tensor:
-        """Return the images (b, 3, h, w) of samples corrupted before the padding."""
-        changed = [
-            corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
-            for name, sample in zip(names, samples)
-        ]
-        return torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
 
     def _attacked(
         self,

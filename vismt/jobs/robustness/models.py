@@ -66,7 +66,7 @@ def check_exists(config: ClassifierConfig) -> None:
 
 
 def make_classifier(config: ClassifierConfig) -> Classifier:
-    """Return the classifier of a configuration on the device of this process, quantised if the configuration says so."""
+    """Return the classifier of a configuration on the device of this process. `config.quantise` quantises its weights."""
     classifier = replace(_load(config), task=config.task)
     if config.quantise is not None:
         quantise(classifier.net, f"'{config.run or config.function or config.name}'")

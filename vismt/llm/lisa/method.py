@@ -219,7 +219,7 @@ def lisa(
     cover: bool = False,
     exclude: str | Sequence[str] = (),
 ) -> AdaptReport:
-    """Train layers in turn, and embeddings, head and norm always. There are no factors.
+    """Train layers in turn, and embeddings, head and norm always. The method adds no factors.
 
     The options are the arguments of `LISA`. Everything that may train is marked trainable. A training loop gives the schedule
     its optimiser (the engine's loop does). The original weights are kept, large ones in a temporary file, for unadapt and for
