@@ -121,7 +121,7 @@ def test_scores_are_those_of_the_harness(run, name) -> None:
         assert row.value == pytest.approx(wanted[metric], rel=exact, abs=1e-12)
     (records,) = folder.glob(f"arms/adapted/*/records/test-{name}*.jsonl")
     by_doc = {(sample["doc_id"], sample["filter"]): sample for sample in expected["samples"][name]}
-    for record in read_lines(records, whole=True)[1:]:
+    for record in read_lines(records)[1:]:
         for metric in [key for key in record if key != "id"]:
             plain, _, chosen = metric.partition(",")
             value = by_doc[int(record["id"].rpartition(":")[2]), chosen or "none"][plain]
