@@ -48,7 +48,8 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
             getattr(own, "__post_init__", lambda section: None)(self)
 
         content = {"__doc__": own.__doc__, "__module__": own.__module__, "ELSEWHERE": elsewhere, "REFUSED": reasons}
-        return dataclass(type(own.__name__, (*keys, own), {**content, "__post_init__": check}))
+        content |= {"PROVIDES": frozenset(provides), "__post_init__": check}
+        return dataclass(type(own.__name__, (*keys, own), content))
 
     return extended
 
