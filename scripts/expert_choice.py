@@ -45,8 +45,8 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.jobs import open_run
-from vismt.jobs.fewshot.arms import evaluated_experts, split_head
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, FewShotConfig
+from vismt.jobs.fewshot.arms import split_head
+from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, PROTOTYPES, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.metatune.protocol.episode_outcome import right_field
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
@@ -100,13 +100,19 @@ Values = dict[str, Tensor]
 Case = tuple[str, str]  # condition and set
 
 
+def evaluated_experts(config: FewShotConfig) -> list[str]:
+    """Return the names of the pool's experts that are evaluated alone, with prototypes."""
+    models = config.evaluate.models if config.pool is not None and config.head.name == PROTOTYPES else []
+    return [model for model in models if model.startswith(EXPERT) and not split_head(model)[1]]
+
+
 def choice_tables(
     folder: Path, config: FewShotConfig, seeds: Sequence[int], results: Sequence[Result]
 ) -> list[tuple[Table, str]]:
     """Return two tables for each protocol; [] unless "merged" and two experts or more are evaluated."""
     rows = [row for row in results if row.seed is None and row.metric == "accuracy"]
     arms = list(dict.fromkeys(row.arm for row in rows))
-    experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
+    experts = evaluated_experts(config)
     if MERGED not in arms or len(experts) < 2:
         return []
     rules = [arm for arm in arms if arm.startswith(f"{MERGED}:") and not split_head(arm)[1]]
@@ -153,7 +159,7 @@ def choice_gains(
 
     seeds: the trainings whose mean the scores are.
     """
-    experts = [f"{EXPERT}{label}" for label in evaluated_experts(config)]
+    experts = evaluated_experts(config)
     accuracies = [score for score in scores.get(MERGED, ()) if score.measure.metric == "accuracy" and len(experts) > 1]
     gains = []
     for score in accuracies:

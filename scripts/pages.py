@@ -27,8 +27,8 @@ from typing import Any
 from vismt.base import console
 from vismt.cli import GROUPS
 from vismt.cli.commands import Commands
-from vismt.jobs import JOBS, OTHER_NAMES
-from vismt.jobs.reference import page
+from vismt.jobs import JOBS, OTHER_NAMES, job_config
+from vismt.jobs.reference import Key, keys
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 
@@ -37,6 +37,10 @@ MARKED = re.compile(r"^<!-- (file|copy|api|commands)(?:: (\S+)(?: as (\S+))?)? -
 SECTION = re.compile(r"^(Args|Attributes|Returns|Raises|Yields|Example|Examples):\n((?:    .*\n|\n)+)", re.M)
 ENTRY = re.compile(r"(\*{0,2}\w+(?:, \w+)*): ")
 WIDTH = 100
+PAGE_NOTE = (
+    "The same in the terminal: `vismt config {job}`. Editors check and complete a file that begins with "
+    "`# yaml-language-server: $schema=config.schema.json`; `vismt config --schema > config.schema.json` writes the schema."
+)
 
 
 def rewritten(match: re.Match[str]) -> str:
@@ -44,6 +48,34 @@ def rewritten(match: re.Match[str]) -> str:
     kind, name, title = match.groups()
     first = match[0].partition("\n")[0]
     return f"{first}\n{PARTS[kind](name, title).strip()}\n<!-- end -->"
+
+
+def configuration_page(job: str) -> str:
+    """Return the Markdown page of a job's configuration."""
+    cls = job_config(job)
+    summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
+    lines = [f"# Configuration of `task: {job}`", "", summary, "", PAGE_NOTE.format(job=job), ""]
+    every = keys(job)
+    sections: dict[str, list[Key]] = {"": [], **{key.path: [] for key in every if key.section}}
+    for key in every:
+        sections[key.path.rpartition(".")[0].removesuffix("[]")].append(key)
+    about = {key.path: key.meaning for key in every}
+    for path, below in sections.items():
+        if path:
+            lines += [f"## `{path}`", "", about[path][:1].upper() + about[path][1:], ""]
+        lines += ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
+        lines += [f"| {' | '.join(cell_of(text) for text in row_of(key))} |" for key in below]
+        lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def row_of(key: Key) -> list[str]:
+    known = f" Known: {', '.join(f'`{name}`' for name in key.names)}." if key.names else ""
+    return [f"`{key.path}`", key.type, f"`{key.default}`", key.meaning + known]
+
+
+def cell_of(text: str) -> str:
+    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def file(name: str, _: str | None) -> str:
@@ -177,7 +209,7 @@ def contents() -> Iterator[tuple[Path, str]]:
             yield path, MARKED.sub(rewritten, text)
     for job in JOBS:
         if job not in OTHER_NAMES:
-            yield DOCS / f"reference/config_{job}.md", page(job)
+            yield DOCS / f"reference/config_{job}.md", configuration_page(job)
 
 
 def stale() -> list[tuple[Path, str]]:

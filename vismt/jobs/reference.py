@@ -1,4 +1,4 @@
-"""The keys of a configuration, from the dataclasses that read it: for the terminal, as a page and as a JSON schema.
+"""The keys of a configuration, from the dataclasses that read it: for the terminal, for the page of a job and as a JSON schema.
 
 The meaning of a key is its entry under `Args:` in the docstring of its dataclass. `Names` and `within` in its type give the
 known names and the range.
@@ -25,10 +25,6 @@ from vismt.storage.files import JsonObject
 SCHEMA = "https://json-schema.org/draft/2020-12/schema"
 DEFAULT_JOB = RunConfig.task  # of a configuration without the key
 JSON_TYPES = {bool: "boolean", int: "integer", float: "number", str: "string", NoneType: "null"}
-PAGE_NOTE = (
-    "The same in the terminal: `vismt config {job}`. Editors check and complete a file that begins with "
-    "`# yaml-language-server: $schema=config.schema.json`; `vismt config --schema > config.schema.json` writes the schema."
-)
 BOUNDS = {"least": "minimum", "most": "maximum", "above": "exclusiveMinimum", "below": "exclusiveMaximum"}
 ENTRY = re.compile(r"    (\w+): (.*)")
 
@@ -160,34 +156,6 @@ def _default_text(field: dataclasses.Field[Any]) -> str:
 
 def _section_like(field: dataclasses.Field[Any]) -> bool:
     return field.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(field.default_factory)
-
-
-def page(job: str) -> str:
-    """Return the Markdown page of a job's configuration."""
-    cls = job_config(job)
-    summary = inspect.cleandoc(cls.__doc__ or "").splitlines()[0]
-    lines = [f"# Configuration of `task: {job}`", "", summary, "", PAGE_NOTE.format(job=job), ""]
-    every = keys(job)
-    sections: dict[str, list[Key]] = {"": [], **{key.path: [] for key in every if key.section}}
-    for key in every:
-        sections[key.path.rpartition(".")[0].removesuffix("[]")].append(key)
-    about = {key.path: key.meaning for key in every}
-    for path, below in sections.items():
-        if path:
-            lines += [f"## `{path}`", "", about[path][:1].upper() + about[path][1:], ""]
-        lines += ["| Key | Type | Default | Meaning |", "| --- | --- | --- | --- |"]
-        lines += [f"| {' | '.join(_cell(text) for text in _row(key))} |" for key in below]
-        lines.append("")
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _row(key: Key) -> list[str]:
-    known = f" Known: {', '.join(f'`{name}`' for name in key.names)}." if key.names else ""
-    return [f"`{key.path}`", key.type, f"`{key.default}`", key.meaning + known]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", r"\|").replace("<", "&lt;")
 
 
 def schema() -> JsonObject:

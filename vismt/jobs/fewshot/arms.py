@@ -136,9 +136,3 @@ def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:
             models.append(model)
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     return list(dict.fromkeys(model if split_head(model)[1] else f"{model}{ending}" for model in models))
-
-
-def evaluated_experts(config: FewShotConfig) -> list[str]:
-    """Return the labels of the pool's experts that are evaluated alone, with prototypes."""
-    models = config.evaluate.models if config.pool is not None and config.head.name == PROTOTYPES else []
-    return [model.removeprefix(EXPERT) for model in models if model.startswith(EXPERT) and not split_head(model)[1]]
