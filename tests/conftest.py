@@ -149,7 +149,7 @@ def drawn(monkeypatch):
     """The figures saved during the test, each after its layout."""
     from vismt.jobs.fewshot import figures as fewshot_figures
     from vismt.jobs.multitask import figures as multitask_figures
-    from vismt.report import arm_figures, figures, plotting, routers
+    from vismt.report import arm_figures, figures, plotting, routers, tiles
 
     saved = []
 
@@ -158,6 +158,6 @@ def drawn(monkeypatch):
         figure.canvas.draw()
         return plotting.save_figure(figure, path)
 
-    for module in (multitask_figures, fewshot_figures, figures, routers, arm_figures):
+    for module in (multitask_figures, fewshot_figures, figures, routers, arm_figures, tiles):
         monkeypatch.setattr(module, "save_figure", keep)
     return saved

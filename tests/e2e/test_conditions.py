@@ -100,7 +100,7 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     # console: one line per model; folder: one line per model and set; report: one table
     assert [line.split()[1] for line in out.splitlines() if line.startswith("masking ")] == ["frozen", "adapted"]
     lines = read_lines(folder / "masking.jsonl")
-    assert [(line["model"], line["data"]) for line in lines] == [
+    assert [(line["arm"], line["data"]) for line in lines] == [
         (model, data) for model in ("frozen", "adapted") for data in ("digits", "photo_crops-test")
     ]
     assert all(len(line["accuracies"]) == 7 and line["n"] == 2 and isinstance(line["passed"], bool) for line in lines)
@@ -116,4 +116,4 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     assert main(["evaluate", str(folder), "--quiet"]) == 0
     assert main(["attack", str(folder), "--attack", "fgsm", "--quiet"]) == 0
     assert all(path.read_text() == content for path, content in kept.items())
-    assert json.loads((folder / "masking.jsonl").read_text().splitlines()[0])["model"] == "frozen"
+    assert json.loads((folder / "masking.jsonl").read_text().splitlines()[0])["arm"] == "frozen"

@@ -16,7 +16,7 @@ from PIL import Image
 import vismt
 from vismt.cli import main
 from vismt.data.images import open_images
-from vismt.jobs import open_run, predictions
+from vismt.jobs import open_run
 from vismt.jobs.predictions import SHEET, TABLE, draw_answers
 
 
@@ -142,7 +142,7 @@ def test_a_support_that_would_not_fit_is_refused(fewshot: Path, folder: Path, mo
 
 def test_a_contact_sheet_has_a_bounded_number_of_images(tmp_path: Path, monkeypatch) -> None:
     texts: list[str] = []
-    monkeypatch.setattr(predictions, "write", lambda figure, x, y, text, **style: texts.append(text))
+    monkeypatch.setattr("vismt.report.tiles.write", lambda figure, x, y, text, **style: texts.append(text))
     rows = [[{"image": f"{i}.png", "label": "cat", "probability": 0.876}] for i in range(100)]
     draw_answers([np.zeros((3, 8, 8), np.uint8)] * 2, rows, tmp_path / SHEET)
     assert texts.count("88 % cat") == 2

@@ -4,9 +4,7 @@ import pytest
 
 from vismt.base.errors import UserError
 from vismt.jobs.fewshot.evaluation import masking_summary
-from vismt.jobs.fewshot.report import masking_tables
-from vismt.jobs.robustness.config import RobustnessConfig
-from vismt.jobs.robustness.report import sections
+from vismt.jobs.masking import masking_section
 from vismt.storage.lines import write_lines
 
 
@@ -14,10 +12,11 @@ from vismt.storage.lines import write_lines
 def lines(tmp_path):
     """Two models on one set, the second masked."""
     about = {"data": "digits", "protocol": "5-way 1-shot", "chance": 0.2, "n": 10, "epsilons": [0.0, 1 / 255, 64 / 255]}
-    good = {**about, "model": "frozen", "accuracies": [0.6, 0.3, 0.0], "verdict": "pass", "passed": True}
+    about["norm"] = "linf"
+    good = {**about, "arm": "frozen", "accuracies": [0.6, 0.3, 0.0], "verdict": "pass", "passed": True}
     bad = {
         **about,
-        "model": "adapted",
+        "arm": "adapted",
         "accuracies": [0.6, 0.55, 0.5],
         "passed": False,
         "verdict": "FAIL: still 50.0 % at 64/255, chance is 20.0 %",
@@ -27,9 +26,8 @@ def lines(tmp_path):
 
 
 def test_the_masking_check_is_a_table(tmp_path, lines):
-    ((table, note),) = masking_tables(tmp_path)
+    ((table, _),) = masking_section(tmp_path, "Model", "episodes", "note").tables
     rows = table.rows
-    assert "do not measure robustness" not in table.title and "do not measure robustness" in note
     assert table.heads == ["Model", "Data", "clean", "1/255", "64/255", "chance", "n (episodes)", "Verdict"]
     assert rows[0] == ["frozen", "digits, 5-way 1-shot", "60.0", "30.0", "0.0", "20.0", "10", "pass"]
     assert rows[1][-1] == "FAIL: still 50.0 % at 64/255, chance is 20.0 %"
@@ -37,13 +35,13 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
     assert masking_summary(lines[1:]).startswith(
         "adapted   FAIL   digits still 50.0 % at 64/255"
     ) and "do not measure" in masking_summary(lines[1:])
-    assert masking_tables(tmp_path / "none") == []
+    assert masking_section(tmp_path / "none", "Model", "episodes", "note").tables == []
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"accuracies": [0.5]}, "other radii"),
+        ({"accuracies": [0.5]}, "other numbers of radii"),
         ({"accuracies": ["a", "b", "c"]}, "does not have the content that a run writes"),
         ({"epsilons": 3}, "does not have the content that a run writes"),
     ],
@@ -51,16 +49,15 @@ def test_the_masking_check_is_a_table(tmp_path, lines):
 def test_broken_masking_lines_are_named(tmp_path, lines, change, words):
     write_lines(tmp_path / "masking.jsonl", [{**lines[0], **change}, lines[1]])
     with pytest.raises(UserError, match=words):
-        masking_tables(tmp_path)
+        masking_section(tmp_path, "Model", "episodes", "note")
 
 
 def test_checks_of_classifiers_are_tables_by_norm_and_radii(tmp_path):
     about = {"data": "digits", "chance": 0.1, "n": 10, "accuracies": [0.6, 0.1], "verdict": "pass"}
     radii = {"a": ("l2", 13.9107), "b": ("l2", 97.3742), "c": ("l2", 13.9107), "d": ("linf", 64 / 255)}
     lines = [{**about, "arm": arm, "norm": norm, "epsilons": [0.0, end]} for arm, (norm, end) in radii.items()]
-    del lines[-1]["norm"]  # as older runs wrote it
     write_lines(tmp_path / "masking.jsonl", lines)
-    tables = [table for table, _ in sections(tmp_path, RobustnessConfig(), [])[1].tables]
+    tables = [table for table, _ in masking_section(tmp_path, "Arm", "images", "note").tables]
     assert [(table.title, table.heads[2:4]) for table in tables] == [
         ("By l2 radius, accuracy in %", ["clean", "13.9107"]),
         ("By l2 radius, accuracy in %", ["clean", "97.3742"]),

@@ -17,7 +17,10 @@ from vismt.lowrank.files.save_load import save_adapter, weight_fingerprint
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
+from vismt.report.renderers import fill_template
+from vismt.report.tables import row_text, scale_text
 from vismt.storage.files import atomic_write, write_tensors
+from vismt.uncertainty.intervals import interval_kind_text
 from vismt.verification.verify import verify_written
 
 try:
@@ -180,9 +183,19 @@ def write_repository(
         ("weight fingerprint of the base", weight_fingerprint(model, paths) if paths else ""),
     ]
     facts.append(("vismt verify", verify_written(folder).status))
-    atomic_write(
-        folder / "README.md", _card(title or f"{record.method} on {base}", base, facts, in_peft, list(results))
+    rows = [row for row in results if row.seed is None]
+    card = fill_template(
+        Path(__file__).with_name("model_card.md"),
+        title=title or f"{record.method} on {base}",
+        base=base,
+        facts=facts,
+        in_peft=in_peft,
+        kinds=dict.fromkeys(interval_kind_text(row.interval, row.units) for row in rows),
+        rows=rows,
+        scale_text=scale_text,
+        row_text=row_text,
     )
+    atomic_write(folder / "README.md", card)
     return folder
 
 
@@ -231,39 +244,3 @@ def push_to_hub(
             f"`hf upload {repository} {written}`."
         ) from error
     return str(address)
-
-
-def _card(title: str, base: str, facts: Iterable[tuple[str, str]], in_peft: bool, results: list[Result]) -> str:
-    lines = [
-        "---",
-        f"base_model: {base}",
-        f"library_name: {'peft' if in_peft else 'vismt'}",
-        "tags: [vismt, adapter]",
-        "---",
-    ]
-    lines += ["", f"# {title}", "", "| | |", "|---|---|"]
-    lines += [f"| {name} | {value} |" for name, value in facts if value]
-    lines += ["", "## Use", "", "```python", "import vismt", "from huggingface_hub import snapshot_download", ""]
-    lines += ["model = ...                     # the base model", 'folder = snapshot_download("<this repository>")']
-    lines += [
-        "print(vismt.verify(folder).status)  # ok",
-        "vismt.load_adapter(model, folder)",
-        "vismt.merge(model)              # stock classes and keys again",
-        "```",
-    ]
-    if in_peft:
-        lines += ["", "`peft.PeftModel.from_pretrained(model, folder)` reads the same folder."]
-    rows = [row for row in results if row.seed is None]
-    if rows:
-        from vismt.report.tables import row_text, scale_text
-        from vismt.uncertainty.intervals import interval_kind_text
-
-        kinds = dict.fromkeys(interval_kind_text(row.interval, row.units) for row in rows)
-        lines += ["", "## Results", "", f"± and [ ]: {'; '.join(kinds)}.", ""]
-        lines += ["| data | protocol | condition | model | measure | value | n |", "|---|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row.data} | {row.protocol} | {row.condition} | {row.arm} | {scale_text(row.metric, row.scale)} | "
-            f"{row_text(row)} | {row.n:,} {row.unit} |"
-            for row in rows
-        ]
-    return "\n".join(lines) + "\n"

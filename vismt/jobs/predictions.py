@@ -25,8 +25,8 @@ from vismt.data.decode import SUFFIXES, decode_file, is_image_name
 from vismt.data.pixels import crop_square
 from vismt.engine import runtime
 from vismt.report.panels import write_arrays
-from vismt.report.plotting import MUTED, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.tables import interval_text
+from vismt.report.tiles import Tile, TileRow, draw_tiles
 from vismt.storage.files import JsonObject, atomic_write
 from vismt.storage.outputs import check_folder_outputs, check_outputs, note_outputs
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
@@ -34,7 +34,7 @@ from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 FOLDER = "predictions"  # of a run
 TABLE, SHEET, _ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
 _BATCH = 32  # images in one batch if no configuration says it
-MOST_SHOWN, _COLUMNS, CELL = 96, 8, 1.1  # of a contact sheet: images, images in a row, inches of one
+MOST_SHOWN, _COLUMNS = 96, 8  # images of a contact sheet, and of a row of it
 Row = JsonObject
 
 
@@ -309,20 +309,15 @@ def draw_answers(images: Sequence[np.ndarray], answers: Sequence[Sequence[Row]],
 
     answers: Rows of every image. Rows beyond the images are counted in the last line.
     """
-    lines = len(answers[0])
-    pitch, height = CELL + 0.1, CELL + 0.24 + 0.16 * lines
-    down = -(-len(images) // _COLUMNS)
-    figure = new_figure(pitch * min(_COLUMNS, len(images)) + 0.1, height * down + 0.3)
-    for place, (image, rows) in enumerate(zip(images, answers)):
-        row, column = divmod(place, _COLUMNS)
-        left, top = 0.1 + pitch * column, height * row + 0.2
-        write(figure, left, top - 0.04, short(Path(str(rows[0]["image"])).name, 20), fontsize=6, color=MUTED)
-        show_image(axes_at(figure, left, top, CELL, CELL), image)
-        for line, found in enumerate(rows):
-            text = f"{100 * float(found['probability']):.0f} % {short(str(found['label']), 16)}"
-            write(figure, left, top + CELL + 0.14 + 0.16 * line, text, fontsize=7)
+    tiles = [
+        Tile(
+            image,
+            Path(str(rows[0]["image"])).name,
+            [(f"{100 * float(row['probability']):.0f} % {row['label']}", None) for row in rows],
+        )
+        for image, rows in zip(images, answers)
+    ]
     left_out = len(answers) - len(images)
     more = f"; {left_out:,} more are in {TABLE}" if left_out else ""
     note = f"The first {len(images)} of {len(answers):,} images, with the likeliest class and its probability{more}."
-    write(figure, 0.1, height * down + 0.22, note, fontsize=7, color=MUTED)
-    return save_figure(figure, path)
+    return draw_tiles([TileRow(tiles[at : at + _COLUMNS]) for at in range(0, len(tiles), _COLUMNS)], path, note)

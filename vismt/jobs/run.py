@@ -23,10 +23,10 @@ from vismt.base.errors import UserError, require_known
 from vismt.config.sections import RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
-from vismt.jobs.export_readme import readme
-from vismt.jobs.graphs import NAMES, write_graph
+from vismt.jobs.graphs import NAMES, PREPROCESSING, SQUARE, write_graph
 from vismt.jobs.predictions import FOLDER, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
+from vismt.report.renderers import fill_template
 from vismt.report.results import FACTS
 from vismt.report.writer import read_run_facts
 from vismt.storage.files import JsonObject, atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
@@ -252,6 +252,34 @@ class Run:
         self.started, self.cpu = now, cpu
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))
+
+
+def readme(folder: Path, form: str, title: str, base: str, adapted: str) -> str:
+    """Return the README.md of an export.
+
+    Args:
+        folder: The written export.
+        form: One of the formats of `vismt export`.
+        title: What was exported, for the heading.
+        base: Expression that builds the model below a peft adapter.
+        adapted: Name of the model that was adapted.
+    """
+    about: JsonObject = {}
+    if form != "peft":
+        about = read_json(folder / (PREPROCESSING if form in NAMES else "config.json"), f"export '{folder}'")
+    output, known = next(iter(about["outputs"].items())) if form in NAMES else ("", about)
+    return fill_template(
+        Path(__file__).with_name("export_readme.md"),
+        form=form,
+        title=title,
+        base=base,
+        adapted=adapted,
+        about=about,
+        output=output,
+        known=known,
+        square=SQUARE,
+        files=[path.name for path in folder.iterdir()],
+    )
 
 
 def _now() -> str:

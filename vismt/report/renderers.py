@@ -42,6 +42,15 @@ def render_markdown(report: Report, folder: Path) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
+def fill_template(path: Path, **values: object) -> str:
+    """Return the text of a template file with values filled in."""
+    from jinja2 import Environment, FileSystemLoader
+
+    loader = FileSystemLoader(path.parent, encoding="utf8")
+    page = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True)
+    return page.get_template(path.name).render(values)
+
+
 def _environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, select_autoescape
 

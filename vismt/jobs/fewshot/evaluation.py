@@ -50,7 +50,6 @@ from vismt.uncertainty.probability_metrics import group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
 _TASK = "few-shot"
-MASKING = "masking.jsonl"  # a file of the run folder
 _FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
 _ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
 
@@ -189,16 +188,16 @@ class Evaluation:
                 fingerprint=models.fingerprint(arm),
                 label=f"{shown} {protocol} {arm} by radius",
             )
-            about = {"data": shown, "protocol": protocol, "model": arm, "config_hash": config_hash}
+            about = {"data": shown, "protocol": protocol, "arm": arm, "config_hash": config_hash}
             lines.append({**about, **vars(result), "passed": result.passed, "verdict": result.verdict()})
         console.stage("masking", masking_summary(lines))
         return lines
 
 
 def masking_summary(lines: Sequence[JsonObject]) -> str:
-    """Return the gradient-masking checks of one model, rows of MASKING, as one text for the console."""
+    """Return the gradient-masking checks of one model, as one text for the console."""
     failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
-    model = lines[0]["model"]
+    model = lines[0]["arm"]
     if failed:
         return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack do not measure robustness"
     last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)

@@ -34,10 +34,11 @@ from vismt.jobs.fewshot.arms import (
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
-from vismt.jobs.fewshot.evaluation import MASKING, Evaluation
+from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.graphs import Graph, Named, image_graph
+from vismt.jobs.masking import MASKING
 from vismt.jobs.predict import fit_few_shot
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.jobs.training_job import TrainingJob

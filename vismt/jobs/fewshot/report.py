@@ -12,25 +12,15 @@ from vismt.base.errors import UserError
 from vismt.engine.study import Study
 from vismt.jobs.fewshot.arms import pool_members, split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.jobs.fewshot.evaluation import MASKING, episodes_file
+from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
+from vismt.jobs.masking import masking_section
 from vismt.metatune.amt.pool import read_pool
-from vismt.report.comparison import arm_title
 from vismt.report.panels import DAMAGE, read_arrays
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
 
-_MASKING_TYPES = {
-    "model": str,
-    "data": str,
-    "protocol": str,
-    "epsilons": list[float],
-    "accuracies": list[float],
-    "chance": float,
-    "n": int,
-    "verdict": str,
-}
 _MASKING_NOTE = (
     "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
     "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
@@ -45,7 +35,7 @@ def sections(
     """Return the sections of a few-shot run, as far as the run folder has the files."""
     return [
         Section("Arms left out", _left_out(config, results)),
-        Section("Gradient masking", masking_tables(folder)),
+        masking_section(folder, "Model", "episodes", _MASKING_NOTE),
         Section("Pool", pictures=_mixtures(folder, config, study, results)),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]
@@ -58,26 +48,6 @@ def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Ta
         return []
     note = "No weights of these backbones could be had when the run was evaluated: no source of them answered."
     return [(Table("Not evaluated", ["Arm", "Backbone"], [list(pair) for pair in arms.items()], set()), note)]
-
-
-def masking_tables(folder: Path) -> list[tuple[Table, str]]:
-    """Return a table with a row for each model and set. [] for a run without the check."""
-    lines = read_lines(folder / MASKING, _MASKING_TYPES, whole=True)
-    if not lines:
-        return []
-    models = list(dict.fromkeys(row["model"] for row in lines))
-    rows = []
-    for row in sorted(lines, key=lambda row: models.index(row["model"])):
-        values = [f"{100 * value:.1f}" for value in (*row["accuracies"], row["chance"])]
-        where = f"{row['data']}, {row['protocol']}"
-        rows.append([arm_title(row["model"], ["clean"]), where, *values, str(row["n"]), row["verdict"]])
-    columns = [f"{255 * radius:.3g}/255" if radius else "clean" for radius in lines[0]["epsilons"]]
-    heads = ["Model", "Data", *columns, "chance", "n (episodes)", "Verdict"]
-    if any(len(row) != len(heads) for row in rows):
-        raise UserError(
-            f"report: '{folder / MASKING}' has checks at other radii than the first; delete it and evaluate again."
-        )
-    return [(Table("By radius, accuracy in %", heads, rows, set()), _MASKING_NOTE)]
 
 
 def _panels(folder: Path) -> list[Picture]:

@@ -31,8 +31,6 @@ from vismt.report.confusion import confusion_figure, write_confusion
 from vismt.report.panels import read_panel, spread, to_bytes, write_panel
 from vismt.report.plotting import (
     MUTED,
-    RIGHT,
-    WRONG,
     axes_at,
     legend,
     legend_rows,
@@ -45,6 +43,7 @@ from vismt.report.plotting import (
 from vismt.report.results import RECORDS
 from vismt.report.routers import router_pictures
 from vismt.report.tables import Picture, Section, Table, number_text, scale_text
+from vismt.report.tiles import Tile, TileRow, draw_tiles
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
@@ -131,31 +130,16 @@ def examples_figure(panel: Path, path: Path) -> Path:
     File of `write_examples`.
     """
     arrays = read_panel(panel, "examples")
-    arms = arrays["arms"].tolist()
-    tasks = arrays["tasks"].tolist()
-    bands = {task: np.flatnonzero(arrays["tasks"] == task)[:_SHOWN].tolist() for task in dict.fromkeys(tasks)}
-    truth, *answers = (
-        [short(name.removeprefix(f"{task}/"), 15) for task, name in zip(tasks, line)]
-        for line in (arrays["truth"].tolist(), *arrays["predictions"].tolist())
-    )
-    cell, pitch, line, band = 1.2, 1.42, 0.19, 0.32
-    left = max(0.8, LETTER * min(18, max(map(len, arms))) + 0.3)
-    height = band + 0.25 + cell + 0.12 + line * len(arms) + 0.15
-    figure = new_figure(left + pitch * max(map(len, bands.values())) + 0.1, height * len(bands) + 0.1)
-    for number, (task, chosen) in enumerate(bands.items()):
-        top = number * height
-        write(figure, 0.1, top + band, short(task, 60), fontsize=10.5, weight="bold", va="bottom")
-        below = top + band + 0.25 + cell + 0.12
-        for row, arm in enumerate(arms):
-            write(figure, 0.1, below + row * line, short(arm, 18), va="top", color=MUTED, fontsize=8.5)
-        for column, i in enumerate(chosen):
-            x = left + pitch * column
-            write(figure, x, below - cell - 0.17, truth[i], va="bottom", weight="bold", fontsize=8.5)
-            show_image(axes_at(figure, x, below - 0.12 - cell, cell, cell), arrays["images"][i])
-            for row in range(len(arms)):
-                mark, color = ("✓", RIGHT) if arrays["predictions"][row, i] == arrays["truth"][i] else ("✗", WRONG)
-                write(figure, x, below + row * line, f"{mark} {answers[row][i]}", va="top", color=color, fontsize=8.5)
-    return save_figure(figure, path)
+    arms, truth = arrays["arms"].tolist(), arrays["truth"].tolist()
+    rows = []
+    for task in dict.fromkeys(arrays["tasks"].tolist()):
+        tiles = []
+        for at in np.flatnonzero(arrays["tasks"] == task)[:_SHOWN].tolist():
+            given = arrays["predictions"][:, at].tolist()
+            answers = [(answer.removeprefix(f"{task}/"), answer == truth[at]) for answer in given]
+            tiles.append(Tile(arrays["images"][at], truth[at].removeprefix(f"{task}/"), answers))
+        rows.append(TileRow(tiles, task, lines=arms))
+    return draw_tiles(rows, path)
 
 
 EXAMPLES_CAPTION = (

@@ -15,11 +15,12 @@ from vismt.engine.study import Training
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_split, fitted_keys
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
+from vismt.jobs.masking import MASKING
 from vismt.jobs.robustness.config import RobustnessConfig, check
 from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import card_view, corruption_errors, records_path
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, make_classifier
-from vismt.jobs.robustness.report import BROKEN, MASKING, sections
+from vismt.jobs.robustness.report import BROKEN, sections
 from vismt.report.panels import to_bytes, write_arrays, write_panel
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from vismt.base.errors import UserError
 from vismt.engine.study import Study
+from vismt.jobs.masking import masking_section
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
-from vismt.report.plotting import RIGHT, WRONG, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.report.results import RESULTS, Result, read_results
 from vismt.report.tables import Picture, Section, Table
+from vismt.report.tiles import Tile, TileRow, draw_tiles, enlarged_change
 from vismt.robustness.attacks.attacks import AttackSpec, radius_text
 from vismt.robustness.classifier import ROBUSTBENCH, SUFFIXES
 from vismt.robustness.corruptions import error_under_corruptions
 from vismt.storage.files import atomic_write
-from vismt.storage.lines import read_lines
 
 _THREATS = {"linf": "Linf", "l2": "L2"}  # folders of RobustBench
 # Keys of a file of RobustBench, in its order.
@@ -28,22 +29,12 @@ MODEL_INFO = (
     *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue", "architecture", "eps"),
     *("clean_acc", "reported", "autoattack_acc", "unreliable"),
 )
-MASKING = "masking.jsonl"  # a file of the run folder
 BROKEN = "broken"  # a folder of the run folder
 CORRUPTION_NOTE = (
     "Error over severities of each corruption divided by the error of the baseline, averaged over the corruptions. Below 100 is "
     "more robust than the baseline. It is not the mCE of ImageNet-C: its images are others (docs/guides/robustness.md), and the "
     "baseline is an arm of this run."
 )
-_MASKING_TYPES = {
-    "arm": str,
-    "data": str,
-    "epsilons": list[float],
-    "accuracies": list[float],
-    "chance": float,
-    "n": int,
-    "verdict": str,
-}
 _MASKING_NOTE = (
     "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
     "Where it fails, or where the attack's steps cannot cross the ball, the accuracies under attack do not measure "
@@ -63,7 +54,7 @@ def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) 
         pictures.append(Picture(drawn, path.stem, BROKEN_CAPTION))
     return [
         Section("Error under corruptions", _normalised(config, results)),
-        Section("Gradient masking", _masking(folder)),
+        masking_section(folder, "Arm", "images", _MASKING_NOTE),
         Section("Images that broke", pictures=pictures, folded=True),
     ]
 
@@ -90,50 +81,20 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
     ]
 
 
-def _masking(folder: Path) -> list[tuple[Table, str]]:
-    lines = read_lines(folder / MASKING, _MASKING_TYPES, {"norm": str}, whole=True)
-    if not lines:
-        return []
-    tables: dict[str, Table] = {}  # by their radii, which in l2 and l1 depend on the size of the images
-    for line in lines:
-        norm = line.get("norm", "linf")
-        radii = [radius_text(norm, radius) if radius else "clean" for radius in line["epsilons"]]
-        heads = ["Arm", "Data", *radii, "chance", "n (images)", "Verdict"]
-        values = [f"{100 * value:.1f}" for value in (*line["accuracies"], line["chance"])]
-        empty = Table(f"By {norm} radius, accuracy in %", heads, [], set())
-        row = [line["arm"], line["data"], *values, str(line["n"]), line["verdict"]]
-        tables.setdefault(f"{norm} {radii}", empty).rows.append(row)
-    return [(table, _MASKING_NOTE) for table in tables.values()]
-
-
 def broken_figure(panel: Path, path: Path) -> Path:
     """Draw a column for each image: clean with its answer, attacked with its answer, and the change enlarged."""
     arrays = read_panel(panel, "broken")
-    clean, attacked = arrays["images"], arrays["attacked"]
-    change = attacked.astype(int) - clean.astype(int)
-    gain = max(1, 127 // max(1, int(np.abs(change).max())))
-    rows = [
-        (clean, arrays["clean_answers"], "clean"),
-        (attacked, arrays["attacked_answers"], "attacked"),
-        (np.clip(128 + gain * change, 0, 255).astype(np.uint8), None, f"change × {gain}"),
-    ]
-    side, pitch, left = 1.25, 1.4, 1.0
-    figure = new_figure(left + pitch * len(clean) + 0.1, 0.35 + 1.6 * len(rows))
-    for row, (images, answers, name) in enumerate(rows):
-        top = 0.3 + 1.6 * row
-        write(figure, 0.1, top + side / 2, name, va="center")
-        for column, image in enumerate(images):
-            x = left + pitch * column
-            show_image(axes_at(figure, x, top, side, side), image)
-            if row == 0:
-                truth = short(str(arrays["truth"][column]), 16)
-                write(figure, x, top - 0.06, truth, va="bottom", weight="bold", fontsize=8.5)
-            if answers is not None:
-                right = answers[column] == arrays["truth"][column]
-                color = RIGHT if right else WRONG
-                text = f"{'✓' if right else '✗'} {short(str(answers[column]), 16)}"
-                write(figure, x, top + side + 0.05, text, va="top", color=color, fontsize=8.5)
-    return save_figure(figure, path)
+    gain, change = enlarged_change(arrays["images"], arrays["attacked"])
+    truth = arrays["truth"].tolist()
+
+    def tiles(images: np.ndarray, answers: str) -> list[Tile]:
+        given = arrays[answers].tolist()
+        return [Tile(image, "", [(answer, answer == name)]) for image, answer, name in zip(images, given, truth)]
+
+    clean = [replace(tile, head=name) for tile, name in zip(tiles(arrays["images"], "clean_answers"), truth)]
+    attacked = tiles(arrays["attacked"], "attacked_answers")
+    rows = [TileRow(clean, name="clean"), TileRow(attacked, name="attacked")]
+    return draw_tiles([*rows, TileRow([Tile(image) for image in change], name=f"change × {gain}")], path)
 
 
 def write_model_info(folder: Path, config: RobustnessConfig, run_hash: str) -> list[Path]:
