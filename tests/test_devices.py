@@ -173,11 +173,11 @@ def test_the_simulated_gpu_refuses_what_a_gpu_refuses() -> None:
     assert not torch.cuda.is_available() or torch.cuda.get_device_name() != "simulated"
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
 @pytest.mark.parametrize("launch", ["torchrun", "fsdp"])
-def test_two_processes_train_one_model(launch: str, device: str, tmp_path: Path) -> None:
-    if device == "cuda" and torch.cuda.device_count() < 2:
-        pytest.skip("one CUDA device, or a simulated one")
+def test_two_processes_train_one_model(launch: str, tmp_path: Path) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("fewer than two CUDA devices")
     path = tmp_path / "two.yaml"
     path.write_text(yaml.safe_dump({**DIGITS, "adapt": {"method": "lora", "rank": 2}}))
     sharded = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}

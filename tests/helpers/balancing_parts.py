@@ -102,10 +102,10 @@ def train(net, wrapped, step_batches, accumulate=1):
 CASES = (((), 1), (("edges",), 1), (TASKS, 1), ((), 2))  # (lacking, accumulate)
 
 
-def run_rank(rank, folder, methods):
+def run_rank(folder, methods):
     """Train with every method on a process of two, and write the final parameters and buffers."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     for method in methods:
         for lacking, accumulate in CASES:
             net = Net(method)
@@ -117,4 +117,4 @@ def run_rank(rank, folder, methods):
 
 
 if __name__ == "__main__":
-    run_rank(int(sys.argv[1]), sys.argv[2], sys.argv[3].split(","))
+    run_rank(sys.argv[1], sys.argv[2].split(","))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ import yaml
 
 from helpers import pyramids  # noqa: F401  registers short_vit
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
+from helpers.ranks import run_two
 from helpers.toy_training import logged
 from vismt.cli import main
 from vismt.engine import checkpoint
@@ -93,13 +92,10 @@ def save_classifier(folder: Path) -> None:
 
 
 def run_on_two(path: Path) -> tuple[Path, str]:
-    """Run a configuration beside its file under torchrun with two processes; return the run folder and what was printed."""
+    """Run a configuration beside its file as two processes; return the run folder and what was printed."""
     out = path.parent / "runs"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*torchrun, "-m", "vismt.cli", "run", str(path), "--out", str(out)]
-    process = subprocess.run(command, capture_output=True, text=True, timeout=240)
-    assert process.returncode == 0, process.stderr[-2000:]
-    return next(out.iterdir()), process.stdout
+    printed = run_two("-c", "from vismt.cli import main; raise SystemExit(main())", "run", path, "--out", out)
+    return next(out.iterdir()), printed
 
 
 def run_config(path: Path, *words: str) -> Path:

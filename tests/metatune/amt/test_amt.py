@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers.amt_parts import adapted, backbone, episode, same, train
+from helpers.ranks import run_two
 from helpers.tiny import shake, snapshot
 from torch import Tensor, nn
 
@@ -628,7 +628,6 @@ from helpers.amt_parts import adapted, episode
 from vismt.config.sections import TrainConfig
 from vismt.engine import loop, runtime
 from vismt.metatune.amt.method import AdversarialObjective, Adversary
-torch.set_num_threads(1)
 accelerator = runtime.accelerator()
 weight, support, folder, accumulate = sys.argv[1:]
 proto = adapted()
@@ -640,18 +639,13 @@ torch.save([p.detach() for p in proto.parameters()], f"{folder}-{accelerator.pro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("weight", "support", "port"), [("joint", "perturbed", 29631), ("paper", "clean", 29632)])
+@pytest.mark.parametrize(("weight", "support"), [("joint", "perturbed"), ("paper", "clean")])
 def test_two_processes_train_what_one_does_with_two_episodes_a_step(
-    tmp_path: Path, weight: str, support: str, port: int, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, weight: str, support: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).resolve().parents[2]))
-    script = tmp_path / "worker.py"
-    script.write_text(WORKER)
-    alone, pair = ([sys.executable], [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"])
-    for name, command, accumulate in (("one", alone, "2"), ("two", [*pair, "--master-port", str(port)], "1")):
-        call = [*command, str(script), weight, support, str(tmp_path / name), accumulate]
-        done = subprocess.run(call, capture_output=True, text=True, timeout=240)
-        assert done.returncode == 0, done.stderr[-2000:]
+    monkeypatch.setattr(sys, "argv", ["-c", weight, support, str(tmp_path / "one"), "2"])
+    exec(WORKER, {})
+    run_two("-c", WORKER, weight, support, tmp_path / "two", 1)
     single, first, second = (
         torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in ("one-0", "two-0", "two-1")
     )

@@ -1,15 +1,14 @@
 """Balancing: each method compared with numbers by hand, other solvers and torchjd; partial labels, state, two processes."""
 
 import math
-import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from helpers.balancing_parts import CASES, TASKS, Net, batch_of, direction, matrix, problem, train, whole_batch
+from helpers.ranks import HELPERS, run_two
 
 from vismt.base.errors import UserError
 from vismt.multitask.balancing import torchjd_methods
@@ -541,9 +540,7 @@ def test_without_torchjd_its_methods_are_named(monkeypatch):
 # ---- several processes ---------------------------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_two_processes_are_one_on_the_concatenated_batch(tmp_path):
-    script = Path(__file__).parents[2] / "helpers" / "balancing_parts.py"
-    ranks = [subprocess.Popen([sys.executable, script, str(rank), tmp_path, ",".join(METHODS)]) for rank in range(2)]
-    assert [rank.wait(300) for rank in ranks] == [0, 0]
+    run_two(HELPERS / "balancing_parts.py", tmp_path, ",".join(METHODS))
     for method in METHODS:
         for lacking, accumulate in CASES:
             net = Net(method)
