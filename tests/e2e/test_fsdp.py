@@ -8,7 +8,7 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from helpers.fsdp_ranks import REFUSED
+from helpers.fsdp_ranks import REFUSED, RESUMED
 from helpers.lm_parts import changed, ranked_task, save_interactions, save_lm, save_texts, sentiment_task
 from helpers.ranks import of_two
 from helpers.tiny import tiny_vit
@@ -50,11 +50,9 @@ def configurations(folder: Path) -> dict[str, dict]:
         "lora": {"train.checkpointing": True},
         "quantised": {"adapt.method": "pissa", "adapt.options": {"quantize": "nf4"}},
         "corda": {"adapt.method": "corda", "calibration": {"data": [f"{films}:train"], "rows": 8, "batch": 4}},
-        "polar": {**polar, "head": {"name": "vbll"}},
         "retracted": {**polar, "adapt.options": {"constraint": "qr"}},
-        "s2ft": {"adapt": s2ft},
-        "lisa": {"adapt": lisa},
     }
+    drawn = {"polar": {**polar, "head": {"name": "vbll"}}, "s2ft": {"adapt": s2ft}, "lisa": {"adapt": lisa}}
     dense = {
         **CONFIGS["dense"],
         "adapt": {"method": "emtal", "rank": 3, "options": {"n_experts": 4, "cluster": False}},
@@ -66,6 +64,7 @@ def configurations(folder: Path) -> dict[str, dict]:
     }
     return {
         "lm": {**lm, "arms": arms},
+        "drawn": {**lm, "arms": drawn},
         "half": changed(lm, {"adapt.method": "pissa", "model.dtype": "bfloat16", "train.recompute": "cheap"}),
         "ilora": {
             **lm,
@@ -113,12 +112,12 @@ def test_two_processes_train_the_adapters_of_one(tmp_path: Path) -> None:
     assert codes.pop("refused") == [2] * len(REFUSED) and len(codes) == len(names) - 1
     for name, of_calls in codes.items():
         interruptions = len(names[name].get("arms", {"adapted": {}}))
-        assert of_calls == [0, *[130] * interruptions, 0], name
+        assert of_calls == [0, *([*[130] * interruptions, 0] if name in RESUMED else [])], name
         out = tmp_path / "one" / name
         assert main(["train", str(tmp_path / f"{name}.yaml"), "--out", str(out), "--quiet", "train.accumulate=2"]) == 0
         sharded = trained(tmp_path / "sharded" / name)
         assert different(sharded, trained(out), TOLERANCE) == []
-        assert different(sharded, trained(tmp_path / "resumed" / name), 0) == []
+        assert name not in RESUMED or different(sharded, trained(tmp_path / "resumed" / name), 0) == []
     # One process does not continue a checkpoint of the two, and could: on the first of the two batches of a step alone.
     out = tmp_path / "cut" / "half"
     assert main(["train", str(tmp_path / "half.yaml"), "--out", str(out), "--quiet"]) == 2

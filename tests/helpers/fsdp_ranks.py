@@ -1,7 +1,8 @@
 """Train the configurations FOLDER/*.yaml under FSDP2, as one of two processes: `python fsdp_ranks.py FOLDER`.
 
-Each is trained into FOLDER/sharded, and into FOLDER/resumed with an interruption of every arm after the checkpoint of step 2;
-what the first interruption left is copied to FOLDER/cut. Overrides of refused.yaml end with exit code 2.
+Each is trained into FOLDER/sharded. Those of RESUMED are trained into FOLDER/resumed as well, with an interruption of every arm
+after the checkpoint of step 2. What the first interruption left is copied to FOLDER/cut. Overrides of refused.yaml end with exit
+code 2.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from vismt.cli import main
 from vismt.engine import loop, runtime
 
+RESUMED = ("drawn", "half", "dense")  # what has state beside that of the optimiser, and a half precision
 REFUSED = ("train.compile=true", "train.precision=fp16")
 
 
@@ -25,6 +27,8 @@ def train(path: Path, out: str, *overrides: str) -> int:
 def train_twice(path: Path) -> list[int]:
     """Return the exit codes of a training, and of the calls of an interrupted one."""
     codes = [train(path, "sharded")]
+    if path.stem not in RESUMED:
+        return codes
     save = loop._Training._save
 
     def interrupted(self: loop._Training, step: int) -> None:

@@ -1,4 +1,4 @@
-"""How often the 95 % intervals of a report contain the truth: every score, one to five trainings, one and four sets.
+"""How often the 95 % intervals of a report contain the truth: every score, one to three trainings, one and three sets.
 
 Images are logits of ten classes, labels are drawn from their probabilities, and a training adds noise to the logits and scales
 them. So the true accuracy, NLL, Brier score and calibration error of all trainings are known from many images.
@@ -30,7 +30,7 @@ IMAGES, DRAWS = 300, 200
 NOISE = 0.3  # of a training, in logits
 # What a coverage of 93 % can look like in so many draws.
 LEAST = binom.ppf(0.002, DRAWS, 0.93) / DRAWS
-SETS, SEEDS = (1, 4), (1, 2, 3, 5)
+SETS, SEEDS = (1, 3), (1, 2, 3)
 SCORES = ("accuracy", "NLL", "Brier", "ECE", "AUROC", "AURC")
 
 
@@ -113,7 +113,7 @@ def interval(by_set: list[list[Measure]]) -> tuple[float, float]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", [1.0, 1.15, 1.6])  # calibration errors of 1.4, 6 and 16 %
+@pytest.mark.parametrize("scale", [1.0, 1.6])  # calibration errors of 1.4 and 16 %
 def test_the_intervals_of_reports_contain_the_truth(scale: float) -> None:
     found = coverages(scale)
     for key, share in found.items():

@@ -102,14 +102,12 @@ def coverages(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "truths"), [(80, 304), (600, 104)])
-def test_parts_cover_new_images_and_free_episodes_do_not(count: int, truths: int) -> None:
-    found = coverages(count, truths)
+def test_parts_cover_new_images_and_free_episodes_do_not() -> None:
+    found = coverages(80, truths=304)
     for (name, kind), (share, _) in found.items():
         if name != "free":
             assert LEAST <= share <= MOST, (name, kind, found)
-    assert found["free", "single"][0] < (0.9 if count == 80 else 0.6)
-    assert found["free", "paired"][0] < (0.92 if count == 80 else 0.75)
+    assert found["free", "single"][0] < 0.9 and found["free", "paired"][0] < 0.92
 
 
 def coverages_of_classes(
@@ -148,13 +146,6 @@ def test_parts_of_classes_cover_new_classes() -> None:
     assert all(LEAST <= found["parts", kind][0] <= MOST for kind in ("single", "paired")), found
 
 
-@pytest.mark.slow
-def test_parts_of_classes_cover_new_classes_by_many_episodes() -> None:
-    found = coverages_of_classes(600)
-    for kind in ("single", "paired"):
-        assert LEAST <= found["parts", kind][0] <= MOST and found["free", kind][0] < 0.8, found
-
-
 def coverages_of_groups(size: int, draws: int = DRAWS) -> dict[tuple[str, str], tuple[float, float]]:
     """Return the same as `coverages` of ten classes of 80 groups of `size` images, which share nine tenths of their variance.
 
@@ -167,7 +158,7 @@ def coverages_of_groups(size: int, draws: int = DRAWS) -> dict[tuple[str, str], 
 
     def noise() -> Tensor:
         shared, own = (torch.randn(count, SIZE, generator=generator) for count in (len(labels) // size, len(labels)))
-        return 0.9**0.5 * shared[groups] + 0.1**0.5 * own if size > 1 else own
+        return 0.9**0.5 * shared[groups] + 0.1**0.5 * own
 
     found: dict[tuple[str, str], list[Estimate]] = {}
     for seed in range(8):
@@ -195,12 +186,11 @@ def coverages_of_groups(size: int, draws: int = DRAWS) -> dict[tuple[str, str], 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("size", [1, 3, 6])
-def test_parts_of_groups_cover_new_groups(size: int) -> None:
-    found = coverages_of_groups(size)
+def test_parts_of_groups_cover_new_groups() -> None:
+    found = coverages_of_groups(6)
     assert all(LEAST <= found["groups", kind][0] <= MOST for kind in ("single", "paired")), found
-    if size == 6:  # as if all images were independent
-        assert found["images", "single"][0] < 0.92 and found["images", "single"][1] < 0.7 * found["groups", "single"][1]
+    # as if all images were independent
+    assert found["images", "single"][0] < 0.92 and found["images", "single"][1] < 0.7 * found["groups", "single"][1]
 
 
 def detection_coverage(outside: int, count: int, divided: bool, draws: int = 600) -> float:
@@ -226,11 +216,10 @@ def detection_coverage(outside: int, count: int, divided: bool, draws: int = 600
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("outside", "count"), [(100, 100), (300, 600)])
-def test_parts_cover_the_detection_of_new_outside_images(outside: int, count: int) -> None:
+def test_parts_cover_the_detection_of_new_outside_images() -> None:
     # 0.93 to 0.98 is two standard errors and more of 600 draws around 0.95
-    assert 0.93 <= detection_coverage(outside, count, divided=True) <= 0.98
-    assert detection_coverage(outside, count, divided=False) < 0.9
+    assert 0.93 <= detection_coverage(100, 100, divided=True) <= 0.98
+    assert detection_coverage(100, 100, divided=False) < 0.9
 
 
 def ece_coverages(count: int, scale: float, sets: int, draws: int) -> tuple[float, float, float]:

@@ -14,16 +14,7 @@ pytestmark = pytest.mark.slow
 DRAWS = 300
 BAND = 2 * math.sqrt(0.05 * 0.95 / DRAWS)  # two standard errors of a share of 95 %
 # Examples, seeds, examples of a group, and whether a value says right or wrong.
-CASES = [
-    (100, 1, 1, True),
-    (100, 1, 1, False),
-    (200, 1, 20, False),
-    (400, 3, 4, True),
-    (400, 5, 10, False),
-    (1000, 1, 5, True),
-    (5000, 1, 20, False),
-    (1000, 2, 1, False),
-]
+CASES = [(100, 1, 1, True), (200, 1, 20, False), (400, 3, 4, True), (200, 2, 1, False)]
 
 
 def draw(rng, n, seeds, size, binary, shift):
@@ -45,8 +36,9 @@ def draw(rng, n, seeds, size, binary, shift):
     return pair, stats.norm.cdf(shift / spread) - 0.5 if binary else shift
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
-@pytest.mark.parametrize("points", [0.0, 0.05])
+@pytest.mark.parametrize(
+    ("case", "points"), [*((case, 0.0) for case in CASES), (CASES[0], 0.05), (CASES[2], 0.05)], ids=str
+)
 def test_intervals_cover_and_p_is_uniform_without_a_difference(case, points):
     n, seeds, _, binary = case
     shift = points * 4.7 if binary else points
@@ -61,7 +53,7 @@ def test_intervals_cover_and_p_is_uniform_without_a_difference(case, points):
             assert abs(np.mean(p <= level) - level) <= 3 * math.sqrt(level * (1 - level) / DRAWS)
 
 
-@pytest.mark.parametrize("case", [(100, 1, 1, False), (400, 1, 10, True), (400, 3, 1, False)], ids=str)
+@pytest.mark.parametrize("case", [(400, 1, 10, True), (400, 3, 1, False)], ids=str)
 def test_the_stated_difference_is_found_in_80_percent(case):
     rng = np.random.default_rng(1)
     stated = np.mean([draw(rng, *case, 0.0)[0].detectable for _ in range(50)])
