@@ -34,7 +34,7 @@ def run_two(*call: object, **variables: str) -> str:
         for rank in ranks:
             rank.start()
         for rank in ranks:
-            rank.join(300)
+            rank.join(900)
         printed.seek(0)
         text = printed.read()
     assert [rank.exitcode for rank in ranks] == [0, 0], text[-4000:]
