@@ -29,7 +29,6 @@ SMALL = [
     "train.workers=0",
     "train.log_every=1",
 ]
-WITH_MAPS = {"nyud_mt": 4, "pascal_context": 5}  # tasks of the configuration of a card
 
 
 def run(config: str, folder: Path, *words: str) -> Path:
@@ -38,19 +37,13 @@ def run(config: str, folder: Path, *words: str) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("config", "card"), [("nyuv2", "nyud_mt"), ("pascal_context", "pascal_context")])
-def test_a_published_study(config: str, card: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every arm of the shipped file at two rates, with each block computed again in the backward pass."""
+def test_a_published_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every arm of the shipped file, with each block computed again in the backward pass."""
     monkeypatch.setenv("VISMT_DATA", str(tmp_path))
-    write_copy(tmp_path, card, (12, 3), SIZE)
-    assert check(card).ok and check(card).images == 15
-    folder = run(
-        f"dense/{config}",
-        tmp_path / "runs",
-        "tune.rates=[1.0e-3, 1.0e-2]",
-        "train.checkpointing=true",
-        "evaluate.batch=2",
-    )
+    write_copy(tmp_path, "pascal_context", (12, 3), SIZE)
+    assert check("pascal_context").ok and check("pascal_context").images == 15
+    words = ["tune=null", "train.checkpointing=true", "evaluate.batch=2"]
+    folder = run("dense/pascal_context", tmp_path / "runs", *words)
     job = open_run(folder).job
     tasks = [task["name"] for task in job.config.tasks]
     results = read_results(folder / "results.jsonl")
@@ -59,12 +52,12 @@ def test_a_published_study(config: str, card: str, tmp_path: Path, monkeypatch: 
     }
     several = {"full", "lora", "emtal", "emtal+qr"}
     alone = {f"single-{task}" for task in tasks}
-    assert {arm for arm, _ in rows} == several | alone == set(job.study.arms) and len(tasks) == WITH_MAPS[card]
+    assert {arm for arm, _ in rows} == several | alone == set(job.study.arms) and len(tasks) == 5
     for arm in several:
         assert {task for name, task in rows if name == arm} == {*tasks, "delta_m"}
         assert rows[arm, "semseg"].n == 3 and rows[arm, "delta_m"].n == 3
     assert {(arm, arm.removeprefix("single-")) for arm in alone} <= rows.keys()
-    assert card != "pascal_context" or rows["lora", "parts"].n == 2  # people are on two of three images
+    assert rows["lora", "parts"].n == 2  # people are on two of three images
     for arm, retains in (("emtal", False), ("emtal+qr", True)):
         lines = read_lines(job.study.trainings(arm)[0].folder / "metrics.jsonl")
         assert ("retain" in lines[-1]) == retains and lines[-1]["fade"] == 1
@@ -73,15 +66,15 @@ def test_a_published_study(config: str, card: str, tmp_path: Path, monkeypatch: 
 
 @pytest.mark.slow
 def test_less_memory_changes_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the published 448 x 576 px."""
+    """At half of the published side."""
     monkeypatch.setenv("VISMT_DATA", str(tmp_path))
-    write_copy(tmp_path, "nyud_mt", (6, 2), (425, 560))
+    write_copy(tmp_path, "nyud_mt", (6, 2), (212, 280))
     arm = "arms={emtal+qr: {retain: {temperature: 2.0, mode: fifo2}}}"
     losses = []
     for name, words in (("plain", []), ("blocks", ["train.checkpointing=true"]), ("cheap", ["train.recompute=cheap"])):
         folder = tmp_path / name
         command = ["train", "dense/nyuv2", "--out", str(folder), "--quiet", *SMALL, arm, "tune=null", "baseline=null"]
-        assert main([*command, "size=[448, 576]", "train.steps=2", *words]) == 0
+        assert main([*command, "size=[224, 288]", "train.steps=2", *words]) == 0
         (log,) = folder.rglob("metrics.jsonl")
         losses.append([{k: line[k] for k in ("loss", "semseg", "depth", "retain")} for line in read_lines(log)])
     for other in losses[1:]:
@@ -110,7 +103,6 @@ def test_the_arrays_of_libmtl(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("card", "tasks", "unit"),
     [
-        ("cityscapes", [{"name": "semseg", "classes": 7}, "depth"], ""),
         ("cityscapes19", [{"name": "semseg", "classes": 19}, "depth"], ""),
         (
             "taskonomy",

@@ -86,9 +86,8 @@ def _killed(folder: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
-def test_killed_in_a_set(tmp_path: Path, job: str) -> None:
-    whole, stopped = trained(job, tmp_path)
+def test_killed_in_a_set(tmp_path: Path) -> None:
+    whole, stopped = trained("fewshot", tmp_path)
     open_run(whole).evaluate()
     process = get_context("fork").Process(target=_killed, args=(stopped,))
     process.start()

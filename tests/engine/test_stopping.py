@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.ranks import HELPERS, run_two
-from helpers.tiny_runs import CONFIGS, outcome, write_config
+from helpers.tiny_runs import outcome, write_config
 from helpers.toy_training import Toy, batches, logged, run, train
 
 from vismt.base import console
@@ -89,9 +89,7 @@ def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
     assert trained(tmp_path / "cut") == trained(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(
-    "job", [job if job == "multitask" else pytest.param(job, marks=pytest.mark.slow) for job in CONFIGS]
-)
+@pytest.mark.parametrize("job", ["multitask", pytest.param("pool", marks=pytest.mark.slow)])
 def test_ctrl_c_in_a_training_and_in_an_evaluation_says_what_is_true_and_the_run_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], job: str
 ) -> None:

@@ -17,7 +17,7 @@ from vismt.cli import main
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-WIDTHS = (1280, 390)
+SCREENS = ((1280, "light"), (390, "dark"))
 LEAST_PX, LEAST_CONTRAST = 11, 4.5  # of letters; contrast as of WCAG's level AA
 ROBUSTNESS = {
     "task": "robustness",
@@ -133,8 +133,7 @@ def chromium() -> Iterator[Any]:
         browser.close()
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "scheme"), SCREENS)
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_is_readable(pages: dict[str, Path], chromium: Any, name: str, width: int, scheme: str) -> None:
     page = chromium.new_page(viewport={"width": width, "height": 800}, color_scheme=scheme)

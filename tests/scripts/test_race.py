@@ -164,7 +164,7 @@ def test_the_committed_page_is_that_of_its_rows() -> None:
     assert race.main(["--check"]) == 0
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.realdata
 def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
     """The three arms with the shortest steps, trained with another seed at their rates, are within the prediction intervals."""

@@ -10,16 +10,14 @@ import pytest
 import vismt
 from scripts.bench import scale
 from scripts.benchmarks import section
-from vismt.methods import list_methods
 
 DEPTHS = (2, 4, 8)
 
 
-QUICK = ("emtal", "lora", "s2ft")  # of three kinds of layers
-
-
+# Of three kinds of layers; then those with gates, with draws of layers and with a wrapper of the optimiser.
 @pytest.mark.parametrize(
-    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in list_methods()]
+    "method",
+    ["emtal", "lora", "s2ft", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ilora", "lisa", "polar"))],
 )
 def test_no_operation_grows_faster_than_the_number_of_layers(method: str) -> None:
     """Of a quadratic share the growth is 2: the limit finds one that makes a thirtieth of the calls at 4 layers."""
