@@ -191,7 +191,7 @@ def constants(name):
 
 
 def test_the_page_has_the_constants():
-    page = (ROOT / "docs" / "guides" / "robustness.md").read_text(encoding="utf8")
+    page = (ROOT / "docs" / "reference" / "corruptions.md").read_text(encoding="utf8")
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]* \| ([^|]*) \| [^|]* \|$", page.partition("| Corruption |")[2], re.M))
     assert rows.keys() == CORRUPTIONS.keys()
     for name, text in rows.items():
