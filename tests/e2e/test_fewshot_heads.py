@@ -366,3 +366,19 @@ def test_a_head_of_the_configuration_is_that_of_every_model_without_one(tmp_path
     ):
         with pytest.raises(UserError, match=text):
             check(build(FewShotConfig, merged({"head": head}), "heads"))
+
+
+def test_an_arm_chooses_its_rate_under_its_own_attack_or_without_one(tmp_path: Path) -> None:
+    folder = run(
+        tmp_path,
+        select={"data": ["photo_crops:test"], "episodes": 2, "shots": 1, "queries": 2, "attack": {"name": "fgsm"}},
+        tune={"rates": [1e-3, 1e-2]},
+        arms={"clean": {"select.attack": None}, "attacked": {}},
+        evaluate={"models": ["adapted"], "data": ["digits"]},
+    )
+    for arm, conditions in (("clean", ["clean"]), ("attacked", ["clean", "FGSM linf 4.5/255"])):
+        records = list(folder.glob(f"arms/{arm}/*/records/validation-*.jsonl"))
+        assert len(records) == 2
+        assert all(read_lines(record)[0]["settings"]["conditions"] == conditions for record in records), arm
+    with pytest.raises(UserError, match=r"arms\.a: select\.episodes must be the same.*select\.attack"):
+        check(configuration(arms={"a": {"select.episodes": 3}}))

@@ -189,7 +189,7 @@ class SelectConfig:
         shots: support images of a class.
         queries: query images of a class.
         attack: attack of the criterion, which is the mean of clean accuracy and accuracy under the attack. null takes only clean
-            accuracy.
+            accuracy. An arm may have its own (select.attack).
     """
 
     data: list[str] = field(default_factory=list)

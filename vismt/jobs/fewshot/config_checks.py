@@ -36,7 +36,7 @@ def check(config: FewShotConfig) -> None:
         config,
         lambda arm: _check_arm(replace(arm, pool=None), config.arms),
         ("select", "finetune", "head", "on_bad_sample", "download"),
-        () if trains else ("model",),
+        ("select.attack",) if trains else ("model",),
     )
     _check_arm_keys(config)
     for name, arm in resolve_experts(config).items():  # raises for an arm that is not one expert

@@ -136,8 +136,8 @@ class Evaluation:
         return [Score(_TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
-        """Return the accuracy of a training on the episodes of select.data, clean and under select.attack."""
-        select = self.config.selection
+        """Return the accuracy of a training on the episodes of select.data, clean and under its arm's select.attack."""
+        select = models.study.arms[training.arm].selection
         net = models.trained(training, merged=True).to(runtime.processes().device)
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
