@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import LABELS, MAPS, NO_CLASS, blank, collate, size_of
-from vismt.data.maps.dense_transforms import augment_sample, crop, flip, pad, photometric, random_crop, resize, scale
+from vismt.data.maps.dense_transforms import (
+    MapAugmentation,
+    augment_sample,
+    crop,
+    flip,
+    pad,
+    photometric,
+    random_crop,
+    resize,
+    scale,
+)
 
 QUICK = settings(max_examples=20, deadline=None)
 SIDES = st.integers(5, 40)
@@ -207,25 +217,27 @@ def test_photometric_touches_the_image_alone():
 def test_augment_is_a_function_of_its_seed(seed, partial):
     sample = coordinates(18, 25)
     state = torch.get_rng_state()
-    out = augment_sample(sample, seed, (12, 20))
-    again = augment_sample(sample, seed, (12, 20))
+    out = augment_sample(sample, seed, (12, 20), MapAugmentation())
+    again = augment_sample(sample, seed, (12, 20), MapAugmentation())
     assert torch.equal(torch.get_rng_state(), state) and size_of(out) == (12, 20)
     assert all(torch.equal(out[name], again[name]) for name in out) and same_class(out)
     if partial:  # without semseg there are no repeated crops: the geometry is the same for any set of targets
         less, more = (
             {k: v for k, v in sample.items() if k in ("image", *names)} for names in (("depth",), ("depth", "edge"))
         )
-        assert torch.equal(augment_sample(less, seed)["depth"], augment_sample(more, seed)["depth"])
+        assert torch.equal(*(augment_sample(part, seed, (18, 25), MapAugmentation())["depth"] for part in (less, more)))
 
 
 def test_augment_mirrors_half_of_the_time_and_varies():
     sample = coordinates(20, 20)
-    outs = [augment_sample(sample, seed, scales=(1, 1), strength=0) for seed in range(40)]
+    unchanged = MapAugmentation(scales=[1, 1], strength=0)
+    outs = [augment_sample(sample, seed, (20, 20), unchanged) for seed in range(40)]
     mirrored = [bool((out["normals"][0] < 0).any()) for out in outs]
     assert 10 < sum(mirrored) < 30
     for out, flipped in zip(outs, mirrored, strict=True):
         aligned(out, mirrored=flipped)
-    sizes = {augment_sample(sample, seed, strength=0)["depth"].max().item() for seed in range(10)}
+    scaled = MapAugmentation(strength=0)
+    sizes = {augment_sample(sample, seed, (20, 20), scaled)["depth"].max().item() for seed in range(10)}
     assert len(sizes) > 5
 
 
@@ -255,7 +267,7 @@ def test_the_class_of_an_image_in_a_batch():
 @pytest.mark.parametrize(("call", "message"), [
     (lambda s: scale(s, 0), "scale 0 must be above 0"),
     (lambda s: crop(s, 1, 0, (4, 5)), r"a crop of \(4, 5\) at \(1, 0\) leaves the sample of \(4, 5\)"),
-    (lambda s: augment_sample(s, 0, scales=(2, 1)), r"scales \(2, 1\) must be two factors"),
+    (lambda s: MapAugmentation(scales=[2, 1]), r"scales: \[2, 1\]; give two factors"),
     (lambda s: flip({**s, "normal": s["normals"]}), "target 'normal' is not known. Near: 'normals'"),
     (lambda s: flip({**s, "edge": s["edge"][1:]}), r"'edge' is \(3, 5\), must be \(4, 5\)"),
     (lambda s: flip({**s, "class": torch.tensor([1])}), r"'class' is \(1,\), must be \(\) for its image"),

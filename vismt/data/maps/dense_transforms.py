@@ -18,12 +18,16 @@ seed that they get, and from nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.base.errors import UserError
+from vismt.config.sections import Jitter
+from vismt.config.typed import within
 from vismt.data.maps.dense_sample import IGNORE, MAPS, Sample, blank, is_class, size_of
 from vismt.data.maps.edge_thinning import thin
 
@@ -207,31 +211,43 @@ def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     return height, width
 
 
+@dataclass
+class MapAugmentation:
+    """Augmentation of an image and its maps.
+
+    Args:
+        flip: Whether samples are mirrored with probability 1/2.
+        scales: Smallest and largest factor of the size.
+        cat_max_ratio: Largest share of a crop that one class may cover, see `random_crop`.
+        strength: Strength of colour changes, see `photometric`. 0 for no changes.
+        hue: Largest shift of the hue, see `photometric`.
+    """
+
+    flip: bool = True
+    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
+    strength: Jitter = 0.4
+    hue: Annotated[float, within(0, 0.5)] = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
+            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
+
+
 def augment_sample(
-    sample: Sample,
-    seed: int,
-    size: tuple[int, int] | None = None,
-    *,
-    scales: tuple[float, float] = (0.5, 2.0),
-    mirror: bool = True,
-    cat_max_ratio: float = 0.75,
-    strength: float = 0.4,
-    hue: float = 0.05,
-    inverse_depth: bool = False,
+    sample: Sample, seed: int, size: tuple[int, int], settings: MapAugmentation, *, inverse_depth: bool = False
 ) -> Sample:
     """Return an augmented training sample, a function of sample and seed alone: scaled, cropped, mirrored, recoloured.
 
     The draws do not depend on the content of the sample, except for the repeated crops of random_crop. size: Size (h, w) of the
-    crop. None for the size of the sample. scales: Smallest and largest factor. mirror: Whether to mirror with probability 1/2.
-    cat_max_ratio: See random_crop. strength, hue: See photometric. strength 0 leaves the colours unchanged.
+    crop.
     """
-    size = size or size_of(sample)
-    if not 0 < scales[0] <= scales[1]:
-        raise UserError(f"dense transform: scales {scales} must be two factors above 0, the smaller first.")
     generator = torch.Generator().manual_seed(seed)
-    factor, mirrored = _draw(generator, *scales), _draw(generator, 0, 1) < 0.5
+    factor, mirrored = _draw(generator, *settings.scales), _draw(generator, 0, 1) < 0.5
     if factor != 1:
         sample = scale(sample, factor, inverse_depth=inverse_depth)
-    sample = random_crop(sample, size, generator, cat_max_ratio=cat_max_ratio)
-    sample = flip(sample) if mirror and mirrored else sample
-    return photometric(sample, generator, strength=strength, hue=hue) if strength > 0 else sample
+    sample = random_crop(sample, size, generator, cat_max_ratio=settings.cat_max_ratio)
+    sample = flip(sample) if settings.flip and mirrored else sample
+    if settings.strength == 0:
+        return sample
+    return photometric(sample, generator, strength=settings.strength, hue=settings.hue)

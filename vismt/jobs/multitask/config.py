@@ -22,6 +22,7 @@ from vismt.config.sections import (
     flat,
 )
 from vismt.config.typed import Names, build, within
+from vismt.data.maps.dense_transforms import MapAugmentation
 from vismt.data.set_entries import card_and_split, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
@@ -95,7 +96,7 @@ class HeadConfig:
 
 
 @dataclass
-class AugmentConfig:
+class AugmentConfig(MapAugmentation):
     """Augmentation of training images and their maps.
 
     Args:
@@ -110,15 +111,6 @@ class AugmentConfig:
 
     crop: Annotated[float, within(above=0, most=1)] = 0.35
     jitter: Jitter = 0.0
-    flip: bool = True
-    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
-    strength: Jitter = 0.4
-    hue: Annotated[float, within(0, 0.5)] = 0.05
-
-    def __post_init__(self) -> None:
-        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
-            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
 @evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD)

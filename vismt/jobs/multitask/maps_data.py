@@ -272,19 +272,12 @@ class DenseBatches:
         )
 
     def _sample(self, row: int, seed: int) -> Sample:
-        settings, (images, i) = self.config.augment, self.rows.entries[row]
+        size, (images, i) = (self.config.size[0], self.config.size[1]), self.rows.entries[row]
 
         def augmented(sample: Sample) -> Sample:
+            fitted = transforms.resize(sample, self.canvas)
             return transforms.augment_sample(
-                transforms.resize(sample, self.canvas),
-                seed,
-                (self.config.size[0], self.config.size[1]),
-                scales=(settings.scales[0], settings.scales[1]),
-                mirror=settings.flip,
-                cat_max_ratio=settings.cat_max_ratio,
-                strength=settings.strength,
-                hue=settings.hue,
-                inverse_depth=images.inverse_depth,
+                fitted, seed, size, self.config.augment, inverse_depth=images.inverse_depth
             )
 
         # Labels decide which crop is taken, so what an arm does not train is dropped only afterwards: arms see the same crops.

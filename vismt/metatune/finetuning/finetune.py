@@ -36,7 +36,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -115,16 +114,25 @@ def finetune(
         kind = _AllParameters if settings.parameters == "all" else _AttentionScale
         tuned = kind(backbone, tensors)
         mean, std = (getattr(backbone, name, None) for name in ("mean", "std"))
-        if float(settings.lr) > 0:
-            _tune(
-                lambda images, weights: functional_call(backbone, {**tensors, **weights}, (images,)),
-                tuned,
-                _usable(support),
-                _usable(labels).long(),
-                _usable(scale) if isinstance(scale, Tensor) else scale,
-                settings,
-                partial(diff_augment, mean=mean, std=std),
-            )
+        images, truth = _usable(support), _usable(labels).long()
+        factor = _usable(scale) if isinstance(scale, Tensor) else scale
+        generator = torch.Generator().manual_seed(mix_seed(SEED, "fine-tuning"))
+        optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
+        for step in range(settings.steps if float(settings.lr) > 0 else 0):
+            now = {**tensors, **tuned.weights()}
+            centres = prototypes(functional_call(backbone, now, (images,)), truth)
+            views = diff_augment(images, generator, mean=mean, std=std)
+            loss = F.cross_entropy(cosine_logits(functional_call(backbone, now, (views,)), centres, factor), truth)
+            if not bool(loss.isfinite()):
+                raise LossNotFinite(
+                    f"fine-tuning: the loss is {loss.item()} in step {step + 1} at lr {settings.lr}: lower lr, or check for "
+                    "images or weights that are not finite."
+                )
+            # Not .backward(): the caller's graph, if any, must not collect gradients.
+            gradients = torch.autograd.grad(loss, tuned.leaves, allow_unused=True)
+            for leaf, gradient in zip(tuned.leaves, gradients):
+                leaf.grad = gradient
+            optimiser.step()
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
 
@@ -253,33 +261,6 @@ class _AttentionScale:
                 queries = tensor[: site.rows] * rows.to(tensor.dtype).view(-1, *[1] * (tensor.ndim - 1))
                 scaled[name] = torch.cat([queries, tensor[site.rows :]])
         return scaled
-
-
-def _tune(
-    run: Callable[[Tensor, Mapping[str, Tensor]], Tensor],
-    tuned: _AllParameters | _AttentionScale,
-    support: Tensor,
-    labels: Tensor,
-    scale: float | Tensor,
-    settings: FineTuneSettings,
-    augmented: Callable[[Tensor, torch.Generator], Tensor],
-) -> None:
-    """Take the steps of the fine-tuning on one support set, in place, in the leaves of `tuned`."""
-    generator = torch.Generator().manual_seed(mix_seed(SEED, "fine-tuning"))
-    optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
-    for step in range(settings.steps):
-        weights = tuned.weights()
-        centres = prototypes(run(support, weights), labels)
-        views = augmented(support, generator)
-        loss = F.cross_entropy(cosine_logits(run(views, weights), centres, scale), labels)
-        if not bool(loss.isfinite()):
-            where = f"the loss is {loss.item()} in step {step + 1} at lr {settings.lr}"
-            raise LossNotFinite(f"fine-tuning: {where}: lower lr, or check for images or weights that are not finite.")
-        # Not .backward(): the caller's graph, if any, must not collect gradients.
-        gradients = torch.autograd.grad(loss, tuned.leaves, allow_unused=True)
-        for leaf, gradient in zip(tuned.leaves, gradients):
-            leaf.grad = gradient
-        optimiser.step()
 
 
 def _usable(tensor: Tensor) -> Tensor:
