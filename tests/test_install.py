@@ -19,7 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.installed import ROOT, clone_in, environment_in, pip, started
+from helpers.installed import ROOT, clone_in, environment_in, pip, served, started
 from helpers.lm_parts import save_lm
 
 import vismt
@@ -294,7 +294,7 @@ def test_an_installed_wheel_runs_its_quick_starts_from_an_empty_folder(
     lm = save_lm(tmp_path / "lm")
     folder = tmp_path / "empty"
     folder.mkdir()
-    started(
+    served(
         program, "run", name, *(word.format(lm=lm) if "{lm}" in word else word for word in QUICK[name]), folder=folder
     )
     assert len(list(folder.glob("runs/quickstart-*/report.html"))) == 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.installed import clone_in, environment_in, pip, started
+from helpers.installed import clone_in, environment_in, pip, served
 from helpers.own_images import write_folder
 
 TINY = ["model.name=test_vit", "model.img_size=32", "model.pretrained=false", "model.block=null", "model.position=timm"]
@@ -40,7 +40,7 @@ print("loaded")
 
 
 def command(interpreter: Path, *arguments: str | Path, folder: Path) -> str:
-    return started(interpreter.parent / "vismt", *arguments, folder=folder)
+    return served(interpreter.parent / "vismt", *arguments, folder=folder)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_the_first_hour(tmp_path: Path) -> None:
 
     # an audit from a script, which finds vismt from there
     (tmp_path / "script.py").write_text(f"import sys\nsys.path.insert(0, {str(clone)!r})\n{AUDIT}")
-    assert "clean" in started(interpreter, "script.py", folder=tmp_path)
+    assert "clean" in served(interpreter, "script.py", folder=tmp_path)
     assert (tmp_path / "audit" / "report.html").exists()
 
     # exports, which timm and peft load
@@ -75,4 +75,4 @@ def test_the_first_hour(tmp_path: Path) -> None:
     command(interpreter, "export", runs[0], "--arm", "lora", "--format", "peft", "--to", "peft", folder=tmp_path)
     (adapter,) = (path.parent for path in (tmp_path / "peft").rglob("adapter_config.json"))
     (tmp_path / "load.py").write_text(LOAD)
-    assert "loaded" in started(interpreter, "load.py", "timm", adapter, folder=tmp_path)
+    assert "loaded" in served(interpreter, "load.py", "timm", adapter, folder=tmp_path)

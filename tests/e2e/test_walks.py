@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from helpers.installed import started
+from helpers.installed import served
 from helpers.own_images import write_folder
 from helpers.pages import ROOT, blocks, commands
 from PIL import Image
@@ -66,7 +66,7 @@ def walk(
         words = [_newest(folder, word) if "HASH" in word else swaps.get(word, word) for word in words[1:]]
         for start, extra in more.items():
             words += extra if " ".join(words).startswith(start) else []
-        started(vismt, *words, folder=folder)
+        served(vismt, *words, folder=folder)
         done.append(words)
     return done
 
@@ -96,7 +96,7 @@ def test_a_benchmarker_of_few_shot_models(program: Path, tmp_path: Path) -> None
     (table,) = tmp_path.rglob("predictions.csv")
     assert "crimson" in table.read_text() and len(table.read_text().splitlines()) == 13
     (tmp_path / "own.py").write_text(OWN_MODEL)
-    started(program.parent / "python", "own.py", folder=tmp_path)
+    served(program.parent / "python", "own.py", folder=tmp_path)
     assert (tmp_path / "own" / "report.html").exists()
 
 
@@ -159,7 +159,7 @@ def test_a_fine_tuner_of_language_models(program: Path, tmp_path: Path) -> None:
     (answers,) = tmp_path.rglob("predictions.jsonl")
     assert len(answers.read_text().splitlines()) == 2
     (exported,) = {path.parent for path in tmp_path.rglob("config.json")} - {tmp_path / "lm"}
-    assert started(program.parent / "python", "-c", SERVE, exported, folder=tmp_path).startswith("what colour")
+    assert served(program.parent / "python", "-c", SERVE, exported, folder=tmp_path).startswith("what colour")
 
 
 def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) ->
     page = ROOT / "docs" / "extending.md"
     (code, check) = (blocks(page, "python", name)[0].code for name in ("A method", "Check it"))
     (tmp_path / "mine.py").write_text(re.sub(r"^model = .*", "", code, flags=re.S | re.M))
-    started(program.parent / "python", "-c", f"import mine\n{check}", folder=tmp_path)
+    served(program.parent / "python", "-c", f"import mine\n{check}", folder=tmp_path)
     write_folder(tmp_path / "my_images", 12)
     own = ["adapt={module: mine, method: orthogonal, rank: 4}", "arms={lora: {}}"]
     swaps = {"new_images": "my_images/red"}

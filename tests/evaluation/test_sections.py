@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import os
 import re
+import subprocess
 import sys
-from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -43,29 +43,25 @@ def test_a_job_without_it_refuses_the_key_with_the_reason() -> None:
     )
 
 
-def _run_with_the_feature(path: Path, folder: Path) -> None:
-    sys.path.insert(0, str(folder))
-    importlib.import_module("own_margin")
-    sys.exit(main(["run", str(path), "--out", str(folder / "runs"), "--quiet"]))
-
-
-@pytest.mark.parametrize(
-    "job", ["multitask", *(pytest.param(job, marks=pytest.mark.slow) for job in ("fewshot", "lm"))]
-)
-def test_a_feature_of_others_is_one_file(tmp_path: Path, job: str) -> None:
+@pytest.mark.slow
+def test_a_feature_of_others_is_one_file(tmp_path: Path) -> None:
     walk = (ROOT / "CONTRIBUTING.md").read_text().partition("## Add a feature of evaluation")[2]
     (tmp_path / "own_margin.py").write_text(walk.partition("```python\n")[2].partition("```")[0])
-    config = evaluated_configs(tmp_path)[job]
-    config["evaluate"] |= {"margin": True}
-    path = written(tmp_path / f"{job}.yaml", config)
-    process = get_context("fork").Process(target=_run_with_the_feature, args=(path, tmp_path))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    (folder,) = (tmp_path / "runs").iterdir()
-    rows = [row for row in read_results(folder / "results.jsonl") if row.metric == "margin"]
-    assert rows and all(row.condition == "clean" and 0 < row.value < 1 and row.low < row.high for row in rows)
-    assert "margin" in (folder / "report.md").read_text()
+    jobs, configs = ("fewshot", "multitask", "lm"), evaluated_configs(tmp_path)
+    for job in jobs:
+        configs[job]["evaluate"] |= {"margin": True}
+        written(tmp_path / f"{job}.yaml", configs[job])
+    code = "import own_margin, sys; from vismt.cli import main\n"
+    code += "for job in sys.argv[1:]: assert main(['run', f'{job}.yaml', '--out', job, '--quiet']) == 0"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT), str(ROOT / "tests")])}
+    command = [sys.executable, "-c", code, *jobs]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+    for job in jobs:
+        (folder,) = (tmp_path / job).iterdir()
+        rows = [row for row in read_results(folder / "results.jsonl") if row.metric == "margin"]
+        assert rows and all(row.condition == "clean" and 0 < row.value < 1 and row.low < row.high for row in rows)
+        assert "margin" in (folder / "report.md").read_text()
 
 
 def test_the_picture_has_the_matrix_that_the_command_prints(capsys: pytest.CaptureFixture) -> None:
