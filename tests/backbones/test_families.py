@@ -9,7 +9,7 @@ import pytest
 from scripts import backbones
 
 QUICK = ("EVA-02", "ConvNeXt v2")  # a weight that is read without a call; convolutions, some in groups
-# Two outputs, windows, stages of tokens, an attention with biases; then those that other methods refuse. Others are like one of these.
+# Two outputs, windows, stages of tokens, an attention with biases; then what other methods refuse. Others are like one of these.
 SLOW = ("DeiT", "Swin", "Hiera", "LeViT", "CaiT", "CAFormer", "MLP-Mixer", "RegNet", "FastViT")
 LINES = backbones.TABLE.search(backbones.PAGE.read_text(encoding="utf8"))[0].strip().splitlines()
 
@@ -24,6 +24,6 @@ def marked(family: str) -> Any:
     return pytest.param(family, marks=marks)
 
 
-@pytest.mark.parametrize("family", map(marked, backbones.FAMILIES))
+@pytest.mark.parametrize("family", [*map(marked, backbones.FAMILIES)])
 def test_a_line_is_what_runs(family: str) -> None:
     assert backbones.row(family) in LINES
