@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import socket
 import stat
 import subprocess
@@ -19,8 +18,6 @@ import yaml
 from helpers import pages
 from helpers.tiny_runs import write_config
 
-from vismt.config.sections import find_config
-from vismt.jobs import load_config, make_job
 from vismt.report.results import RESULTS, read_results
 
 PAGE = pages.ROOT / "docs" / "cluster.md"
@@ -135,12 +132,6 @@ def test_a_slurm_array(room: Room) -> None:
     (room.folder / "shared" / "data").mkdir(parents=True)
     shown = room.run(submit.replace("-HASH", "-*"), VISMT_DATA="")
     assert f"report  {room.runs}/emtal_small-" in shown and results(room.runs, "emtal_small") > 0
-
-
-def test_what_is_run_before_a_study_is_submitted(tmp_path: Path) -> None:
-    (words,) = re.findall(r"`(train\.steps=2 [^`]+)`", pages.prose(PAGE))
-    config = load_config(find_config("dense/nyuv2"), shlex.split(words))
-    assert make_job(config, tmp_path).config.train.steps == 2
 
 
 @pytest.mark.slow
