@@ -126,7 +126,7 @@ def _files(folder: Path) -> dict[str, bytes]:
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.parametrize("form", ["merged", *(pytest.param(form, marks=pytest.mark.slow) for form in ("timm", "peft"))])
+@pytest.mark.parametrize("form", ["merged", pytest.param("peft", marks=pytest.mark.slow)])
 def test_a_killed_export_or_merge_is_done_again_by_the_same_command(run: Run, form: str) -> None:
     def command() -> Path:
         return run.merge("rslora") if form == "merged" else run.export(form, None, "rslora")

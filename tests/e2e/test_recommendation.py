@@ -172,8 +172,8 @@ def test_exporting_gates_of_many_users_is_refused(study: Path, tmp_path: Path, c
 @pytest.mark.slow
 @pytest.mark.parametrize("inside", ["recommender", "arms"])
 def test_an_interrupted_run_goes_on_bit_for_bit(home, tmp_path: Path, monkeypatch, inside: str) -> None:
-    config = settings(home, recommender={"width": 8, "steps": 501, "batch": 30, "lr": 1e-2})
-    path, step = write(tmp_path, config), {"recommender": 500, "arms": 3}[inside]
+    steps, step = {"recommender": (501, 500), "arms": (5, 3)}[inside]
+    path = write(tmp_path, settings(home, recommender={"width": 8, "steps": steps, "batch": 30, "lr": 1e-2}))
     assert main(["train", str(path), "--out", str(tmp_path / "straight"), "--quiet"]) == 0
     interrupted(monkeypatch, step, "train", path, "--out", tmp_path / "stopped", "--quiet", inside=inside)
     assert main(["train", str(path), "--out", str(tmp_path / "stopped"), "--quiet"]) == 0

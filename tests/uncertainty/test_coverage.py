@@ -26,7 +26,7 @@ from vismt.uncertainty.probability_metrics import (
 )
 from vismt.uncertainty.selective import risk_coverage_interval, risk_coverage_values
 
-IMAGES, DRAWS = 300, 200
+IMAGES, DRAWS = 300, 100
 NOISE = 0.3  # of a training, in logits
 # What a coverage of 93 % can look like in so many draws.
 LEAST = binom.ppf(0.002, DRAWS, 0.93) / DRAWS
