@@ -28,20 +28,12 @@ from vismt.multitask.inference import predict
 from vismt.report.results import read_results
 from vismt.report.routers import ROUTERS
 
-MODELS = {"tiny_swin": None, "test_convnext": None, "test_resnet": "all-conv"}
-
-
-def models_of(quick: str) -> list[Any]:
-    """Return the models, all but one of them marked slow: each job has another one in the default suite."""
-    return [name if name == quick else pytest.param(name, marks=pytest.mark.slow) for name in MODELS]
-
-
 MOST = 1e-4  # difference of outputs, as a share of the largest
 
 
 def config(job: str, name: str, **changes: Any) -> dict[str, Any]:
     kept = {key: value for key, value in CONFIGS[job].items() if key not in ("fade", "select", "tune")}
-    adapt = {"method": "lora", "rank": 2, "targets": MODELS.get(name)}
+    adapt = {"method": "lora", "rank": 2, "targets": "all-conv" if name == "test_resnet" else None}
     return {**kept, "model": {"name": name, "img_size": 32, "pretrained": False}, "adapt": adapt, **changes}
 
 
@@ -56,11 +48,11 @@ def check_export(run: Run, folder: Path) -> None:
         assert (model(x) - wanted).abs().max() <= MOST * wanted.abs().max()
 
 
-@pytest.fixture(scope="module", params=models_of("tiny_swin"))
-def multitask(request, tmp_path_factory) -> Run:
+@pytest.fixture(scope="module")
+def multitask(tmp_path_factory) -> Run:
     folder = tmp_path_factory.mktemp("multitask")
     tasks = CONFIGS["multitask"]["tasks"][:1]
-    return open_run(run_config(written(folder / "run.yaml", config("multitask", request.param, tasks=tasks))))
+    return open_run(run_config(written(folder / "run.yaml", config("multitask", "tiny_swin", tasks=tasks))))
 
 
 def test_a_classifier_is_merged_exported_and_attacked(multitask: Run, tmp_path: Path) -> None:
@@ -85,19 +77,17 @@ def test_risk_and_certified_radii(tmp_path: Path) -> None:
     assert {"abstentions", *Risk.summary.metrics} <= {row.metric for row in rows}
 
 
-@pytest.mark.parametrize("name", models_of("test_convnext"))
-def test_few_shot(name: str, tmp_path: Path) -> None:
-    run = open_run(run_config(written(tmp_path / "run.yaml", config("fewshot", name))))
+def test_few_shot(tmp_path: Path) -> None:
+    run = open_run(run_config(written(tmp_path / "run.yaml", config("fewshot", "test_convnext"))))
     rows = scores_of(run.folder)
     assert {row["arm"] for row in rows} == {"frozen", "adapted"} and all(row["n"] == 3 for row in rows)
     check_export(run, tmp_path / "timm")
 
 
-@pytest.mark.parametrize("name", models_of("test_resnet"))
-def test_dense(name: str, tmp_path: Path) -> None:
-    model = {"name": name, "pretrained": False}
+def test_dense(tmp_path: Path) -> None:
+    model = {"name": "test_resnet", "pretrained": False}
     head = {"name": "segformer", "options": {"hidden": 8}}
-    settings = config("dense", name, model=model, size=[32, 64], head=head, tasks=["depth"])
+    settings = config("dense", "test_resnet", model=model, size=[32, 64], head=head, tasks=["depth"])
     run = open_run(run_config(written(tmp_path / "run.yaml", settings)))
     merged = json.loads(next(run.folder.rglob("merge.json")).read_text())
     assert merged["n"] == 6 and merged["largest_difference"] <= MOST * merged["largest_logit"]
