@@ -29,9 +29,9 @@ from vismt.engine import runtime
 from vismt.jobs import open_run
 from vismt.jobs.fewshot.arms import strategy_of
 from vismt.jobs.fewshot.config import MERGED
+from vismt.jobs.fewshot.data import SELECT_SEED
 from vismt.jobs.fewshot.job import FewShotJob
-from vismt.jobs.fewshot.merge_settings import ALL, POOL, SELECT_SEED, SELECTION
-from vismt.jobs.fewshot.models import Models
+from vismt.jobs.fewshot.models import SELECTED_FOR, SELECTED_SETTINGS, SELECTION, Models
 from vismt.metatune.amt.merging import PoolNet
 from vismt.metatune.amt.pool import ExpertPool
 from vismt.metatune.amt.selection_rules import RULES, MergeSettings
@@ -158,7 +158,7 @@ def choose(folder: Path, grid: SearchGrid) -> None:
         raise UserError(f"merge settings: run '{folder}' has no pool of experts.")
     for seed in run.job.study.seeds:
         models = run.job.models(seed)
-        atomic_write(models.pool_folder / SELECTION, sealed({ALL: _choose(models, grid)}, indent=1))
+        atomic_write(models.pool_folder / SELECTION, sealed({SELECTED_SETTINGS: _choose(models, grid)}, indent=1))
 
 
 def _choose(models: Models, grid: SearchGrid) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def _choose(models: Models, grid: SearchGrid) -> dict[str, Any]:
         "on": ", ".join(names),
         "criterion": f"clean accuracy{under}",
         "tried": [asdict(candidate) for candidate in tried],
-        POOL: str(pool.identity()),
+        SELECTED_FOR: str(pool.identity()),
     }
 
 
@@ -189,7 +189,7 @@ def _validation(models: Models, names: Sequence[str]) -> tuple[list[LabelledTask
     models.pool().requires_grad_(False).eval().to(device)
     tasks: list[LabelledTask] = []
     for name in names:
-        pixels, sampler = models.data.open(name), models.settings.sampler(name)
+        pixels, sampler = models.data.open(name), models.data.validation_sampler(name)
         for number in range(select.episodes):
             episode = sampler[number]
             support, query = pixels[episode.support].to(device), pixels[episode.query].to(device)

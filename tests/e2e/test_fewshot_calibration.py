@@ -70,7 +70,7 @@ def test_the_temperature_is_the_best_of_the_validation_episodes(folder: Path) ->
     assert kept["n"] == 3 * 3 * 2
     job = open_run(folder).job
     models = job.models(0)
-    sampler = models.settings.sampler("photo_crops:test")
+    sampler = models.data.validation_sampler("photo_crops:test")
     pairs = list(clean_logits(models.task("frozen+laplace"), job.data.open("photo_crops:test"), sampler, 3, "test"))
     logits, labels = (torch.cat(parts) for parts in zip(*pairs))
     nll = {

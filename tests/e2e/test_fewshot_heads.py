@@ -330,14 +330,14 @@ def test_the_choice_of_settings_uses_the_ways_of_its_sets(tmp_path: Path) -> Non
         select={**select, "attack": attack},
         evaluate={"models": ["merged"], "data": ["digits"]},
     )
-    sampler = open_run(folder).job.models(0).settings.sampler("photo_crops:test")
+    sampler = open_run(folder).job.data.validation_sampler("photo_crops:test")
     assert sampler.ways == 2 and str(sampler) == "2-way 1-shot"
     job = open_run(folder).job
     job.config.evaluate.ways_of = {"photo_crops:test": 30}
     with pytest.raises(
         UserError, match=r"'photo_crops:test' has 18 classes, too few for 30-way .* evaluate.ways_of: {photo"
     ):
-        job.models(0).settings.sampler("photo_crops:test")
+        job.data.validation_sampler("photo_crops:test")
 
 
 def test_a_head_alone_can_be_evaluated_and_the_size_of_images_is_asked_for_once(

@@ -143,14 +143,14 @@ def test_settings_are_chosen_on_sets_that_are_not_tested(pool_run: Path, tmp_pat
     others = {"beta": 12.0, "balance": 0.9, "trim": {"blocks.0.mlp.fc1": 0.5}}  # whatever was chosen
     saved = {key: value for key, value in json.loads(file.read_text()).items() if key != "sha256"}
     file.write_text(sealed({"all": {**saved["all"], "merging": others, "lr": 1e-4}}))
-    merging, tuning = open_run(run).job.models(0).settings.chosen()
+    merging, tuning = open_run(run).job.models(0).chosen_settings()
     assert (merging.beta, merging.balance, dict(merging.trim), tuning.lr) == (12.0, 0.9, others["trim"], 1e-4)
     assert main(["evaluate", str(run), "--quiet"]) == 0
     rows = {row["arm"]: row["value"] for row in read_lines(run / "results.jsonl") if row["seed"] is None}
     assert set(rows) == set(evaluated["models"])
     file.write_text(sealed({"all": {**saved["all"], ":pool": "others"}}))
     with pytest.raises(UserError, match="was chosen for other experts; delete it"):
-        open_run(run).job.models(0).settings.chosen()
+        open_run(run).job.models(0).chosen_settings()
 
 
 def test_a_collapsed_expert_is_said(tmp_path: Path, capsys) -> None:

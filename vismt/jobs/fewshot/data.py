@@ -53,6 +53,7 @@ class Vectors:
         return {}, ""
 
 
+SELECT_SEED = 2  # of the validation episodes
 _PARTS = 5  # more of them are smaller, and a few episodes in each vary more
 
 
@@ -205,6 +206,19 @@ class FewShotData:
         return [
             make(pixels.labels, ways=ways, shots=shots, queries=settings.queries, **common) for shots in settings.shots
         ]
+
+    def validation_sampler(self, name: str) -> EpisodeSampler:
+        """Return the episodes of the `select` section on a set: other sets, or other splits of a card, than the evaluation."""
+        select, pixels = self.config.selection, self.open(name)
+        return EpisodeSampler(
+            pixels.labels,
+            ways=self.config.evaluate.ways_in(name, len(pixels.labels.unique())),
+            shots=select.shots,
+            queries=select.queries,
+            seed=SELECT_SEED,
+            names=pixels.classes,
+            groups=self.groups(name),
+        )
 
 
 def draw_corruption(images: Tensor, severity: int, seed: int) -> Tensor:

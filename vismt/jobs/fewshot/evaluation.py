@@ -142,7 +142,7 @@ class Evaluation:
         specs = [] if select.attack is None else [select.attack.spec()]
         scores = []
         for name in select.data:
-            sampler = models.settings.sampler(name)
+            sampler = self.data.validation_sampler(name)
             path, pixels = training.folder / "records" / f"validation-{shown_name(name)}.jsonl", self.data.open(name)
             accuracies = run_protocol(
                 net,
@@ -236,7 +236,7 @@ def _by_episode(values: Tensor) -> dict[str, float]:
 def temperature(folder: Path, models: Models, arm: str) -> float:
     """Return the temperature of a model."""
     select = models.config.selection
-    samplers = {name: models.settings.sampler(name) for name in select.data}
+    samplers = {name: models.data.validation_sampler(name) for name in select.data}
 
     def fit() -> Temperature:
         pairs = [

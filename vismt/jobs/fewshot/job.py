@@ -114,9 +114,8 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         for name in outside_entries(asked_features(self.config.evaluate)):
             self.data.open(name)
         if self.config.select is not None:
-            settings = self.models(self.study.seeds[0]).settings
             for name in self.config.select.data:
-                settings.sampler(name)
+                self.data.validation_sampler(name)
 
     def skeleton(self, config: FewShotConfig) -> nn.Module:
         given = object_named(config.model.name)

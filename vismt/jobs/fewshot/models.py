@@ -17,7 +17,6 @@ from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import split_head, strategy_of, untrained_arms
 from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
-from vismt.jobs.fewshot.merge_settings import PoolSettings
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
@@ -29,8 +28,12 @@ from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
 from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
-from vismt.storage.files import read_tensors
+from vismt.metatune.settings import FineTuneSettings
+from vismt.storage.files import read_sealed, read_tensors
 
+SELECTION = "selection.json"  # in the folder of a pool, by scripts/merge_settings.py
+# Entries of this file: the settings, and in them the identity of the experts.
+SELECTED_SETTINGS, SELECTED_FOR = "all", ":pool"
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
 EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
 PROBES: dict[str, type[LinearProbe]] = {
@@ -60,14 +63,13 @@ class Models:
         self.study = study
         self.seed = seed
         self.pool_folder = study.folder / "pool" / f"seed-{seed}"
-        self.settings = PoolSettings(data, self.pool_folder, self.pool)
         self._models: dict[str, EvaluatedModel] = {}
         self._pool: ExpertPool | None = None
 
     def task(self, name: str) -> EvaluatedModel:
         """Return the model `name`."""
         stem, head = split_head(name)
-        chosen = self.settings.chosen() if stem == MERGED else (MergeSettings(), self.config.finetune)
+        chosen = self.chosen_settings() if stem == MERGED else (MergeSettings(), self.config.finetune)
         if name not in self._models:
             model: EvaluatedModel
             if head:
@@ -99,6 +101,16 @@ class Models:
             assembled = self.config.pool.folder if self.config.pool is not None else None
             self._pool = ExpertPool(self.data.backbone(), read_pool(Path(assembled) if assembled else self.pool_folder))
         return self._pool
+
+    def chosen_settings(self) -> tuple[MergeSettings, FineTuneSettings]:
+        """Return the settings of the model "merged". Raises UserError for settings that were chosen for other experts."""
+        path, what = self.pool_folder / SELECTION, f"run '{self.pool_folder}'"
+        saved = read_sealed(path, what).get(SELECTED_SETTINGS) if path.exists() else None
+        if saved is None:
+            return MergeSettings(), self.config.finetune
+        if saved.get(SELECTED_FOR) != str(self.pool().identity()):
+            raise UserError(f"{what}: {SELECTION} was chosen for other experts; delete it, or choose again.")
+        return MergeSettings(**saved["merging"]), replace(self.config.finetune, lr=saved["lr"])
 
     def trained(self, training: Training, *, merged: bool) -> ProtoNet | MamlNet:
         """Return a trained classifier, merged on request, but for a classifier with an inner loop, which updates factors."""
