@@ -48,11 +48,12 @@ SLICES = {
 }
 VARIANTS_OF = {name: list(SLICES) for name in METHODS if SliceLinear in DECLARED[name].layers}
 CASES = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, list(VARIANTS))]
-# What tracing can tell apart, which is slow: every layer as it is, and everything at once.
+# What tracing can tell apart, which is slow: everything at once of every method, and the layers of one as they are.
 VARIANTS |= SLICES | {
     "together": {**VARIANTS["rslora"], **VARIANTS["split_qkv"], **VARIANTS["with_head"], **VARIANTS["conv"]}
 }
-GRAPHS = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, ["plain", "together"])]
+GRAPHS = [(method, variant) for method in METHODS for variant in VARIANTS_OF.get(method, ["together"])]
+GRAPHS += [("lora", "plain")]
 FACTOR_METHODS = [method for method in METHODS if method not in VARIANTS_OF]
 
 
