@@ -124,8 +124,9 @@ def peak_memory() -> dict[str, float]:
     return {}
 
 
+@cache
 def versions() -> dict[str, str]:
-    """Return the versions of Python, of vismt and of the packages that results depend on."""
+    """Return the versions of Python, of vismt and of the packages that results depend on, as installed at the first call."""
     installed = {"python": platform.python_version(), "vismt": vismt.__version__}
     for name in ("torch", "torchvision", "timm", "numpy", "torchattacks", "transformers", "peft"):
         try:
