@@ -52,6 +52,29 @@ T = TypeVar("T")
 
 
 @dataclass
+class MapAugmentation:
+    """Augmentation of an image and its maps.
+
+    Args:
+        flip: Whether samples are mirrored with probability 1/2.
+        scales: Smallest and largest factor of the size.
+        cat_max_ratio: Largest share of a crop that one class may cover, see `random_crop`.
+        strength: Strength of colour changes, see `photometric`. 0 for no changes.
+        hue: Largest shift of the hue, see `photometric`.
+    """
+
+    flip: bool = True
+    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
+    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
+    strength: Jitter = 0.4
+    hue: Annotated[float, within(0, 0.5)] = 0.05
+
+    def __post_init__(self) -> None:
+        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
+            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
+
+
+@dataclass
 class ModelSection:
     """The key that the model sections of all jobs share.
 

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vismt.base.errors import UserError
+from vismt.config.sections import MapAugmentation
 from vismt.data.maps.dense_sample import LABELS, MAPS, NO_CLASS, blank, collate, size_of
 from vismt.data.maps.dense_transforms import (
-    MapAugmentation,
     augment_sample,
     crop,
     flip,

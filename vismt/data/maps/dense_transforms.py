@@ -18,16 +18,13 @@ seed that they get, and from nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Annotated
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from vismt.base.errors import UserError
-from vismt.config.sections import Jitter
-from vismt.config.typed import within
+from vismt.config.sections import MapAugmentation
 from vismt.data.maps.dense_sample import IGNORE, MAPS, Sample, blank, is_class, size_of
 from vismt.data.maps.edge_thinning import thin
 
@@ -209,29 +206,6 @@ def fitting(native: tuple[int, int], size: tuple[int, int]) -> tuple[int, int]:
     factor = min(size[0] / native[0], size[1] / native[1])
     height, width = (max(1, min(limit, round(side * factor))) for side, limit in zip(native, size, strict=True))
     return height, width
-
-
-@dataclass
-class MapAugmentation:
-    """Augmentation of an image and its maps.
-
-    Args:
-        flip: Whether samples are mirrored with probability 1/2.
-        scales: Smallest and largest factor of the size.
-        cat_max_ratio: Largest share of a crop that one class may cover, see `random_crop`.
-        strength: Strength of colour changes, see `photometric`. 0 for no changes.
-        hue: Largest shift of the hue, see `photometric`.
-    """
-
-    flip: bool = True
-    scales: list[float] = field(default_factory=lambda: [0.5, 2.0])
-    cat_max_ratio: Annotated[float, within(0, 1)] = 0.75
-    strength: Jitter = 0.4
-    hue: Annotated[float, within(0, 0.5)] = 0.05
-
-    def __post_init__(self) -> None:
-        if len(self.scales) != 2 or not 0 < self.scales[0] <= self.scales[1]:
-            raise UserError(f"augment.scales: {self.scales}; give two factors above 0, the smaller first.")
 
 
 def augment_sample(

@@ -16,13 +16,13 @@ from vismt.config.sections import (
     UNHASHED_OPTIONS,
     Count,
     Jitter,
+    MapAugmentation,
     ModelConfig,
     OnBadSample,
     differences,
     flat,
 )
 from vismt.config.typed import Names, build, within
-from vismt.data.maps.dense_transforms import MapAugmentation
 from vismt.data.set_entries import card_and_split, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
