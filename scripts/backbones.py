@@ -30,16 +30,16 @@ from vismt.llm import collect_covariance, instance_gates
 from vismt.metatune.protonet import cosine_logits, prototypes
 from vismt.methods import METHODS
 from vismt.multitask import task_features
-from vismt.multitask.heads import HEADS
+from vismt.multitask.heads import MAP_HEADS
 from vismt.multitask.nets import default_blocks
 from vismt.robustness import classifier_of
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.testing.method_contract import (
     Case,
-    Check,
+    _Check,
     applies,
-    check_files,
+    check_adapter_files,
     check_gradient,
     check_merge,
     check_start,
@@ -52,7 +52,7 @@ TABLE = re.compile(r"(?<=<!-- backbones -->\n).*?(?=<!-- end -->)", re.S)
 COLUMNS = ("Family", "Class", "Linears", "Convolutions", "Methods", "`mtlora`", "Jobs", "Maps at strides")
 TARGETS = "all-linear+conv"
 UNITS = ("s2ft", "emtal", "lisa")  # methods that choose what they train, and may refuse a family
-CHECKS: tuple[Check, ...] = (check_start, check_gradient, check_merge)
+CHECKS: tuple[_Check, ...] = (check_start, check_gradient, check_merge)
 OPTIONS: dict[str, dict[str, Any]] = {
     "ilora": {"n_experts": 2, "gate": None},
     "corda": {"balanced": True},  # of few images the raw factors differ in size, and fp32 rounds their product
@@ -152,7 +152,7 @@ def case_of(family: str, method: str) -> Case:
 
 def check(family: str, method: str) -> None:
     """Raise UserError where the method refuses the family, and AssertionError where it breaks its contract there."""
-    more = (check_unadapt, check_files) if method in ("lora", "lisa", "full") else ()
+    more = (check_unadapt, check_adapter_files) if method in ("lora", "lisa", "full") else ()
     # Weights that are trained themselves may include some that no output of a family depends on.
     checks = CHECKS if METHODS[method].layers else (check_start, check_merge)
     case = case_of(family, method)
@@ -222,9 +222,9 @@ def _dense(family: str) -> None:
     backbone = adapted(family, 0)
     if not backbone.depth:
         raise UserError("no maps of its stages")
-    for name in HEADS:
+    for name in MAP_HEADS:
         maps = backbone.maps(images(family), default_blocks(backbone.depth))
-        logits = HEADS[name]([value.shape[1] for value in maps], 2)(maps)
+        logits = MAP_HEADS[name]([value.shape[1] for value in maps], 2)(maps)
         learn(logits, (2, 2, *logits.shape[2:]), backbone)
 
 

@@ -46,7 +46,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.jobs import open_run
 from vismt.jobs.fewshot.arms import split_head
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, MERGED, PROTOTYPES, FewShotConfig
+from vismt.jobs.fewshot.config import DEFAULT_MERGED, EXPERT, MERGED, PROTOTYPES, FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.metatune.protocol.episode_outcome import right_field
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS
@@ -116,7 +116,7 @@ def choice_tables(
     if MERGED not in arms or len(experts) < 2:
         return []
     rules = [arm for arm in arms if arm.startswith(f"{MERGED}:") and not split_head(arm)[1]]
-    models = [arm for arm in arms if arm in (DEFAULT, AVERAGE, "min_ce", "logits") or arm in rules]
+    models = [arm for arm in arms if arm in (DEFAULT_MERGED, AVERAGE, "min_ce", "logits") or arm in rules]
     tables = []
     for protocol in dict.fromkeys(row.protocol for row in rows):
         merged = [row for row in rows if row.arm == MERGED and row.protocol == protocol]

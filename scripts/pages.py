@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base import console
-from vismt.cli import GROUPS
+from vismt.cli import COMMAND_MODULES
 from vismt.cli.commands import Commands
 from vismt.jobs import JOBS, OTHER_NAMES, job_config
 from vismt.jobs.reference import Key, keys
@@ -192,7 +192,7 @@ def commands(*_: Any) -> str:
     os.environ["COLUMNS"] = "100"
     parser = argparse.ArgumentParser(prog="vismt")
     added = Commands(parser)
-    for group in GROUPS:
+    for group in COMMAND_MODULES:
         group.add_commands(added)
     parsers = next(action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction))
     return "\n\n".join(f"## vismt {name}\n\n```\n{command.format_help()}```" for name, command in parsers.items())

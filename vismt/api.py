@@ -206,14 +206,15 @@ def evaluate_fewshot(
         results = vismt.evaluate_fewshot(model, "digits", ways=3, shots=1, queries=5, episodes=4, attacks=["pgd"])
         print(results)
     """
-    from vismt.jobs.fewshot.config import FROZEN, HEADS, PROTOTYPES
+    from vismt.engine.study import FROZEN
+    from vismt.jobs.fewshot.config import PROTOTYPES, TASK_HEADS
 
     objects: dict[str, object] = {}
     arms = _models(model, objects, "model.name")
     heads = [head] if isinstance(head, str) else list(head)
     if not heads:
         raise UserError("head: []; name at least one, such as 'prototypes'.")
-    require_known("head: no head", heads, (PROTOTYPES, *HEADS))
+    require_known("head: no head", heads, (PROTOTYPES, *TASK_HEADS))
     config = {
         "task": "fewshot",
         "title": f"Few-shot evaluation of {', '.join(arms)}",

@@ -16,13 +16,13 @@ from vismt.lowrank.layers.base import adapter_layers
 from vismt.methods import METHODS as DECLARED
 from vismt.testing.method_contract import (
     CHECKS,
-    LAYOUTS,
+    CONTRACT_LAYOUTS,
     Case,
-    Check,
+    _Check,
     applies,
+    check_adapter_files,
     check_checkpointing,
     check_export,
-    check_files,
     check_merge,
     check_start,
 )
@@ -38,7 +38,7 @@ OWN = {
     "corda": {"mode": "kpm", "covariances": collect_covariance(tiny_vit(), [images()], LAYERS)},
 }
 BESIDE = {"emtal": 12 * 16 * 384, "ilora": 64 * 4 + 4, "polar": 12 * 6 * 8 * 8}
-VARIANTS = dict(LAYOUTS)
+VARIANTS = dict(CONTRACT_LAYOUTS)
 # A method that trains no factors has layouts of its own.
 SLICES = {
     "columns": {},
@@ -72,10 +72,10 @@ def adapted(method: str, variant: str, seed: int = 0, depth: int = 2) -> nn.Modu
     return case_of(method, variant).adapted(seed=seed, depth=depth)
 
 
-def shows(check: Check, variant: str) -> bool:
+def shows(check: _Check, variant: str) -> bool:
     """Return whether a variant can break a check where the others keep it."""
     if variant in ("alpha", "rslora"):  # another scale, no other tensors
-        return check in (check_start, check_merge, check_files, check_export)
+        return check in (check_start, check_merge, check_adapter_files, check_export)
     return check is not check_checkpointing or variant in ("split_qkv", *SLICES)
 
 
@@ -88,14 +88,14 @@ PROMISES = [
 
 
 @pytest.mark.parametrize("method,variant,check", PROMISES)
-def test_contract(method: str, variant: str, check: Check) -> None:
+def test_contract(method: str, variant: str, check: _Check) -> None:
     check(case_of(method, variant))
 
 
 @pytest.mark.parametrize("method", [name for name, method in DECLARED.items() if not method.layers])
 def test_contract_of_methods_that_train_the_weights_themselves(method: str) -> None:
     checks = [check for check in CHECKS if applies(check, DECLARED[method], "plain")]
-    assert check_merge in checks and check_files in checks and check_export not in checks
+    assert check_merge in checks and check_adapter_files in checks and check_export not in checks
     for check in checks:
         check(Case(method, {"active": 1} if method == "lisa" else {}, tiny_vit))
 

@@ -13,7 +13,7 @@ from vismt.base.errors import UserError
 from vismt.data.check import check
 from vismt.data.image_set import ImageRow, ImageSource, Listing
 from vismt.data.images import open_images
-from vismt.data.source_types import KINDS, Card, RootedSource, source_kind
+from vismt.data.source_types import DATA_KINDS, Card, RootedSource, source_kind
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,7 @@ def ini_kind() -> Iterator[None]:
             return Listing(classes, rows)
 
     yield
-    KINDS._items.pop("ini")
+    DATA_KINDS._items.pop("ini")
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from vismt.jobs.lm.evaluation import MEANS, Evaluation
 from vismt.jobs.units import _evaluations
 from vismt.llm.corda import covariance
 from vismt.llm.net import LmNet
-from vismt.llm.tasks.base import gather
+from vismt.llm.tasks.base import gather_items
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.report.results import RECORDS, Result, read_results
 from vismt.report.weight_changes import CHANGE_TYPES
@@ -263,9 +263,9 @@ def test_blocks_below_the_first_are_not_adapted(study: Path) -> None:
     job = open_run(study).job
     net = job.loaded(job.study.find("lora:1"))
     assert set(adapter_layers(net.lm)) == {f"model.layers.{i}.self_attn.{x}_proj" for i in (1, 2) for x in "qv"}
-    assert "lower" not in gather(job.data.training())
+    assert "lower" not in gather_items(job.data.training())
     job.data.cache(job.data.training(), net, "rows")
-    assert "lower" in gather(job.data.training())
+    assert "lower" in gather_items(job.data.training())
 
 
 def test_a_run_that_is_killed_keeps_the_time_of_every_evaluated_training(study: Path) -> None:

@@ -20,7 +20,7 @@ from PIL import Image
 
 from vismt.base.errors import UserError
 from vismt.data.check import check
-from vismt.data.decode import FORMATS, MAX_PIXELS, decode_bytes, decode_file
+from vismt.data.decode import IMAGE_FORMATS, MAX_PIXELS, decode_bytes, decode_file
 from vismt.data.images import open_images
 from vismt.data.maps.dense_maps import read_array
 
@@ -40,7 +40,9 @@ def encoded(form: str, mode: str = "RGB") -> bytes:
 
 
 BASES = [
-    encoded(form, mode) for form in FORMATS for mode in (("RGB", "P") if form in ("PNG", "GIF", "TIFF") else ("RGB",))
+    encoded(form, mode)
+    for form in IMAGE_FORMATS
+    for mode in (("RGB", "P") if form in ("PNG", "GIF", "TIFF") else ("RGB",))
 ]
 
 

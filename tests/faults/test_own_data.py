@@ -23,7 +23,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
-from vismt.data.source_types import KINDS
+from vismt.data.source_types import DATA_KINDS
 from vismt.data.texts.text_set import open_texts
 
 HEAD = "name: mine\ntitle: t\nsource: s\nlicence: l\nclasses: 2\nsources:\n"
@@ -34,7 +34,7 @@ LABELS = np.array([0, 1])
 @pytest.fixture(autouse=True, scope="module")
 def imported() -> None:
     """Load the kinds of sources outside of the tests, whose time is bounded."""
-    assert "arrays" in list(KINDS)
+    assert "arrays" in list(DATA_KINDS)
 
 
 @pytest.fixture(autouse=True)

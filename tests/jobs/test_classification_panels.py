@@ -14,7 +14,7 @@ from vismt.engine.study import Study, StudyConfig
 from vismt.engine.training_files import ADAPTER
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask.classifier_job import ClassifierJob
-from vismt.jobs.multitask.figures import EXAMPLES, examples, examples_figure, sections, write_examples
+from vismt.jobs.multitask.figures import EXAMPLES_FILE, examples, examples_figure, sections, write_examples
 from vismt.jobs.multitask.models import PixelNet
 from vismt.lowrank.files.save_load import save_adapter
 from vismt.lowrank.layers.base import adapter_modules
@@ -206,7 +206,7 @@ def test_an_arm_that_routes_is_seen_on_images_of_all_tasks(job, tmp_path):
 def test_a_report_shows_examples_and_routers_where_there_are_files(tmp_path):
     (section,) = sections(tmp_path)
     assert not section.pictures and section.folded
-    panel(tmp_path / EXAMPLES)
+    panel(tmp_path / EXAMPLES_FILE)
     pixels = torch.rand(1, 3, 16, 24)
     maps = {"images": to_bytes(pixels), **router_maps(routed(), pixels)}
     write_panel(tmp_path / ROUTERS / "emtal.npz", "routers", maps)

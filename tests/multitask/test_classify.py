@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.data.maps.dense_sample import Sample, collate
 from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.multitask.balancing.base import BALANCERS, make_balancer
-from vismt.multitask.heads import HEADS, PooledHead, make_map_head, make_pooled_head
+from vismt.multitask.heads import MAP_HEADS, PooledHead, make_map_head, make_pooled_head
 from vismt.multitask.metrics import Accuracy
 from vismt.multitask.nets import DenseNet, Union
 from vismt.multitask.objectives import MultitaskObjective
@@ -201,7 +201,7 @@ def test_the_pooled_head_by_itself() -> None:
     assert torch.equal(head.predict.weight, same.predict.weight) and not torch.equal(
         head.predict.weight, other.predict.weight
     )
-    assert PooledHead not in HEADS.values()  # not a head for maps
+    assert PooledHead not in MAP_HEADS.values()  # not a head for maps
     with pytest.raises(UserError, match="no head 'pooled'"):
         make_map_head("pooled", [5], 7)
     with pytest.raises(UserError, match="head: channels 0"):

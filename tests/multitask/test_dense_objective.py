@@ -14,7 +14,7 @@ from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.heads import make_map_head, make_pooled_head, resize_logits
 from vismt.multitask.nets import DenseNet, Union, check_blocks, default_blocks
-from vismt.multitask.objectives import WHOLE, MultitaskObjective
+from vismt.multitask.objectives import WHOLE_IMAGES, MultitaskObjective
 from vismt.multitask.tasks import make_task
 
 MEAN = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
@@ -211,7 +211,7 @@ def test_classes_of_whole_images_and_of_pixels_are_retained_side_by_side() -> No
     heads = {"semseg": make_map_head("linear", [32, 32], 4), "a": make_pooled_head([32, 32], 2)}
     model = DenseNet(backbone, {**heads, "b": make_pooled_head([32, 32], 3)}, [0, 1], union=["a", "b"])
     union = Union(("a", "b"), (2, 3))
-    retain = {"semseg": QualityRetaining(4), WHOLE: QualityRetaining(5, union.task_of_class())}
+    retain = {"semseg": QualityRetaining(4), WHOLE_IMAGES: QualityRetaining(5, union.task_of_class())}
     data = {**batch(), "class:a": torch.tensor([-1, -1, -1]), "class:b": torch.tensor([-1, 2, -1])}
     objective = MultitaskObjective(model, TASKS[:1], union, retain=retain)
     scalars = objective(data)
@@ -222,7 +222,7 @@ def test_classes_of_whole_images_and_of_pixels_are_retained_side_by_side() -> No
     plain = MultitaskObjective(model, TASKS[:1], union)(data)["loss"]
     assert scalars["loss"].item() == pytest.approx((plain + pull).item(), rel=1e-5)
     objective.step()
-    assert torch.allclose(retain[WHOLE].bank[4, 1], outputs["b"][1]) and not retain[WHOLE].bank[:4].any()
+    assert torch.allclose(retain[WHOLE_IMAGES].bank[4, 1], outputs["b"][1]) and not retain[WHOLE_IMAGES].bank[:4].any()
     assert retain["semseg"].bank.any()
     objective({**data, "class:b": torch.tensor([-1, -1, -1])})["loss"].backward()  # no image with a class
     assert all(parameter.grad is not None for parameter in model.heads.parameters())

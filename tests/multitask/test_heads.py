@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from vismt.backbones.vit import Backbone
 from vismt.base.errors import UserError
-from vismt.multitask.heads import HEADS, make_map_head, resize_logits
+from vismt.multitask.heads import MAP_HEADS, make_map_head, resize_logits
 
 WIDTHS, CHANNELS = [12, 12, 12, 12], 5
 SCALE = {"linear": 1, "conv": 4, "dpt": 4, "segformer": 4}
 OPTIONS = {"linear": {}, "conv": {}, "dpt": {"hidden": 8}, "segformer": {"hidden": 8}}
 
-every_head = pytest.mark.parametrize("name", sorted(HEADS))
+every_head = pytest.mark.parametrize("name", sorted(MAP_HEADS))
 
 
 def taps(rows: int, columns: int, count: int = 2, seed: int = 0) -> list[Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vismt.multitask.balancing.base import make_balancer
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import TaskClassifier, Union
-from vismt.multitask.objectives import WHOLE, MultitaskObjective
+from vismt.multitask.objectives import WHOLE_IMAGES, MultitaskObjective
 
 UNION = Union(("birds", "cars", "signs"), (3, 2, 4))
 LABELS = torch.tensor([0, 2, 2, 4, 3, 1])  # birds and cars, no signs
@@ -85,7 +85,7 @@ def test_separate_heads_are_a_softmax_over_the_own_slice(smoothing: float) -> No
 
 def test_the_loss_sees_the_bank_before_its_own_logits() -> None:
     net, retain = Fixed(), QualityRetaining(9, UNION.task_of_class())
-    objective = MultitaskObjective(net, (), UNION, label_smoothing=0.1, retain={WHOLE: retain})
+    objective = MultitaskObjective(net, (), UNION, label_smoothing=0.1, retain={WHOLE_IMAGES: retain})
     fresh = QualityRetaining(9, UNION.task_of_class())
     for _ in range(3):  # the second and third step use the bank of the steps before
         scalars = objective(batch())
@@ -101,7 +101,7 @@ def test_the_loss_sees_the_bank_before_its_own_logits() -> None:
 
 def test_an_accumulated_step_moves_the_bank_once() -> None:
     net, retain = Fixed(), QualityRetaining(9, UNION.task_of_class())
-    objective = MultitaskObjective(net, (), UNION, retain={WHOLE: retain})
+    objective = MultitaskObjective(net, (), UNION, retain={WHOLE_IMAGES: retain})
     objective(batch(LABELS[:3])), objective(batch(LABELS[:3]))
     objective.step()
     fresh = QualityRetaining(9, UNION.task_of_class())
@@ -157,12 +157,12 @@ def test_only_balancers_of_gradients_clip_the_balanced_parameters_alone() -> Non
 
 def test_the_state_of_retaining_is_the_objectives() -> None:
     objective, twin = (
-        MultitaskObjective(Fixed(seed), (), UNION, retain={WHOLE: QualityRetaining(9, UNION.task_of_class())})
+        MultitaskObjective(Fixed(seed), (), UNION, retain={WHOLE_IMAGES: QualityRetaining(9, UNION.task_of_class())})
         for seed in (0, 1)
     )
     objective(batch())
     objective.step()
-    assert not torch.equal(twin.retain[WHOLE].ema, objective.retain[WHOLE].ema)
+    assert not torch.equal(twin.retain[WHOLE_IMAGES].ema, objective.retain[WHOLE_IMAGES].ema)
     twin.load_state_dict(objective.state_dict())
     state = objective.state_dict()
     assert all(torch.equal(value, state[name]) for name, value in twin.retain.state_dict(prefix="retain.").items())

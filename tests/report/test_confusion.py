@@ -9,7 +9,7 @@ import pytest
 
 from vismt.base.errors import UserError
 from vismt.report import confusion
-from vismt.report.confusion import FOLDER, MOST_CLASSES, class_section, write_confusion
+from vismt.report.confusion import CLASSES_FOLDER, MOST_IN_MATRIX, class_section, write_confusion
 
 COUNTS = np.array([[8, 1, 1], [0, 10, 0], [5, 0, 5]])
 
@@ -41,7 +41,7 @@ def test_over_several_seeds_the_interval_counts_an_example_once(tmp_path: Path) 
 
 
 def test_of_many_classes_the_most_frequent_confusions_are_listed(tmp_path: Path) -> None:
-    names = [f"class {number}" for number in range(MOST_CLASSES + 1)]
+    names = [f"class {number}" for number in range(MOST_IN_MATRIX + 1)]
     counts = np.zeros((len(names), len(names) + 1), dtype=np.int64)
     np.fill_diagonal(counts, 8)
     counts[3, 7], counts[5, -1] = 2, 12
@@ -56,7 +56,7 @@ def test_of_many_classes_the_most_frequent_confusions_are_listed(tmp_path: Path)
 
 def test_a_damaged_file_is_one_message_and_none_is_no_section(tmp_path: Path) -> None:
     assert not class_section(tmp_path, "lora").filled
-    (tmp_path / FOLDER).mkdir()
-    (tmp_path / FOLDER / "x.npz").write_bytes(b"PK")
+    (tmp_path / CLASSES_FOLDER).mkdir()
+    (tmp_path / CLASSES_FOLDER / "x.npz").write_bytes(b"PK")
     with pytest.raises(UserError, match="is not a panel of confusion"):
         class_section(tmp_path, "lora")

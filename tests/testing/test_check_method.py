@@ -44,7 +44,7 @@ def declare(start: Callable[..., Any], changes_weights: bool = False) -> None:
 @pytest.fixture(autouse=True)
 def only_plain(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One layout, for speed, and no method left behind."""
-    monkeypatch.setattr(method_contract, "LAYOUTS", {"plain": {}})
+    monkeypatch.setattr(method_contract, "CONTRACT_LAYOUTS", {"plain": {}})
     yield
     METHODS._items.pop("own", None)
     METHODS._items.pop("orthogonal", None)

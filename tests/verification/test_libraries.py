@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.lowrank.files.facts import CONFIG, PREFIX, TENSORS
+from vismt.lowrank.files.facts import PEFT_PREFIX, TENSORS
+from vismt.lowrank.files.peft_settings import PEFT_CONFIG
 from vismt.verification.checkpoints import Located, locate, translated
 from vismt.verification.facts import Facts, read_facts
 from vismt.verification.libraries import Reading, readings
@@ -150,7 +151,7 @@ CONDITIONS = {
     "VeRA": Condition(unchanged, *NO, {"class": "VeraConfig", "target_modules": ["q_proj"]}),
     "timm": Condition(unchanged, *NO, kind="vit"),
     # names
-    "no prefix": Condition(renamed(PREFIX, "")),
+    "no prefix": Condition(renamed(PEFT_PREFIX, "")),
     "language_model": Condition(renamed(".model.layers", ".model.language_model.layers"), "differs", "refused"),
     "adapter name": Condition(renamed(".weight", ".default.weight"), *NO),
     "another adapter name": Condition(renamed(".weight", ".other.weight"), *NO),
@@ -205,7 +206,7 @@ CONDITIONS = {
     "rank 0": Condition(tensors(empty), "differs", "differs"),
     "whole numbers": Condition(tensors(lambda held: {n: (10 * v).to(torch.int8) for n, v in held.items()})),
     "biases not in the file": Condition(without("bias"), "refused", options={"bias": "lora_only"}, kind="qwen2"),
-    "wrapped": Condition(renamed(PREFIX, f"{PREFIX}_orig_mod."), *NO),
+    "wrapped": Condition(renamed(PEFT_PREFIX, f"{PEFT_PREFIX}_orig_mod."), *NO),
     "fsdp": Condition(renamed("layers.1.", "layers.1._fsdp_wrapped_module."), *NO),
     "token rows": Condition(unchanged, *NO, {"trainable_token_indices": [*range(40)]}),
     "token rows not in the file": Condition(
@@ -274,7 +275,7 @@ def updates(model: nn.Module) -> dict[str, list[Tensor]]:
             beside = [
                 p for n, p in module.named_parameters() if "magnitude" in n or ("lora_B" in n and n.endswith("bias"))
             ]
-            found[path.removeprefix(PREFIX)] = [module.get_delta_weight("default"), *beside]
+            found[path.removeprefix(PEFT_PREFIX)] = [module.get_delta_weight("default"), *beside]
     return found
 
 
@@ -383,18 +384,18 @@ def test_fused_experts(reader: str, rslora: bool, tmp_path: Path) -> None:
     for layer, expert, (name, (rows, columns)) in (
         (l, e, s) for l in range(2) for e in range(4) for s in shapes.items()
     ):
-        key = f"{PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_"
+        key = f"{PEFT_PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}.{name}.lora_"
         held[f"{key}A.weight"] = 0.1 * torch.randn(4, columns, generator=generator)
         held[f"{key}B.weight"] = 0.1 * torch.randn(rows, 4, generator=generator)
     safetensors.torch.save_file(held, tmp_path / TENSORS)
     settings = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": [*shapes], "use_rslora": rslora}
-    (tmp_path / CONFIG).write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}))
+    (tmp_path / PEFT_CONFIG).write_text(json.dumps({**settings, "task_type": "CAUSAL_LM"}))
     meant, model = model_with_experts("mixtral"), model_with_experts("mixtral")
     scale = 8 / 2 if rslora else 8 / 4
     with torch.no_grad():
         for layer in range(2):
             for expert in range(4):
-                key = f"{PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}."
+                key = f"{PEFT_PREFIX}model.layers.{layer}.block_sparse_moe.experts.{expert}."
                 one, two, three = (
                     scale * held[f"{key}{n}.lora_B.weight"] @ held[f"{key}{n}.lora_A.weight"]
                     for n in ("w1", "w2", "w3")
@@ -429,7 +430,7 @@ CHECKPOINTS: dict[str, Callable[[str], str]] = {
     "unmerged": lambda name: name.replace("proj.weight", "proj.base_layer.weight").replace(
         "fc1.weight", "fc1.base_layer.weight"
     ),
-    "prefix of peft": lambda name: f"{PREFIX}{name}",
+    "prefix of peft": lambda name: f"{PEFT_PREFIX}{name}",
     "prefix of DDP": lambda name: f"module.{name}",
 }
 

@@ -68,7 +68,7 @@ def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
 
     Results have to be on the CPU. All processes need equal items.
     """
-    outcome: Outcome[R] = None, None
+    outcome: _Outcome[R] = None, None
     place = 0
     for item in items:
         if place == rank():
@@ -83,17 +83,17 @@ def share(items: Iterable[T], run: Callable[[T], R]) -> Iterator[R]:
 
 def on_first(function: Callable[[], T]) -> T:
     """Return what a function returns in the first process. Only this process calls it, and nothing inside it is shared."""
-    outcome: Outcome[T] = None, None
+    outcome: _Outcome[T] = None, None
     if rank() == 0:
         with _set_sharing(False):
             outcome = _outcome(function)
     return _results(outcome)[0]
 
 
-Outcome = tuple[T | None, UserError | None]
+_Outcome = tuple[T | None, UserError | None]
 
 
-def _outcome(function: Callable[[], T]) -> Outcome[T]:
+def _outcome(function: Callable[[], T]) -> _Outcome[T]:
     """Return what a function returns, or its UserError."""
     try:
         return function(), None
@@ -101,7 +101,7 @@ def _outcome(function: Callable[[], T]) -> Outcome[T]:
         return None, error
 
 
-def _results(outcome: Outcome[T]) -> list[T]:
+def _results(outcome: _Outcome[T]) -> list[T]:
     """Return the results of all processes by rank. Raise the first UserError of any process in all of them."""
     outcomes = gather(outcome)
     for number, (_, error) in enumerate(outcomes):

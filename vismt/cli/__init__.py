@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.cli import attack, check, data, folders, init, models, runs, verify
 from vismt.cli.commands import Commands, explanation
 
-GROUPS = (runs, folders, check, verify, init, attack, models, data)
+COMMAND_MODULES = (runs, folders, check, verify, init, attack, models, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -72,7 +72,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--version", action="version", version=f"vismt {vismt.__version__}")
     commands = Commands(parser)
-    for group in GROUPS:
+    for group in COMMAND_MODULES:
         group.add_commands(commands)
     parser.epilog = commands.overview()
     if "_ARGCOMPLETE" in os.environ:  # the shell asks for completions

@@ -154,12 +154,12 @@ def _predict(options: argparse.Namespace) -> None:
 
 def _pool(options: argparse.Namespace) -> None:
     from vismt.jobs.fewshot.models import find_experts
-    from vismt.metatune.amt.pool import INDEX, assemble, check_experts
+    from vismt.metatune.amt.pool import POOL_FILE, assemble, check_experts
     from vismt.storage.outputs import check_folder, note_outputs
 
     experts = [expert for folder in options.experts for expert in find_experts(folder)]
     check_experts(experts)
-    if not (options.to / INDEX).exists():
+    if not (options.to / POOL_FILE).exists():
         check_folder("pool", options.to)
         note_outputs("pool", options.to)
     folder = assemble(experts, options.to)

@@ -140,7 +140,7 @@ def _report(options: argparse.Namespace) -> None:
     from vismt.jobs import open_run
 
     run = open_run(options.run)
-    from vismt.jobs.units import PARTS
+    from vismt.jobs.units import PARTS_FOLDER
     from vismt.report.results import RESULTS
     from vismt.storage.locks import is_locked
 
@@ -152,7 +152,7 @@ def _report(options: argparse.Namespace) -> None:
         files += run.report(formats)
     elif formats:
         with run.owned():
-            if (options.run / PARTS).is_dir() and not (options.run / RESULTS).exists():
+            if (options.run / PARTS_FOLDER).is_dir() and not (options.run / RESULTS).exists():
                 run.evaluate()  # from the records of the parts
             run.on_main(lambda: files.extend(run.report(formats)))
     answer(options, {"folder": run.folder, "files": files})

@@ -11,7 +11,7 @@ from vismt.config.typed import build
 from vismt.config.yaml_text import read_yaml
 from vismt.data.formats.plain_sets import plain_card
 from vismt.data.set_entries import CARDS, FILES
-from vismt.data.source_types import KINDS, Card, DataSource
+from vismt.data.source_types import DATA_KINDS, Card, DataSource
 from vismt.storage.paths import list_cards, shipped
 
 __all__ = ["Card", "list_cards", "load_card"]
@@ -43,7 +43,7 @@ def load_card(name_or_path: str | Path) -> Card:
     raw = read_yaml(path, where)
     entries = raw.pop("sources", None)
     if not isinstance(entries, list) or not entries:
-        raise UserError(f"{where}: 'sources' must be a list with at least one entry (kinds: {', '.join(KINDS)}).")
+        raise UserError(f"{where}: 'sources' must be a list with at least one entry (kinds: {', '.join(DATA_KINDS)}).")
     sources = [_read_source(entry, where, f"sources[{index}]") for index, entry in enumerate(entries)]
     card = build(Card, raw, where, sources=sources, path=path, shown=shown)
     if not CARD_NAME.fullmatch(card.name):
@@ -86,8 +86,8 @@ def _read_source(entry: object, where: str, key: str) -> DataSource:
         raise UserError(f"{where}: {key} is {shown_value(entry)}, not a section.")
     values = dict(entry)
     kind = values.pop("kind", None)
-    if kind not in KINDS:
-        raise UserError(f"{where}: {key}: kind {shown_value(kind)} is not known.{near(str(kind), KINDS)}")
-    source = build(KINDS[kind], values, where, key)
+    if kind not in DATA_KINDS:
+        raise UserError(f"{where}: {key}: kind {shown_value(kind)} is not known.{near(str(kind), DATA_KINDS)}")
+    source = build(DATA_KINDS[kind], values, where, key)
     source.check(f"{where}: {key}")
     return source

@@ -20,15 +20,15 @@ from torch import Tensor
 from vismt.base.errors import UserError
 from vismt.storage.paths import regular_file
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 MAX_PIXELS = 64 * 2**20  # decoding an image with transparency takes about 26 bytes a pixel
 FIX = "Replace the file, or set on_bad_sample=skip."
 
 
 def is_image_name(name: str) -> bool:
     """Return whether a file name has the suffix of an image and no leading dot (such as ._x.jpg in archives)."""
-    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not name.startswith(".")
 
 
 def to_rgb(image: Image.Image) -> Tensor:
@@ -71,12 +71,12 @@ def decoding(shown: str, fix: str = FIX, size: str = "") -> Iterator[None]:
 
 @contextmanager
 def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]:
-    """Yield an encoded image of FORMATS, up to MAX_PIXELS. Only its header is read, for decoding inside the context."""
+    """Yield an encoded image of IMAGE_FORMATS, up to MAX_PIXELS. Only its header is read, for decoding inside the context."""
     with decoding(shown, fix, f"{len(data):,} bytes: "):
         try:
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image = Image.open(io.BytesIO(data), formats=IMAGE_FORMATS)
         except Image.UnidentifiedImageError as error:
-            raise ValueError(f"it is none of {', '.join(FORMATS)}") from error
+            raise ValueError(f"it is none of {', '.join(IMAGE_FORMATS)}") from error
         with image:
             width, height = image.size
             if width * height > MAX_PIXELS:

@@ -29,7 +29,7 @@ MOST_CLASSES = 1_000_000  # largest number of classes of a card
 NEAR_DUPLICATES, NONE = "near-duplicates", "none"  # values of `groups` of a card that do not name a file
 LAST_NUMBER = re.compile(r"^(.*?)([0-9]{1,18})[^0-9]*$")
 SPLIT_NAME = re.compile(r"[A-Za-z0-9_-]+")
-KINDS: Registry[type[DataSource]] = Registry(
+DATA_KINDS: Registry[type[DataSource]] = Registry(
     "sources: no kind",
     {
         "arrays": "vismt.data.formats.arrays",
@@ -55,7 +55,7 @@ def source_kind(name: str) -> Callable[[type[S]], type[S]]:
 
     def register(cls: type[S]) -> type[S]:
         cls.kind = name
-        KINDS.add(name, cls)
+        DATA_KINDS.add(name, cls)
         return cls
 
     return register

@@ -22,6 +22,7 @@ from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 ARMS = "arms"
 CHOSEN = "chosen.json"
 DIVERGED = "diverged.json"
+FROZEN = "frozen"  # the model before training: an arm of this name comes first and is drawn in grey
 ALONE = "adapted"  # the arm of a configuration that names none
 BEST = "best"  # stands for the arm that is best on validation, unless an arm has this name
 # Sections that are the same for every arm of a study, for all jobs.

@@ -24,7 +24,7 @@ DONE = "done.json"
 MERGE = "merge.json"
 CHANGES = "changes.jsonl"  # changes of the weights, matrix by matrix
 STEPS = "steps"  # folder of the weights at checkpoints, each in a folder like that of a finished training
-VALIDATION = "validation.jsonl"  # the validation score at these steps
+VALIDATION_FILE = "validation.jsonl"  # the validation score at these steps
 DONE_TYPES = {"method": str, "rank": int, "trainable": int, "total": int}
 _FILES = "files"  # key of done.json with the digest of each file by its path in the folder
 

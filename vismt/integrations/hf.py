@@ -17,7 +17,7 @@ from vismt.lowrank.files.save_load import save_adapter, weight_fingerprint
 from vismt.lowrank.layers.base import factor_rank
 from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS
-from vismt.report.renderers import fill_template
+from vismt.report.renderers import fill_page
 from vismt.report.tables import row_text, scale_text
 from vismt.storage.files import atomic_write, write_tensors
 from vismt.uncertainty.intervals import interval_kind_text
@@ -184,7 +184,7 @@ def write_repository(
     ]
     facts.append(("vismt verify", verify_written(folder).status))
     rows = [row for row in results if row.seed is None]
-    card = fill_template(
+    card = fill_page(
         Path(__file__).with_name("model_card.md"),
         title=title or f"{record.method} on {base}",
         base=base,

@@ -17,10 +17,10 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.config.sections import flat
-from vismt.engine.study import Study, StudyConfig, Training
+from vismt.engine.study import FROZEN, Study, StudyConfig, Training
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
-from vismt.report.comparison import FROZEN, Comparison, arm_title, compare_results
+from vismt.report.comparison import Comparison, arm_title, compare_results
 from vismt.report.conclusion import Conclusion, conclude
 from vismt.report.confusion import class_section
 from vismt.report.plotting import figure_formats

@@ -24,7 +24,7 @@ from vismt.storage.wheels import one_line
 if TYPE_CHECKING:
     from vismt.data.images import ImageSet
 
-Files = dict[str, str]  # content by name
+InitFiles = dict[str, str]  # content by name
 CARD = "card.yaml"
 OWN_CARD = f"./{CARD}"  # seen from the configuration
 
@@ -39,11 +39,11 @@ class Init:
         takes: Option that names the user's data: "images", a folder, "texts", a file, or "" for none.
     """
 
-    files: Callable[[str, Path, Path | None], Files]
+    files: Callable[[str, Path, Path | None], InitFiles]
     takes: str = "images"
 
 
-def images_card(folder: Path, images: Path) -> tuple[ImageSet, str, Files]:
+def images_card(folder: Path, images: Path) -> tuple[ImageSet, str, InitFiles]:
     """Return a folder's images, their name, and their card in `folder`."""
     from vismt.data.formats.folder import FolderSource
     from vismt.data.formats.plain_sets import plain_card
@@ -89,7 +89,7 @@ def template(job: str, name: str = "start.yaml") -> Template:
     return Template(path.read_text(encoding="utf8"))
 
 
-def config(job: str, *, file: str = "start.yaml", about: str = "", title: str = "", **values: object) -> Files:
+def config(job: str, *, file: str = "start.yaml", about: str = "", title: str = "", **values: object) -> InitFiles:
     """Return the configuration of a job. about: What it is about, for the comment in its first line."""
     name, path = f"{job}.yaml", Path(__file__).with_name("start_rates.yaml")
     rates = read_yaml(path, str(path))

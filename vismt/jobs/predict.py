@@ -19,7 +19,7 @@ from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs import RESOLVED, open_run
-from vismt.jobs.predictions import CLASSES, FOLDER, Options, Predictions, Softmax, images_for, predict_classes
+from vismt.jobs.predictions import CLASSES, PREDICTIONS, Options, Predictions, Softmax, images_for, predict_classes
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
 from vismt.robustness.classifier import SUFFIXES, checkpoint_config, load_classifier
@@ -36,7 +36,7 @@ def predict_inputs(source: Path, inputs: Sequence[Path], target: Path | None, op
     if (source / RESOLVED).exists() or not (checkpoint.is_file() and checkpoint.suffix in SUFFIXES):
         with open_run(source).owned() as run:
             return run.predict(inputs, target, options)
-    return predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / FOLDER, options)
+    return predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / PREDICTIONS, options)
 
 
 def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:

@@ -21,21 +21,21 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.config.sections import RESOLVED
-from vismt.data.decode import SUFFIXES, decode_file, is_image_name
+from vismt.data.decode import IMAGE_SUFFIXES, decode_file, is_image_name
 from vismt.data.pixels import crop_square
 from vismt.engine import runtime
 from vismt.report.panels import write_arrays
 from vismt.report.tables import interval_text
 from vismt.report.tiles import Tile, TileRow, draw_tiles
-from vismt.storage.files import JsonObject, atomic_write
+from vismt.storage.files import atomic_write
 from vismt.storage.outputs import check_folder_outputs, check_outputs, note_outputs
+from vismt.storage.records import Row
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
 
-FOLDER = "predictions"  # of a run
+PREDICTIONS = "predictions"  # of a run
 TABLE, SHEET, _ARRAYS = "predictions.csv", "predictions.png", "predictions.npz"
 _BATCH = 32  # images in one batch if no configuration says it
 MOST_SHOWN, _COLUMNS = 96, 8  # images of a contact sheet, and of a row of it
-Row = JsonObject
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def image_files(paths: Sequence[Path], deep: bool = False) -> list[Path]:
             found = _images_of(path, "*") or (_images_of(path, "**/*") if deep else [])
         if not found:
             raise UserError(
-                f"predict: '{path}' has no image file ({', '.join(sorted(SUFFIXES))}); name another folder."
+                f"predict: '{path}' has no image file ({', '.join(sorted(IMAGE_SUFFIXES))}); name another folder."
             )
         files += found
     bad = next((str(file) for file in files if console.printable(str(file)) != str(file)), None)
@@ -171,7 +171,7 @@ def note_target(target: Path, names: Iterable[str]) -> None:
 
 
 def _of_run(target: Path) -> bool:
-    return target.name == FOLDER and (target.parent / RESOLVED).exists()
+    return target.name == PREDICTIONS and (target.parent / RESOLVED).exists()
 
 
 def images_for(inputs: Sequence[Path], target: Path, options: Options) -> dict[Path, str]:

@@ -24,9 +24,9 @@ from vismt.config.sections import RESOLVED, RunConfig, config_hash
 from vismt.engine import runtime
 from vismt.jobs import make_job
 from vismt.jobs.graphs import NAMES, PREPROCESSING, SQUARE, write_graph
-from vismt.jobs.predictions import FOLDER, Options, Predictions
+from vismt.jobs.predictions import PREDICTIONS, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
-from vismt.report.renderers import fill_template
+from vismt.report.renderers import fill_page
 from vismt.report.results import FACTS
 from vismt.report.writer import read_run_facts
 from vismt.storage.files import JsonObject, atomic_write, new_files, read_json, remove_partial, sealed, write_tensors
@@ -170,7 +170,7 @@ class Run:
         """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
         options.check(self.job.predict_options, f"a run of {self.config.task}")
         options = replace(options, arm=self.job.chosen_arm(options.arm))
-        return self.job.predict(inputs, target or self.folder / FOLDER, options)
+        return self.job.predict(inputs, target or self.folder / PREDICTIONS, options)
 
     def _write(self, target: Path, arm: str | None, form: str, model: Any, uniform: bool = False) -> Path:
         """Fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
@@ -268,7 +268,7 @@ def readme(folder: Path, form: str, title: str, base: str, adapted: str) -> str:
     if form != "peft":
         about = read_json(folder / (PREPROCESSING if form in NAMES else "config.json"), f"export '{folder}'")
     output, known = next(iter(about["outputs"].items())) if form in NAMES else ("", about)
-    return fill_template(
+    return fill_page(
         Path(__file__).with_name("export_readme.md"),
         form=form,
         title=title,

@@ -22,7 +22,7 @@ from vismt.config.sections import AdaptConfig
 from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
-from vismt.engine.study import ARMS, BEST, StudyConfig, Training, read_choice
+from vismt.engine.study import ARMS, BEST, FROZEN, StudyConfig, Training, read_choice
 from vismt.engine.trackers import check_trackers
 from vismt.evaluation.sections import asked_features
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
@@ -31,7 +31,6 @@ from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.lowrank.model.record import count_parameters, record_of
 from vismt.methods import adapt, check_adaptation, needs
-from vismt.report.comparison import FROZEN
 from vismt.storage.files import JsonObject, atomic_write, read_sealed, sealed
 from vismt.storage.lines import write_lines
 from vismt.uncertainty.features import View
@@ -203,7 +202,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             rows.append({"step": step, "validation": score})
 
         def finish() -> None:
-            write_lines(training.folder / training_files.VALIDATION, rows)
+            write_lines(training.folder / training_files.VALIDATION_FILE, rows)
             for folder in training.folder.parent.glob(f"*/{training_files.STEPS}"):
                 shutil.rmtree(folder, ignore_errors=True)
 

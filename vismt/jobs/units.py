@@ -24,10 +24,10 @@ from vismt.jobs.run import Run
 from vismt.jobs.training_job import TrainingJob
 from vismt.storage.locks import is_locked, locked
 
-PARTS = "parts"  # holds the locks of a run's parts
+PARTS_FOLDER = "parts"  # holds the locks of a run's parts
 POLL_S = 2.0
 ABSENT_S = 600.0  # a part that starts later, or again, has this time
-Share = Callable[[Sequence[Training]], None]
+_Share = Callable[[Sequence[Training]], None]
 
 
 def run_with_workers(run: Run, workers: str) -> None:
@@ -87,7 +87,7 @@ def _attempt(job: EvaluationJob[Any], training: Training) -> None:
         job.study.attempt(job, training)
 
 
-def _train(job: EvaluationJob[Any], share: Share) -> None:
+def _train(job: EvaluationJob[Any], share: _Share) -> None:
     """Train in rounds: trainings that need no chosen rate, then further seeds of other arms, then arms made of other arms."""
     study = job.study
     if not isinstance(job, TrainingJob):
@@ -111,7 +111,7 @@ def _evaluations(job: EvaluationJob[Any]) -> list[Training]:
 
 
 def _place(folder: Path, part: int, parts: int) -> Path:
-    return folder / PARTS / f"{part}-of-{parts}"
+    return folder / PARTS_FOLDER / f"{part}-of-{parts}"
 
 
 def _wait(folder: Path, parts: int, owing: Callable[[], list[int]], what: str) -> None:

@@ -25,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 from vismt.base.errors import UserError
 from vismt.base.identity import Identity
 from vismt.llm.tasks.documents import by_document
-from vismt.llm.tasks.pieces import IGNORE, Piece, collate_pieces
+from vismt.llm.tasks.pieces import IGNORED, Piece, collate_pieces
 from vismt.lowrank.contexts import evaluating
 from vismt.storage.stored_tensors import has_hooks, machine, path_of, read_stored, write_stored
 
-Batch = Mapping[str, Tensor]
+TextBatch = Mapping[str, Tensor]
 # numbers of tokens whose logits a step of training, or of scoring, holds at a time
 TRAINED_AT_ONCE, SCORED_AT_ONCE = 1024, 4096
 
@@ -63,15 +63,15 @@ class LmNet(nn.Module):
         """The LM, which is the part that is adapted."""
         return self.lm
 
-    def hidden(self, batch: Batch) -> Tensor:
+    def hidden(self, batch: TextBatch) -> Tensor:
         """Return the hidden states (b, n, d) after the final norm.
 
-        batch: Batch from `collate_pieces`, with "lower" (b, n, d) if the output of the lower blocks is cached. If "vectors"
+        batch: TextBatch from `collate_pieces`, with "lower" (b, n, d) if the output of the lower blocks is cached. If "vectors"
         (m, d) are present, they replace the states at the m positions of items, see `inserted`.
         """
         return by_document(self.lm, batch, self.states)
 
-    def states(self, batch: Batch) -> Tensor:
+    def states(self, batch: TextBatch) -> Tensor:
         """Return `hidden` of one forward pass over all documents of each row."""
         mask = batch["mask"]
         if mask.ndim == 2:
@@ -87,27 +87,27 @@ class LmNet(nn.Module):
             )
         return out.last_hidden_state
 
-    def features(self, batch: Batch) -> Tensor:
+    def features(self, batch: TextBatch) -> Tensor:
         """Return the hidden states (b, d) fp32 of the last token of each row."""
         return self.hidden(batch)[:, -1].float()
 
-    def token_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def token_nll(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Return the NLL (b,) in nats, summed over the tokens with a label, and the number (b,) of these tokens.
 
         A label stands at its token. The token before predicts it.
         """
         targets = batch["labels"][:, 1:]
-        chosen = targets != IGNORE
+        chosen = targets != IGNORED
         nll = self._nll(self.hidden(batch)[:, :-1][chosen], targets[chosen])
         rows = chosen.nonzero()[:, 0]
         return torch.zeros(len(chosen), device=rows.device).index_add(0, rows, nll), chosen.sum(1)
 
-    def branch_nll(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def branch_nll(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
 
         If a row has fewer than k answers, the numbers of the absent answers are 0.
         """
-        rows, columns = (batch["labels"] != IGNORE).nonzero(as_tuple=True)
+        rows, columns = (batch["labels"] != IGNORED).nonzero(as_tuple=True)
         states = self.hidden(batch)[rows, batch["previous"][rows, columns]]
         count = int(batch["branch"].max())
         answers = rows * count + batch["branch"][rows, columns] - 1
@@ -116,7 +116,7 @@ class LmNet(nn.Module):
         tokens = zeros.index_add(0, answers, torch.ones_like(answers, dtype=zeros.dtype))
         return nats.view(-1, count), tokens.view(-1, count)
 
-    def branch_logits(self, batch: Batch, tokens: Sequence[int]) -> Tensor:
+    def branch_logits(self, batch: TextBatch, tokens: Sequence[int]) -> Tensor:
         """Return the logits (b, k, tokens) fp32 of some tokens after the last token of each answer of trees.
 
         Raises:
@@ -135,7 +135,7 @@ class LmNet(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self, batch: Batch, new_tokens: int, ends: Sequence[int], temperature: float = 0.0, seed: int = 0
+        self, batch: TextBatch, new_tokens: int, ends: Sequence[int], temperature: float = 0.0, seed: int = 0
     ) -> Tensor:
         """Return the tokens (b, m), m <= new_tokens, that the LM writes after each row. One of `ends` ends a row.
 
@@ -179,7 +179,7 @@ class LmNet(nn.Module):
         return torch.cat(chunks) if chunks else torch.zeros(0, device=states.device)
 
     @contextmanager
-    def inserted(self, batch: Batch) -> Iterator[None]:
+    def inserted(self, batch: TextBatch) -> Iterator[None]:
         """Replace the input of block `first` at the positions of "items" (b, n) by "vectors" (m, d), inside the block.
 
         With first 0 this is the input embedding, as in LLaRA. Otherwise the new state is x + (vector - e) |x| / E, with x the
@@ -236,7 +236,7 @@ class LmNet(nn.Module):
             captured.append(hidden_states)
             return hidden_states
 
-        def lower(batch: Batch) -> Tensor:
+        def lower(batch: TextBatch) -> Tensor:
             captured.clear()
             self.states(batch)
             return captured[0]
@@ -275,9 +275,9 @@ def stored_lower_states(net: LmNet, pieces: Sequence[Piece]) -> list[Tensor]:
     return [by_text[piece.ids, piece.documents] for piece in pieces]
 
 
-def counted_tokens(batch: Batch) -> Tensor:
+def counted_tokens(batch: TextBatch) -> Tensor:
     """Return the number of tokens with a label in a batch, as a scalar."""
-    return (batch["labels"][:, 1:] != IGNORE).sum()
+    return (batch["labels"][:, 1:] != IGNORED).sum()
 
 
 def check_logits(lm: Any) -> None:
@@ -297,7 +297,7 @@ def check_logits(lm: Any) -> None:
 def check_first_block(lm: Any, first: int) -> None:
     """Raise UserError unless cached states instead of the blocks below `first` lead to the hidden states of all blocks."""
     net = LmNet(lm, first=first)
-    part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORE,) * 5)
+    part = Piece(tuple(place % lm.config.vocab_size for place in range(5)), (IGNORED,) * 5)
     device = next(lm.parameters()).device
     batch = {name: value.to(device) for name, value in collate_pieces([part]).items()}
     try:

@@ -40,7 +40,7 @@ from vismt.metatune.settings import MamlSettings
 
 Tensors = dict[str, Tensor]
 # (module, tensors that replace the module's) -> loss of the support set
-Loss = Callable[[nn.Module, Tensors], Tensor]
+_Loss = Callable[[nn.Module, Tensors], Tensor]
 
 
 class LinearLearner(nn.Module):
@@ -177,7 +177,7 @@ class MamlNet(nn.Module):
         with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH) if second_order else nullcontext():
             return steps(loss, rates, buffers, attached, second_order)
 
-    def _func_steps(self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
+    def _func_steps(self, loss: _Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool) -> Tensors:
         start = dict(self.learner.named_parameters())
         now = {}
         for name in self.adapted:
@@ -193,7 +193,7 @@ class MamlNet(nn.Module):
         return now
 
     def _learn2learn_steps(
-        self, loss: Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool
+        self, loss: _Loss, rates: list, buffers: Tensors, attached: bool, second_order: bool
     ) -> Tensors:
         library = _learn2learn()
         with torch.set_grad_enabled(attached):

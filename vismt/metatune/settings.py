@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 
 from vismt.base.errors import UserError
 from vismt.config.typed import Checked, Names, within
-from vismt.metatune.amt.input_attack import NORMS, PYRAMID, Levels
+from vismt.metatune.amt.input_attack import PYRAMID, PYRAMID_NORMS, Levels
 
 CORRUPTION, GAUSSIAN = "corruption", "gaussian"
-THREATS = (*NORMS, CORRUPTION, GAUSSIAN)
+THREATS = (*PYRAMID_NORMS, CORRUPTION, GAUSSIAN)
 PARAMETERS = ("all", "attention_scale")
 AUTO = "auto"
 ALGORITHMS = ("maml", "fomaml", "metasgd")

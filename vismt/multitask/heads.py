@@ -93,10 +93,10 @@ class Head(nn.Module, ABC):
         nn.init.constant_(bias, value)
 
 
-HEADS: Registry[type[Head]] = Registry("head: no head")
+MAP_HEADS: Registry[type[Head]] = Registry("head: no head")
 
 
-@HEADS.register("linear")
+@MAP_HEADS.register("linear")
 class PointwiseHead(Head):
     """The head "linear": a 1x1 convolution at the taps' grid."""
 
@@ -108,7 +108,7 @@ class PointwiseHead(Head):
         return self.predict(taps[-1])
 
 
-@HEADS.register("conv")
+@MAP_HEADS.register("conv")
 class ConvHead(Head):
     """The head "conv".
 
@@ -134,7 +134,7 @@ class ConvHead(Head):
         return self.predict(F.gelu(self.norm(self.fuse(enlarge(taps[-1], self.scale)))))
 
 
-@HEADS.register("segformer")
+@MAP_HEADS.register("segformer")
 class SegFormerHead(Head):
     """The head "segformer", on any number of taps.
 
@@ -166,7 +166,7 @@ class SegFormerHead(Head):
         return self.predict(F.gelu(self.norm(enlarge(self.fuse(torch.cat(maps, 1)), self.scale))))
 
 
-@HEADS.register("dpt")
+@MAP_HEADS.register("dpt")
 class DptHead(Head):
     """The head "dpt", on four taps from shallow to deep.
 
@@ -235,7 +235,7 @@ def make_map_head(name: str, widths: Sequence[int], channels: int, *, seed: int 
     """Return a new head for maps.
 
     Args:
-        name: Name of the head, a key of `HEADS`.
+        name: Name of the head, a key of `MAP_HEADS`.
         widths: Width of each tap, from shallow to deep.
         channels: Number of channels of the output.
         seed: Seed of the start values. The state of the global generator does not change.
@@ -245,7 +245,7 @@ def make_map_head(name: str, widths: Sequence[int], channels: int, *, seed: int 
         UserError: If a head or option is unknown, or a value is out of range.
     """
     check_map_head(name, options)
-    return _initialised(partial(HEADS[name], **options), widths, channels, seed)
+    return _initialised(partial(MAP_HEADS[name], **options), widths, channels, seed)
 
 
 def make_pooled_head(widths: Sequence[int], channels: int, *, seed: int = 0) -> PooledHead:
@@ -261,10 +261,10 @@ def _initialised(head: Callable[..., HeadType], widths: Sequence[int], channels:
 
 def check_map_head(name: str, options: Mapping[str, object]) -> None:
     """Raise UserError for an unknown head or option, and for an option of another type."""
-    parameters = inspect.signature(HEADS[name]).parameters.values()
+    parameters = inspect.signature(MAP_HEADS[name]).parameters.values()
     known = [parameter.name for parameter in parameters if parameter.kind is inspect.Parameter.KEYWORD_ONLY]
     require_known(f"head: '{name}' has no option", options, known)
-    arguments(HEADS[name], options, "head", "options")
+    arguments(MAP_HEADS[name], options, "head", "options")
 
 
 def resize_logits(logits: Tensor, size: Sequence[int]) -> Tensor:

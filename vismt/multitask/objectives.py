@@ -46,7 +46,7 @@ from vismt.multitask.nets import Union
 from vismt.multitask.tasks import Task
 from vismt.uncertainty.vbll import VBLLClassifier
 
-WHOLE = "images"  # name of what is of tasks of whole images
+WHOLE_IMAGES = "images"  # name of what is of tasks of whole images
 
 
 class MultitaskObjective(nn.Module):
@@ -69,8 +69,8 @@ class MultitaskObjective(nn.Module):
         weights: Factor of the loss of each task of whole images. None for 1.
         balancer: Balancer that weighs the losses of the tasks. None for their sum.
         balanced: Parameters whose gradients the balancer uses.
-        retain: Quality retaining of whole images, which needs the union head, by the name WHOLE, and of the task semseg, by
-            its name.
+        retain: Quality retaining of whole images, which needs the union head, by the name WHOLE_IMAGES, and of the task semseg,
+            by its name.
 
     Raises:
         UserError: If the tasks are not the tasks of the heads.
@@ -134,7 +134,7 @@ class MultitaskObjective(nn.Module):
         loss, scalars = sum(self._weighted(losses).values(), nothing), {}
         if self.union.tasks:
             tasks = self.task_of_class[labels]
-            outputs[WHOLE], entropies, correct = self.entropies(outputs[WHOLE], labels, tasks)
+            outputs[WHOLE_IMAGES], entropies, correct = self.entropies(outputs[WHOLE_IMAGES], labels, tasks)
             losses |= self._by_task(entropies, tasks)
             scalars = {"ce": entropies.detach().mean(), "accuracy": correct.float().mean()}
             if len(labels):
@@ -147,14 +147,14 @@ class MultitaskObjective(nn.Module):
         if "labels" not in batch:
             scalars |= {name: losses[name].detach() if name in losses else nothing * torch.nan for name in self.weights}
         for name, logits in outputs.items():
-            if name not in losses and not (name == WHOLE and len(labels)):
+            if name not in losses and not (name == WHOLE_IMAGES and len(labels)):
                 # The sum of no elements is zero for any logits, and in the graph of the head.
                 loss = loss + logits.flatten()[:0].sum()
         if self.retain:
             pull = self._pull(outputs, labels, batch)
             loss, scalars = loss + pull, {**scalars, "retain": pull.detach()}
-        if WHOLE in self.retain:
-            running = zip(self.union.tasks, cast(QualityRetaining, self.retain[WHOLE]).ema)
+        if WHOLE_IMAGES in self.retain:
+            running = zip(self.union.tasks, cast(QualityRetaining, self.retain[WHOLE_IMAGES]).ema)
             scalars |= {f"running ce/{name}": value.clone() for name, value in running}
         return {"loss": loss, **scalars}
 
@@ -164,7 +164,7 @@ class MultitaskObjective(nn.Module):
         losses = self._map_losses(outputs, batch)
         if self.union.tasks:
             tasks = self.task_of_class[labels]
-            losses |= self._by_task(self.entropies(outputs[WHOLE], labels, tasks)[1], tasks)
+            losses |= self._by_task(self.entropies(outputs[WHOLE_IMAGES], labels, tasks)[1], tasks)
         return self._weighted(losses)
 
     def step(self) -> None:
@@ -195,9 +195,9 @@ class MultitaskObjective(nn.Module):
         return logits, entropies, correct
 
     def _outputs(self, batch: Sample) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the logits by task of maps, and of whole images with a label by the name WHOLE, with their labels (b,)."""
+        """Return the logits by task of maps, and of labelled whole images by the name WHOLE_IMAGES, with their labels (b,)."""
         if "labels" in batch:
-            return {WHOLE: self.classes(batch["images"])}, batch["labels"]
+            return {WHOLE_IMAGES: self.classes(batch["images"])}, batch["labels"]
         outputs = {name: value.float() for name, value in self.net(batch["image"]).items()}
         labels = torch.full((len(batch["image"]),), NO_CLASS, device=batch["image"].device)
         for number, name in enumerate(self.union.tasks):
@@ -206,7 +206,7 @@ class MultitaskObjective(nn.Module):
         if self.union.tasks:
             heads = [outputs.pop(name) for name in self.union.tasks]
             logits = heads[0] if self.head == "union" else torch.cat(heads, 1)
-            outputs[WHOLE] = logits[labels != NO_CLASS]
+            outputs[WHOLE_IMAGES] = logits[labels != NO_CLASS]
         return outputs, labels[labels != NO_CLASS]
 
     def _map_losses(self, logits: Mapping[str, Tensor], batch: Sample) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ class MultitaskObjective(nn.Module):
         """Return L_QR, and store the logits and labels, which the next `step` adds to the banks."""
         pulls = []
         for name, retain in self.retain.items():
-            logits, targets = outputs[name], labels if name == WHOLE else batch.get(name)
+            logits, targets = outputs[name], labels if name == WHOLE_IMAGES else batch.get(name)
             if targets is None:
                 targets = blank(name, *batch["image"].shape[-2:]).to(logits.device).expand(len(logits), -1, -1)
             # Every process asks for it, also without a label.

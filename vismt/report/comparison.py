@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vismt.engine.study import FROZEN
 from vismt.report.results import Result
 from vismt.uncertainty.intervals import (
     LOWER,
@@ -34,7 +35,6 @@ from vismt.uncertainty.intervals import (
 )
 
 AVERAGE = "average"
-FROZEN = "frozen"  # an arm of this name comes first and is drawn in grey
 CONSTANT = "constant"  # the best constant predictions, which come from no training
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
 _CORRUPTIONS = "corruptions"  # kind of this mean

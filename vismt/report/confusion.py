@@ -13,8 +13,10 @@ from vismt.report.tables import Picture, Section, Table, interval_text
 from vismt.storage.paths import file_name
 from vismt.uncertainty.intervals import SHARE, wilson
 
-FOLDER = "classes"  # folder in the run folder
-MOST_CLASSES = 16  # largest number of classes of a matrix (with more classes, the most frequent confusions are listed)
+CLASSES_FOLDER = "classes"  # folder in the run folder
+MOST_IN_MATRIX = (
+    16  # largest number of classes of a matrix (with more classes, the most frequent confusions are listed)
+)
 MOST_CONFUSIONS = 12
 _NOTE = (
     "Share of the examples of a class that are answered right, in %, over all training seeds. [ ] and ±: Wilson's 95 % interval "
@@ -45,7 +47,7 @@ def write_confusion(
         "counts": np.stack(list(counts.values())).astype(np.int64),
         "name": np.array([name], dtype=str),
     }
-    path = folder / FOLDER / f"{file_name(name)}.npz"
+    path = folder / CLASSES_FOLDER / f"{file_name(name)}.npz"
     path.parent.mkdir(exist_ok=True)
     return write_panel(path, "confusion", arrays)
 
@@ -56,14 +58,14 @@ def class_section(folder: Path, first: str) -> Section:
     first: Model that is drawn first.
     """
     section = Section("Classes", folded=True)
-    for path in sorted((folder / FOLDER).glob("*.npz")):
+    for path in sorted((folder / CLASSES_FOLDER).glob("*.npz")):
         panel = read_panel(path, "confusion")
         arms = panel["arms"].tolist()
         order = sorted(range(len(arms)), key=lambda at: arms[at] != first)
         name, classes, answers = str(panel["name"][0]), panel["classes"].tolist(), panel["answers"].tolist()
         counts = {arms[at]: panel["counts"][at] for at in order}
         section.tables.append((_accuracies(name, classes, counts), _NOTE))
-        if len(classes) > MOST_CLASSES:
+        if len(classes) > MOST_IN_MATRIX:
             section.tables.append((_confusions(name, classes, answers, counts), CONFUSIONS_NOTE))
             continue
         for number, (arm, matrix) in enumerate(counts.items()):
@@ -88,7 +90,7 @@ def _accuracies(name: str, classes: Sequence[str], counts: Mapping[str, np.ndarr
             texts.append(interval_text(share, *wilson(round(share * n), n), SHARE) if n else "–")
         rows.append([classes[at], *texts, f"{int(totals[arms[0]][at]):,}"])
     title = f"Accuracy by class, {name}"
-    return Table(title, ["Class", *arms, "answers"], rows, set(), texts=1, folded=len(rows) > 2 * MOST_CLASSES)
+    return Table(title, ["Class", *arms, "answers"], rows, set(), texts=1, folded=len(rows) > 2 * MOST_IN_MATRIX)
 
 
 def _confusions(name: str, classes: Sequence[str], answers: Sequence[str], counts: Mapping[str, np.ndarray]) -> Table:

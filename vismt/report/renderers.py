@@ -43,7 +43,7 @@ def render_markdown(report: Report, folder: Path) -> str:
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def fill_template(path: Path, **values: object) -> str:
+def fill_page(path: Path, **values: object) -> str:
     """Return the text of a template file with values filled in."""
     from jinja2 import Environment, FileSystemLoader
 

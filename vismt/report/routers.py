@@ -21,7 +21,7 @@ from vismt.report.plotting import (
 from vismt.report.tables import Picture
 
 ROUTERS = "routers"  # folder of the files
-CAPTION = (
+_CAPTION = (
     "Weights of the router at fade 0, on the tokens of the trained model at its trained fade. They average 1 over the experts. "
     "An expert's number has a meaning only within its block."
 )
@@ -78,5 +78,5 @@ def router_pictures(folder: Path) -> list[Picture]:
     pictures = []
     for panel in sorted((folder / ROUTERS).glob("*.npz")):
         path = routers_figure(panel, folder / "figures" / f"routers-{panel.stem}.svg")
-        pictures.append(Picture(path, f"Routers of {panel.stem}", CAPTION))
+        pictures.append(Picture(path, f"Routers of {panel.stem}", _CAPTION))
     return pictures

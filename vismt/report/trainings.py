@@ -9,7 +9,7 @@ from statistics import fmean
 
 from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
-from vismt.engine.training_files import DONE, MERGE, VALIDATION
+from vismt.engine.training_files import DONE, MERGE, VALIDATION_FILE
 from vismt.report import arm_figures
 from vismt.report.comparison import Comparison
 from vismt.report.conclusion import key_comparisons
@@ -172,7 +172,7 @@ def _curves(folder: Path, arms: Sequence[str], seed: int, logged: Mapping[str, s
         first = chosen_trainings(folder, arm).get(seed, begun[-1].parent if begun else None)
         values = dict.fromkeys(logged, float | None)
         if first is not None and (rows := read_lines(first / METRICS, {"step": int}, values)):
-            logs[arm] = rows + read_lines(first / VALIDATION, {"step": int, "validation": float}, whole=True)
+            logs[arm] = rows + read_lines(first / VALIDATION_FILE, {"step": int, "validation": float}, whole=True)
     drawn = [name for name in logged if name != "fade"]
     if not any(row.get(name) is not None for rows in logs.values() for row in rows for name in drawn):
         return []

@@ -20,7 +20,7 @@ _NOTE = (
     "of its weight. The stable rank is |ΔW|²/σ², between 1 and the rank. The skew is the relative norm of the block that changed "
     "most, divided by that of the median block. For weights trained in place, ΔW is the difference of the weights."
 )
-CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
+_CAPTION = "Mean relative norm of the update of the matrices of each block, over the trainings."
 CHANGE_TYPES = {"weight": str, "norm": float, "change": float, "stable_rank": float}
 Lines = Sequence[JsonObject]
 
@@ -85,7 +85,7 @@ def changes_section(folder: Path, arms: Sequence[str]) -> Section:
         for arm, several in depths.items()
         if len(several[0]) > 1
     }
-    pictures = [Picture(depth_figure(drawn, folder / "figures" / "depth.svg"), title, CAPTION)] if drawn else []
+    pictures = [Picture(depth_figure(drawn, folder / "figures" / "depth.svg"), title, _CAPTION)] if drawn else []
     return Section(title, [(Table(title, heads, rows, set(), texts=1), _NOTE)], pictures)
 
 

@@ -27,7 +27,7 @@ from vismt.lowrank.model.record import count_parameters, need_record
 from vismt.methods import METHODS, Method, known_method
 
 # Options that change the layout of factors; a method with low-rank layers keeps the contract under each.
-LAYOUTS: dict[str, dict[str, Any]] = {
+CONTRACT_LAYOUTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "alpha": {"alpha": 12.0},
     "rslora": {"alpha": 3.0, "rslora": True},
@@ -70,7 +70,7 @@ def check_method(method: str, *, module: str | None = None, **options: object) -
     declared = known_method(method, options)
     low_rank = any(issubclass(layer, LowRankLayer) for layer in declared.layers)
     broken: dict[str, list[str]] = {}
-    for layout, more in LAYOUTS.items() if low_rank else [("plain", LAYOUTS["plain"])]:
+    for layout, more in CONTRACT_LAYOUTS.items() if low_rank else [("plain", CONTRACT_LAYOUTS["plain"])]:
         case = Case(method, {**more, **options})
         for check in CHECKS:
             if not applies(check, declared, layout):
@@ -144,7 +144,7 @@ class Case:
         return shake(self.adapted(**more))
 
 
-Check = Callable[[Case], None]
+_Check = Callable[[Case], None]
 
 
 def check_start(case: Case) -> None:
@@ -200,7 +200,7 @@ def check_unadapt(case: Case) -> None:
     _need(not any(isinstance(module, AdapterLayer) for module in model.modules()), "unadapt leaves adapter layers")
 
 
-def check_files(case: Case) -> None:
+def check_adapter_files(case: Case) -> None:
     """An adapter file gives the same outputs on a stock model and on a model that was adapted with another seed."""
     model = case.trained()
     with tempfile.TemporaryDirectory() as folder:
@@ -303,13 +303,13 @@ def check_meta(case: Case) -> None:
     _need(counted == wanted, f"(trainable, all) parameters are {counted} on meta and {wanted} elsewhere")
 
 
-FACTORED: tuple[Check, ...] = (check_seed, check_meta)  # of methods with low-rank layers, in the plain layout
-CHECKS: tuple[Check, ...] = (
+FACTORED: tuple[_Check, ...] = (check_seed, check_meta)  # of methods with low-rank layers, in the plain layout
+CHECKS: tuple[_Check, ...] = (
     check_start,
     check_gradient,
     check_merge,
     check_unadapt,
-    check_files,
+    check_adapter_files,
     check_export,
     check_copies,
     check_autocast,
@@ -318,7 +318,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-def applies(check: Check, method: Method, layout: str) -> bool:
+def applies(check: _Check, method: Method, layout: str) -> bool:
     """Return whether a check applies to a method in a layout."""
     if check in FACTORED:
         return layout == "plain" and any(issubclass(layer, LowRankLayer) for layer in method.layers)

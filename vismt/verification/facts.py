@@ -23,7 +23,7 @@ from vismt.lowrank.files.facts import (
     read_legacy,
     text_of,
 )
-from vismt.lowrank.files.peft_settings import CONFIG
+from vismt.lowrank.files.peft_settings import PEFT_CONFIG
 from vismt.lowrank.layers.base import LayerSpec
 from vismt.storage.files import JsonObject, file_digest
 from vismt.storage.paths import stays_inside
@@ -102,7 +102,7 @@ def read_facts(folder: str | Path, *, as_checkpoint: bool = False) -> Facts:
         except OSError as error:
             raise UserError(f"verify: '{path}' cannot be read ({error.strerror}).") from error
         facts.model_config = facts.read_json(MODEL_CONFIG) if MODEL_CONFIG in facts.files else {}
-        if {CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
+        if {PEFT_CONFIG, TENSORS, LEGACY_TENSORS} & set(facts.files) and not as_checkpoint:
             facts.kind = "peft"
             facts.read_peft()
         elif DESCRIPTION in facts.files and not as_checkpoint:

@@ -23,7 +23,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.files.save_load import load_adapter
 from vismt.lowrank.model.named import disabled
 from vismt.robustness.classifier import load_classifier
-from vismt.storage.files import JsonObject
+from vismt.storage.records import Row
 from vismt.uncertainty.intervals import estimate
 from vismt.verification.facts import Facts, Finding
 
@@ -31,7 +31,6 @@ _TEXTS, _TOKENS, _IMAGES = 64, 256, 256  # at most
 UNCHANGED = 1e-6  # nats: last bits
 COLLAPSED = 1.0  # nats a token that an adapter may add before it counts as a collapse
 Example = tuple[Tensor, Tensor]  # input with a batch of one; targets (t,)
-Row = JsonObject
 
 
 def probe(facts: Facts, base: str, merged: str | None, data: str) -> tuple[list[Row], list[Finding]]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import product
 
-from vismt.lowrank.files.facts import PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
+from vismt.lowrank.files.facts import PEFT_PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import BIASES, PEFT_STARTS, PeftSettings, texts
 from vismt.storage.files import DTYPES, JsonObject
@@ -348,7 +348,7 @@ def _wrapped(case: FolderCase) -> list[str]:
     """Return the tensors with prefixes that training wrappers give. timm removes such prefixes at the start of names."""
     if not case.facts.is_adapter and (case.timm or not case.facts.model_config):
         return []
-    names = {name: name.removeprefix(PREFIX) if case.facts.is_adapter else name for name in case.facts.tensors}
+    names = {name: name.removeprefix(PEFT_PREFIX) if case.facts.is_adapter else name for name in case.facts.tensors}
     return [name for name, inner in names.items() if re.search(_WRAPPERS, inner)]
 
 
@@ -416,8 +416,8 @@ _RULES = (
          {"transformers": "note"}, "keep adapter and merged model in two folders", "adapter-beside-model", "suspicious"),
     # names
     Rule(_tensors(lambda case, tensor: case.facts.kind == "peft" and tensor.role != "shared"
-                  and not tensor.name.startswith(PREFIX)),
-         f"the names lack '{PREFIX}'", {"peft": "ignored"}, f"put '{PREFIX}' before every name", "prefix"),
+                  and not tensor.name.startswith(PEFT_PREFIX)),
+         f"the names lack '{PEFT_PREFIX}'", {"peft": "ignored"}, f"put '{PEFT_PREFIX}' before every name", "prefix"),
     Rule(_tensors(lambda case, tensor: tensor.adapter == "default"),
          "the names hold 'default', the adapter's name, which only peft reads",
          UNSERVED | {"transformers": "ignored"}, "take '.default' out of the names", "adapter-name", "suspicious"),
@@ -535,7 +535,8 @@ _RULES = (
          "it is not a model of timm", {"timm": "refused"}),
     Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
          UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving", "unmerged"),
-    Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"}, f"take '{PREFIX}' out"),
+    Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"},
+         f"take '{PEFT_PREFIX}' out"),
     Rule(_whole(lambda whole: whole.lacking), "the model has these weights and the file does not: they are initialised at random",
          UNMAPPED, "save the whole model under the names of its library", "lacking"),
     Rule(_whole(lambda whole: whole.misfits), "config.json says another shape", _REFUSED, "take config.json from the base",

@@ -9,7 +9,7 @@ from helpers.lm_parts import tokenizer
 
 from vismt.base.errors import UserError
 from vismt.llm.tasks import make_text_task
-from vismt.llm.tasks.pieces import IGNORE
+from vismt.llm.tasks.pieces import IGNORED
 
 TURN = "{% for m in messages %}<s>{{ m.role[0] }} {{ m.content }}</s>{% endfor %}"
 TEMPLATE = TURN + "{% if add_generation_prompt %}<s>a{% endif %}"
@@ -32,7 +32,7 @@ def test_every_turn_of_the_assistant_is_counted_and_nothing_else() -> None:
     made = words()
     (part,) = make_text_task("chat", "", {}).encode("a", turns("sky", "blue", "grass", "green one"), made).pieces
     assert made.decode(part.ids) == "<s>u sky</s><s>a blue</s><s>u grass</s><s>a green one</s>"
-    counted = [token if label != IGNORE else made.unk_token_id for token, label in zip(part.ids, part.labels)]
+    counted = [token if label != IGNORED else made.unk_token_id for token, label in zip(part.ids, part.labels)]
     unknown = "<unk>"
     shown = [text for text in made.decode(counted).replace(unknown, "|").split("|") if text]
     assert shown == [" blue</s>", " green one</s>"]  # with the end of each turn, which the model has to write

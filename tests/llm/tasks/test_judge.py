@@ -14,7 +14,7 @@ from vismt.llm.ilora.hybrid import Hybrid, title_vectors
 from vismt.llm.ilora.recommenders import SASRec
 from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks import make_text_task
-from vismt.llm.tasks.base import gather
+from vismt.llm.tasks.base import gather_items
 from vismt.llm.tasks.pieces import collate_pieces, prune, stem, tree
 from vismt.methods import adapt
 from vismt.uncertainty.intervals import mean_interval
@@ -57,7 +57,7 @@ def test_a_branch_scores_what_its_prompt_scores_alone(kind, first, options):
     items = judge.shown(net, encoded(judge))
     for item, state in zip(items, net.lower_states([item.pieces[0] for item in items])):
         item.lower = [state] if first else None
-    records = judge.score(net, gather(items), items)
+    records = judge.score(net, gather_items(items), items)
     for item, record in zip(items, records):
         scores = by_hand(net, item.pieces[0])
         assert len(scores) == 4 and max(scores) - min(scores) > 0.01
@@ -78,7 +78,7 @@ def test_the_loss_is_the_cross_entropy_over_the_branches():
         assert len(scores) == 3  # the right candidate and two negatives
         assert item.listed.candidates[item.label] == target and len(set(item.listed.candidates)) == 3
         terms.append(float(scores.logsumexp(0) - scores[item.label]))
-    losses = judge.loss(net, gather(items))
+    losses = judge.loss(net, gather_items(items))
     assert losses["loss"].item() == pytest.approx(sum(terms) / 3, abs=1e-3) and losses["hybrid"].item() == 1
 
 
@@ -113,13 +113,13 @@ def test_the_right_candidate_can_be_learnt():
     net.head.projector.requires_grad_(True)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2)
     for _ in range(60):
-        judge.loss(net.train(), gather(items))["loss"].backward()
+        judge.loss(net.train(), gather_items(items))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
     shown = judge.shown(net.eval(), encoded(judge))
     with torch.no_grad():
         # One of four, two of which were never negatives.
-        assert judge.quality(judge.score(net, gather(shown), shown)) > 0.5
+        assert judge.quality(judge.score(net, gather_items(shown), shown)) > 0.5
 
 
 def test_texts_that_are_alike_run_once(tmp_path, monkeypatch):
@@ -210,4 +210,4 @@ def test_prompts_and_answers_that_cannot_be(monkeypatch):
     with pytest.raises(UserError, match="branch_logits: rows of different numbers of answers"):
         judge = task()
         encoded(judge)
-        judge.loss(net, gather(rows))
+        judge.loss(net, gather_items(rows))

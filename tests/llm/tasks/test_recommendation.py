@@ -16,9 +16,9 @@ from vismt.llm.ilora.method import gate_of, gate_part
 from vismt.llm.ilora.recommenders import SASRec, pad_histories
 from vismt.llm.net import LmNet
 from vismt.llm.tasks import make_text_task
-from vismt.llm.tasks.base import gather
+from vismt.llm.tasks.base import gather_items
 from vismt.llm.tasks.item_prompts import read_answer
-from vismt.llm.tasks.pieces import IGNORE, collate_pieces, stem, tree
+from vismt.llm.tasks.pieces import IGNORED, collate_pieces, stem, tree
 from vismt.lowrank.layers.gates import instance_gates
 from vismt.methods import adapt
 
@@ -58,11 +58,11 @@ def test_i13_the_right_title_and_the_end_of_its_line_are_counted_and_nothing_els
     for item, (history, target) in zip(rec_task.training(items), ROWS):
         for form in (item, item.hybrid):
             (piece,) = form.pieces
-            counted = [token for token, label in zip(piece.ids, piece.labels) if label != IGNORE]
+            counted = [token for token, label in zip(piece.ids, piece.labels) if label != IGNORED]
             assert words.decode(counted) == f" {TITLES[target]}\n" and all(
-                b in (IGNORE, a) for a, b in zip(piece.ids, piece.labels)
+                b in (IGNORED, a) for a, b in zip(piece.ids, piece.labels)
             )
-            context = [token for token, label in zip(piece.ids, piece.labels) if label == IGNORE]
+            context = [token for token, label in zip(piece.ids, piece.labels) if label == IGNORED]
             assert list(piece.ids) == context + counted
         titles = ", ".join(TITLES[i] for i in history[-3:])
         (text,) = item.pieces
@@ -85,7 +85,7 @@ def test_a_slot_stands_after_its_title():
 def test_a_prompt_that_is_too_long_loses_its_beginning_and_no_place_moves():
     cut = tree([1, 2, 3, 4], [[5, 6], [7]], 5, [9, -1, 8, -1])
     assert cut.ids == (2, 3, 4, 5, 6, 7) and cut.items == (-1, 8, -1, -1, -1, -1) and cut.shared == 3
-    assert stem(cut, 1).ids == (2, 3, 4, 7) and stem(cut, 1).labels == (IGNORE, IGNORE, IGNORE, 7)
+    assert stem(cut, 1).ids == (2, 3, 4, 7) and stem(cut, 1).labels == (IGNORED, IGNORED, IGNORED, 7)
     assert stem(cut, 0).items == (-1, 8, -1, -1, -1)
     with pytest.raises(UserError, match="length 2: no room for a prompt before an answer of 2 tokens"):
         tree([1], [[5, 6], [7]], 2)
@@ -119,11 +119,11 @@ def test_a_tree_gives_what_each_answer_gives_alone(kind, first, form):
     net, rec_task = LmNet(lm, small_hybrid(), first).eval(), task()
     items = encoded(rec_task)
     items = [item.hybrid for item in items] if form == "hybrid" else items
-    records = rec_task.score(net, gather(items), items)
+    records = rec_task.score(net, gather_items(items), items)
     states = net.lower_states([item.pieces[0] for item in items])
     for item, state in zip(items, states):
         item.lower = [state]
-    cached = rec_task.score(net, gather(items), items) if first else records
+    cached = rec_task.score(net, gather_items(items), items) if first else records
     for record, other, item in zip(records, cached, items):
         nats = []
         for number in range(4):  # one sequence for each answer, one forward pass for each, no padding
@@ -151,14 +151,14 @@ def test_normalised_scores():
     for how in ("none", "token", "character"):
         rec_task = task(normalise=how, items=False)
         items = encoded(rec_task)
-        log_p[how] = rec_task.score(net, gather(items), items)[0]["log_p"]
+        log_p[how] = rec_task.score(net, gather_items(items), items)[0]["log_p"]
         sizes = {
             "none": [1] * 4,
             "token": [len(tokenizer()(f" {t}\n")["input_ids"]) for t in items[0].listed.titles],
             "character": [len(t) for t in items[0].listed.titles],
         }[how]
         with torch.no_grad():
-            nats = net.branch_nll(gather(items))[0][0].double()
+            nats = net.branch_nll(gather_items(items))[0][0].double()
         assert log_p[how] == pytest.approx((-nats / torch.tensor(sizes)).log_softmax(0).tolist(), abs=1e-6)
     assert log_p["none"] != log_p["token"] != log_p["character"]
 
@@ -174,20 +174,22 @@ def test_the_first_choice_can_be_learnt():
     items, questions = rec_task.training(encoded(rec_task)), encoded(rec_task)
     optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], 1e-2)
     for _ in range(40):
-        loss = rec_task.loss(net.train(), gather(items))["loss"]
+        loss = rec_task.loss(net.train(), gather_items(items))["loss"]
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     shown = rec_task.shown(net.eval(), questions)
     with torch.no_grad():
-        assert rec_task.measures(rec_task.score(net, gather(shown), shown))["HitRatio@1"].score == 1
+        assert rec_task.measures(rec_task.score(net, gather_items(shown), shown))["HitRatio@1"].score == 1
         text = written.shown(net, encoded(written))
-        records = written.score(net, gather(text), text)
+        records = written.score(net, gather_items(text), text)
     assert [record["text"].split("\n")[0] for record in records] == [f" {TITLES[t]}" for _, t in ROWS]
     assert {name: m.score for name, m in written.measures(records).items()} == dict.fromkeys(
         ("HitRatio@1", "ValidRatio", "HitRatio@1 by substring", "ValidRatio by substring"), 1.0
     )
-    alone = [written.score(net, gather([item]), [item])[0] for item in text]  # padding on the left changes nothing
+    alone = [
+        written.score(net, gather_items([item]), [item])[0] for item in text
+    ]  # padding on the left changes nothing
     assert [record["text"].split("\n")[0] for record in alone] == [record["text"].split("\n")[0] for record in records]
 
 
@@ -243,7 +245,7 @@ def test_i10_a_training_step_leaves_the_recommender_as_it_was():
     before = {name: value.clone() for name, value in net.head.recommender.state_dict().items()}
     net.train()
     assert net.head.projector.training and not any(module.training for module in net.head.recommender.modules())
-    batch = gather(rec_task.training(encoded(rec_task)))
+    batch = gather_items(rec_task.training(encoded(rec_task)))
     optimizer = torch.optim.AdamW([p for p in net.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
     trained = {name for name, p in net.named_parameters() if p.requires_grad}
     assert trained and not any("recommender" in name for name in trained)
@@ -261,7 +263,7 @@ def test_i10_a_training_step_leaves_the_recommender_as_it_was():
 def test_a_text_batch_does_not_move_the_projector():
     net, rec_task = gated(), task()
     net.head.projector.requires_grad_(True)
-    rec_task.loss(net, gather(rec_task.training(encoded(rec_task))))["loss"].backward()
+    rec_task.loss(net, gather_items(rec_task.training(encoded(rec_task))))["loss"].backward()
     assert all(p.grad is None for p in net.head.projector.parameters())
     assert gate_of(net.lm).network.weight.grad.abs().sum() > 0
 
@@ -269,7 +271,7 @@ def test_a_text_batch_does_not_move_the_projector():
 def test_gates_come_from_the_users_history():
     net, rec_task = gated(), task()
     items = rec_task.training(encoded(rec_task))
-    batch = gather(items)
+    batch = gather_items(items)
     gates = net.head.gates(net.lm, batch)
     users = net.head.recommender(pad_histories([h[-3:] for h, _ in ROWS]))
     assert torch.allclose(gates, gate_of(net.lm)(users)) and (gates[0] - gates[1]).abs().max() > 1e-3
@@ -291,14 +293,14 @@ def test_one_gate_for_all_tokens_also_where_answers_are_written():
     host = net.lm.model.layers[1].self_attn.q_proj
     plain = host.gate
     host.gate = lambda x: gates.append(plain(x)) or gates[-1]
-    records = rec_task.score(net, gather(items), items)
+    records = rec_task.score(net, gather_items(items), items)
     assert len(records) == 3 and len(gates) > 1 and all(torch.equal(gate, gates[0]) for gate in gates)
 
 
 def test_controls_do_not_depend_on_the_user():
     others = torch.randn(97, 8, generator=torch.Generator().manual_seed(0))
     rec_task = task()
-    batch = gather(encoded(rec_task))
+    batch = gather_items(encoded(rec_task))
     other = {**batch, "history": batch["history"].flip(0)}
     for net in (gated(gate=None, gates="random"), gated(gates="shuffled-user", others=others)):
         gates = net.head.gates(net.lm, batch)
@@ -315,7 +317,7 @@ def test_controls_do_not_depend_on_the_user():
 def test_gates_of_a_group_follow_the_users_and_not_the_row():
     others = small_hybrid().recommender(torch.tensor([[a, b, -1] for a in range(4, 7) for b in range(8)]))
     net = gated(gate=None, gates="group", others=others)
-    batch = gather(encoded(task(), [([a, b], 5) for a in range(4) for b in range(6, 12)]))
+    batch = gather_items(encoded(task(), [([a, b], 5) for a in range(4) for b in range(6, 12)]))
     gates = net.head.gates(net.lm, batch)
     assert torch.equal(gates, net.head.gates(net.lm, {**batch, "key": batch["key"].flip(0)}))
     assert torch.equal(net.head.gates(net.lm, {**batch, "history": batch["history"].flip(0)}), gates.flip(0))

@@ -25,13 +25,13 @@ from vismt.llm.tasks.base import (
     LmObjective,
     answer_tokens,
     choices,
-    gather,
+    gather_items,
     in_form,
     probability_measures,
 )
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised, prompts_of
-from vismt.llm.tasks.pieces import IGNORE, Piece, collate_pieces, pack, piece, stem, windows
+from vismt.llm.tasks.pieces import IGNORED, Piece, collate_pieces, pack, piece, stem, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.last_layers import LinearAnswerHead, log_predictive, make_head
@@ -42,7 +42,7 @@ PIECES = [piece([5, 6, 7], [8, 9], 20), piece([10], [11, 12, 13, 14, 15], 20), p
 
 
 def texts_of(task, net, items):
-    return [record["text"] for record in task.score(net, gather(items), items)]
+    return [record["text"] for record in task.score(net, gather_items(items), items)]
 
 
 SENTIMENT = {"answers": {"0": " negative", "1": " positive"}}
@@ -57,7 +57,7 @@ def naive(lm, part: Piece) -> list[float]:
     """Return -log p of each counted token, with one forward pass per token and without padding or packing."""
     nats = []
     for position in range(1, len(part.ids)):
-        if part.labels[position] != IGNORE:
+        if part.labels[position] != IGNORED:
             with torch.no_grad():
                 logits = lm(input_ids=torch.tensor([part.ids[:position]])).logits[0, -1].double()
             nats.append(-float(logits.log_softmax(0)[part.ids[position]]))
@@ -72,21 +72,21 @@ def test_the_answer_alone_is_counted():
     task = make_text_task("causal", "Question: {question}\nAnswer:", {"answer": " {answer}", "length": 64})
     item = task.encode("a", {"question": "what is one", "answer": "two plus three"}, words)
     (part,) = item.pieces
-    counted = [token for token, label in zip(part.ids, part.labels) if label != IGNORE]
+    counted = [token for token, label in zip(part.ids, part.labels) if label != IGNORED]
     assert words.decode(counted) == " two plus three</s>"
-    assert all(label in (IGNORE, token) for token, label in zip(part.ids, part.labels))
+    assert all(label in (IGNORED, token) for token, label in zip(part.ids, part.labels))
     assert (
-        words.decode([t for t, label in zip(part.ids, part.labels) if label == IGNORE])
+        words.decode([t for t, label in zip(part.ids, part.labels) if label == IGNORED])
         == "Question: what is one\nAnswer:"
     )
     with_bos = task.encode("a", {"question": "what is one", "answer": "two"}, tokenizer(bos=True)).pieces[0]
     # None before the answer.
-    assert with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORE
+    assert with_bos.ids[0] == 1 and with_bos.ids.count(1) == 1 and with_bos.labels[0] == IGNORED
 
 
 def test_too_long_rows_lose_the_beginning_of_the_prompt():
-    assert piece([1, 2, 3, 4], [5, 6], 4) == Piece((3, 4, 5, 6), (IGNORE, IGNORE, 5, 6))
-    assert piece([1, 2], [3, 4, 5, 6], 4) == Piece((2, 3, 4, 5), (IGNORE, 3, 4, 5))  # one token of context is left
+    assert piece([1, 2, 3, 4], [5, 6], 4) == Piece((3, 4, 5, 6), (IGNORED, IGNORED, 5, 6))
+    assert piece([1, 2], [3, 4, 5, 6], 4) == Piece((2, 3, 4, 5), (IGNORED, 3, 4, 5))  # one token of context is left
     assert piece([1, 2], [3], 4).counted == 1 and piece([], [3, 4], 4).counted == 1
 
 
@@ -95,7 +95,7 @@ def test_too_long_rows_lose_the_beginning_of_the_prompt():
 def test_windows_count_every_token_once(count, context):
     text = list(range(count))
     pieces = windows(context, text, 4)
-    counted = [label for part in pieces for label in part.labels[1:] if label != IGNORE]
+    counted = [label for part in pieces for label in part.labels[1:] if label != IGNORED]
     assert counted == (text if context else text[1:])  # without context nothing predicts the first
     assert all(1 <= len(part.ids) <= 4 for part in pieces) and all(a.ids[-1] == b.ids[0] for a, b in pairwise(pieces))
 
@@ -115,9 +115,9 @@ def test_of_long_texts_the_first_windows_can_be_taken():
 def test_packing_keeps_every_label_but_those_that_another_document_would_predict():
     (both,) = pack([piece([], [1, 2, 3], 9), piece([4], [5, 6], 9)], 9)
     assert both.ids == (1, 2, 3, 4, 5, 6) and both.documents == (0, 0, 0, 1, 1, 1)
-    assert both.labels == (IGNORE, 2, 3, IGNORE, 5, 6)
+    assert both.labels == (IGNORED, 2, 3, IGNORED, 5, 6)
     second = pack([piece([7], [8], 9), piece([], [1, 2, 3], 9)], 9)[0]
-    assert second.labels == (IGNORE, 8, IGNORE, 2, 3)  # token 1 is not predicted from 8
+    assert second.labels == (IGNORED, 8, IGNORED, 2, 3)  # token 1 is not predicted from 8
     assert [len(part.ids) for part in pack(PIECES, 11)] == [11, 5] and [len(part.ids) for part in pack(PIECES, 5)] == [
         5,
         6,
@@ -136,9 +136,9 @@ def test_a_chat_template_writes_the_turns_around_the_prompt():
     )
     item = chat_task().encode("a", {"text": "green", "more": " green"}, words)
     part = item.pieces[0]
-    context = [token for token, label in zip(part.ids, part.labels) if label == IGNORE]
+    context = [token for token, label in zip(part.ids, part.labels) if label == IGNORED]
     assert words.decode(context) == "<s>u green!</s><s>a"
-    assert [label for label in part.labels if label != IGNORE] == [
+    assert [label for label in part.labels if label != IGNORED] == [
         *words(" green", add_special_tokens=False)["input_ids"],
         words.eos_token_id,
     ]
@@ -156,7 +156,7 @@ def test_an_answer_in_a_chat_ends_as_the_template_ends_a_turn(turn, end, monkeyp
     words.chat_template = f"{{% for m in messages %}}{{{{ m.role[0] }}}} {turn}{{% endfor %}}{start}"
     task = task_of(LmTaskConfig(name="a", prompt="{text}", chat=True, options={"answer": " {text}"}))
     (part,) = task.encode("a", {"text": "green"}, words).pieces
-    counted = [label for label in part.labels if label != IGNORE]
+    counted = [label for label in part.labels if label != IGNORED]
     assert words.decode(counted) == f" green{end}"
     assert task.ask("a", {"text": "green \n\n"}, words) == task.ask("a", {"text": "green"}, words)
     stops: list[list[int]] = []
@@ -316,7 +316,7 @@ def test_log_likelihood_is_that_of_a_loop_over_tokens(lm, monkeypatch):
     assert tokens.tolist() == [2, 5, 1]
     for value, part in zip(nats.tolist(), PIECES):
         assert value == pytest.approx(sum(naive(lm, part)), rel=1e-4)
-    none = LmNet(lm).token_nll(collate_pieces([Piece((1, 2), (IGNORE, IGNORE))]))
+    none = LmNet(lm).token_nll(collate_pieces([Piece((1, 2), (IGNORED, IGNORED))]))
     assert none[0].tolist() == [0.0] and none[1].tolist() == [0]
 
 
@@ -385,7 +385,7 @@ def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
     net.head = make_head("linear", *net.answer_rows(tokens), 3, 0, {})
     texts = ["a bad film", "the very good plot was bright"]
     items = [task.encode(text, {"text": text, "label": "1"}, words) for text in texts]
-    records = task.score(net, gather(items), items)
+    records = task.score(net, gather_items(items), items)
     for record, text in zip(records, texts):
         with torch.no_grad():
             logits = lm(torch.tensor([words(f"Review: {text}\nSentiment:")["input_ids"]])).logits[0, -1, tokens]
@@ -393,7 +393,7 @@ def test_the_zero_shot_head_is_the_lm_restricted_to_the_answers(lm):
             record["log_p"] == pytest.approx(logits.double().log_softmax(0).tolist(), abs=1e-4) and record["label"] == 1
         )
     with torch.no_grad():
-        loss = task.loss(net, gather(items))["loss"]
+        loss = task.loss(net, gather_items(items))["loss"]
     assert float(loss) == pytest.approx(-sum(record["log_p"][1] for record in records) / 2, rel=1e-4)
 
 
@@ -408,7 +408,7 @@ def test_answers_are_scored_list_wise(lm, normalise):
     ]
     items = [task.encode(str(i), row, words) for i, row in enumerate(rows)]
     assert [len(item.pieces) for item in items] == [1, 1] and [item.label for item in items] == [1, 2]
-    records = task.score(net, gather(items), items)
+    records = task.score(net, gather_items(items), items)
     for record, item, row, count in zip(records, items, rows, (2, 3)):
         alone = [stem(item.pieces[0], answer) for answer in range(count)]
         assert len(record["log_p"]) == count
@@ -420,7 +420,7 @@ def test_answers_are_scored_list_wise(lm, normalise):
         scores = torch.tensor([-sum(naive(lm, part)) / size for part, size in zip(alone, sizes)], dtype=torch.float64)
         assert record["log_p"] == pytest.approx(scores.log_softmax(0).tolist(), abs=1e-3)
     embedding = net.lm.get_input_embeddings().weight.requires_grad_(True)
-    loss = task.loss(net, gather(items))["loss"]
+    loss = task.loss(net, gather_items(items))["loss"]
     # The choice that the first row lacks does not divide by zero.
     assert torch.autograd.grad(loss, embedding)[0].isfinite().all()
     embedding.requires_grad_(False)
@@ -449,7 +449,7 @@ def test_perplexity_does_not_depend_on_the_batch(batch):
     texts = ["a bad film", "the plot was very dull and the film was bad and dull", "the sky is blue", "green grass"]
     items = [task.encode(text, {"text": text}, words) for text in texts]
     chunks = [items[i : i + batch] for i in range(0, len(items), batch)]
-    records = [record for chunk in chunks for record in task.score(LmNet(lm), gather(chunk), chunk)]
+    records = [record for chunk in chunks for record in task.score(LmNet(lm), gather_items(chunk), chunk)]
     each = [naive(lm, part) for item in items for part in item.pieces]
     tokens = [len(words(text)["input_ids"]) - 1 for text in texts]
     assert [record["tokens"] for record in records] == tokens and sum(map(len, each)) == sum(tokens)
@@ -544,7 +544,7 @@ def test_cached_lower_blocks_give_the_same_loss_and_gradient(kind):
             for item, state in zip(items, states):
                 item.lower = [state]
         inner.register_forward_hook(lambda *_, calls=calls: calls.append(1))
-        nats, _ = net.token_nll(gather(items))
+        nats, _ = net.token_nll(gather_items(items))
         nats.sum().backward()
         assert bool(calls) != cached  # the lower blocks did not run
         results.append((nats.detach(), {name: p.grad for name, p in lm.named_parameters() if p.grad is not None}))
@@ -602,7 +602,7 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
 
     def step(target, optimizer):
         before = {name: p.detach().clone() for name, p in target.net.named_parameters()}
-        losses = target(gather(items))
+        losses = target(gather_items(items))
         moved = {name for name, p in target.net.named_parameters() if not torch.equal(p, before[name])}
         assert moved == {
             "head.mean",
@@ -628,7 +628,7 @@ def test_alternating_moves_the_posterior_apart_from_the_lm_and_saves_its_moments
     states = [target.state_dict() for target in (straight, resumed)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0]) and float(states[0]["step0"]) == 4
     net = resumed.net.requires_grad_(False)
-    features = net.features(gather(items))
+    features = net.features(gather_items(items))
     assert log_predictive(net.head, features).exp().sum(1).tolist() == pytest.approx([1, 1])
     with pytest.raises(UserError, match=r"set head.name to vbll"):
         AlternatingObjective(LmNet(tiny_lm(), LinearAnswerHead(torch.zeros(2, 32))), task, 1e-3, 1e-2, 1)
@@ -718,8 +718,8 @@ def test_a_step_of_several_batches_is_that_of_one_with_their_rows(kind, tmp_path
     rows = [{"q": "sky", "a": "blue sky"}, {"q": "grass is", "a": " ".join(["very green"] * 20)}]
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
     assert [item.pieces[0].counted for item in items] == [2, 40]
-    one = step_of(task, [gather(items)], tmp_path / "one")
-    several = step_of(task, [gather([item]) for item in items], tmp_path / "two", accumulate=2)
+    one = step_of(task, [gather_items(items)], tmp_path / "one")
+    several = step_of(task, [gather_items([item]) for item in items], tmp_path / "two", accumulate=2)
     assert (one - several).abs().max() < 1e-4 * one.abs().max()
     logged = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("one", "two")]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
@@ -731,7 +731,7 @@ def test_an_objective_gives_the_loss_of_its_task():
     rows = [{"q": "sky", "a": "blue"}, {"q": "grass is", "a": "very green"}]
     items = [task.encode(row["q"], row, tokenizer()) for row in rows]
     each = [naive(lm, item.pieces[0]) for item in items]
-    loss = LmObjective(LmNet(lm), task)(gather(items))["loss"]
+    loss = LmObjective(LmNet(lm), task)(gather_items(items))["loss"]
     # A mean over tokens, not rows.
     assert float(loss) == pytest.approx(sum(map(sum, each)) / sum(map(len, each)), rel=1e-4)
     packed = task.training(items)

@@ -22,8 +22,8 @@ from vismt.lowrank import combine
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.testing.method_contract import (
     Case,
-    Check,
-    check_files,
+    _Check,
+    check_adapter_files,
     check_gradient,
     check_merge,
     check_start,
@@ -100,9 +100,9 @@ def test_a_model_without_the_named_kind_names_the_other_set() -> None:
         vismt.adapt(net(), "lora", "all-conv", exclude=["stem", "last"])
 
 
-@pytest.mark.parametrize("check", [check_start, check_gradient, check_merge, check_unadapt, check_files])
+@pytest.mark.parametrize("check", [check_start, check_gradient, check_merge, check_unadapt, check_adapter_files])
 @pytest.mark.parametrize("method", ["lora", "pissa", "polar", "amt", "corda", "ilora"])
-def test_contract(method: str, check: Check) -> None:
+def test_contract(method: str, check: _Check) -> None:
     options: dict[str, Any] = {"ilora": {"n_experts": 2, "gate": None}}.get(method, {})
     if method == "corda":
         options["covariances"] = collect_covariance(net(), [pixels()], "all-linear+conv")

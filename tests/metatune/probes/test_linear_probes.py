@@ -11,8 +11,8 @@ from vismt.metatune import EpisodeSampler, LogisticProbe, ProtoNet, RidgeProbe, 
 from vismt.metatune.finetuning.finetune import FineTuned, FineTuneSettings
 from vismt.metatune.functional import WithWeights
 from vismt.metatune.probes.linear import (
-    DEFAULT,
-    SCALE,
+    DEFAULT_STRENGTH,
+    RIDGE_SCALE,
     STRENGTHS,
     C,
     choose_strength,
@@ -67,7 +67,7 @@ def test_the_dual_solution_is_the_primal_one(d, monkeypatch):
     u = centred(rows(d=d), weights)
     W, b = RidgeProbe(None).fit(u, LABELS, weights)
     other = rows(7, d, seed=1)
-    assert torch.allclose(other @ W.T + b, SCALE * primal(u, LABELS, weights, 0.7)(other), atol=1e-9)
+    assert torch.allclose(other @ W.T + b, RIDGE_SCALE * primal(u, LABELS, weights, 0.7)(other), atol=1e-9)
 
 
 def test_the_strength_follows_the_noise_and_one_shot_takes_the_default():
@@ -79,7 +79,7 @@ def test_the_strength_follows_the_noise_and_one_shot_takes_the_default():
     chosen = [choose_strength(u * (32 / u.square().sum()).sqrt(), targets, labels, weights) for u in (clear, noise)]
     assert chosen == [STRENGTHS[0], STRENGTHS[-1]]
     single = torch.arange(4)
-    assert choose_strength(clear[:4], targets[:4], single, torch.ones(4).double()) == DEFAULT
+    assert choose_strength(clear[:4], targets[:4], single, torch.ones(4).double()) == DEFAULT_STRENGTH
     # An image that is alone in its class is left out of the sum: its residual grows without bound, and nothing changes.
     mixed = torch.cat([labels, torch.tensor([4])])
     far = torch.cat([clear, 1e3 * torch.ones(1, 20, dtype=torch.float64)])
@@ -119,7 +119,7 @@ def test_classes_weigh_the_same_and_features_size_and_offset_of_direction_do_not
     assert torch.allclose(moved[0][order], weight, atol=1e-5)
     # Half of the images are of class 0, and still the answers hold a third of it.
     logits = F.linear(F.normalize(features, dim=1), weight, bias)
-    shares = logits.softmax(1) if probe is LogisticProbe else logits / SCALE
+    shares = logits.softmax(1) if probe is LogisticProbe else logits / RIDGE_SCALE
     assert torch.allclose(class_weights(LABELS, 3) @ shares / 10, torch.full((3,), 1 / 3).double(), atol=1e-6)
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 from vismt.base.errors import UserError, near
 from vismt.config.typed import RelativePath, within
 from vismt.data.copies import digest_files, fix, read_text, shown_path, verify_counts
-from vismt.data.decode import SUFFIXES
+from vismt.data.decode import IMAGE_SUFFIXES
 from vismt.data.formats.pascal_context import PARTS
 from vismt.data.image_set import readable_names
 from vismt.data.maps.dense_maps import MAP_FORMS, MapSettings, read_maps
@@ -18,7 +18,7 @@ from vismt.data.maps.dense_sample import IGNORE, MAPS
 from vismt.data.maps.dense_set import DenseSet, DenseSource, check_camera
 from vismt.data.source_types import Card, Files, RootedSource, file_groups, source_kind
 
-READABLE = SUFFIXES | {".npy", ".mat"}
+READABLE = IMAGE_SUFFIXES | {".npy", ".mat"}
 PLACEHOLDERS = ("split", "group", "id")
 DERIVED = {"normals": ("depth",), "edge": ("semseg", "depth")}  # target -> what it can be computed from
 

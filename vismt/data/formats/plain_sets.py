@@ -10,7 +10,7 @@ from typing import Any
 from vismt.base.errors import UserError
 from vismt.data.decode import is_image_name
 from vismt.data.set_entries import DELIMITERS
-from vismt.data.source_types import KINDS, Card, DataSource
+from vismt.data.source_types import DATA_KINDS, Card, DataSource
 from vismt.storage.paths import regular_file
 
 # Names of folders that are splits, not classes.
@@ -53,7 +53,7 @@ def _of_folder(path: Path) -> list[DataSource]:
 
 def _source(kind: str, **values: object) -> DataSource:
     """Return a source of a kind. Its file is imported now, because it may need cards itself."""
-    make: Any = KINDS[kind]
+    make: Any = DATA_KINDS[kind]
     return make(**values)
 
 

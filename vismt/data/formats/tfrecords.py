@@ -21,7 +21,7 @@ from vismt.base.errors import UserError
 from vismt.data.copies import shown_path
 
 _HEAD, FOOT = struct.Struct("<QI"), struct.Struct("<I")
-Value = list[bytes] | list[int]
+_Value = list[bytes] | list[int]
 
 
 def scan(path: Path) -> array[int]:
@@ -44,7 +44,7 @@ def scan(path: Path) -> array[int]:
     return positions
 
 
-def read_example(path: Path, position: int, number: int) -> dict[str, Value]:
+def read_example(path: Path, position: int, number: int) -> dict[str, _Value]:
     """Return the features of the record at `position`, the bytes or whole numbers of each. `number` is for errors."""
     try:
         with path.open("rb") as file:

@@ -6,9 +6,17 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 
 from vismt.base.errors import UserError
-from vismt.engine.study import ALONE, resolve_arms
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, HEADS, MERGED, PROTOTYPES, ExpertConfig, FewShotConfig
-from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec, PlannedExpert, level_text, plan_experts
+from vismt.engine.study import ALONE, FROZEN, resolve_arms
+from vismt.jobs.fewshot.config import (
+    DEFAULT_MERGED,
+    EXPERT,
+    MERGED,
+    PROTOTYPES,
+    TASK_HEADS,
+    ExpertConfig,
+    FewShotConfig,
+)
+from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt.selection_rules import COMBINED
 from vismt.metatune.settings import AdversaryForm
 from vismt.robustness.attacks.attacks import radius_text
@@ -36,8 +44,8 @@ def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
             for name, arm in resolve_arms(config).items()
         }
     planned = planned_experts(config)
-    if config.pool.clean and CLEAN not in planned:
-        planned = {CLEAN: PlannedExpert(tuple(config.source.data), None), **planned}
+    if config.pool.clean and CLEAN_EXPERT not in planned:
+        planned = {CLEAN_EXPERT: PlannedExpert(tuple(config.source.data), None), **planned}
     return {label: _expert_config(config, expert) for label, expert in planned.items()}
 
 
@@ -74,7 +82,7 @@ def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
 
 def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
     """Return the arms that are experts of the pool, which are all but the reference "clean"."""
-    return [arm for arm in arms if arm != CLEAN or CLEAN in planned_experts(config)]
+    return [arm for arm in arms if arm != CLEAN_EXPERT or CLEAN_EXPERT in planned_experts(config)]
 
 
 def strategy_of(config: FewShotConfig, stem: str) -> str:
@@ -82,7 +90,7 @@ def strategy_of(config: FewShotConfig, stem: str) -> str:
     if stem.startswith(EXPERT):
         return "expert"
     rule = stem.removeprefix(f"{MERGED}:")
-    if stem in (MERGED, DEFAULT) and config.pool is not None:
+    if stem in (MERGED, DEFAULT_MERGED) and config.pool is not None:
         rule = config.pool.select
     return rule
 
@@ -114,7 +122,7 @@ def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
 def split_head(model: str) -> tuple[str, str]:
     """Return the stem of a model's name and its head, "" for prototypes."""
     stem, _, head = model.rpartition("+")
-    return (stem, head) if head in HEADS else (model, "")
+    return (stem, head) if head in TASK_HEADS else (model, "")
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:

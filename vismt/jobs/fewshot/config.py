@@ -8,10 +8,10 @@ from typing import Annotated
 from vismt.base.errors import UserError
 from vismt.config.sections import HASH_DEFAULT, Episodes, ModelConfig, OnBadSample, Seed
 from vismt.config.typed import Names, within
-from vismt.engine.study import ALONE, StudyConfig
+from vismt.engine.study import ALONE, FROZEN, StudyConfig
 from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.calibration import ImageCalibrationConfig
-from vismt.jobs.fewshot.pool_experts import CLEAN, ExpertSpec
+from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
@@ -20,15 +20,23 @@ from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
-FROZEN = "frozen"
 EXPERT = "expert:"
 MERGED = "merged"
-DEFAULT = "merged:default"
+DEFAULT_MERGED = "merged:default"
 SINGLE = (FROZEN, ALONE)
-POOLED = (FROZEN, CLEAN, MERGED, DEFAULT, *(f"{MERGED}:{rule}" for rule in SELECT), "average", "logits", "min_ce")
+POOLED = (
+    FROZEN,
+    CLEAN_EXPERT,
+    MERGED,
+    DEFAULT_MERGED,
+    *(f"{MERGED}:{rule}" for rule in SELECT),
+    "average",
+    "logits",
+    "min_ce",
+)
 _LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
 # The model "STEM+HEAD" has one of these in place of the prototypes of "STEM".
-HEADS = ("finetune", "ridge", "logistic", "vbll", "laplace")
+TASK_HEADS = ("finetune", "ridge", "logistic", "vbll", "laplace")
 PROTOTYPES = "prototypes"
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
 
@@ -97,7 +105,7 @@ class FewShotHeadConfig:
         options: further arguments of vbll (vismt.uncertainty.vbll).
     """
 
-    name: Annotated[str, Names((PROTOTYPES, *HEADS), only=True)] = PROTOTYPES
+    name: Annotated[str, Names((PROTOTYPES, *TASK_HEADS), only=True)] = PROTOTYPES
     options: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -7,12 +7,20 @@ from dataclasses import replace
 
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
-from vismt.engine.study import ALONE, check_arms, validates
+from vismt.engine.study import ALONE, FROZEN, check_arms, validates
 from vismt.evaluation.sections import check_other_sets
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
-from vismt.jobs.fewshot.config import DEFAULT, EXPERT, FROZEN, POOLED, PROTOTYPES, SINGLE, ExpertConfig, FewShotConfig
-from vismt.jobs.fewshot.pool_experts import CLEAN
+from vismt.jobs.fewshot.config import (
+    DEFAULT_MERGED,
+    EXPERT,
+    POOLED,
+    PROTOTYPES,
+    SINGLE,
+    ExpertConfig,
+    FewShotConfig,
+)
+from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT
 from vismt.robustness.conditions import check_conditions
 
 
@@ -171,7 +179,7 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
 def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
     pool = config.pool
     stem, head = split_head(model)
-    if stem == DEFAULT and config.select is None:
+    if stem == DEFAULT_MERGED and config.select is None:
         raise UserError(f"{where}: 'merged:default' equals 'merged' without a select section; write 'merged'.")
     if stem == "logits" and head:
         raise UserError(f"{where}: '{model}': an average of logits has no weights to tune; take 'merged+{head}'.")
@@ -179,7 +187,11 @@ def _check_model(config: FewShotConfig, where: str, model: str, known: list[str]
         raise UserError(f"{where}: '{model}': the classifier of an inner loop has no prototypes; take '{stem}'.")
     if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
         raise UserError(f"{where}: '{model}'.{near(stem, known)}")
-    if stem == CLEAN and pool is not None and not (trains and (pool.clean or CLEAN in planned_experts(config))):
+    if (
+        stem == CLEAN_EXPERT
+        and pool is not None
+        and not (trains and (pool.clean or CLEAN_EXPERT in planned_experts(config)))
+    ):
         raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
 
 

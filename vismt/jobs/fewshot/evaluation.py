@@ -55,7 +55,7 @@ _ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a p
 
 
 @dataclass(frozen=True)
-class Temperature:
+class FittedTemperature:
     """What was fitted for a model on n queries of validation episodes."""
 
     temperature: float
@@ -238,7 +238,7 @@ def temperature(folder: Path, models: Models, arm: str) -> float:
     select = models.config.selection
     samplers = {name: models.data.validation_sampler(name) for name in select.data}
 
-    def fit() -> Temperature:
+    def fit() -> FittedTemperature:
         pairs = [
             pair
             for name, sampler in samplers.items()
@@ -254,7 +254,7 @@ def temperature(folder: Path, models: Models, arm: str) -> float:
         logits = torch.cat([F.pad(part.double(), (0, ways - part.shape[1]), value=_ABSENT) for part, _ in pairs])
         labels = torch.cat([part for _, part in pairs])
         # Rounded, because it is part of the records' settings, and another machine has to fit the same value.
-        return Temperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
+        return FittedTemperature(float(f"{fit_temperature(logits, labels):.6g}"), len(labels))
 
     episodes = {name: [select.episodes, sampler.describe()] for name, sampler in samplers.items()}
     text = json.dumps([models.fingerprint(arm), episodes], sort_keys=True)
@@ -262,7 +262,7 @@ def temperature(folder: Path, models: Models, arm: str) -> float:
     stem = record_stem("temperature", "all", arm)
     path = folder / "episodes" / f"seed-{models.seed}" / f"{stem}.json"
     examples = joint_content(models.data.open(name) for name in samplers)
-    return fitted_once(path, Temperature, fingerprint, fit, examples=examples).temperature
+    return fitted_once(path, FittedTemperature, fingerprint, fit, examples=examples).temperature
 
 
 def episodes_file(folder: Path, seed: int, data: str, protocol: str, arm: str) -> Path:

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from vismt.base.errors import UserError
-from vismt.jobs.init_files import OWN_CARD, Files, Init, config, images_card
+from vismt.jobs.init_files import OWN_CARD, Init, InitFiles, config, images_card
 
 
-def _files(job: str, folder: Path, images: Path | None) -> Files:
+def _files(job: str, folder: Path, images: Path | None) -> InitFiles:
     if images is None:
         return _config(job, "handwritten digits", "digits", ways=5, shots="1, 5", queries=5)
     opened, name, files = images_card(folder, images)
@@ -24,7 +24,7 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     return files | _config(job, name, OWN_CARD, ways=min(5, len(counts)), shots=shots, queries=queries)
 
 
-def _config(job: str, about: str, data: str, **sizes: Any) -> Files:
+def _config(job: str, about: str, data: str, **sizes: Any) -> InitFiles:
     return config(job, about=about, title=f"Few-shot, {about}", data=data, source="photo_crops", **sizes)
 
 

@@ -18,7 +18,7 @@ from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
 from vismt.engine import runtime
 from vismt.engine.stream import Batches
-from vismt.engine.study import Study, Training
+from vismt.engine.study import FROZEN, Study, Training
 from vismt.engine.training_files import ADAPTER
 from vismt.evaluation.sections import asked_features, outside_entries
 from vismt.jobs.calibration import Calibrations
@@ -31,7 +31,7 @@ from vismt.jobs.fewshot.arms import (
     trained_on,
     untrained_arms,
 )
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, ExpertConfig, FewShotConfig
+from vismt.jobs.fewshot.config import CLEAN_EXPERT, EXPERT, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
 from vismt.jobs.fewshot.evaluation import Evaluation
@@ -56,7 +56,7 @@ from vismt.storage.files import JsonObject, atomic_write
 from vismt.storage.lines import write_lines
 from vismt.uncertainty.intervals import Score
 
-Net = ProtoNet | MamlNet
+EpisodeNet = ProtoNet | MamlNet
 _AVERAGE = "average"
 _FIRST = 10  # images of a class, whose mean starts its vector
 
@@ -121,7 +121,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         given = object_named(config.model.name)
         return timm_models.skeleton(config.model.name, config.model.img_size) if given is None else given
 
-    def fresh(self, config: FewShotConfig) -> Net:
+    def fresh(self, config: FewShotConfig) -> EpisodeNet:
         """Return the net of an arm, with untrained factors if the configuration has any."""
         backbone = self.data.backbone()
         if config.adapt is not None:
@@ -139,7 +139,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         if self.config.pool is None:  # the experts of a pool are built alike
             super().check_arm(config)
 
-    def prepared(self, config: FewShotConfig) -> tuple[Net, str, list[Tensor]]:
+    def prepared(self, config: FewShotConfig) -> tuple[EpisodeNet, str, list[Tensor]]:
         if config.adapt is None:
             raise UserError(
                 "adapt: trains nothing; an arm of a few-shot run needs a method that trains the backbone. A linear probe is "
@@ -155,11 +155,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
                 ) from error
         return net, config.adapt.method, []
 
-    def stock(self, net: Net) -> nn.Module:
+    def stock(self, net: EpisodeNet) -> nn.Module:
         return net.get_submodule("learner.backbone.vit" if isinstance(net, MamlNet) else "backbone.vit")
 
     def objective(
-        self, config: FewShotConfig, net: Net, balanced: Sequence[Tensor]
+        self, config: FewShotConfig, net: EpisodeNet, balanced: Sequence[Tensor]
     ) -> EpisodeObjective | AdversarialObjective:
         if isinstance(net, ProtoNet) and config.source.labels == "set":
             pixels, device = self.data.open(config.source.data[0]), runtime.net_device()
@@ -182,7 +182,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def batches(self, config: FewShotConfig) -> Batches:
         return self.data.batches(config)
 
-    def save(self, net: Net, config: FewShotConfig, folder: Path) -> None:
+    def save(self, net: EpisodeNet, config: FewShotConfig, folder: Path) -> None:
         tensors = {name: value.detach().cpu().contiguous() for name, value in net.own_tensors().items()}
         atomic_write(folder / OWN_FILE, safetensors.torch.save(tensors))
 
@@ -227,7 +227,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def _evaluation(self, name: str) -> Evaluation:
         return Evaluation(self.folder, self._data(name))
 
-    def loaded(self, training: Training) -> Net:
+    def loaded(self, training: Training) -> EpisodeNet:
         return self.models(training.seed).trained(training, merged=False)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
@@ -379,7 +379,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
         features: JsonObject = {"block": self.config.model.block, "pool": self.config.model.pool}
         name, arm = split_head(arm or "")[0].partition(":")[0], self._arm_of(arm)
-        if self.config.pool is not None and not (name == CLEAN and CLEAN in self.study.arms):
+        if self.config.pool is not None and not (name == CLEAN_EXPERT and CLEAN_EXPERT in self.study.arms):
             features["scale"] = self._averaged_pool(arm).scale
             return {"features": features}
         training = self.study.find(arm)  # clean meta-tuning has a scale of its own

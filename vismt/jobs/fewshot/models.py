@@ -12,15 +12,15 @@ from vismt.base.seeds import digest
 from vismt.config.sections import RESOLVED
 from vismt.config.yaml_text import read_yaml
 from vismt.engine import runtime, training_files
-from vismt.engine.study import ALONE, ARMS, CHOSEN, Study, Training, chosen_trainings
+from vismt.engine.study import ALONE, ARMS, CHOSEN, FROZEN, Study, Training, chosen_trainings
 from vismt.engine.training_files import ADAPTER, DONE, check_files
 from vismt.jobs.fewshot.arms import split_head, strategy_of, untrained_arms
-from vismt.jobs.fewshot.config import CLEAN, EXPERT, FROZEN, MERGED, FewShotConfig
+from vismt.jobs.fewshot.config import CLEAN_EXPERT, EXPERT, MERGED, FewShotConfig
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors
 from vismt.lowrank.model.merge import merge
 from vismt.metatune.amt.merging import PoolNet
-from vismt.metatune.amt.pool import INDEX, Expert, ExpertPool, read_pool
+from vismt.metatune.amt.pool import POOL_FILE, Expert, ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
@@ -76,7 +76,7 @@ class Models:
                 net = self.task(stem)
                 options = self.config.head.options if head == self.config.head.name else {}
                 model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
-            elif self.config.pool is None or stem in (FROZEN, CLEAN):
+            elif self.config.pool is None or stem in (FROZEN, CLEAN_EXPERT):
                 model = self._single(stem)
             else:
                 expert = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
@@ -159,15 +159,15 @@ def read_scale(folder: Path) -> float:
 
 def find_experts(folder: Path) -> list[Expert]:
     """Return the trained experts in a run folder (its lowest seed), a pool folder, a training's folder or an adapter folder."""
-    if (folder / INDEX).exists():
+    if (folder / POOL_FILE).exists():
         return read_pool(folder)
     arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
-    pooled = {expert.label for index in folder.glob(f"pool/*/{INDEX}") for expert in read_pool(index.parent)}
+    pooled = {expert.label for index in folder.glob(f"pool/*/{POOL_FILE}") for expert in read_pool(index.parent)}
     resolved = folder / RESOLVED
     of_arms = resolved.is_file() and read_yaml(resolved, f"run '{folder}'").get("pool") is None
     experts = []
     for arm in arms:
-        if arm.name == CLEAN and not of_arms and CLEAN not in pooled:
+        if arm.name == CLEAN_EXPERT and not of_arms and CLEAN_EXPERT not in pooled:
             continue  # the reference beside the pool
         finished = {seed: path for seed, path in chosen_trainings(folder, arm.name).items() if (path / DONE).exists()}
         if finished:

@@ -14,8 +14,8 @@ from vismt.config.typed import Names, plain_name
 from vismt.data.set_entries import shown_name
 from vismt.metatune.settings import CORRUPTION, GAUSSIAN, THREATS, Adversary, AdversaryForm
 
-CLEAN = "clean"
-_NORMS = (*THREATS, CLEAN)
+CLEAN_EXPERT = "clean"
+_NORMS = (*THREATS, CLEAN_EXPERT)
 _SEVERITIES = [1.0, 2.0, 3.0, 4.0, 5.0]
 
 
@@ -40,7 +40,7 @@ class ExpertSpec:
     def levels(self, where: str) -> list[float]:
         """Return the values of the level, [] for a clean expert. where: Key in errors."""
         require_known(f"{where}.norm:", [self.norm], _NORMS)
-        if self.norm == CLEAN:
+        if self.norm == CLEAN_EXPERT:
             if self.level is not None:
                 raise UserError(f"{where}: level {self.level} with norm clean, which has no attack; leave level out.")
             return []
@@ -61,8 +61,8 @@ class ExpertSpec:
 
     def default_label(self, sources: Sequence[str], levels: Sequence[float]) -> str:
         """Return "source-norm-level", "clean" for a clean expert of source.data."""
-        if self.norm == CLEAN and self.source is None:
-            return CLEAN
+        if self.norm == CLEAN_EXPERT and self.source is None:
+            return CLEAN_EXPERT
         level = "" if self.level is None else level_text(levels)
         ending = f"{self.norm}-{level}" if self.norm == "l2" else f"{self.norm}{level}"
         return f"{'+'.join(map(shown_name, sources))}-{ending}"
@@ -101,11 +101,11 @@ def plan_experts(
         sources = (spec.source,) if isinstance(spec.source, str) else tuple(spec.source or default)
         unit = 1 if spec.norm == CORRUPTION else 255
         adversary = None
-        if spec.norm != CLEAN:
+        if spec.norm != CLEAN_EXPERT:
             adversary = Adversary(**asdict(form), norm=spec.norm, epsilons=tuple(value / unit for value in levels))
         label = spec.label or spec.default_label(sources, levels)
         plain_name(label, f"{where}.label")
-        if label == CLEAN and (adversary is not None or sources != tuple(default)):
+        if label == CLEAN_EXPERT and (adversary is not None or sources != tuple(default)):
             raise UserError(f"{where}.label: 'clean' is clean meta-tuning on source.data; give another label.")
         if label == "average":
             raise UserError(f"{where}.label: 'average' is the mean of all experts; give another label.")

@@ -9,7 +9,7 @@ from vismt.base.errors import UserError
 from vismt.config.sections import Count, Dtype, ModelSection
 from vismt.config.typed import Names, within
 from vismt.engine.parts import PartsConfig
-from vismt.engine.study import StudyConfig
+from vismt.engine.study import FROZEN, StudyConfig
 from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.task_sections import Split
 from vismt.llm.ilora.recommenders import ITEM_BASELINES
@@ -22,7 +22,6 @@ if TYPE_CHECKING:  # tasks are loaded when one is made
     from vismt.llm.tasks.base import LmTask
     from vismt.llm.tasks.recommendation import Recommendation
 
-FROZEN = "frozen"  # name of the model before training
 RECOMMENDER = "sasrec"  # name of the recommender
 GRU = "gru4rec"
 BASELINES = (*ITEM_BASELINES, GRU)  # names of the recommender
@@ -75,7 +74,7 @@ class LmTaskConfig(PartsConfig):
     """
 
     name: str = ""
-    kind: Annotated[str, Names("vismt.llm.tasks:TASKS", only=True)] = "causal"
+    kind: Annotated[str, Names("vismt.llm.tasks:TEXT_TASKS", only=True)] = "causal"
     prompt: str = ""
     chat: bool = False
     options: JsonObject = field(default_factory=dict)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from vismt.base.errors import UserError, require_known
 from vismt.engine.parts import check_parts
-from vismt.engine.study import check_arms, resolve_arms, validates
+from vismt.engine.study import FROZEN, check_arms, resolve_arms, validates
 from vismt.evaluation.sections import asked_features, fitted_keys
 from vismt.jobs.lm.config import (
-    FROZEN,
     KIND,
     RECOMMENDERS,
     LmConfig,

@@ -20,7 +20,7 @@ from vismt.data.texts.text_set import TextRow, TextSet, open_texts
 from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet, stored_lower_states
-from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather
+from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather_items
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import collate_pieces, piece
 from vismt.llm.tasks.recommendation import listed_of
@@ -301,7 +301,7 @@ def _cross_fit(parts: dict[str, dict[str, list[TextSet]]]) -> None:
 
 
 class ItemBatches:
-    """Return batch k of `of` from `gather`, in the form that the task uses there. Each pass over the items has a new order.
+    """Return batch k of `of` from `gather_items`, in the form that the task uses there. Each pass over the items has a new order.
 
     If a task samples users, the passes are over users, with one item of each user.
     """
@@ -320,4 +320,4 @@ class ItemBatches:
         groups = [self._groups[i] for i in self._passes(number).tolist()]
         places = [mix_seed(self.seed, "row", number, place) % len(group) for place, group in enumerate(groups)]
         chosen = [group[place] for group, place in zip(groups, places)]
-        return gather(self.task.form(chosen, number, self.of, self.seed))
+        return gather_items(self.task.form(chosen, number, self.of, self.seed))

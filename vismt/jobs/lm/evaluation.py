@@ -22,9 +22,9 @@ from vismt.data.division import validation_parts
 from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
-from vismt.engine.study import Study, Training
+from vismt.engine.study import FROZEN, Study, Training
 from vismt.evaluation.sections import asked_features, asked_scores, divides, shown_quantile
-from vismt.jobs.lm.config import ENSEMBLE, FROZEN, RECOMMENDERS, REFERENCES, LmConfig, trained_task
+from vismt.jobs.lm.config import ENSEMBLE, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
 from vismt.jobs.lm.recommender import Recommender
@@ -34,7 +34,7 @@ from vismt.llm.tasks.base import (
     Record,
     averaged_records,
     choices,
-    gather,
+    gather_items,
     in_form,
     users_of,
 )
@@ -244,7 +244,7 @@ class Evaluation:
 
     def batch(self, items: Sequence[Item], net: LmNet) -> dict[str, Tensor]:
         device = next(net.lm.parameters()).device
-        return {name: value.to(device) for name, value in gather(items).items()}
+        return {name: value.to(device) for name, value in gather_items(items).items()}
 
     @torch.no_grad()
     def outputs(self, net: LmNet, merged: nn.Module) -> Iterable[tuple[str, Tensor, Tensor, bool]]:

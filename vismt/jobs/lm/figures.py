@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from vismt.engine.study import Study
-from vismt.jobs.lm.config import FROZEN, REFERENCES, LmConfig, trained_task
+from vismt.engine.study import FROZEN, Study
+from vismt.jobs.lm.config import REFERENCES, LmConfig, trained_task
 from vismt.report.plotting import (
     MUTED,
     axes_at,
@@ -80,7 +80,7 @@ def forgetting_figure(
     return save_figure(figure, path)
 
 
-CAPTION = (
+_CAPTION = (
     "A dot for each training; squares and a line for the means over seeds of arms that differ only in the rate, which is "
     "written beside them. Compare at equal values of the trained task: a method forgets less where its line lies lower. "
     "Dashed: the model before training, where it lies within the axes."
@@ -109,7 +109,7 @@ def sections(folder: Path, config: LmConfig, study: Study[LmConfig], results: Se
         across = f"{trained} on {score.data}: {scale_text(score.metric, score.scale, score.better)}"
         families = _families(config, points)
         forgetting_figure(families, points.get((FROZEN, None)), across, f"{data}: {PERPLEXITY} ↓", path)
-        pictures.append(Picture(path, f"Forgetting of {data}", CAPTION))
+        pictures.append(Picture(path, f"Forgetting of {data}", _CAPTION))
     return [Section("Forgetting", pictures=pictures)]
 
 

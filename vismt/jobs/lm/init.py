@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from vismt.base import console
-from vismt.jobs.init_files import Files, Init, config, path_below
+from vismt.jobs.init_files import Init, InitFiles, config, path_below
 from vismt.storage.wheels import one_line
 
 MANY = 40  # rows of text of which a tenth is enough to test on
@@ -19,7 +19,7 @@ _TEXTS = "text,label\n" + "".join(
 )
 
 
-def _files(job: str, folder: Path, texts: Path | None) -> Files:
+def _files(job: str, folder: Path, texts: Path | None) -> InitFiles:
     if texts is None:
         about, title = "a table of texts", "Classification of texts"
         return {"texts.csv": _TEXTS} | config(job, about=about, title=title, data="./texts.csv")

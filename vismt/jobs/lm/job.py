@@ -21,14 +21,13 @@ from vismt.base.seeds import mix_seed
 from vismt.config.sections import AdaptConfig
 from vismt.data.texts.text_set import open_texts
 from vismt.engine import runtime, training_files
-from vismt.engine.study import Training, validates
+from vismt.engine.study import FROZEN, Training, validates
 from vismt.evaluation.sections import check_held_out, fitted_keys
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.graphs import Graph, text_graph
 from vismt.jobs.lm import models as lm_models
 from vismt.jobs.lm.config import (
     ENSEMBLE,
-    FROZEN,
     RECOMMENDER,
     LmCalibrationConfig,
     LmConfig,
@@ -42,7 +41,7 @@ from vismt.jobs.lm.evaluation import Evaluation
 from vismt.jobs.lm.figures import sections
 from vismt.jobs.lm.models import LmModels
 from vismt.jobs.lm.recommender import Recommender
-from vismt.jobs.predictions import Options, Predictions, Row, check_target, choice_row, note_target
+from vismt.jobs.predictions import Options, Predictions, check_target, choice_row, note_target
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
@@ -57,6 +56,7 @@ from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import atomic_write
+from vismt.storage.records import Row
 from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import Score
 
@@ -233,7 +233,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
 
     def save(self, net: LmNet, config: LmConfig, folder: Path) -> None:
         if any(True for _ in net.head.parameters()):
-            training_files.write_state(net.head, folder / lm_models.HEAD)
+            training_files.write_state(net.head, folder / lm_models.LM_HEAD_FILE)
 
     def loaded(self, training: Training) -> LmNet:
         return lm_models.load_trained(self.fresh(self.study.config_of(training)), training)
@@ -322,7 +322,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         with TemporaryDirectory() as folder:
             self.models.tokenizer.save_pretrained(folder)
             files = {path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()}
-        head = training.folder / lm_models.HEAD
+        head = training.folder / lm_models.LM_HEAD_FILE
         if head.exists():
             files[head.name] = head.read_bytes()
         return files

@@ -33,7 +33,7 @@ from vismt.uncertainty.last_layers import make_head
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HEAD = "head.safetensors"
+LM_HEAD_FILE = "head.safetensors"
 
 
 class LmModels:
@@ -123,12 +123,12 @@ def load_trained(net: LmNet, training: Training) -> LmNet:
     """
     what = training_files.restore(net.stock, training)
     if any(True for _ in net.head.parameters()):
-        training_files.load_state(net.head, training.folder / HEAD, what)
+        training_files.load_state(net.head, training.folder / LM_HEAD_FILE, what)
     return net.requires_grad_(False).eval()
 
 
 def fingerprint(training: Training) -> str:
     """Return the weight fingerprint of a training: the digest of the adapter's description and of the head."""
     training_files.check_files(training.folder)
-    files = (training.folder / training_files.ADAPTER / DESCRIPTION, training.folder / HEAD)
+    files = (training.folder / training_files.ADAPTER / DESCRIPTION, training.folder / LM_HEAD_FILE)
     return digest(b"".join(path.read_bytes() for path in files if path.is_file()))

@@ -17,7 +17,7 @@ from vismt.jobs.task_sections import make_configured_balancer
 from vismt.jobs.training_job import Net
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import SEGMENTATION, Union
-from vismt.multitask.objectives import WHOLE, MultitaskObjective, VariationalObjective
+from vismt.multitask.objectives import WHOLE_IMAGES, MultitaskObjective, VariationalObjective
 from vismt.multitask.tasks import Task
 from vismt.uncertainty.last_layers import is_variational
 
@@ -73,7 +73,7 @@ class MultitaskJob(ImageJob[MultitaskConfig, Net], Generic[Net]):
                 task.name: QualityRetaining(task.channels, **options) for task in maps if task.name == SEGMENTATION
             }
             if union.tasks and head.labels == "union":
-                retain[WHOLE] = QualityRetaining(union.num_classes, union.task_of_class(), **options)
+                retain[WHOLE_IMAGES] = QualityRetaining(union.num_classes, union.task_of_class(), **options)
         names = [
             name for name in map(entry_name, config.tasks) if name in (*union.tasks, *(task.name for task in maps))
         ]

@@ -35,7 +35,7 @@ from vismt.jobs.multitask.base import MultitaskJob
 from vismt.jobs.multitask.config import MultitaskConfig, entry_name, own_parts
 from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.evaluation import Evaluation
-from vismt.jobs.multitask.figures import EXAMPLES, examples, sections, write_confusions
+from vismt.jobs.multitask.figures import EXAMPLES_FILE, examples, sections, write_confusions
 from vismt.jobs.multitask.merging import check_merging_arms, merge_section, merged_net, write_interference
 from vismt.jobs.multitask.models import HEAD_FILE, PixelNet, classifier_net, load_head, stored, with_linear_head
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
@@ -201,7 +201,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
-        examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES)
+        examples(self.folder, self.data, self.split, first, self.folder / EXAMPLES_FILE)
         write_confusions(
             self.folder, self.data, self.split, {arm: self.study.trainings(arm) for arm in self.study.arms}
         )

@@ -38,7 +38,7 @@ from vismt.jobs.task_sections import (
 from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.emtal.fading import FadeConfig
 from vismt.multitask.emtal.retain import QualityRetaining
-from vismt.multitask.heads import HEADS, check_map_head
+from vismt.multitask.heads import MAP_HEADS, check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, dense_conditions
@@ -74,7 +74,7 @@ _SQUARE = {
 
 def head_names() -> list[str]:
     """Return the names of the heads of maps and of the classifiers."""
-    return list(dict.fromkeys((*CLASSIFIERS, *HEADS)))
+    return list(dict.fromkeys((*CLASSIFIERS, *MAP_HEADS)))
 
 
 @dataclass
@@ -459,7 +459,7 @@ def _check_fitted(config: MultitaskConfig) -> None:
         raise UserError(f"size: {size}; give [height, width] in pixels, multiples of the model's patch.")
     if canvas is not None and (len(canvas) != 2 or any(side < least for side, least in zip(canvas, size))):
         raise UserError(f"canvas: {canvas}; give [height, width], neither smaller than in size {size}, or null.")
-    if config.head_name in CLASSIFIERS and config.head_name not in HEADS:
+    if config.head_name in CLASSIFIERS and config.head_name not in MAP_HEADS:
         raise UserError(f"head: {config.head_name} takes the place of a stock classifier; leave it or size out.")
     check_map_head(config.head_name, config.head_section.options)
     _check_fitted_tasks(config)

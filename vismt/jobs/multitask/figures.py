@@ -48,7 +48,7 @@ from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE
 
-EXAMPLES = "examples.npz"
+EXAMPLES_FILE = "examples.npz"
 PER_TASK, _SHOWN = 6, 8  # images that are written, and the most that are drawn
 
 
@@ -337,8 +337,8 @@ def read_numbers(path: Path) -> dict[str, Any]:
 def sections(folder: Path) -> list[Section]:
     """Return the sections of undefined scores and of images, as far as the run left the files."""
     pictures = []
-    if (folder / EXAMPLES).exists():
-        path = examples_figure(folder / EXAMPLES, folder / "figures" / "examples.svg")
+    if (folder / EXAMPLES_FILE).exists():
+        path = examples_figure(folder / EXAMPLES_FILE, folder / "figures" / "examples.svg")
         pictures.append(Picture(path, "Examples", EXAMPLES_CAPTION))
     if (folder / PANELS).exists():
         path = predictions_figure(folder / PANELS, folder / "figures" / "predictions.svg")

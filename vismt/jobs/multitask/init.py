@@ -10,8 +10,8 @@ from vismt.base.errors import UserError
 from vismt.jobs.init_files import (
     CARD,
     OWN_CARD,
-    Files,
     Init,
+    InitFiles,
     config,
     images_card,
     path_below,
@@ -34,7 +34,7 @@ _SIZES = (
 )
 
 
-def _files(job: str, folder: Path, images: Path | None) -> Files:
+def _files(job: str, folder: Path, images: Path | None) -> InitFiles:
     if job == "dense":
         return _map_files(job, folder, images)
     if images is None:
@@ -43,11 +43,11 @@ def _files(job: str, folder: Path, images: Path | None) -> Files:
     return files | _config(job, name, name, OWN_CARD)
 
 
-def _config(job: str, about: str, name: str, data: str) -> Files:
+def _config(job: str, about: str, name: str, data: str) -> InitFiles:
     return config(job, about=about, title=f"Classification, {about}", name=quoted(name), data=data)
 
 
-def _map_files(job: str, folder: Path, images: Path | None) -> Files:
+def _map_files(job: str, folder: Path, images: Path | None) -> InitFiles:
     """Return the configuration, and the card of a folder of images with maps. Arguments as of `Init.files`."""
     if images is None:
         data = "{train: [motorcycle:train], validation_share: 0.1, test: [motorcycle:test]}"
@@ -64,7 +64,7 @@ def _map_files(job: str, folder: Path, images: Path | None) -> Files:
     )
 
 
-def _map_config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> Files:
+def _map_config(job: str, about: str, data: str, tasks: str, sizes: str, size: list[int]) -> InitFiles:
     title = f"Dense prediction, {about}"
     return config(job, file="start_maps.yaml", about=about, title=title, data=data, tasks=tasks, sizes=sizes, size=size)
 

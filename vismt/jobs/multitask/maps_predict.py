@@ -34,7 +34,7 @@ from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.multitask.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
-from vismt.jobs.predictions import TABLE, Options, Predictions, Row, class_row, note_target, write_rows
+from vismt.jobs.predictions import TABLE, Options, Predictions, class_row, note_target, write_rows
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
@@ -43,6 +43,7 @@ from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.panels import write_arrays
 from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save_figure, short, show_image, write
 from vismt.storage.files import atomic_write
+from vismt.storage.records import Row
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
 VALUES = 2**29  # 2 GiB of predictions, of which there are several copies

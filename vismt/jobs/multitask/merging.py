@@ -56,7 +56,7 @@ _NOTE = (
     "Relative error of a layer's update on the inputs of an arm's own tasks, mean over the layers: 0 where the arm's update is "
     "kept, 1 where it is lost. Weight: of each adapter, chosen on validation images where several were tried. First seed."
 )
-CAPTION = (
+_CAPTION = (
     "Left: cosine of the updates of two arms, by layer. Then for each merged arm the relative error of its update on the inputs "
     "of each arm's own tasks, by layer. First seed."
 )
@@ -172,7 +172,7 @@ def merge_section(folder: Path, trainings: Sequence[Training]) -> list[Section]:
         weight = "of the method" if about["weight"] is None else f"{about['weight']:g}"
         rows.append([name, weight, str(about["rank"]), *means])
     table = Table("Merged arms", ["Arm", "Weight", "Rank", *arms], rows, set(), texts=2)
-    picture = Picture(interference_figure(found, folder / "figures" / "interference.svg"), "Interference", CAPTION)
+    picture = Picture(interference_figure(found, folder / "figures" / "interference.svg"), "Interference", _CAPTION)
     return [Section("Merged arms", [(table, _NOTE)], [picture])]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from string import Template
 
-from vismt.jobs.init_files import OWN_CARD, Files, Init, config, images_card
+from vismt.jobs.init_files import OWN_CARD, Init, InitFiles, config, images_card
 
 CLASSIFIER = Template('''\
 """The classifier that $config evaluates; put your own in the place of this untrained one."""
@@ -21,8 +21,8 @@ def load() -> tuple[nn.Module, int]:
 ''')
 
 
-def _files(job: str, folder: Path, images: Path | None) -> Files:
-    files: Files = {}
+def _files(job: str, folder: Path, images: Path | None) -> InitFiles:
+    files: InitFiles = {}
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
         opened, about, files = images_card(folder, images)

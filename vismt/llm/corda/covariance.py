@@ -41,7 +41,7 @@ from vismt.storage.files import atomic_write, file_digest, read_sealed, sealed, 
 from vismt.storage.paths import regular_file
 
 ModelInput = Tensor | Mapping[str, object] | Sequence[object]
-_TENSORS, DESCRIPTION = "covariances.safetensors", "covariances.json"
+_TENSORS, COVARIANCES_FILE = "covariances.safetensors", "covariances.json"
 
 
 def collect_covariance(
@@ -114,7 +114,7 @@ def save_covariances(covariances: Mapping[str, Tensor], folder: str | Path) -> P
         first.setdefault(id(value), path)
     digest = write_tensors(folder / _TENSORS, {path: covariances[path] for path in first.values()})
     stored = {path: first[id(value)] for path, value in covariances.items()}
-    atomic_write(folder / DESCRIPTION, sealed({"stored": stored, "digest": digest}))
+    atomic_write(folder / COVARIANCES_FILE, sealed({"stored": stored, "digest": digest}))
     return folder
 
 
@@ -125,7 +125,7 @@ def load_covariances(folder: str | Path) -> dict[str, Tensor]:
     """
     folder = Path(folder)
     what = f"covariances '{folder}'"
-    about = read_sealed(folder / DESCRIPTION, what, {"stored": dict[str, str], "digest": str})
+    about = read_sealed(folder / COVARIANCES_FILE, what, {"stored": dict[str, str], "digest": str})
     try:
         path = regular_file(folder / _TENSORS)
         whole = file_digest(path) == about["digest"]

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import UserError, near, require_known
 from vismt.base.identity import Identity, weights_digest
-from vismt.llm.corda.covariance import DESCRIPTION, collect_covariance, load_covariances, save_covariances
+from vismt.llm.corda.covariance import COVARIANCES_FILE, collect_covariance, load_covariances, save_covariances
 from vismt.llm.pissa.method import SOLVERS, refuse_dropout
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.layers.base import adapter_layers
@@ -283,7 +283,7 @@ def calibrate(
         if is_locked(folder):
             console.stage("wait", "corda   another process collects the covariances")
         with locked(folder, wait_s=-1):  # of several processes in one run folder, the first collects
-            if not (folder / DESCRIPTION).exists():
+            if not (folder / COVARIANCES_FILE).exists():
                 save_covariances(collect_covariance(model, batches, targets, exclude=excluded), folder)
             calibration.results[key] = load_covariances(folder)
     return {"covariances": calibration.results[key]}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, require_known
 from vismt.llm.ilora.method import gate_part
 from vismt.llm.ilora.recommenders import ItemRecommender
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import LmNet, TextBatch
 from vismt.llm.tasks.base import Tokenizer, answer_tokens
 from vismt.lowrank.layers.gates import instance_gates
 
@@ -99,10 +99,10 @@ class Hybrid(nn.Module):
         """Return the vectors (m, width) of items (m,) int64."""
         return self.projector(self.recommender.item(items))
 
-    def gates(self, lm: nn.Module, batch: Batch) -> Tensor | None:
+    def gates(self, lm: nn.Module, batch: TextBatch) -> Tensor | None:
         """Return the gates (b, e) for the rank groups of the LM. Return None for an LM without gates.
 
-        batch: Batch with "history" (b, n) and "key" (b,), both int64.
+        batch: TextBatch with "history" (b, n) and "key" (b,), both int64.
         """
         part = gate_part(lm)
         if part is None:
@@ -122,7 +122,7 @@ class Hybrid(nn.Module):
 
 
 @contextmanager
-def conditioned(net: LmNet, batch: Batch) -> Iterator[Batch]:
+def conditioned(net: LmNet, batch: TextBatch) -> Iterator[TextBatch]:
     """Yield a batch with the vectors of its items, inside the gates of its users.
 
     For a net without a recommender the batch is unchanged.

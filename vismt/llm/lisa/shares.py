@@ -14,7 +14,7 @@ from vismt.lowrank.model.record import count_parameters
 from vismt.lowrank.model.targets import containers, head_paths, match_patterns
 
 # Names of parameters before the first layer, in addition to parameters of an nn.Embedding.
-EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
+_EMBEDDING = re.compile(r"(?:.*\.)?(?:[^.]*embed[^.]*|cls_token|reg_token|dist_token|norm_pre)(?:\..*)?")
 
 Layers = str | Sequence[str] | Sequence[nn.Module] | None
 
@@ -144,5 +144,5 @@ def _blocks(model: nn.Module) -> list[nn.Module]:
 def _is_embedding(model: nn.Module, name: str, heads: set[str]) -> bool:
     owner = name.rpartition(".")[0]
     return owner not in heads and (
-        isinstance(model.get_submodule(owner), nn.Embedding) or EMBEDDING.fullmatch(name) is not None
+        isinstance(model.get_submodule(owner), nn.Embedding) or _EMBEDDING.fullmatch(name) is not None
     )

@@ -28,9 +28,9 @@ from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.tensors import whole, write_whole
 
-FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
+LANDING_FIELDS = {"landing": stiefel.landing_field, "euclidean": stiefel.penalty_field}
 RETRACTIONS = {"qr": stiefel.qr_retraction, "polar": stiefel.polar_retraction, "cayley": stiefel.cayley_retraction}
-CONSTRAINTS = (*FIELDS, "decoupled", *RETRACTIONS)
+CONSTRAINTS = (*LANDING_FIELDS, "decoupled", *RETRACTIONS)
 STACK = 2**22  # numbers in one stack of factors (few launches, and a bound on what a step allocates)
 
 Views = list[tuple[Tensor, ...]]
@@ -128,8 +128,8 @@ class Landing(torch.optim.Optimizer):
     @torch.no_grad()
     def _turn(self) -> list[Tensor]:
         """Replace the gradients of X and Y. Return where X and Y start, for what follows the step."""
-        ends = self.constraint in FIELDS  # nothing follows the step
-        field, attraction = FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
+        ends = self.constraint in LANDING_FIELDS  # nothing follows the step
+        field, attraction = LANDING_FIELDS.get(self.constraint, stiefel.landing_field), self.attraction if ends else 0.0
         points = []
         with self._live(written=1) as rows:
             for views in _stacks(rows):

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from vismt.base.errors import UserError, need_names, require_known, shown_value
-from vismt.llm.s2ft.structures import PARTS, UnitBlock, structures
+from vismt.llm.s2ft.structures import UNIT_PARTS, UnitBlock, structures
 from vismt.lowrank.model.record import refuse_adapted
 from vismt.lowrank.model.targets import match_patterns
 
@@ -90,13 +90,13 @@ def select_units(
 
 def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> dict[str, float]:
     wanted = ["o", "d"] if parts is None else need_names("select_units.parts:", parts)
-    require_known("select_units.parts: no", wanted, PARTS)
+    require_known("select_units.parts: no", wanted, UNIT_PARTS)
     ratios = dict(ratio) if isinstance(ratio, Mapping) else dict.fromkeys(wanted, ratio)
-    require_known("select_units.ratio: no part", ratios, PARTS)
+    require_known("select_units.ratio: no part", ratios, UNIT_PARTS)
     for part, value in ratios.items():
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise UserError(f"select_units.ratio: {shown_value(value)} for '{part}'; it must be a number from 0 to 1.")
-    for part in () if parts is None else PARTS:
+    for part in () if parts is None else UNIT_PARTS:
         if ratios.get(part) and part not in wanted:
             raise UserError(
                 f"select_units: ratio has '{part}', parts {wanted} has not; add it to parts or leave parts out."
@@ -111,11 +111,11 @@ def _ratios(ratio: float | Mapping[str, float], parts: Sequence[str] | None) -> 
 def _wanted_blocks(
     model: nn.Module, ratios: Mapping[str, float], excluded: Sequence[str]
 ) -> dict[tuple[str, str], UnitBlock]:
-    """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of PARTS."""
+    """Return the rows or columns of all wanted parts outside the excluded containers, part by part in the order of UNIT_PARTS."""
     containers = structures(model)
     left = {path for paths in match_patterns("select_units.exclude", excluded, containers).values() for path in paths}
     blocks = {}
-    for part in [part for part in PARTS if ratios.get(part)]:
+    for part in [part for part in UNIT_PARTS if ratios.get(part)]:
         found = {
             (path, part): structure.parts[part]
             for path, structure in containers.items()

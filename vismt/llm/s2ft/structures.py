@@ -34,7 +34,7 @@ CHANNELS = (
     (("fc1",), ("fc2",)),
     (("c_fc",), ("c_proj",)),
 )
-PARTS = ("v", "o", "u", "d")
+UNIT_PARTS = ("v", "o", "u", "d")
 STACKED = (
     "GPT2Attention",
     "DecisionTransformerGPT2Attention",

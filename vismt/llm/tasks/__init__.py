@@ -10,7 +10,7 @@ from vismt.base.registry import Registry
 from vismt.config.typed import arguments
 
 # The type of the values is vismt.llm.tasks.base.LmTask. Importing this package does not load it.
-TASKS: Registry[type] = Registry(
+TEXT_TASKS: Registry[type] = Registry(
     "tasks: no kind",
     {
         **{
@@ -26,7 +26,7 @@ def make_text_task(kind: str, prompt: str, options: dict[str, object], where: st
     """Return the task of a kind.
 
     Args:
-        kind: Name of the kind, a key of TASKS.
+        kind: Name of the kind, a key of TEXT_TASKS.
         prompt: Template of the prompt.
         options: Further arguments of the task.
         where: Start of error messages.
@@ -34,9 +34,9 @@ def make_text_task(kind: str, prompt: str, options: dict[str, object], where: st
     Raises:
         UserError: If the kind or an option is unknown, a required option is missing, or an option has a wrong type.
     """
-    if kind not in TASKS:  # TASKS knows the members of a family
-        require_known(f"{where}: no kind", [kind], TASKS)
-    parameters = inspect.signature(TASKS[kind]).parameters
+    if kind not in TEXT_TASKS:  # TEXT_TASKS knows the members of a family
+        require_known(f"{where}: no kind", [kind], TEXT_TASKS)
+    parameters = inspect.signature(TEXT_TASKS[kind]).parameters
     require_known(f"{where}: '{kind}' has no option", options, [name for name in parameters if name != "prompt"])
     missing = [
         name
@@ -45,4 +45,4 @@ def make_text_task(kind: str, prompt: str, options: dict[str, object], where: st
     ]
     if missing:
         raise UserError(f"{where}: '{kind}' needs the option '{missing[0]}'.")
-    return TASKS[kind](prompt, **arguments(TASKS[kind], options, where, "options"))
+    return TEXT_TASKS[kind](prompt, **arguments(TEXT_TASKS[kind], options, where, "options"))

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks import TASKS
+from vismt.llm.net import LmNet, TextBatch
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import (
     Item,
     LmTask,
@@ -40,8 +40,8 @@ from vismt.uncertainty.intervals import Measure
 LENGTHS = ("token", "character", "none")
 
 
-@TASKS.register("answers")
-class Answers(LmTask):
+@TEXT_TASKS.register("answers")
+class AnswerChoice(LmTask):
     """Multiple choice.
 
     Args:
@@ -104,18 +104,18 @@ class Answers(LmTask):
         return Item(name, [tree(context, answers, self.length)], sizes=sizes)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
+        self, net: LmNet, batch: TextBatch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         log_p = answer_scores(net, batch, self.normalise).cpu().double().log_softmax(1)
         choices = [list(self.choices_of(row)) for row in rows]
         return [Reply(choices=names, log_p=values[: len(names)]) for names, values in zip(choices, log_p)]
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         scores = answer_scores(net, batch, self.normalise)
         right = scores.argmax(1) == batch["label"]
         return {"loss": F.cross_entropy(scores, batch["label"]), "accuracy": right.float().mean()}
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         return choice_records(items, answer_scores(net, batch, self.normalise))
 
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
@@ -123,7 +123,7 @@ class Answers(LmTask):
         return {name: measure for name, measure in probability_measures(records).items() if name != "AUROC"}
 
 
-def answer_scores(net: LmNet, batch: Batch, normalise: str) -> Tensor:
+def answer_scores(net: LmNet, batch: TextBatch, normalise: str) -> Tensor:
     """Return the scores (b, most choices) of the answers of trees. A choice that a row does not have is -inf."""
     nats, tokens = net.branch_nll(batch)
     length: Tensor | int = {"token": tokens.clamp_min(1), "character": batch["size"]}.get(normalise, 1)

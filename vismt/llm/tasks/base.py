@@ -26,7 +26,7 @@ from vismt.base.errors import UserError, near, shown_value
 from vismt.base.seeds import mix_seed
 from vismt.data.texts.text_set import TextRow, TextSet
 from vismt.llm.ilora.recommenders import pad_histories
-from vismt.llm.net import Batch, LmNet
+from vismt.llm.net import LmNet, TextBatch
 from vismt.llm.tasks.pieces import Piece, collate_pieces, piece
 from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import Form
@@ -88,7 +88,7 @@ class Item:
     hybrid: Item | None = None
 
 
-def gather(items: Sequence[Item]) -> dict[str, Tensor]:
+def gather_items(items: Sequence[Item]) -> dict[str, Tensor]:
     """Collate all pieces of some items into a batch.
 
     Return the tensors of `collate_pieces` with "row" (pieces,), "label" (items,) and "size" (items, most answers), int64.
@@ -207,15 +207,15 @@ class LmTask(ABC):
         return list(items)
 
     @abstractmethod
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
-        """Return scalars {"loss", ...} for a batch from `gather`."""
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
+        """Return scalars {"loss", ...} for a batch from `gather_items`."""
 
-    def examples(self, batch: Batch) -> Tensor:
+    def examples(self, batch: TextBatch) -> Tensor:
         """Return the number of rows or tokens over which the loss of a batch is a mean, as a scalar."""
         return torch.tensor(len(batch["label"]), device=batch["label"].device)
 
     @abstractmethod
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         """Return a record for each item of a batch, as a dictionary that JSON can store."""
 
     @abstractmethod
@@ -230,7 +230,7 @@ class LmTask(ABC):
         raise UserError(CARD_ALONE)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
+        self, net: LmNet, batch: TextBatch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         """Return the answers to the rows of a batch of `ask`: texts, or log-probabilities of named choices."""
         raise UserError(CARD_ALONE)
@@ -403,9 +403,9 @@ class LmObjective(nn.Module):
         self.net = net
         self.task = task
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: TextBatch) -> dict[str, Tensor]:
         return self.task.loss(self.net, batch)
 
-    def examples(self, batch: Batch) -> Tensor:
+    def examples(self, batch: TextBatch) -> Tensor:
         """Return the weight of a batch in a step of several (vismt/engine/loop.py)."""
         return self.task.examples(batch)

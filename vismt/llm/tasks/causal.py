@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.net import Batch, LmNet, counted_tokens
-from vismt.llm.tasks import TASKS
+from vismt.llm.net import LmNet, TextBatch, counted_tokens
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import (
     Item,
     LmTask,
@@ -37,7 +37,7 @@ from vismt.llm.tasks.pieces import pack, piece, windows
 from vismt.uncertainty.intervals import LOWER, NUMBER, Measure
 
 
-@TASKS.register("causal")
+@TEXT_TASKS.register("causal")
 class Causal(LmTask):
     """Causal language modelling.
 
@@ -114,7 +114,7 @@ class Causal(LmTask):
         return self.asked(name, context)
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
+        self, net: LmNet, batch: TextBatch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         texts = written(net, batch, tokenizer, how, self.stops(tokenizer))
         if self.chat:
@@ -129,14 +129,14 @@ class Causal(LmTask):
             pieces = pack(pieces, self.length)
         return [Item(f"piece {number}", [part]) for number, part in enumerate(pieces)]
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         nats, tokens = net.token_nll(batch)
         return {"loss": nats.sum() / tokens.sum()}
 
-    def examples(self, batch: Batch) -> Tensor:
+    def examples(self, batch: TextBatch) -> Tensor:
         return counted_tokens(batch)
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         rows = batch["row"].cpu()
         nats, tokens = (
             torch.zeros(len(items), dtype=torch.float64).index_add(0, rows, by_piece.cpu().double())
@@ -163,7 +163,7 @@ class Causal(LmTask):
         return 1 / self.measures(records)["perplexity"].score
 
 
-def written(net: LmNet, batch: Batch, tokenizer: Tokenizer, how: Writing, stops: Sequence[int] = ()) -> list[str]:
+def written(net: LmNet, batch: TextBatch, tokenizer: Tokenizer, how: Writing, stops: Sequence[int] = ()) -> list[str]:
     """Generate a continuation for each prompt of a batch, up to a token of `stops`, the end of text or the end of the turn."""
     own = getattr(getattr(net.lm, "generation_config", None), "eos_token_id", None)
     # A chat model names the end of a turn beside the end of text.

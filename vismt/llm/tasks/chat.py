@@ -14,16 +14,16 @@ from collections.abc import Mapping, Sequence
 
 from vismt.base.errors import UserError
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.tasks import TASKS
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import Item, Tokenizer, answer_tokens, chat_text, turn_end
 from vismt.llm.tasks.causal import Causal
-from vismt.llm.tasks.pieces import IGNORE, Piece
+from vismt.llm.tasks.pieces import IGNORED, Piece
 
 ASSISTANT = "assistant"
 SHAREGPT = {"human": "user", "gpt": ASSISTANT}  # ShareGPT's names of roles (other roles have the same names)
 
 
-@TASKS.register("chat")
+@TEXT_TASKS.register("chat")
 class Chat(Causal):
     """Chats.
 
@@ -66,7 +66,7 @@ class Chat(Causal):
                     )
                 tokens = answer_tokens(tokenizer, text[len(done) :], done)
                 ids += tokens
-                labels += tokens if counted else [IGNORE] * len(tokens)
+                labels += tokens if counted else [IGNORED] * len(tokens)
                 done = text
         part = Piece(tuple(ids[-self.length :]), tuple(labels[-self.length :]))
         if not part.counted:

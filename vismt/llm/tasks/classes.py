@@ -20,8 +20,8 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks import TASKS
+from vismt.llm.net import LmNet, TextBatch
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
@@ -43,7 +43,7 @@ from vismt.uncertainty.vbll import VBLLClassifier, alternating_loss
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
 
-@TASKS.register("classes")
+@TEXT_TASKS.register("classes")
 class Classes(LmTask):
     """Classification by answer tokens.
 
@@ -100,15 +100,15 @@ class Classes(LmTask):
         return self.asked(name, self.context(row, tokenizer)[0])
 
     def reply(
-        self, net: LmNet, batch: Batch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
+        self, net: LmNet, batch: TextBatch, rows: Sequence[Mapping[str, object]], tokenizer: Tokenizer, how: Writing
     ) -> list[Reply]:
         log_p = log_predictive(net.head, net.features(batch)).cpu().double()
         return [Reply(choices=list(self.answers), log_p=values) for values in log_p]
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         return {"loss": net.head.loss(net.features(batch), batch["label"])}
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         features = net.features(batch)
         log_p = log_predictive(net.head, features).tolist()
         records = [{"id": item.id, "label": item.label, "log_p": values} for item, values in zip(items, log_p)]
@@ -152,7 +152,7 @@ class AlternatingObjective(LmObjective):
                 start = torch.zeros(()) if name == "step" else torch.zeros_like(parameter)
                 self.register_buffer(f"{name}{number}", start)
 
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
+    def forward(self, batch: TextBatch) -> dict[str, Tensor]:
         if self._adam is None:  # now the module is on its device, and the buffers hold the moments of a resumed run
             self._adam = torch.optim.Adam(self.net.head.parameter_groups(*self.rates))
             for number, parameter in enumerate(self.net.head.parameters()):

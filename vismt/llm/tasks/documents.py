@@ -23,13 +23,13 @@ from vismt.lowrank.contexts import evaluating
 from vismt.lowrank.model.named import disabled
 from vismt.lowrank.model.record import record_of
 
-Forward = Callable[[Mapping[str, Tensor]], Tensor]  # from a batch with ids (b, n) to states (b, n, d)
+LmForward = Callable[[Mapping[str, Tensor]], Tensor]  # from a batch with ids (b, n) to states (b, n, d)
 WINDOWS = ("window", "window_size", "chunk_size")  # ends of the names of windows in configurations, in tokens
 _reaches: dict[str, int] = {}
 _named: set[str] = set()  # LMs for which the console has said that they run one document after the other
 
 
-def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: Forward) -> Tensor:
+def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: LmForward) -> Tensor:
     """Return run(batch) (b, n, d). If the LM needs it, run one document of each row after the other.
 
     batch: Batch from `collate_pieces`, with a mask (b, n, n) if rows hold several documents.
@@ -47,7 +47,7 @@ def by_document(lm: nn.Module, batch: Mapping[str, Tensor], run: Forward) -> Ten
     return _one_by_one(batch, run)
 
 
-def reach(lm: nn.Module, run: Forward) -> int:
+def reach(lm: nn.Module, run: LmForward) -> int:
     """Return the longest packed row that the LM handles correctly, in tokens. 0 means that it cannot pack.
 
     Tried once for an LM.
@@ -65,7 +65,7 @@ def reach(lm: nn.Module, run: Forward) -> int:
 
 
 @torch.no_grad()
-def _is_exact(lm: Any, run: Forward) -> bool:
+def _is_exact(lm: Any, run: LmForward) -> bool:
     """Return whether the documents of a tree and of a pack have the same states in one pass as alone."""
     ids = tuple(37 * place % lm.config.vocab_size for place in range(20))
     rows = [Piece(ids, ids, (0,) * 4 + (1,) * 12 + (2,) * 4, shared=4), Piece(ids, ids, (0,) * 12 + (1,) * 8)]
@@ -81,7 +81,7 @@ def _is_exact(lm: Any, run: Forward) -> bool:
     return bool(error < torch.finfo(lm.dtype).eps ** 0.5)
 
 
-def _one_by_one(batch: Mapping[str, Tensor], run: Forward) -> Tensor:
+def _one_by_one(batch: Mapping[str, Tensor], run: LmForward) -> Tensor:
     """Return the states (b, n, d) of one document of each row at a time, each after the tokens that it shares with others."""
     mask = batch["mask"]
     # Only the last token of a document sees itself, and it sees the whole document and what is shared.

@@ -17,15 +17,15 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks import TASKS
-from vismt.llm.tasks.base import Item, Record, Tokenizer, Writing, by_row, gather
+from vismt.llm.net import LmNet, TextBatch
+from vismt.llm.tasks import TEXT_TASKS
+from vismt.llm.tasks.base import Item, Record, Tokenizer, Writing, by_row, gather_items
 from vismt.llm.tasks.causal import Causal, written
-from vismt.llm.tasks.pieces import IGNORE, select_tokens
+from vismt.llm.tasks.pieces import IGNORED, select_tokens
 from vismt.uncertainty.intervals import Measure
 
 
-@TASKS.register("generation")
+@TEXT_TASKS.register("generation")
 class Generation(Causal):
     """Generated answers.
 
@@ -84,7 +84,7 @@ class Generation(Causal):
         pieces = [*trained.pieces, *prompt.pieces]
         return replace(trained, pieces=pieces, gold=[str(answer) for answer in gold])
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         records = []
         stops = self.stops(self._tokenizer)
         texts = written(net, prompts_of(net, items), self._tokenizer, Writing(self.new_tokens), stops)
@@ -115,10 +115,10 @@ def prompts_of(net: LmNet, items: Sequence[Item]) -> dict[str, Tensor]:
     prompts = []
     for item in items:
         piece = item.pieces[-1]
-        kept = [position for position, label in enumerate(piece.labels) if label == IGNORE]
+        kept = [position for position, label in enumerate(piece.labels) if label == IGNORED]
         prompts.append(replace(item, pieces=[select_tokens(piece, kept)]))
     device = next(net.lm.parameters()).device
-    return {name: value.to(device) for name, value in gather(prompts).items()}
+    return {name: value.to(device) for name, value in gather_items(prompts).items()}
 
 
 def normalised(text: str) -> str:

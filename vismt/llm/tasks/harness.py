@@ -22,8 +22,8 @@ from vismt.base import console
 from vismt.base.errors import UserError, near
 from vismt.base.registry import first_line
 from vismt.data.texts.text_set import TextRow, TextSet
-from vismt.llm.net import Batch, LmNet
-from vismt.llm.tasks import TASKS
+from vismt.llm.net import LmNet, TextBatch
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import Item, LmTask, Record, Tokenizer, by_row, context_tokens
 from vismt.llm.tasks.pieces import piece
 from vismt.uncertainty.intervals import HIGHER, LOWER, NUMBER, SHARE, Measure
@@ -120,10 +120,10 @@ class Harness(LmTask):
         text = str(self._requests[row["doc"]][0].arguments[0])
         return Item(name, [piece(context_tokens(tokenizer, text) or [0], [], self.length)])
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         raise UserError(f"tasks: '{_FAMILY}:{self.name}' is for evaluation; train another task.")
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         model = self._model_of(net, len(items))
         names = [item.id.rpartition(":")[2] for item in items]
         requests = [request for name in names for request in self._requests[name]]
@@ -188,4 +188,4 @@ def _plain(value: Any) -> Any:
     return float(value) if isinstance(value, (bool, int, float)) or hasattr(value, "item") else str(value)
 
 
-TASKS.family(_FAMILY, lambda name: type("Harness", (Harness,), {"name": name, "__doc__": Harness.__doc__}))
+TEXT_TASKS.family(_FAMILY, lambda name: type("Harness", (Harness,), {"name": name, "__doc__": Harness.__doc__}))

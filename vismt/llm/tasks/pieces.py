@@ -1,6 +1,6 @@
 """Pieces of tokenised text with labels for the counted tokens, packing of several pieces into one, and batches of pieces.
 
-A label stands at its token. A token with the label IGNORE is only context. Packed documents attend only to themselves.
+A label stands at its token. A token with the label IGNORED is only context. Packed documents attend only to themselves.
 Attention is block-diagonal, positions restart, and the first token of a document has no label, since the token before it
 belongs to another document. A tree is a prompt followed by several answers. Each answer attends to the prompt and to itself, so
 that the prompt runs once.
@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from vismt.base.errors import UserError
 
-IGNORE = -100
+IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Piece:
     @property
     def counted(self) -> int:
         """Number of tokens with a label, without the first token, which no token predicts."""
-        return sum(label != IGNORE for label in self.labels[1:])
+        return sum(label != IGNORED for label in self.labels[1:])
 
 
 def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
@@ -49,7 +49,7 @@ def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
     """
     answer = list(answer)[: length - 1] if context else list(answer)[:length]
     context = list(context)[max(0, len(context) + len(answer) - length) :]
-    return Piece((*context, *answer), (*[IGNORE] * len(context), *answer))
+    return Piece((*context, *answer), (*[IGNORED] * len(context), *answer))
 
 
 def windows(context: Sequence[int], text: Sequence[int], length: int) -> list[Piece]:
@@ -58,11 +58,11 @@ def windows(context: Sequence[int], text: Sequence[int], length: int) -> list[Pi
     The first token of the text is counted only if there is context (a begin-of-text token) before it.
     """
     tokens = [*context, *text]
-    labels = [*[IGNORE] * len(context), *text]
+    labels = [*[IGNORED] * len(context), *text]
     pieces = []
     for start in range(0, max(1, len(tokens) - 1), length - 1):
         part = slice(start, start + length)
-        part_labels = [IGNORE, *labels[part][1:]] if start else labels[part]
+        part_labels = [IGNORED, *labels[part][1:]] if start else labels[part]
         pieces.append(Piece(tuple(tokens[part]), tuple(part_labels)))
     return pieces
 
@@ -80,7 +80,7 @@ def pack(pieces: Sequence[Piece], length: int) -> list[Piece]:
     return [
         Piece(
             ids=tuple(token for piece in group for token in piece.ids),
-            labels=tuple(label for piece in group for label in (IGNORE, *piece.labels[1:])),
+            labels=tuple(label for piece in group for label in (IGNORED, *piece.labels[1:])),
             documents=tuple(number for number, piece in enumerate(group) for _ in piece.ids),
         )
         for group in groups
@@ -110,7 +110,7 @@ def tree(
     within = [-1] * len(tokens) if answer_items is None else [number for numbers in answer_items for number in numbers]
     return Piece(
         ids=(*prompt, *tokens),
-        labels=(*[IGNORE] * len(prompt), *tokens),
+        labels=(*[IGNORED] * len(prompt), *tokens),
         documents=tuple(documents),
         shared=len(prompt),
         items=None if items is None else (*list(items)[-room:], *within),
@@ -159,7 +159,7 @@ def collate_pieces(pieces: Sequence[Piece], lower: Sequence[Tensor] | None = Non
         return pad_sequence([torch.tensor(row) for row in rows], True, value, padding_side="left")
 
     ids = padded(piece.ids for piece in pieces)
-    labels = padded(((IGNORE, *piece.labels[1:]) for piece in pieces), IGNORE)  # no token predicts the first one
+    labels = padded(((IGNORED, *piece.labels[1:]) for piece in pieces), IGNORED)  # no token predicts the first one
     mask = padded([1] * len(piece.ids) for piece in pieces).bool()
     documents = padded(piece.documents or [0] * len(piece.ids) for piece in pieces)
     width = ids.shape[1]

@@ -33,8 +33,8 @@ from vismt.base.seeds import mix_seed
 from vismt.data.texts.interactions import draw_candidates
 from vismt.data.texts.text_set import TextRow
 from vismt.llm.ilora.hybrid import Hybrid, conditioned
-from vismt.llm.net import Batch, LmNet, counted_tokens
-from vismt.llm.tasks import TASKS
+from vismt.llm.net import LmNet, TextBatch, counted_tokens
+from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.answers import LENGTHS, answer_scores, choice_records
 from vismt.llm.tasks.base import (
     Item,
@@ -58,7 +58,7 @@ _ANSWERS = ("choose", "judge", "write")
 _SAMPLES = ("rows", "users")
 
 
-@TASKS.register("recommendation")
+@TEXT_TASKS.register("recommendation")
 class Recommendation(LmTask):
     """The next item of a history.
 
@@ -218,7 +218,7 @@ class Recommendation(LmTask):
         """Return hybrid prompts for a net with item vectors. The LM before training has none."""
         return [item.hybrid or item for item in items] if isinstance(net.head, Hybrid) else list(items)
 
-    def loss(self, net: LmNet, batch: Batch) -> dict[str, Tensor]:
+    def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         hybrid = torch.tensor(float("items" in batch), device=batch["ids"].device)
         if self.answer == "judge":
             scores = self._judgements(net, batch)
@@ -228,16 +228,16 @@ class Recommendation(LmTask):
             nats, tokens = net.token_nll(given)
         return {"loss": nats.sum() / tokens.sum(), "hybrid": hybrid}
 
-    def examples(self, batch: Batch) -> Tensor:
+    def examples(self, batch: TextBatch) -> Tensor:
         return super().examples(batch) if self.answer == "judge" else counted_tokens(batch)
 
-    def _judgements(self, net: LmNet, batch: Batch) -> Tensor:
+    def _judgements(self, net: LmNet, batch: TextBatch) -> Tensor:
         verdicts = [single_token(self._tokenizer, "the answer", text) for text in (" yes", " no")]
         with conditioned(net, batch) as given:
             logits = net.branch_logits(given, verdicts)
         return logits[..., 0] - logits[..., 1]
 
-    def score(self, net: LmNet, batch: Batch, items: Sequence[Item]) -> list[Record]:
+    def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         if self.answer == "judge":
             return choice_records(items, self._judgements(net, batch))
         if self.answer == "choose":

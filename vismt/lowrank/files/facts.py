@@ -21,13 +21,13 @@ from torch import Tensor
 from vismt.base.errors import UserError, shown_value
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_layouts import added, names_stack, stock_path
-from vismt.lowrank.files.peft_settings import CONFIG, PeftSettings, texts, typed_settings
+from vismt.lowrank.files.peft_settings import PEFT_CONFIG, PeftSettings, texts, typed_settings
 from vismt.lowrank.tensors import FLOATING
 from vismt.lowrank.update import Update
 from vismt.storage.files import DTYPES, JsonObject, read_json
 from vismt.storage.paths import regular_file
 
-TENSORS, PREFIX = "adapter_model.safetensors", "base_model.model."
+TENSORS, PEFT_PREFIX = "adapter_model.safetensors", "base_model.model."
 LEGACY_TENSORS = "adapter_model.bin"
 LEGACY = (".bin", ".pt", ".pth")
 LARGEST_HEADER = 2**24  # bytes, also the limit of a JSON file (100,000 tensors have a header of this size)
@@ -154,7 +154,7 @@ def _plain(name: object, value: object) -> bool:
 
 
 def part_of(name: str) -> tuple[str, str, str]:
-    """Return module path, role and adapter name of a tensor of a LoRA file, from its name after PREFIX.
+    """Return module path, role and adapter name of a tensor of a LoRA file, from its name after PEFT_PREFIX.
 
     The roles are A, B, embedding_A, embedding_B, magnitude (of DoRA), bias (of B), stock (a copy of what modules_to_save
     replaced), other (of another variant), and saved (a parameter that is held whole, with its name in the model as the path).
@@ -273,10 +273,10 @@ class AdapterFacts:
 
     def read_peft(self) -> None:
         """Read a folder that peft wrote."""
-        if (self.folder / CONFIG).exists():
-            self.config = self.read_json(CONFIG)
+        if (self.folder / PEFT_CONFIG).exists():
+            self.config = self.read_json(PEFT_CONFIG)
         else:
-            self.reasons.append(f"'{CONFIG}' is missing: rank, alpha and targets are not known")
+            self.reasons.append(f"'{PEFT_CONFIG}' is missing: rank, alpha and targets are not known")
         self.tuner = text_of(self.config.get("peft_type")) or ""
         self.base = text_of(self.config.get("base_model_name_or_path"))
         self._read_settings()
@@ -288,7 +288,7 @@ class AdapterFacts:
         own = "" if self.tuner in ("", "LORA") else tuner_prefixes().get(self.tuner, "")
         parts: dict[str, dict[str, Stored]] = {}
         for name, stored in self.tensors.items():
-            part = name.removeprefix(PREFIX)
+            part = name.removeprefix(PEFT_PREFIX)
             place, role, adapter = _tuner_part(part, own) if own else part_of(part)
             if ".token_adapter." in part:  # rows of an embedding, at the path of its module
                 place, role = part.partition(".token_adapter.")[0], "tokens"

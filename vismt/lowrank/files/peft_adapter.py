@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
-from vismt.lowrank.files.facts import PREFIX, AdapterFacts, ModuleFacts, Stored
+from vismt.lowrank.files.facts import PEFT_PREFIX, AdapterFacts, ModuleFacts, Stored
 from vismt.lowrank.files.peft_layouts import attention_paths, refuse_passed_by, stack_keys
 from vismt.lowrank.files.peft_settings import PeftSettings, check_plain, check_targets, selects, texts
 from vismt.lowrank.layers.low_rank import LowRankSettings
@@ -87,7 +87,9 @@ class PeftAdapter:
         kept: dict[str, Tensor] = {}
         for name, value in self.extras.items():
             if name not in tensors:
-                raise UserError(f"{what}: '{PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {_BASE}.")
+                raise UserError(
+                    f"{what}: '{PEFT_PREFIX}{name}' belongs to no parameter of {type(model).__name__}; {_BASE}."
+                )
             needed = tuple(tensors[name].shape)
             if value.shape != needed:
                 raise UserError(f"{what}: {name}: saved {tuple(value.shape)}, needed {needed}; {_BASE}.")
@@ -158,8 +160,8 @@ def _plain_facts(what: str, folder: Path) -> tuple[AdapterFacts, PeftSettings]:
     assert settings is not None  # without settings there is a reason
     check_targets(what, settings)
     for name, tensor in sorted(facts.tensors.items()):
-        if not name.startswith(PREFIX):
-            raise UserError(f"{what}: key '{name}' lacks the prefix '{PREFIX}'; the file was not written by peft.")
+        if not name.startswith(PEFT_PREFIX):
+            raise UserError(f"{what}: key '{name}' lacks the prefix '{PEFT_PREFIX}'; the file was not written by peft.")
         plain = tensor.role == "saved" or tensor.role in _FACTORS or (tensor.role in _TABLE and len(tensor.shape) == 2)
         if tensor.role != "stock" and not (plain and tensor.adapter in ("", "default")):
             raise UserError(f"{what}: '{name}' belongs to a variant that is not a plain LoRA; merge it with peft.")

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.files.facts import PREFIX, TENSORS
+from vismt.lowrank.files.facts import PEFT_PREFIX, TENSORS
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft
 from vismt.lowrank.files.peft_layouts import pad_rank, stack_keys, stack_tensors, with_partners
-from vismt.lowrank.files.peft_settings import CONFIG
+from vismt.lowrank.files.peft_settings import PEFT_CONFIG
 from vismt.lowrank.files.save_load import adapter_tensors, warn_of_lost
 from vismt.lowrank.files.updates import of_peft, put_on
 from vismt.lowrank.layers.base import AdapterLayer, adapter_layers
@@ -105,13 +105,13 @@ def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force:
             need_finite("export_peft", payload)
         config = {**_settings(model, record, ranks), "modules_to_save": saved or None, "bias": bias}
         tensors = safetensors.torch.save(payload, metadata={"format": "pt"})
-        files = {TENSORS: tensors, CONFIG: json.dumps(config, indent=2).encode()}
+        files = {TENSORS: tensors, PEFT_CONFIG: json.dumps(config, indent=2).encode()}
     elif compact or uniform or bias != "none":
         raise UserError(
             f"export_peft: '{record.method}' has a format of peft's own, without compact, uniform and single biases; leave them "
             "out."
         )
-    for name in (TENSORS, CONFIG):  # the settings are written last
+    for name in (TENSORS, PEFT_CONFIG):  # the settings are written last
         atomic_write(folder / name, files[name])
     return folder
 
@@ -191,11 +191,11 @@ def _plain_lora(
             factors[path] = dict(zip(layer.peft_names, layer.peft_factors(update)))
     factors |= {path: stack_tensors(A, B) for path, (A, B) in stacks.items()}
     for path, named in factors.items():
-        tensors |= {f"{PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
+        tensors |= {f"{PEFT_PREFIX}{keys.get(path, path)}.{name}": factor for name, factor in named.items()}
     for name in whole:
         path, _, leaf = name.rpartition(".")
         adapted = f"{path}.base_layer.{leaf}" if path in layers else name
-        tensors[f"{PREFIX}{adapted}"] = model.get_parameter(name)
+        tensors[f"{PEFT_PREFIX}{adapted}"] = model.get_parameter(name)
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     given = {attention.get(path, path): rank for path, rank in ranks.items()}
     return tensors, {path: rank for path, rank in given.items() if ".base_layer." not in path}

@@ -20,7 +20,7 @@ from vismt.base.errors import UserError, shown_value
 from vismt.config.typed import JsonFile, build
 from vismt.lowrank.model.targets import Expression, suffixes
 
-CONFIG = "adapter_config.json"
+PEFT_CONFIG = "adapter_config.json"
 # Starts that leave the base as it is. Every other start moved a part of the base into the factors.
 PEFT_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 # Settings of variants, besides settings that begin with use_ or end with _config.
@@ -145,14 +145,14 @@ def check_targets(what: str, settings: PeftSettings) -> None:
     if settings.bias not in BIASES:
         raise UserError(f"{what}: bias {shown_value(settings.bias)}; it must be one of {', '.join(BIASES)}.")
     if not texts(settings.target_modules) and not settings.target_parameters:
-        raise UserError(f"{what}: {CONFIG}: target_modules {shown_value(settings.target_modules)} name no module.")
+        raise UserError(f"{what}: {PEFT_CONFIG}: target_modules {shown_value(settings.target_modules)} name no module.")
 
 
 def typed_settings(config: Mapping[str, object]) -> PeftSettings:
     """Return the settings of a LoRA of any variant. Raise UserError for values that cannot be read."""
     names = {field.name for field in fields(PeftSettings)}
     known = {key: value for key, value in config.items() if key in names}
-    return build(PeftSettings, known, JsonFile(f"{CONFIG} cannot be read"))
+    return build(PeftSettings, known, JsonFile(f"{PEFT_CONFIG} cannot be read"))
 
 
 class PatternTable:

@@ -46,7 +46,7 @@ from vismt.lowrank.model.record import (
     unchanged_tensors,
     was_trained,
 )
-from vismt.lowrank.model.targets import refusals
+from vismt.lowrank.model.targets import target_refusals
 from vismt.lowrank.tensors import check_finite, check_parameter, need_finite
 from vismt.storage.files import JsonObject, atomic_write, sealed, write_tensors
 from vismt.storage.locks import locked
@@ -323,7 +323,7 @@ def _check_layers(
     if record_of(model) is None:
         prequantized = all(spec.layer.takes_prequantized for spec in layers)
         readable = all(spec.layer.weight_readable for spec in layers)
-        for reason in refusals(model, [spec.path for spec in layers], prequantized, readable=readable).values():
+        for reason in target_refusals(model, [spec.path for spec in layers], prequantized, readable=readable).values():
             raise UserError(f"adapter '{folder}': {reason}.")
 
 

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.description import DESCRIPTION, check_tensors, layer_shapes, read_adapter
 from vismt.lowrank.files.peft_adapter import PeftAdapter, read_peft, stacks_on
-from vismt.lowrank.files.peft_settings import CONFIG
+from vismt.lowrank.files.peft_settings import PEFT_CONFIG
 from vismt.lowrank.files.save_load import base_samples, fill_adapter, other_base, same_base
 from vismt.lowrank.layers.base import LayerSpec, adapter_layers, spec_of
 from vismt.lowrank.layers.low_rank import LowRankLayer, LowRankSettings
@@ -26,7 +26,7 @@ from vismt.lowrank.model.inject import install, undone_on_error
 from vismt.lowrank.model.modules import check_mergeable
 from vismt.lowrank.model.named import new_adapter
 from vismt.lowrank.model.record import need_record, refuse_adapted, refuse_offloaded
-from vismt.lowrank.model.targets import candidates, refusals
+from vismt.lowrank.model.targets import candidates, target_refusals
 from vismt.lowrank.tensors import check_parameter
 
 
@@ -106,7 +106,7 @@ def put_on(
             specs.append(spec_of(path, modules[path], LowRankLayer, settings))
             tensors |= {f"{path}.lora_A": A, f"{path}.lora_B": B}
     # As in peft, the dropout of a file does not reach weights that are read without a call of their layer.
-    for reason in refusals(model, [spec.path for spec in specs], prequantized=True, readable=True).values():
+    for reason in target_refusals(model, [spec.path for spec in specs], prequantized=True, readable=True).values():
         raise UserError(f"{what}: {reason}.")
     _check_parameters(what, model, also_train)
     samples = base_samples(model, [path for path in updates.base if path in modules])
@@ -165,7 +165,7 @@ def _of_model(model: nn.Module, what: str) -> Updates:
 
 
 def _of_folder(folder: Path, what: str) -> Updates:
-    if (folder / CONFIG).exists() and not (folder / DESCRIPTION).exists():
+    if (folder / PEFT_CONFIG).exists() and not (folder / DESCRIPTION).exists():
         adapter = read_peft(folder)
         if adapter.replay:
             raise UserError(
@@ -179,7 +179,7 @@ def _of_folder(folder: Path, what: str) -> Updates:
             )
         return of_peft(adapter)
     if not (folder / DESCRIPTION).exists():
-        raise UserError(f"{what}: '{folder}' is not an adapter folder; it has neither {DESCRIPTION} nor {CONFIG}.")
+        raise UserError(f"{what}: '{folder}' is not an adapter folder; it has neither {DESCRIPTION} nor {PEFT_CONFIG}.")
     description, specs, tensors = read_adapter(folder)
     name = f"{what}: adapter '{folder}'"
     layers, others = ([spec for spec in specs if spec.has_weight is has] for has in (True, False))

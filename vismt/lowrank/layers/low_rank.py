@@ -30,13 +30,13 @@ from vismt.lowrank.factors import LowRank, times_core
 from vismt.lowrank.layers.base import AdapterLayer, LayerSpec, register_module, spec_of
 from vismt.lowrank.layers.gates import fixed_gates, gated, sample_gates
 from vismt.lowrank.layers.parameter_modules import ParameterModule
-from vismt.lowrank.layers.stock_modules import KINDS, matrix_shape, weight_format
+from vismt.lowrank.layers.stock_modules import STOCK_KINDS, matrix_shape, weight_format
 from vismt.lowrank.svd import working_dtype
 
 CORES = ("", "full", "diagonal")
 # The form of a low-rank layer for each kind of stock module (stock_modules.py), and for a prequantized weight.
 FORMS: Registry[type[LowRankLayer]] = Registry(
-    "low-rank layer: no form for", dict.fromkeys((*KINDS, "conv1d", "prequantized"), "vismt.lowrank.layers.forms")
+    "low-rank layer: no form for", dict.fromkeys((*STOCK_KINDS, "conv1d", "prequantized"), "vismt.lowrank.layers.forms")
 )
 
 

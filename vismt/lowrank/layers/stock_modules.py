@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vismt.lowrank.layers.parameter_modules import ParameterModule
 
 # Kinds of modules that can carry an update, with class and stock forward. transformers' Conv1D ("conv1d") is a further kind.
-KINDS: dict[str, type[nn.Module]] = {
+STOCK_KINDS: dict[str, type[nn.Module]] = {
     "linear": nn.Linear,
     "conv2d": nn.Conv2d,
     "nn.Conv1d": nn.Conv1d,
@@ -39,10 +39,10 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def kind_of(module: nn.Module) -> str | None:
-    """Return "conv1d" or one of KINDS for a module that can carry an update, and None for another module."""
+    """Return "conv1d" or one of STOCK_KINDS for a module that can carry an update, and None for another module."""
     if is_conv1d(module):
         return "conv1d"
-    return next((kind for kind, cls in KINDS.items() if isinstance(module, cls)), None)
+    return next((kind for kind, cls in STOCK_KINDS.items() if isinstance(module, cls)), None)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

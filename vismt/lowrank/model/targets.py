@@ -37,7 +37,7 @@ from vismt.lowrank.layers.parameter_modules import (
     module_at,
     readable_parameters,
 )
-from vismt.lowrank.layers.stock_modules import KINDS, LINEAR, kind_of, weight_format
+from vismt.lowrank.layers.stock_modules import LINEAR, STOCK_KINDS, kind_of, weight_format
 
 T = TypeVar("T")
 HEAD_NAMES = {"head", "fc", "classifier", "score", "lm_head"}
@@ -124,7 +124,7 @@ def _bypass(path: str, module: nn.Module, owner: nn.Module, readable: bool) -> s
         return (
             None if readable else f"'{path}' is a parameter that {type(owner).__name__} reads itself; {READ_ONLY_PLAIN}"
         )
-    stock = KINDS.get(str(kind_of(module)))
+    stock = STOCK_KINDS.get(str(kind_of(module)))
     extra = {name for name, _ in module.named_parameters(recurse=False)} - {"weight", "bias"}
     other = weight_format(module) is None and stock is not None and not in_attention and not _computes_as(module, stock)
     if extra or other:
@@ -160,7 +160,7 @@ def _computes_as(module: nn.Module, stock: type[nn.Module]) -> bool:
     return same
 
 
-def refusals(
+def target_refusals(
     model: nn.Module, paths: Iterable[str], prequantized: bool = False, *, readable: bool = False
 ) -> dict[str, str]:
     """Return the reasons why some of these modules cannot carry an update, by path.
@@ -189,7 +189,7 @@ def find_targets(
 ) -> tuple[dict[str, nn.Module], list[str]]:
     """Return the modules to adapt by path, in model order, and remarks on modules that were left out.
 
-    exclude: Full-path regular expressions or suffixes. prequantized, readable: See `refusals`.
+    exclude: Full-path regular expressions or suffixes. prequantized, readable: See `target_refusals`.
 
     Raise UserError for a pattern that matches nothing, and for a named module that cannot carry an update.
     """
@@ -205,7 +205,7 @@ def find_targets(
         wanted, chosen = _select_suffixes(need_names("adapt.targets:", pattern), named)
     excluded = {path for paths in match_patterns("adapt.exclude", exclude, named).values() for path in paths}
     chosen -= excluded
-    reasons = refusals(model, sorted(chosen), prequantized, readable=readable)
+    reasons = target_refusals(model, sorted(chosen), prequantized, readable=readable)
     if reasons and not everything:
         raise UserError(f"adapt.targets: {next(iter(reasons.values()))}.")
     chosen -= set(reasons)

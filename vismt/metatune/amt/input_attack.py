@@ -34,7 +34,7 @@ Levels = Sequence[tuple[int | None, float]]
 
 PYRAMID: Levels = ((4, 20.0), (8, 10.0), (None, 1.0))
 PLAIN: Levels = ((None, 1.0),)
-NORMS = ("linf", "l2")
+PYRAMID_NORMS = ("linf", "l2")
 STARTS = ("uniform", "normal", "zero")
 _SCALE = 1024.0  # factor of the objective: half precision must not flush its gradient to zero, whose size is not used
 
@@ -176,7 +176,7 @@ def _check(
         raise UserError(
             f"pyramid attack: images are {images.dtype} {tuple(images.shape)}, needed floating (m, c, h, w)."
         )
-    require_known("pyramid attack: norm", [norm], NORMS)
+    require_known("pyramid attack: norm", [norm], PYRAMID_NORMS)
     if norm == "l2" and tuple(map(tuple, levels)) != PLAIN:
         raise UserError(f"pyramid attack: levels {levels} with norm l2, which has only the level {PLAIN}.")
     fits = 0 <= epsilon < float("inf") and (epsilon <= 1 or norm == "l2")

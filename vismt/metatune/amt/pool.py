@@ -34,7 +34,7 @@ from vismt.lowrank.model.named import unadapt
 from vismt.storage.files import atomic_write, read_sealed, sealed
 from vismt.storage.locks import locked
 
-INDEX, _FORMAT = "pool.json", 1
+POOL_FILE, _FORMAT = "pool.json", 1
 
 
 @dataclass(frozen=True)
@@ -178,18 +178,20 @@ def check_experts(experts: Sequence[Expert]) -> None:
 def read_pool(folder: Path) -> list[Expert]:
     """Return the experts of a pool folder."""
     what = f"pool '{folder}'"
-    index = read_sealed(folder / INDEX, what)
+    index = read_sealed(folder / POOL_FILE, what)
     try:
         form = index["format"]
         listed = index["experts"] if form == _FORMAT else ()
         entries = [(str(entry["label"]), str(entry["folder"]), float(entry["scale"])) for entry in listed]
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{what}: {INDEX} is not what `vismt pool assemble` writes ({shown_value(error)}).") from error
+        raise UserError(
+            f"{what}: {POOL_FILE} is not what `vismt pool assemble` writes ({shown_value(error)})."
+        ) from error
     if form != _FORMAT:
         raise UserError(f"{what}: format {form}, this version reads {_FORMAT}; use a matching vismt.")
     for _, name, _ in entries:
         if not re.fullmatch(r"expert-\d+", name):
-            raise UserError(f"{what}: {INDEX} names '{name}', which is not a folder of a pool; assemble it again.")
+            raise UserError(f"{what}: {POOL_FILE} names '{name}', which is not a folder of a pool; assemble it again.")
     return [Expert(label, folder / name, scale) for label, name, scale in entries]
 
 
@@ -211,11 +213,11 @@ def assemble(experts: Sequence[Expert], folder: Path) -> Path:
     # Everything is read before anything is written, because the experts may be in this folder. The old index goes first, because
     # it must not describe new files.
     with locked(folder):
-        if (folder / INDEX).exists():
-            (folder / INDEX).unlink()
+        if (folder / POOL_FILE).exists():
+            (folder / POOL_FILE).unlink()
         for path, payload in files.items():
             atomic_write(path, payload)
-        atomic_write(folder / INDEX, sealed({"format": _FORMAT, "experts": entries}, indent=1))
+        atomic_write(folder / POOL_FILE, sealed({"format": _FORMAT, "experts": entries}, indent=1))
     return folder
 
 

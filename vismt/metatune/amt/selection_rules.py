@@ -83,8 +83,8 @@ def min_ce(cosines: Tensor, labels: Tensor, scale: float, settings: MergeSetting
 
 
 # cosines (P, s, N) of the experts on a support, its labels (s,), scale of the cosines in logits, settings -> zeta (P,)
-Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
-RULES: dict[str, Rule] = {"paper": paper, "min_ce": min_ce}
+_Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
+RULES: dict[str, _Rule] = {"paper": paper, "min_ce": min_ce}
 # Rules of `combine`, one merge for all tasks. regmean needs inputs.
 COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")
 STRATEGIES = (*RULES, "average", *COMBINED, "logits", "expert")

@@ -56,7 +56,7 @@ from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototyp
 from vismt.metatune.settings import AUTO, FineTuneSettings
 
 RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
-SEED = 0  # of the augmentation and the crops, the same for every task
+_SEED = 0  # of the augmentation and the crops, the same for every task
 VIEWS = 4  # random crops of a single image, on which a rate is judged
 # images -> features
 Features = Callable[[Tensor], Tensor]
@@ -116,7 +116,7 @@ def finetune(
         mean, std = (getattr(backbone, name, None) for name in ("mean", "std"))
         images, truth = _usable(support), _usable(labels).long()
         factor = _usable(scale) if isinstance(scale, Tensor) else scale
-        generator = torch.Generator().manual_seed(mix_seed(SEED, "fine-tuning"))
+        generator = torch.Generator().manual_seed(mix_seed(_SEED, "fine-tuning"))
         optimiser = torch.optim.Adam(tuned.leaves, lr=float(settings.lr))
         for step in range(settings.steps if float(settings.lr) > 0 else 0):
             now = {**tensors, **tuned.weights()}
@@ -277,7 +277,7 @@ def choose_rate(tune: Callable[[Tensor, Tensor, float], Features], support: Tens
         labels: Labels (s,) in 0..N-1, every class present.
     """
     alone = (labels[:, None] == labels).sum(1) == 1
-    crops = [augment(support[alone], mix_seed(SEED, "crops", view)) for view in range(VIEWS)]
+    crops = [augment(support[alone], mix_seed(_SEED, "crops", view)) for view in range(VIEWS)]
     best, chosen = -1.0, 0.0
     for rate in RATES:
         right = []

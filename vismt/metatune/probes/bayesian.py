@@ -62,14 +62,14 @@ _STEPS, RATE = 200, 0.05  # of Adam
 FULL = 1024  # rows of H whose eigenvectors take 0.3 s on one core
 _FLAT = 1e-9  # singular values of a support, as a share of the largest, below which a direction is rounding
 
-Head = VBLLClassifier | Laplace
+ProbeHead = VBLLClassifier | Laplace
 
 
 class BayesianProbe(LinearProbe):
     """A probe with a posterior in place of prototypes."""
 
     @abstractmethod
-    def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> Head:
+    def fit_head(self, inputs: Tensor, labels: Tensor, weights: Tensor) -> ProbeHead:
         """Return the fitted head on x. Arguments as for `fit`."""
 
     @staticmethod
@@ -89,7 +89,7 @@ class BayesianClassifier(nn.Module):
 
     mean: Tensor
 
-    def __init__(self, backbone: nn.Module, head: Head, probe: BayesianProbe, mean: Tensor, spread: float) -> None:
+    def __init__(self, backbone: nn.Module, head: ProbeHead, probe: BayesianProbe, mean: Tensor, spread: float) -> None:
         super().__init__()
         self.backbone, self.head, self.expand = backbone, head, probe.expand
         self.register_buffer("mean", mean, persistent=False)

@@ -50,8 +50,8 @@ from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda of the ridge probe
-DEFAULT = 1.0
-SCALE = 10.0
+DEFAULT_STRENGTH = 1.0
+RIDGE_SCALE = 10.0
 C = 10.0  # inverse strength of regularisation of the logistic probe
 ITERATIONS = 200
 
@@ -146,10 +146,10 @@ class RidgeProbe(LinearProbe):
         U, T = weights.sqrt()[:, None] * inputs, weights.sqrt()[:, None] * (targets - 1 / ways)
         strength = choose_strength(U, T, labels, weights)
         W = torch.linalg.solve(U @ U.T + strength * torch.eye(len(U)).to(U), T).T @ U
-        return SCALE * W, torch.full((ways,), SCALE / ways).to(W)
+        return RIDGE_SCALE * W, torch.full((ways,), RIDGE_SCALE / ways).to(W)
 
     def describe(self) -> str:
-        return f"ridge {STRENGTHS} {DEFAULT} {SCALE}"
+        return f"ridge {STRENGTHS} {DEFAULT_STRENGTH} {RIDGE_SCALE}"
 
 
 def left_out_residuals(U: Tensor, T: Tensor, weights: Tensor, strength: float) -> Tensor:
@@ -162,7 +162,7 @@ def choose_strength(U: Tensor, T: Tensor, labels: Tensor, weights: Tensor) -> fl
     """Return the strength with the least leave-one-out error on the support. The first of equal strengths wins."""
     judged = labels.bincount()[labels] > 1
     if not bool(judged.any()):
-        return DEFAULT
+        return DEFAULT_STRENGTH
     errors = [
         float((weights * left_out_residuals(U, T, weights, strength).square().sum(1))[judged].sum())
         for strength in STRENGTHS

@@ -90,7 +90,7 @@ def lost_field(condition: str) -> str:
     return f"{condition} lost"
 
 
-def write_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
+def write_episode_panel(path: Path, outcome: EpisodeOutcome, model: str, names: Sequence[str] | None = None) -> None:
     """Write the first 5 support and query images of each class with labels, predictions and class names to an .npz.
 
     The arrays are the name of the model (model), the images (support, query: uint8 (., 3, h, w)), support_labels, query_labels

@@ -32,7 +32,7 @@ from vismt.metatune.protocol.episode_outcome import (
     EpisodeOutcome,
     lost_field,
     right_field,
-    write_panel,
+    write_episode_panel,
 )
 from vismt.metatune.protocol.episode_runner import (
     EpisodeRunner,
@@ -48,7 +48,6 @@ from vismt.uncertainty.features import Feature
 from vismt.uncertainty.probability_metrics import group_fields
 
 _BATCH = 256  # query images in one forward pass
-FEATURES = ("auto", "off")
 
 
 def run_protocol(
@@ -139,7 +138,7 @@ class EpisodeQuestions:
         if len({"clean", *self.conditions}) <= len(self.attacks):
             texts = [attack.describe(self.sampler.min_ways) for attack in self.attacks]
             raise UserError(f"evaluate {self.data}: two conditions have the same text in {texts}: leave one out.")
-        require_known(f"evaluate {self.data}: features", [self.features], FEATURES)
+        require_known(f"evaluate {self.data}: features", [self.features], ("auto", "off"))
         parts = parts_of(self.sampler)
         for name, images in self.outside.items():
             if len(images) < max(1, parts):
@@ -201,7 +200,7 @@ class EpisodeQuestions:
 
         def write(outcome: EpisodeOutcome) -> None:
             if panel is not None:
-                write_panel(panel, outcome, model, getattr(pixels, "classes", None))
+                write_episode_panel(panel, outcome, model, getattr(pixels, "classes", None))
 
         def rows_of(number: int) -> list[Row]:
             outcomes = run(blocks[number])

@@ -35,7 +35,7 @@ from vismt.storage.files import JsonObject
 if TYPE_CHECKING:
     pass
 
-SCALE = 4.0  # scale of both kinds of pairs in every released configuration, for any rank
+PAIR_SCALE = 4.0  # scale of both kinds of pairs in every released configuration, for any rank
 SITES = ("attn.proj", "mlp.fc1", "mlp.fc1_g", "mlp.fc1_x", "mlp.fc2")  # linears of a block (a SwiGLU has two fc1)
 
 
@@ -48,7 +48,7 @@ class TaskSettings(LowRankSettings):
 
     tasks: tuple[str, ...] = ()
     task_rank: int = 4
-    task_scale: float = SCALE
+    task_scale: float = PAIR_SCALE
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,10 +100,10 @@ class TaskLinear(LowRankLinear):
     ) -> LayerSpec:
         """Return the spec of a linear. A linear that `of_tasks` (settings by path) does not name is a plain low-rank layer.
 
-        Without alpha the scale is `SCALE`.
+        Without alpha the scale is `PAIR_SCALE`.
         """
         spec = LowRankLayer.plan(path, module, rank, alpha, **options)
-        settings = spec.settings if alpha is not None else replace(spec.settings, scale=SCALE)
+        settings = spec.settings if alpha is not None else replace(spec.settings, scale=PAIR_SCALE)
         own = (of_tasks or {}).get(path)
         if own is None:
             return replace(spec, settings=settings)

@@ -46,7 +46,7 @@ from vismt.lowrank.model.targets import Targets, pattern_values
 from vismt.lowrank.svd import kaiming
 from vismt.lowrank.tensors import need_finite
 from vismt.methods import Method, register_method
-from vismt.multitask.mtlora.layers import SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
+from vismt.multitask.mtlora.layers import PAIR_SCALE, SITES, BlockSettings, TaskBlock, TaskLinear
 from vismt.multitask.nets import default_blocks
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def mtlora(
     seed: int,
     tasks: Sequence[str] = (),
     task_rank: int | Mapping[str, int] = 4,
-    task_scale: float | Mapping[str, float] = SCALE,
+    task_scale: float | Mapping[str, float] = PAIR_SCALE,
     task_blocks: Sequence[str] | None = None,
     **options: Unpack[InjectOptions],
 ) -> AdaptReport:
