@@ -140,8 +140,7 @@ def architecture_of(name: str, card: AssetCard | None) -> str:
     if not timm.is_model(base):
         hint = near(base, [*list_assets(), *timm.list_models()])
         raise UserError(f"backbone '{name}' is neither an asset nor a timm model.{hint}")
-    tagged = timm.list_pretrained(f"{base}.*")
-    if tag and name not in tagged:
+    if tag and name not in (tagged := timm.list_pretrained(f"{base}.*")):
         raise UserError(f"backbone '{name}': timm's {base} has no weights tagged '{tag}'.{near(name, tagged)}")
     return name
 
