@@ -10,7 +10,8 @@ import torch
 
 from vismt.data.maps.dense_set import DenseSet
 from vismt.engine.study import ALONE, Study, Training
-from vismt.evaluation.adjust_logits import ADJUSTED
+from vismt.evaluation.adjust_logits import ADJUSTED, AdjustLogits
+from vismt.evaluation.corruptions import Corruptions
 from vismt.evaluation.risk import Risk
 from vismt.jobs.evaluation_job import mean_scores
 from vismt.jobs.multitask import maps_evaluation as dense_evaluation
@@ -19,10 +20,13 @@ from vismt.jobs.multitask.figures import sections
 from vismt.jobs.multitask.maps_data import FittedImages, Rows
 from vismt.jobs.multitask.maps_evaluation import Evaluation
 from vismt.multitask.tasks import Task
-from vismt.robustness.corruptions import CorruptionSpec
+from vismt.robustness.conditions import CorruptionConfig
 from vismt.storage.files import read_sealed
 from vismt.storage.lines import read_lines
-from vismt.uncertainty.intervals import Score
+from vismt.uncertainty.features import Inputs
+from vismt.uncertainty.intervals import CLEAN, Score
+
+INPUTS = Inputs(tasks=())
 
 
 class Samples:
@@ -73,8 +77,8 @@ def evaluated(tmp_path, monkeypatch):
         config = MultitaskConfig(tasks=tasks, size=list(canvas))
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
         training = Training(ALONE, 1e-3, 0, folder)
-        result, *_ = evaluation.scores(lambda: None, training, "validation", [], folder)
-        assert evaluation.scores(pytest.fail, training, "validation", [], folder)[0] == result
+        result, *_ = evaluation.scores(lambda: None, training, "validation", folder, INPUTS)
+        assert evaluation.scores(pytest.fail, training, "validation", folder, INPUTS)[0] == result
         # one task: the quality is its score, 1 / score where lower is better
         expected = 1 / result.measure.score if result.measure.better == "lower" else result.measure.score
         assert evaluation.quality([result]) == pytest.approx(expected)
@@ -124,13 +128,14 @@ def test_corruptions_do_not_reach_the_padding(evaluated, tmp_path) -> None:
     samples = [
         {"image": (image := torch.rand(3, 24, 16, generator=generator)), "depth": image[0] + 0.1} for _ in range(3)
     ]
-    for spec in (CorruptionSpec("gaussian_noise", 3), CorruptionSpec("contrast", 5)):
-        values = []
+    for name, severity in (("gaussian_noise", 3), ("contrast", 5)):
+        values, features = [], [Corruptions([CorruptionConfig(name, [severity])])]
         for canvas in ((24, 16), (24, 40)):
             config = MultitaskConfig(tasks=["depth"], size=list(canvas))
             evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config))
-            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation", tmp_path / f"{canvas}")
-            clean, corrupted = (evaluation.pooled(*args, of)["depth"].result() for of in (None, spec))
+            folder = tmp_path / f"{canvas}-{name}"
+            args = (lambda: None, Training(ALONE, 1e-3, 0, tmp_path), "validation", folder, INPUTS, features)
+            clean, corrupted = (of["depth"].result() for of in evaluation.pooled(*args).values())
             assert corrupted.value > clean.value + 0.05
             values.append(corrupted)
         assert values[0] == values[1]
@@ -148,15 +153,13 @@ def test_the_prior_is_taken_out_by_the_tau_of_validation(evaluated, tmp_path) ->
         Evaluation(Study(config, tmp_path), Samples(samples, config)),
         Training(ALONE, 1e-3, 0, tmp_path),
     )
-    plain = evaluation.scores(lambda: None, training, "test", [], tmp_path)
-    assert plain[0].measure.score == pytest.approx(3 / 8)
-    score, *_ = evaluation.adjusted_scores(lambda: None, training, "test", tmp_path)
+    arguments = (training, "test", tmp_path, INPUTS, [AdjustLogits(True)])
+    plain, *_, score = evaluation.scores(lambda: None, *arguments)
+    assert (plain.task, plain.condition, plain.measure.score) == ("semseg", CLEAN, pytest.approx(3 / 8))
     assert (score.task, score.condition, score.measure.score) == ("semseg", ADJUSTED, pytest.approx(1))
-    fitted = read_sealed(tmp_path / "adjustment.json", "adjustment")
-    assert fitted["taus"] == {"semseg": 0.5} and fitted["validation"]["semseg 0"] == pytest.approx(3 / 8)
-    assert fitted["validation"]["semseg 1.5"] == pytest.approx(1 / 8)
-    never = evaluation.adjusted_scores(pytest.fail, training, "test", tmp_path)  # it is on record
-    assert never[0].measure.score == score.measure.score and len(read_lines(tmp_path / "test-adjusted.jsonl")) == 1 + 3
+    assert read_sealed(tmp_path / "adjust_logits-semseg.json", "tau")["tau"] == 0.5
+    *_, never = evaluation.scores(pytest.fail, *arguments)  # it is on record
+    assert never == score and len(read_lines(tmp_path / "test.jsonl")) == 1 + 3
 
 
 def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) -> None:
@@ -170,9 +173,9 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
         Evaluation(Study(config, tmp_path), Samples(samples, config)),
         Training(ALONE, 1e-3, 0, folder),
     )
-    scores = evaluation.scores(lambda: None, training, "test", [], folder / "records")
+    scores = evaluation.scores(lambda: None, training, "test", folder / "records", INPUTS)
     assert {score.task for score in scores} == {"depth"}
-    assert evaluation.scores(pytest.fail, training, "test", [], folder / "records") == scores  # it is on record
+    assert evaluation.scores(pytest.fail, training, "test", folder / "records", INPUTS) == scores  # it is on record
     # sqrt(q * 1e-6) for the two scores; a defined one is better.
     defined = evaluation.quality(scores)
     assert evaluation.quality(scores, 1) == pytest.approx(math.sqrt(defined * 1e-6))
@@ -180,7 +183,7 @@ def test_an_undefined_score_is_a_row_that_gives_the_reason(evaluated, tmp_path) 
     ((table, _),) = sections(tmp_path)[0].tables
     assert table.rows[0][:3] == [f"{ALONE}/lr-0.001-seed-0", "test", "semseg"] and "semseg is nan" in table.rows[0][3]
     changed = Evaluation(Study(skipping, tmp_path), Samples(samples, skipping))  # of the same record
-    again = changed.scores(pytest.fail, training, "test", [], folder / "records")
+    again = changed.scores(pytest.fail, training, "test", folder / "records", INPUTS)
     assert {score.task for score in again} == {"semseg", "depth"}
     other = Score("depth", "made", "", scores[0].measure, scores[0].condition)
     semseg = Score("semseg", "made", "", scores[0].measure, scores[0].condition)
@@ -193,15 +196,15 @@ def test_a_record_of_fewer_images_has_their_scores(evaluated, tmp_path) -> None:
         Study(config := MultitaskConfig(tasks=["depth"], size=[8, 8]), tmp_path), Samples(samples, config)
     )
     training = Training(ALONE, 1e-3, 0, tmp_path)
-    score, *_ = evaluation.scores(lambda: None, training, "test", [], tmp_path)
+    score, *_ = evaluation.scores(lambda: None, training, "test", tmp_path, INPUTS)
     evaluation.data = Samples(samples[:2], config)
-    fewer, *_ = evaluation.scores(pytest.fail, training, "test", [], tmp_path)
+    fewer, *_ = evaluation.scores(pytest.fail, training, "test", tmp_path, INPUTS)
     assert (len(score.measure.values), len(fewer.measure.values)) == (3, 2) and fewer.examples not in (
         "",
         score.examples,
     )
     evaluation.data = Samples(samples[1:], config)  # others of the same names
-    others = evaluation.scores(lambda: None, training, "test", [], tmp_path / "others")
+    others = evaluation.scores(lambda: None, training, "test", tmp_path / "others", INPUTS)
     assert others[0].examples not in (fewer.examples, "")
     assert evaluation.data.decoded == [0, 1]  # once, also for the digest
 
@@ -216,7 +219,7 @@ def test_records_and_thresholds_of_changed_files_are_named(evaluated, tmp_path, 
     def scores(images: torch.Tensor, files: str, folder: Path = tmp_path) -> list[Score]:
         samples = [{"image": image, "class": torch.tensor(i % 2)} for i, image in enumerate(images)]
         evaluation = Evaluation(Study(config, tmp_path), Samples(samples, config, files))
-        return evaluation.scores(lambda: None, training, "test", [], folder, [Risk(True)])
+        return evaluation.scores(lambda: None, training, "test", folder, INPUTS, [Risk(True)])
 
     first = scores(images, "first")
     assert scores(images, "first") == first and "other" not in capsys.readouterr().out

@@ -1,9 +1,14 @@
 """Attacks, sources and corruptions of a configuration as conditions of the protocol."""
 
+from functools import partial
+
 import pytest
 
 from vismt.base.errors import UserError
 from vismt.config.typed import build
+from vismt.evaluation.attacks import Attacks
+from vismt.evaluation.corruptions import Corruptions
+from vismt.evaluation.sections import perturbations
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.config_checks import check
 from vismt.robustness.conditions import (
@@ -11,12 +16,11 @@ from vismt.robustness.conditions import (
     CorruptionConfig,
     Transfer,
     TransferSource,
-    check_conditions,
     condition_of,
-    few_shot_conditions,
     worst_cases,
 )
 from vismt.robustness.corruptions import CORRUPTIONS, CorruptionSpec
+from vismt.uncertainty.features import Inputs
 from vismt.uncertainty.intervals import Condition
 
 PGD = "PGD-10 linf 4.5/255"
@@ -41,7 +45,8 @@ def test_attacks_come_first_and_share_their_sources():
         AttackConfig("fgsm", source="frozen"),
         AttackConfig(source="clean"),
     ]
-    specs = few_shot_conditions(attacks, [CorruptionConfig("snow", [2])], source)
+    features = [Attacks(attacks), Corruptions([CorruptionConfig("snow", [2])])]
+    specs = perturbations(features, Inputs(source=source))
     assert [spec.describe(5) for spec in specs] == [
         PGD,
         f"{PGD} from frozen",
@@ -66,7 +71,8 @@ def test_attacks_come_first_and_share_their_sources():
 )
 def test_refused(attacks, corruptions, words):
     with pytest.raises(UserError) as caught:
-        check_conditions(attacks, corruptions, 3, sources=True)
+        source = partial(TransferSource, task=None, fingerprint="")
+        perturbations([Attacks(attacks), Corruptions(corruptions)], Inputs(3, source=source))
     assert words in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 
 `read_yaml` (yaml_text.py) and `read_json` (storage/files.py) read the mapping of a file. `build` turns a mapping into a
 dataclass with typed, possibly nested fields. Every mistake is a UserError that names the file, the dotted key
-(`evaluate.attacks[0].epsilon`), the expected type, the value and, for an unknown key, similar keys. Numbers are finite, whole
+(`tasks[0].validation_share`), the expected type, the value and, for an unknown key, similar keys. Numbers are finite, whole
 numbers fit 64 bits, and text can be written as UTF-8.
 """
 

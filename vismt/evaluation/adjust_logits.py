@@ -1,19 +1,17 @@
-"""Logits z - tau log pi. pi has the classes' shares of the training images, and tau is chosen on validation examples.
+"""Logits z - tau log pi: `evaluate.adjust_logits`. pi has the classes' shares of the training labels.
 
-The key `adjust_logits` of the job multitask switches this on, for whole images here and for maps by the score of their task.
-vismt/multitask/class_loss.py has the method and its source. tau is the value of TAUS with the best mean accuracy over the tasks.
+vismt/multitask/class_loss.py has the method and its source. tau is the value of TAUS with the best score on validation examples.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
-import torch
-from torch import Tensor
-
-from vismt.multitask.class_loss import adjusted
-from vismt.uncertainty.features import PROBABILITIES, VALIDATION, Feature, Form, View
+from vismt.evaluation.sections import FEATURES
+from vismt.uncertainty.features import COUNTS, VALIDATION, Feature, Form, View
 from vismt.uncertainty.intervals import Condition
 
 ADJUSTED = Condition("logit adjustment of validation", "variant", "logit adjustment")
@@ -22,46 +20,41 @@ TAUS = tuple(tau / 4 for tau in range(9))  # tried factors of the log prior, 0 t
 
 @dataclass(frozen=True)
 class Adjustment:
-    """The tau that was chosen on n validation examples."""
+    """The tau that was chosen, the smallest of equally good ones."""
 
     tau: float
-    n: int
 
 
+@FEATURES.register("adjust_logits")
 class AdjustLogits(Feature):
-    """The accuracy of the adjusted logits."""
+    """The score of the adjusted logits."""
 
-    key, needs = "adjust_logits", frozenset({PROBABILITIES, VALIDATION})
+    key, needs = "adjust_logits", frozenset({VALIDATION, COUNTS})
+    meaning = (
+        "whether logits minus tau log prior are also evaluated (vismt.multitask.class_loss). tau is chosen on the validation "
+        "images, one for all tasks of whole images, or with `size` one for each task with classes."
+    )
     decides = True
-    _fitted: Adjustment | None = None
-    _counts: Sequence[int] = ()
+
+    def __init__(self, section: Any, tau: float = 0.0, counts: Sequence[int] = ()) -> None:
+        super().__init__(section)
+        self._tau, self._counts = tau, counts
 
     def fitted(self, view: View) -> AdjustLogits:
-        found = AdjustLogits(self.section)
-        found._counts = view.class_counts
+        counts = view.class_counts
 
         def fit() -> Adjustment:
-            tasks = [(of.logits, of.labels) for of in view.validation()]
-            return Adjustment(best_tau(tasks, found._counts), sum(len(labels) for _, labels in tasks))
+            scores = view.judged({tau: _form(counts, tau) for tau in TAUS})
+            return Adjustment(max(TAUS, key=scores.__getitem__))
 
-        found._fitted = view.fitted(self.key, Adjustment, fit, of_net=True)
-        return found
+        return AdjustLogits(self.section, view.fitted(self.key, Adjustment, fit, of_net=True).tau, counts)
 
     @property
     def forms(self) -> Mapping[Condition, Form]:
-        assert self._fitted is not None  # `fitted` was called
-        tau = self._fitted.tau
-        return {ADJUSTED: lambda logits: adjusted(logits, self._counts, tau)}
+        return {ADJUSTED: _form(self._counts, self._tau)}
 
 
-def best_tau(tasks: Sequence[tuple[Tensor, Tensor]], counts: Sequence[int]) -> float:
-    """Return the tau with the largest mean accuracy over the tasks. If several are equal, return the smallest.
+def _form(counts: Sequence[int], tau: float) -> Form:
+    from vismt.multitask.class_loss import adjusted  # every configuration imports this file
 
-    tasks: Logits (n, C) and labels (n,) of each task. counts: Training images of each class.
-    """
-
-    def score(tau: float) -> float:
-        right = [(adjusted(logits, counts, tau).argmax(1) == labels).double().mean() for logits, labels in tasks]
-        return float(torch.stack(right).mean())
-
-    return max(TAUS, key=score)
+    return partial(adjusted, counts=counts, tau=tau)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, make_dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -13,16 +14,14 @@ from vismt.base.registry import Registry, with_entry_points
 from vismt.data.division import validation_parts
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import TuneConfig
-from vismt.uncertainty.features import REASONS, VALIDATION, Feature, Rows, View
+from vismt.uncertainty.features import REASONS, VALIDATION, Feature, Inputs, Rows, View
 from vismt.uncertainty.intervals import CLEAN, Score
 
-_PLACES = ("certify", "laplace", "neighbours", "ood", "risk", "temperature")  # modules of this folder
+# Modules of this folder with a key.
+_KEYS = sorted({path.stem for path in Path(__file__).parent.glob("[a-z]*.py")} - {"quality", "sections"})
 FEATURES: Registry[type[Feature]] = Registry(
     "evaluate: no feature",
-    with_entry_points(
-        "vismt.features",
-        {key: f"vismt.evaluation.{key}" for key in _PLACES},
-    ),
+    with_entry_points("vismt.features", {key: f"vismt.evaluation.{key}" for key in _KEYS}),
 )
 Section = TypeVar("Section")
 
@@ -47,7 +46,8 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
             check_split(self, getattr(self, "split", "test"))
             getattr(own, "__post_init__", lambda section: None)(self)
 
-        content = {"__doc__": own.__doc__, "__module__": own.__module__, "ELSEWHERE": elsewhere, "REFUSED": reasons}
+        content: dict[str, Any] = {"__doc__": own.__doc__, "__module__": own.__module__}
+        content |= {"ELSEWHERE": elsewhere, "REFUSED": reasons}
         content |= {"PROVIDES": frozenset(provides), "__post_init__": check}
         return dataclass(type(own.__name__, (*keys, own), content))
 
@@ -71,13 +71,28 @@ def refusals(section: type) -> dict[str, str]:
     return {name: reasons.get(name, "" if name in known else "this job declares no features") for name in FEATURES}
 
 
-def asked_features(evaluate: object, *, validated: bool = False) -> list[Feature]:
+def asked_features(evaluate: object, attacks: Sequence[Any] | None = None, *, validated: bool = False) -> list[Feature]:
     """Return the features that a section `evaluate` asks for.
 
-    validated: Whether the job has validation answers anyway, with which some features cost nothing.
+    attacks: Attacks in place of the conditions of the section, under which only some features have columns. None for the
+    section. validated: Whether the job has validation answers anyway, with which some features cost nothing.
     """
     asked = [(FEATURES[name], getattr(evaluate, name)) for name in FEATURES if hasattr(evaluate, name)]
-    return [feature(section) for feature, section in asked if section or (validated and feature.costs_nothing)]
+    found = [feature(section) for feature, section in asked if section or (validated and feature.costs_nothing)]
+    if attacks is not None:
+        return [FEATURES["attacks"](attacks), *(of for of in found if of.everywhere)]
+    return sorted(found, key=lambda of: of.decides)
+
+
+def perturbations(features: Sequence[Feature], inputs: Inputs) -> list[Any]:
+    """Return the attacks and corruptions of the features. Raises UserError for unfit values, and for two with the same text."""
+    found = [(spec, feature.key) for feature in features for spec in feature.perturbations(inputs)]
+    labels = [spec.label for spec, _ in found]
+    repeated = next((label for label in labels if labels.count(label) > 1), None)
+    if repeated is not None:
+        keys = dict.fromkeys(f"evaluate.{key}" for spec, key in found if spec.label == repeated)
+        raise UserError(f"evaluate: '{repeated}' is asked for twice; leave one out of {' or '.join(keys)}.")
+    return [spec for spec, _ in found]
 
 
 def check_split(evaluate: object, split: str) -> None:

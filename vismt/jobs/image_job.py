@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, Generic
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import MultitaskObjective
 from vismt.report.panels import to_bytes, write_panel
 from vismt.report.routers import ROUTERS
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.uncertainty.features import Inputs
 
 MAPPED_IMAGES = 4  # with a picture of their routers
 
@@ -39,20 +39,19 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
             )
 
     @abstractmethod
-    def conditions_of(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
-    ) -> Sequence[Any]:
-        """Return the conditions of an evaluation. seed: Seed of attacks. Raises UserError for conditions that the job lacks."""
+    def inputs(self, seed: int = 0) -> Inputs:
+        """Return what attacks and corruptions meet. seed: Seed of attacks."""
 
     @property
     @abstractmethod
     def evaluation(self) -> Any:
         """An object that scores trained nets on the run's own images.
 
-        It has the method `scores(net, training, split, specs, records, features)`.
+        It has the method `scores(net, training, split, records, inputs, features)`.
 
-        `scores` returns every measure, clean and under each of the conditions `specs`. net: Function that returns the evaluated
-        net, called if something is not on record. records: Folder of records. features: Features of an evaluation.
+        `scores` returns every measure, clean and under each attack and corruption. net: Function that returns the evaluated net,
+        called if something is not on record. records: Folder of records. features: Features of an evaluation. inputs: What
+        attacks and corruptions meet.
         """
 
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:

@@ -75,7 +75,7 @@ class ImageView(View):
         ]
         found = [self.score(rows.grouped(measure), condition, rows.content) for condition, measure in measures]
         asked = ((CLEAN, False), *((condition_of(spec, self.num_classes), spec.worst_case) for spec in specs))
-        outside = partial(self._outside, features)
+        outside = partial(self.outside, features)
         return found + asked_scores(features, self, replace(rows, asked=asked), outside)
 
     def rows(self, questions: ImageQuestions) -> Rows:
@@ -84,7 +84,8 @@ class ImageView(View):
         rows = questions.answered(self.net, self.batches, log, self.label)
         return Rows(rows, *self.batches.groups, log.examples)
 
-    def _outside(self, features: Sequence[Feature], entry: str) -> Rows:
+    def outside(self, features: Sequence[Feature], entry: str) -> Rows:
+        """Return the columns of features of the images of a set of other classes."""
         name = row_name(entry)
         with self.opened(entry) as images:
             unlabelled = torch.zeros(len(images), dtype=torch.int64)

@@ -124,7 +124,6 @@ class AttackConfig(AttackSettings):
         """Return the attack of a dense net. known: Tasks of its run."""
         from vismt.robustness.attacks.dense_attack import DenseAttack
 
-        _refuse_sources([self])
         require_known("evaluate.attacks: tasks: no task", self.tasks, known)
         return DenseAttack(replace(self, tasks=[]).spec(seed), tuple(name for name in known if name in self.tasks))
 
@@ -160,75 +159,6 @@ class CorruptionConfig:
         if of_maps:
             names = [name for name in names if name not in MOVING]
         return [CorruptionSpec(name, severity) for name in names for severity in self.severities]
-
-
-def conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
-) -> list[DirectPerturbation]:
-    """Return the attacks in their order, then the corruptions. seed: Seed of the attacks.
-
-    Raises UserError for attacks on another model.
-    """
-    _refuse_sources(attacks)
-    return [*(attack.spec(seed) for attack in attacks), *_specs(corruptions)]
-
-
-def few_shot_conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], source: Callable[[str], TransferSource]
-) -> list[Perturbation]:
-    """Return the attacks in their order, then the corruptions. source: Function that returns the source of an attack by name."""
-    names = dict.fromkeys(attack.source for attack in attacks if attack.source is not None)
-    sources = {name: source(name) for name in names}  # shared: an episode's classifier is built once for all attacks
-    of_attacks = [
-        attack.spec() if attack.source is None else Transfer(attack.spec(), sources[attack.source])
-        for attack in attacks
-    ]
-    return [*of_attacks, *_specs(corruptions)]
-
-
-def check_conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], ways: int, *, sources: bool = False
-) -> None:
-    """Raise UserError for values that do not fit and for two conditions with the same label, before a model is built.
-
-    ways: Smallest number of classes in an episode. sources: Whether attacks on another model are possible.
-    """
-    if not sources:
-        _refuse_sources(attacks)
-    for attack in attacks:
-        attack.spec().check_classes(ways)
-    labels = [attack.spec().label + (f" from {attack.source}" if attack.source else "") for attack in attacks]
-    _check_labels([*labels, *(spec.label for spec in _specs(corruptions))])
-
-
-def _refuse_sources(attacks: Sequence[AttackConfig]) -> None:
-    if any(attack.source is not None for attack in attacks):
-        raise UserError("evaluate.attacks: source: attacks from another model are for few-shot runs; leave it out.")
-
-
-def _specs(corruptions: Sequence[CorruptionConfig]) -> list[CorruptionSpec]:
-    return [spec for corruption in corruptions for spec in corruption.specs()]
-
-
-def dense_conditions(
-    attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], tasks: Sequence[str], seed: int = 0
-) -> list[DensePerturbation]:
-    """Return the attacks and corruptions of a dense run with these tasks, in their order. seed: Seed of the attacks.
-
-    Raises UserError for values that do not fit, and for two conditions with the same label.
-    """
-    specs: list[DensePerturbation] = [attack.dense(tasks, seed) for attack in attacks]
-    specs += [spec for corruption in corruptions for spec in corruption.specs(of_maps=True)]
-    _check_labels([spec.label for spec in specs])
-    return specs
-
-
-def _check_labels(labels: Sequence[str]) -> None:
-    repeated = next((label for label in labels if labels.count(label) > 1), None)
-    if repeated is not None:
-        raise UserError(
-            f"evaluate: '{repeated}' is asked for twice; leave one out of evaluate.attacks or evaluate.corruptions."
-        )
 
 
 def condition_of(spec: Perturbation | DenseAttack, num_classes: int | None = None) -> Condition:

@@ -29,7 +29,7 @@ from vismt.metatune.functional import answers, report_lost
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.conditions import DirectPerturbation, Perturbation, condition_of, worst_cases
 from vismt.storage.records import Field, Header, Records
-from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields
+from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields, feature_settings
 from vismt.uncertainty.intervals import CLEAN, Condition, wilson
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
@@ -162,7 +162,7 @@ class ImageQuestions:
         """Open the records in a file. weights, examples: Fields of `vismt.storage.records.Header`."""
         settings = {
             "attacks": [dict(spec.settings()) for spec in self.specs],
-            "features": {feature.key: feature.settings() for feature in self.features},
+            "features": feature_settings(self.features),
         }
         header = Header(weights, examples, {"data": self.data, "num_classes": self.num_classes}, settings)
         return Records(path, header, self._fields())

@@ -21,7 +21,7 @@ from vismt.uncertainty.intervals import CLEAN, HIGHER, SHARE, Better, Condition,
 
 # What a job may provide, with the reason for which a job without it has no feature that needs it.
 PROBABILITIES, PIXELS, OUTSIDE = "probabilities", "pixels", "outside"
-VALIDATION, EMBEDDING, HEAD = "validation", "embedding", "head"
+VALIDATION, EMBEDDING, HEAD, RADII, COUNTS = "validation", "embedding", "head", "radii", "counts"
 REASONS = {
     PROBABILITIES: "no answer of this job is a choice among classes",
     PIXELS: "the answers of this job do not come from pixels",
@@ -29,6 +29,8 @@ REASONS = {
     VALIDATION: "this job has no validation examples of the evaluated classes",
     EMBEDDING: "the nets of this job have no features of images",
     HEAD: "the answers of this job do not come from a head over features",
+    RADII: "this job runs no attack at growing radii",
+    COUNTS: "this job counts no training examples of classes",
 }
 Fitted = TypeVar("Fitted")
 Value = TypeVar("Value")
@@ -54,6 +56,23 @@ class Answers:
     net: Callable[[Tensor], Tensor] | None = None
     images: Tensor | None = None
     keys: Sequence[tuple[int | str, ...]] = ()
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the inputs of a net are to attacks and corruptions.
+
+    Args:
+        classes: Smallest number of classes of an answer.
+        seed: Seed of attacks.
+        tasks: Tasks of the net whose losses an attack raises. None for a classifier.
+        source: Function that returns another model of the run by its name. None for a job without other models.
+    """
+
+    classes: int = 4
+    seed: int = 0
+    tasks: Sequence[str] | None = None
+    source: Callable[[str], Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -148,6 +167,19 @@ class Summary:
 
 
 @dataclass(frozen=True)
+class Lines:
+    """A file KEY.jsonl of a run with a line for each model and set, and its table in a report.
+
+    title, caption: Titles of the section and the table. types: Types of the values of a line. note: Text below the table.
+    """
+
+    title: str
+    caption: str
+    types: Mapping[str, Any]
+    note: str
+
+
+@dataclass(frozen=True)
 class Validation:
     """The answers of a net to validation examples.
 
@@ -167,9 +199,11 @@ class View(ABC):
 
     Attributes:
         number: Place of the task of the set among the tasks of the net.
+        unit: What an example is, in the plural.
     """
 
     number: int = 0
+    unit: ClassVar[str] = "images"
 
     @abstractmethod
     def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
@@ -195,6 +229,19 @@ class View(ABC):
         of = self.validation()[self.number]
         return rows_of([feature], Answers(of.logits[of.fits].double(), of.labels[of.fits]))
 
+    def judged(self, forms: Mapping[float, Form]) -> dict[float, float]:
+        """Return the score of the net on its validation examples with each form of the logits (VALIDATION).
+
+        Larger is better. The score of choices is the mean accuracy over the tasks.
+        """
+        tasks = self.validation()
+
+        def score(form: Form) -> float:
+            right = [(form(of.logits).argmax(1) == of.labels).double().mean() for of in tasks]
+            return float(torch.stack(right).mean())
+
+        return {value: score(form) for value, form in forms.items()}
+
     @property
     def task_of_class(self) -> Tensor | None:
         """The task of each class of a net over several tasks, int64 (k,). None for one task."""
@@ -202,7 +249,7 @@ class View(ABC):
 
     @property
     def class_counts(self) -> list[int]:
-        """The number of training examples of each class, in the job multitask."""
+        """The number of training examples of each class (COUNTS)."""
         raise NotImplementedError
 
     def embedded(
@@ -226,6 +273,10 @@ class View(ABC):
         """
         raise NotImplementedError
 
+    def by_radius(self) -> Any:
+        """Return the check of the net by an attack at growing radii (RADII), of `vismt.robustness.masking`."""
+        raise NotImplementedError
+
 
 class Feature:
     """What the section `evaluate.KEY` of a configuration asks for.
@@ -238,12 +289,14 @@ class Feature:
         meaning: Meaning of the section, in configurations and their reference.
         about: What the protocol of its scores says in place of the choice among classes, "" for the choice.
         everywhere: Whether the columns are also recorded under attacks and corruptions.
+        of_inputs: Whether it adds `perturbations`.
         of_forms: Whether the columns are also recorded for all forms of the clean logits.
         decides: Whether `forms` change answers.
         costs_nothing: Whether a job with validation answers has the feature without being asked.
         exported: Whether it writes `files` beside exported weights.
         holds_out: Whether it is fitted on validation examples that choose no learning rate.
         summary: Table of the report with its metrics, None for none.
+        lines: File with a line for each model and set, None for none.
         section: Value of the key.
     """
 
@@ -254,12 +307,14 @@ class Feature:
     meaning: ClassVar[str] = ""
     about: ClassVar[str] = ""
     everywhere: ClassVar[bool] = False
+    of_inputs: ClassVar[bool] = False
     of_forms: ClassVar[bool] = False
     decides: ClassVar[bool] = False
     costs_nothing: ClassVar[bool] = False
     exported: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     summary: ClassVar[Summary | None] = None
+    lines: ClassVar[Lines | None] = None
 
     def __init__(self, section: Any) -> None:
         self.section = section
@@ -267,6 +322,15 @@ class Feature:
     @property
     def sets(self) -> Sequence[str]:
         """The entries of sets of other classes, cards or folders, that the section names."""
+        return ()
+
+    @property
+    def models(self) -> Sequence[str]:
+        """The names of other models of the run that it asks."""
+        return ()
+
+    def perturbations(self, inputs: Inputs) -> Sequence[Any]:
+        """Return the attacks and corruptions that it adds (vismt.robustness.conditions). Raises UserError for unfit values."""
         return ()
 
     @property
@@ -327,6 +391,15 @@ class Feature:
         """Return scores that do not follow from recorded answers. views: Views of one net, one for each evaluated set."""
         return []
 
+    def line(self, view: View) -> dict[str, Any]:
+        """Return the line of a net on a set for the file of `lines`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def cells(line: Mapping[str, Any]) -> dict[str, str]:
+        """Return the cells of a line in the table of `lines`, by their heads."""
+        raise NotImplementedError
+
     def means(self, answers: Answers, outside: Mapping[str, Answers]) -> dict[str, float]:
         """Return the score of the answers of one example for each quantity, by field. outside: Columns of other sets by entry."""
         rows = rows_of([self], answers)
@@ -339,6 +412,11 @@ def rows_of(features: Sequence[Feature], answers: Answers, ids: Sequence[str] = 
     columns = feature_columns(CLEAN.label, features, answers)
     columns |= {"id": list(ids) or [*range(len(answers.labels))], "label": answers.labels.tolist()}
     return Rows([dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)])
+
+
+def feature_settings(features: Sequence[Feature]) -> dict[str, Mapping[str, object]]:
+    """Return the settings of the features that have columns, by key, for the header of a record."""
+    return {of.key: of.settings() for of in features if of.forms or of.fields(2)}
 
 
 def feature_columns(condition: str, features: Sequence[Feature], answers: Answers) -> dict[str, list]:

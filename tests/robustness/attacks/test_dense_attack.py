@@ -8,11 +8,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
+from vismt.evaluation.attacks import Attacks
+from vismt.evaluation.corruptions import Corruptions
+from vismt.evaluation.sections import perturbations
 from vismt.multitask.tasks import make_task
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.attacks.dense_attack import DenseAttack, _balanced
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, condition_of, dense_conditions
+from vismt.robustness.conditions import AttackConfig, CorruptionConfig, condition_of
 from vismt.robustness.corruptions import CORRUPTIONS
+from vismt.uncertainty.features import Inputs
 
 TASKS = [make_task({"name": "semseg", "classes": 3}), make_task("depth")]
 EPSILON = 4 / 255
@@ -171,7 +175,8 @@ def test_conditions_of_a_dense_run() -> None:
         AttackConfig("pgd", "8/255", tasks=["depth"]),
         AttackConfig("pgd", tasks=["b", "depth"]),
     ]
-    specs = dense_conditions(attacks, [CorruptionConfig("all", [3])], ["depth", "b"])
+    features = [Attacks(attacks), Corruptions([CorruptionConfig("all", [3])])]
+    specs = perturbations(features, Inputs(tasks=["depth", "b"]))
     assert [spec.label for spec in specs[:3]] == [
         "PGD-10 linf 4.5/255 on all tasks",
         "PGD-10 linf 8/255 on depth",
@@ -198,7 +203,7 @@ def test_conditions_of_a_dense_run() -> None:
 )
 def test_errors(attacks: list, corruptions: list, words: str) -> None:
     with pytest.raises(UserError) as error:
-        dense_conditions(attacks, corruptions, ["depth"])
+        perturbations([Attacks(attacks), Corruptions(corruptions)], Inputs(tasks=["depth"]))
     assert words in str(error.value)
 
 

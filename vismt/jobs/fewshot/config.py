@@ -15,9 +15,9 @@ from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
 from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig
+from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
-from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, RADII
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 EXPERT = "expert:"
@@ -115,7 +115,7 @@ class FewShotHeadConfig:
             raise UserError(f"head: '{self.name}' has no options; finetune has its own section, the others have none.")
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, RADII)
 @dataclass
 class EvaluateConfig:
     """Test episodes.
@@ -135,9 +135,6 @@ class EvaluateConfig:
         max_ways: largest number of classes of the variable rule.
         max_contribution: largest number of support images of a class of the variable rule. With min_ways = max_ways = 5, a
             value of 1 is the AMT paper's 5-way 1-shot.
-        attacks: evaluated attacks.
-        corruptions: evaluated corruptions.
-        masking: whether PGD also runs at growing radii, on the first masking_episodes episodes of each set.
         masking_episodes: number of episodes of each set for `masking`.
         probabilities: whether the ECE, NLL and Brier score of the probabilities after each model's temperature are reported.
             The temperature is fitted on the validation episodes of the select section.
@@ -162,9 +159,6 @@ class EvaluateConfig:
     min_ways: int = 5
     max_ways: int = 50
     max_contribution: int = 100
-    attacks: list[AttackConfig] = field(default_factory=list)
-    corruptions: list[CorruptionConfig] = field(default_factory=list)
-    masking: bool = False
     masking_episodes: Episodes = 10
     probabilities: bool = False
     ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import replace
+from typing import Any
 
 from vismt.base.errors import UserError, near
 from vismt.data.set_entries import check_apart, check_row_names
 from vismt.engine.study import ALONE, FROZEN, check_arms, validates
-from vismt.evaluation.sections import check_other_sets
+from vismt.evaluation.sections import asked_features, check_other_sets, perturbations
 from vismt.jobs.calibration import check_calibration
 from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_experts, split_head, untrained_arms
 from vismt.jobs.fewshot.config import (
@@ -21,7 +22,8 @@ from vismt.jobs.fewshot.config import (
     FewShotConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT
-from vismt.robustness.conditions import check_conditions
+from vismt.robustness.conditions import TransferSource
+from vismt.uncertainty.features import Inputs
 
 
 def check(config: FewShotConfig) -> None:
@@ -136,11 +138,12 @@ def _check_evaluation(config: FewShotConfig) -> None:
         )
     _check_ways(config)
     least = min(map(settings.ways_in, settings.data)) if settings.rule == "uniform" else settings.min_ways
-    check_conditions(settings.attacks, settings.corruptions, least, sources=True)
+    unbuilt: Any = None  # a check needs only the names of models
+    perturbations(asked_features(settings), Inputs(least, source=lambda model: TransferSource(model, unbuilt, "")))
     if config.select is not None and config.select.attack is not None:
         if config.select.attack.source is not None:
             raise UserError("select.attack: the choice attacks the evaluated model; leave source out.")
-        check_conditions([config.select.attack], [], min(map(settings.ways_in, config.select.data)))
+        config.select.attack.spec().check_classes(min(map(settings.ways_in, config.select.data)))
 
 
 def _check_ways(config: FewShotConfig) -> None:
@@ -159,20 +162,18 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
     planned = planned_experts(config)
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
     known = [*SINGLE, *arms] if pool is None else [*POOLED, *experts]
-    sources = [attack.source for attack in config.evaluate.attacks if attack.source is not None]
+    sources = [(model, f"evaluate.{of.key}: source") for of in asked_features(config.evaluate) for model in of.models]
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
         where = "evaluate.models" if split_head(model)[1] or not ending else "evaluate.models with head"
         _check_model(config, where, model if split_head(model)[1] else f"{model}{ending}", known, trains)
-    for model in sources:
-        _check_model(config, "evaluate.attacks: source", model, known, trains)
+    for model, where in sources:
+        _check_model(config, where, model, known, trains)
         if trains and arms and split_head(model)[0] == ALONE:
-            raise UserError(
-                f"evaluate.attacks: source: '{model}' stands for all arms of this run; name one of {', '.join(arms)}."
-            )
+            raise UserError(f"{where}: '{model}' stands for all arms of this run; name one of {', '.join(arms)}.")
         if split_head(model)[0] != FROZEN and not trains and not assembled:
             raise UserError(
-                f"evaluate.attacks: source: '{model}' needs a training, and this configuration trains nothing; take 'frozen'."
+                f"{where}: '{model}' needs a training, and this configuration trains nothing; take 'frozen'."
             )
 
 

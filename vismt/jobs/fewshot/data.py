@@ -132,9 +132,8 @@ class FewShotData:
         """Raise UserError for a model and conditions that need pixels."""
         settings = self.config.evaluate
         of_pixels = [feature.key for feature in asked_features(settings) if PIXELS in feature.needs]
-        if settings.attacks or settings.corruptions or settings.masking or of_pixels:
-            asked = ", ".join(["attacks", "corruptions", *of_pixels])
-            raise UserError(f"data '{name}': it has features and no pixels; leave out {asked}.")
+        if of_pixels:
+            raise UserError(f"data '{name}': it has features and no pixels; leave out {', '.join(of_pixels)}.")
         if self.config.train is not None:
             raise UserError(f"data '{name}': it has features, and training needs images; set train to null.")
         try:

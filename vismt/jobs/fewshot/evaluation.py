@@ -11,7 +11,7 @@ the model's records has T. T is fitted again if the weights, the settings or the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base import console
 from vismt.base.seeds import digest
 from vismt.data.batching import joint_content
 from vismt.data.pixels import Pixels
@@ -27,29 +26,24 @@ from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Training
-from vismt.evaluation.sections import asked_features, outside_entries
+from vismt.evaluation.sections import asked_features, outside_entries, perturbations
 from vismt.evaluation.temperature import TEMPERED
+from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.fewshot.data import FewShotData
 from vismt.jobs.fewshot.models import Models
 from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import EpisodeQuestions, clean_logits, run_protocol
-from vismt.robustness.conditions import (
-    AttackConfig,
-    Perturbation,
-    TransferSource,
-    condition_of,
-    few_shot_conditions,
-    worst_cases,
-)
-from vismt.robustness.masking import check_episodes
-from vismt.storage.files import JsonObject
+from vismt.robustness.conditions import AttackConfig, Perturbation, TransferSource, condition_of, worst_cases
+from vismt.robustness.masking import MaskingCheck, check_episodes
 from vismt.storage.fitted import fitted_once
-from vismt.uncertainty.intervals import CLEAN, Measure, Score
+from vismt.uncertainty.features import Feature, Inputs, View
+from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
 from vismt.uncertainty.probability_metrics import group_measures
 from vismt.uncertainty.temperature import fit_temperature
 
 _TASK = "few-shot"
+Sampler = EpisodeSampler | VariableSampler
 _FORMS = {UNSCALED: CLEAN, SCALED: TEMPERED}  # conditions of the rows of probabilities
 _ABSENT = -1e30  # logit of the classes that an episode of fewer ways lacks: a probability of 0 at any T
 
@@ -75,65 +69,22 @@ class Evaluation:
     ) -> list[Score]:
         """Return the scores of a model on the episodes of every set, clean and under each condition.
 
-        attacks: Conditions in place of the configuration's conditions, with separate records. None for the configuration's.
+        attacks: Attacks in place of the configuration's conditions, with separate records. None for the configuration's.
         with_panel: Whether the first episode of each set is kept as a panel.
         """
-        settings = self.config.evaluate
-        configured = self._conditions(models, settings.attacks, with_corruptions=True)
-        specs = configured if attacks is None else self._conditions(models, attacks, with_corruptions=False)
-        settings_text = _settings(specs)
-        ending = "" if settings_text == _settings(configured) else f"-{digest(settings_text.encode())[:8]}"
-        scores = []
-        for name in settings.data:
-            for sampler in self.data.samplers(name):
-                scores += self._score_set(models, arm, name, sampler, specs, ending, with_panel and not ending)
-        return scores
 
-    def _score_set(
-        self,
-        models: Models,
-        arm: str,
-        name: str,
-        sampler: EpisodeSampler | VariableSampler,
-        specs: Sequence[Perturbation],
-        ending: str,
-        with_panel: bool,
-    ) -> list[Score]:
-        shown, protocol, settings = shown_name(name), str(sampler), self.config.evaluate
-        with_panel = with_panel and isinstance(self.data.open(name), Pixels)
-        panel = self.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
-        records = episodes_file(self.folder, models.seed, shown, protocol, f"{arm}{ending}")
-        tempered = settings.probabilities and self.config.select is not None
-        features = () if ending else asked_features(settings)
-        worst = worst_cases(specs, sampler.min_ways)
-        questions = EpisodeQuestions(
-            sampler,
-            specs,
-            {case.condition.label: case.attacks for case in worst},
-            probabilities=True,
-            temperature=temperature(self.folder, models, arm) if tempered else None,
-            asked=features,
-            outside={entry: self.data.outside(entry) for entry in outside_entries(features)},
-            data=name,
-        )
-        pixels = self.data.open(name)
-        log = questions.records(records, models.fingerprint(arm), pixels.content)
-        title = f"{shown} {protocol} {arm}"
-        results = questions.answered(models.task(arm), pixels, log, settings.episodes, title, panel, arm)
-        labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
-        chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
-        drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{log.examples}".encode())
-        measures = [(label, accuracy(results[label.label], chance)) for label in labels]
-        usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
-        for form, label in _FORMS.items():
-            if form in questions.forms:
-                names = [str(number) for number in range(settings.episodes)]
-                found = group_measures(names, form, results, _parts_of(names, sampler))
-                measures += [(label, measure) for measure in found]
-        for of in (of for feature in features for of in feature.quantities()):
-            measures.append((of.condition, of.measure(_by_episode(results[of.field]), counts=False)))
-        measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
-        return [Score(_TASK, shown, protocol, measure, label, "episodes", drawn) for label, measure in measures]
+        def source(model: str) -> TransferSource:
+            return TransferSource(model, models.task(model), models.fingerprint(model))
+
+        features = asked_features(self.config.evaluate, attacks)
+        views = self.views(models, arm)
+        specs = perturbations(features, Inputs(min(view.sampler.min_ways for view in views), source=source))
+        return [of for view in views for of in view.scores(specs, features, attacks, with_panel=with_panel)]
+
+    def views(self, models: Models, arm: str) -> list[EpisodeView]:
+        """Return a model on the episodes of every set and protocol."""
+        names = self.config.evaluate.data
+        return [EpisodeView(self, models, arm, name, of) for name in names for of in self.data.samplers(name)]
 
     def validation_scores(self, models: Models, training: Training) -> list[Score]:
         """Return the accuracy of a training on the episodes of select.data, clean and under its arm's select.attack."""
@@ -161,60 +112,91 @@ class Evaluation:
                 scores.append(Score(_TASK, shown_name(name), str(sampler), measure, label, "episodes"))
         return scores
 
-    def _conditions(
-        self, models: Models, attacks: Sequence[AttackConfig], *, with_corruptions: bool
-    ) -> Sequence[Perturbation]:
-        def source(model: str) -> TransferSource:
-            return TransferSource(model, models.task(model), models.fingerprint(model))
 
-        corruptions = self.config.evaluate.corruptions if with_corruptions else []
-        return few_shot_conditions(attacks, corruptions, source)
+@dataclass(frozen=True)
+class EpisodeView(View):
+    """A model on the episodes of one set and protocol."""
 
-    def masking_lines(self, models: Models, arm: str, config_hash: str) -> list[JsonObject]:
-        """Return the gradient-masking check of a model on every set, with the set's first protocol."""
-        lines = []
-        for name in self.config.evaluate.data:
-            sampler = self.data.samplers(name)[0]
-            shown, protocol = shown_name(name), str(sampler)
-            path, pixels = self.folder / "masking" / f"{record_stem(shown, protocol, arm)}.jsonl", self.data.open(name)
-            result = check_episodes(
-                models.task(arm),
-                pixels,
-                sampler,
-                episodes=self.config.evaluate.masking_episodes,
-                records=path,
-                examples=pixels.content,
-                data=name,
-                fingerprint=models.fingerprint(arm),
-                label=f"{shown} {protocol} {arm} by radius",
-            )
-            about = {"data": shown, "protocol": protocol, "arm": arm, "config_hash": config_hash}
-            lines.append({**about, **vars(result), "passed": result.passed, "verdict": result.verdict()})
-        console.stage("masking", masking_summary(lines))
-        return lines
+    unit = "episodes"
+    evaluation: Evaluation
+    models: Models
+    arm: str
+    name: str
+    sampler: Sampler
+
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+        return Score(_TASK, shown_name(self.name), str(self.sampler), measure, condition, self.unit, examples)
+
+    def scores(
+        self,
+        specs: Sequence[Perturbation],
+        features: Sequence[Feature],
+        attacks: Sequence[AttackConfig] | None,
+        *,
+        with_panel: bool,
+    ) -> list[Score]:
+        """Return the scores clean and under each condition. The arguments are as for `Evaluation.scores`."""
+        of, models, sampler = self.evaluation, self.models, self.sampler
+        shown, protocol, settings = shown_name(self.name), str(sampler), of.config.evaluate
+        pixels = of.data.open(self.name)
+        with_panel = with_panel and not attacks and isinstance(pixels, Pixels)
+        panel = of.folder / "panels" / f"{shown}-{protocol.replace(' ', '-')}.npz" if with_panel else None
+        file = episodes_file(of.folder, models.seed, shown, protocol, self.arm)
+        tempered = settings.probabilities and of.config.select is not None
+        worst = worst_cases(specs, sampler.min_ways)
+        questions = EpisodeQuestions(
+            sampler,
+            specs,
+            {case.condition.label: case.attacks for case in worst},
+            probabilities=True,
+            temperature=temperature(of.folder, models, self.arm) if tempered else None,
+            asked=features,
+            outside={entry: of.data.outside(entry) for entry in outside_entries(features)},
+            data=self.name,
+        )
+        records = records_folder(file.parent, attacks) / file.name
+        log = questions.records(records, models.fingerprint(self.arm), pixels.content)
+        title, model = f"{shown} {protocol} {self.arm}", models.task(self.arm)
+        results = questions.answered(model, pixels, log, settings.episodes, title, panel, self.arm)
+        labels = [CLEAN, *(condition_of(spec, sampler.min_ways) for spec in specs), *(case.condition for case in worst)]
+        chance = 1 / sampler.ways if isinstance(sampler, EpisodeSampler) else None
+        drawn = digest(f"{json.dumps(sampler.describe(), sort_keys=True)}{log.examples}".encode())
+        measures = [(label, accuracy(results[label.label], chance)) for label in labels]
+        usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
+        for form, label in _FORMS.items():
+            if form in questions.forms:
+                names = [str(number) for number in range(settings.episodes)]
+                found = group_measures(names, form, results, _parts_of(names, sampler))
+                measures += [(label, measure) for measure in found]
+        for quantity in (quantity for feature in features for quantity in feature.quantities()):
+            values = _by_episode(results[quantity.field])
+            measures.append((quantity.condition, quantity.measure(values, counts=False)))
+        measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
+        return [self.score(measure, label, drawn) for label, measure in measures]
+
+    def by_radius(self) -> MaskingCheck:
+        """Return the check on the first episodes."""
+        of, shown = self.evaluation, shown_name(self.name)
+        pixels, title = of.data.open(self.name), f"{shown} {self.sampler} {self.arm}"
+        return check_episodes(
+            self.models.task(self.arm),
+            pixels,
+            self.sampler,
+            episodes=of.config.evaluate.masking_episodes,
+            records=of.folder / "masking" / f"{record_stem(shown, str(self.sampler), self.arm)}.jsonl",
+            examples=pixels.content,
+            data=self.name,
+            fingerprint=self.models.fingerprint(self.arm),
+            label=f"{title} by radius",
+        )
 
 
-def masking_summary(lines: Sequence[JsonObject]) -> str:
-    """Return the gradient-masking checks of one model, as one text for the console."""
-    failed = [f"{row['data']} {row['verdict'].removeprefix('FAIL: ')}" for row in lines if not row["passed"]]
-    model = lines[0]["arm"]
-    if failed:
-        return f"{model}   FAIL   {'; '.join(failed)}: accuracies under attack do not measure robustness"
-    last = ", ".join(f"{row['data']} {100 * row['accuracies'][-1]:.1f} %" for row in lines)
-    return f"{model}   pass   at {255 * lines[0]['epsilons'][-1]:.3g}/255: {last}   (n = {lines[0]['n']} episodes)"
-
-
-def _settings(specs: Sequence[Perturbation]) -> str:
-    settings: list[Mapping[str, object]] = [dict(spec.settings()) for spec in specs]
-    return json.dumps(settings, sort_keys=True)
-
-
-def over_episodes(measure: Measure, sampler: EpisodeSampler | VariableSampler) -> Measure:
+def over_episodes(measure: Measure, sampler: Sampler) -> Measure:
     """Return a measure whose interval is over the episodes of a sampler."""
     return replace(measure, covers=sampler.covers, groups=_parts_of(measure.values, sampler), grouped_by="parts")
 
 
-def _parts_of(episodes: Iterable[str], sampler: EpisodeSampler | VariableSampler) -> dict[str, str]:
+def _parts_of(episodes: Iterable[str], sampler: Sampler) -> dict[str, str]:
     """Return the part of each episode by its number, {} if the sampler has no parts."""
     return {number: str(int(number) % sampler.parts) for number in episodes} if sampler.parts else {}
 

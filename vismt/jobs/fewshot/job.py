@@ -16,6 +16,7 @@ from vismt.backbones import timm_models
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
+from vismt.data.set_entries import shown_name
 from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import FROZEN, Study, Training
@@ -34,11 +35,10 @@ from vismt.jobs.fewshot.arms import (
 from vismt.jobs.fewshot.config import CLEAN_EXPERT, EXPERT, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
-from vismt.jobs.fewshot.evaluation import Evaluation
+from vismt.jobs.fewshot.evaluation import EpisodeView, Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.graphs import Graph, Named, image_graph
-from vismt.jobs.masking import MASKING
 from vismt.jobs.predict import fit_few_shot
 from vismt.jobs.predictions import CLASSES, Options, Predictions, images_for, predict_classes
 from vismt.jobs.training_job import TrainingJob
@@ -53,7 +53,6 @@ from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject, atomic_write
-from vismt.storage.lines import write_lines
 from vismt.uncertainty.intervals import Score
 
 EpisodeNet = ProtoNet | MamlNet
@@ -239,17 +238,16 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         return evaluation.scores(models, training.arm, attacks, with_panel=with_panel)
 
     def evaluate_references(self) -> None:
-        if not any(attack.source for attack in self.config.evaluate.attacks):  # else trained models make the attacks
+        if not any(
+            feature.models for feature in asked_features(self.config.evaluate)
+        ):  # else trained models make the attacks
             super().evaluate_references()
 
-    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
-        super().evaluate(attacks)
-        if self.config.evaluate.masking and attacks is None:
-            seed = self.study.seeds[0]
-            lines = []
-            for arm in self.evaluated():
-                lines += self._evaluation(arm).masking_lines(self.models(seed, arm), arm, self.hash)
-            ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
+    def views(self, arm: str) -> dict[str, EpisodeView]:
+        """Return a model on the episodes of the first protocol of every set."""
+        views = self._evaluation(arm).views(self.models(self.study.seeds[0], arm), arm)
+        first = {view.name: view for view in reversed(views)}
+        return {f"{shown_name(name)}, {first[name].sampler}": first[name] for name in self.config.evaluate.data}
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out untrained arms whose weights cannot be loaded, with a line for each."""

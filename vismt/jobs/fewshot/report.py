@@ -1,4 +1,4 @@
-"""The report sections of a few-shot run: mixtures, the masking check and episodes."""
+"""The report sections of a few-shot run: mixtures and episodes."""
 
 from __future__ import annotations
 
@@ -14,19 +14,11 @@ from vismt.jobs.fewshot.arms import pool_members, split_head, strategy_of, untra
 from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
-from vismt.jobs.masking import masking_section
 from vismt.metatune.amt.pool import read_pool
 from vismt.report.panels import DAMAGE, read_arrays
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
-
-_MASKING_NOTE = (
-    "PGD-10 at growing radii on the first episodes of each set. With honest gradients the accuracy does not rise with the "
-    "radius and ends at or below chance at 64/255, both within the 95 % interval over the episodes. Where it fails, the "
-    "accuracies under attack do not measure robustness. The verdict ends with the accuracy under PGD-10 minus that under "
-    "the attack `strong` at the same radius, which is by how much PGD-10 overestimates the robustness."
-)
 
 
 def sections(
@@ -35,7 +27,6 @@ def sections(
     """Return the sections of a few-shot run, as far as the run folder has the files."""
     return [
         Section("Arms left out", _left_out(config, results)),
-        masking_section(folder, "Model", "episodes", _MASKING_NOTE),
         Section("Pool", pictures=_mixtures(folder, config, study, results)),
         Section("Episodes", pictures=_panels(folder), folded=True),
     ]

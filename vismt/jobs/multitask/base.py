@@ -12,13 +12,14 @@ from torch import Tensor
 
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.image_job import ImageJob
-from vismt.jobs.multitask.config import MultitaskConfig, check, class_loss, entry_name, own_parts
+from vismt.jobs.multitask.config import MultitaskConfig, check, class_loss, entry_name, inputs_of, own_parts
 from vismt.jobs.task_sections import make_configured_balancer
 from vismt.jobs.training_job import Net
 from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import SEGMENTATION, Union
 from vismt.multitask.objectives import WHOLE_IMAGES, MultitaskObjective, VariationalObjective
 from vismt.multitask.tasks import Task
+from vismt.uncertainty.features import Inputs
 from vismt.uncertainty.last_layers import is_variational
 
 
@@ -41,6 +42,9 @@ class MultitaskJob(ImageJob[MultitaskConfig, Net], Generic[Net]):
     @abstractmethod
     def calibration_images(self, config: MultitaskConfig) -> Any:
         """Return the images that the section `calibration` of an arm names, of the size that the backbone takes."""
+
+    def inputs(self, seed: int = 0) -> Inputs:
+        return inputs_of(self.config, seed)
 
     def trained_on(self, config: MultitaskConfig) -> str:
         if config.merge is not None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import compress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +24,6 @@ from vismt.data.set_entries import card_and_split, overlap, row_name
 from vismt.data.transforms import augment
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
-from vismt.evaluation.adjust_logits import AdjustLogits
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
 from vismt.jobs.evaluation_job import records_folder
@@ -46,7 +44,7 @@ from vismt.multitask.tasks import Task
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, conditions
+from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import CLEAN, Score
@@ -116,7 +114,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
             self.data.check_part(task, self.split)
             for name in (name for feature in asked_features(settings) for name in feature.sets):
                 self.data.outside(name)
-            if validates(self.config) or settings.adjust_logits or fitted_keys(settings):
+            if validates(self.config) or fitted_keys(settings):
                 self.data.check_part(task, "validation")
             if fitted_keys(settings):
                 labels, groups = self.data.part(task, "validation").labels, self.data.validation_groups(task)
@@ -160,14 +158,10 @@ class ClassifierJob(MultitaskJob[PixelNet]):
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         settings = self.config.evaluate
-        chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
-        records = records_folder(training.folder / RECORDS, attacks)
-        net, evaluated = self.final(training), split == self.split
         validated = split != "validation" and self.evaluation.validated
-        features = [Quality(None), *asked_features(settings, validated=validated)] if evaluated else []
-        features += [AdjustLogits(True)] if evaluated and settings.adjust_logits else []
-        asked = [of for of in features if attacks is None or of.everywhere or of.of_forms]
-        return self.evaluation.scores(lambda: net, training, split, conditions(chosen, corruptions), records, asked)
+        features = [Quality(None), *asked_features(settings, attacks, validated=validated)]
+        records = records_folder(training.folder / RECORDS, attacks)
+        return self.evaluation.scores(partial(self.final, training), training, split, records, self.inputs(), features)
 
     def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
         return config.trained_tasks or [entry_name(spec) for spec in config.tasks]
@@ -179,7 +173,8 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         records = training.folder / RECORDS
         if self.split == "validation":  # where the evaluation keeps its records, under attacks
             records /= "tune"
-        for score in self.evaluation.scores(lambda: self.final(training), training, "validation", [], records):
+        net = partial(self.final, training)
+        for score in self.evaluation.scores(net, training, "validation", records, self.inputs()):
             if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
                 number = self.data.union.tasks.index(score.data)
                 chooses, _ = self.evaluation.parts(number)
@@ -192,12 +187,6 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         if is_variational(self.study.config_of(training).head_name):
             return None
         return self.evaluation.view(self.final(training), training, self.split, 0, training.folder / RECORDS)
-
-    def conditions_of(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
-    ) -> Sequence[Any]:
-        check_conditions(attacks, corruptions, 4)
-        return conditions(attacks, corruptions, seed)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]

@@ -26,7 +26,14 @@ from vismt.config.typed import Names, build, within
 from vismt.data.set_entries import card_and_split, check_row_names
 from vismt.engine.parts import PartsConfig, check_parts, shares
 from vismt.engine.study import StudyConfig, check_arms, resolve_arms
-from vismt.evaluation.sections import asked_features, check_other_sets, divides, evaluate_section, fitted_keys
+from vismt.evaluation.sections import (
+    asked_features,
+    check_other_sets,
+    divides,
+    evaluate_section,
+    fitted_keys,
+    perturbations,
+)
 from vismt.jobs.calibration import ImageCalibrationConfig, check_calibration
 from vismt.jobs.task_sections import (
     BalancingConfig,
@@ -41,9 +48,8 @@ from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.heads import MAP_HEADS, check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions, dense_conditions
 from vismt.storage.files import JsonObject
-from vismt.uncertainty.features import EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
+from vismt.uncertainty.features import COUNTS, EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION, Inputs
 from vismt.uncertainty.last_layers import HEADS as CLASSIFIERS
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -113,7 +119,7 @@ class AugmentConfig(MapAugmentation):
     jitter: Jitter = 0.0
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD, COUNTS)
 @dataclass
 class MultitaskEvaluateConfig:
     """Evaluation.
@@ -126,10 +132,6 @@ class MultitaskEvaluateConfig:
         overlap: share of their side by which windows overlap.
         flip: whether the prediction is averaged with the prediction on the mirrored image.
         scales: factors by which each image is enlarged. The predictions are averaged (multi-scale testing).
-        adjust_logits: whether logits minus tau log prior are also evaluated (vismt.multitask.class_loss). tau is chosen on the
-            validation images, one for all tasks of whole images, or with `size` one for each task with classes.
-        attacks: evaluated attacks. With `size`, pgd on the run's losses.
-        corruptions: evaluated corruptions. With `size`, all leaves out corruptions that move pixels.
     """
 
     split: Split = "test"
@@ -138,17 +140,10 @@ class MultitaskEvaluateConfig:
     overlap: Annotated[float, within(0, below=1)] = 0.5
     flip: bool = False
     scales: list[float] = field(default_factory=lambda: [1.0])
-    adjust_logits: bool = False
-    attacks: list[AttackConfig] = field(default_factory=list)
-    corruptions: list[CorruptionConfig] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         from vismt.multitask.inference import check_scales
 
-        if self.adjust_logits and self.split == "validation":
-            raise UserError(
-                "evaluate.adjust_logits: tau is chosen on the validation images; set evaluate.split to test."
-            )
         check_scales(self.scales)
 
 
@@ -303,7 +298,7 @@ def trained_tasks(config: MultitaskConfig) -> list[Task]:
 
 
 def class_tasks(config: MultitaskConfig) -> list[Task]:
-    """Return the tasks whose logits `evaluate.adjust_logits` adjusts."""
+    """Return the tasks of choices among classes, whose training labels are counted."""
     return [task for task in all_tasks(config) if isinstance(task, ClassLoss)]
 
 
@@ -315,6 +310,11 @@ def image_tasks(tasks: Iterable[Task]) -> list[Task]:
 def class_loss(config: MultitaskConfig, counts: Sequence[int] | None = None) -> ClassLoss:
     """Return the loss over the classes of whole images. counts: Training images of each class of the union."""
     return ClassLoss(class_weights=config.class_weights, class_counts=counts)
+
+
+def inputs_of(config: MultitaskConfig, seed: int = 0) -> Inputs:
+    """Return what attacks and corruptions meet. seed: Seed of attacks."""
+    return Inputs(seed=seed, tasks=[task.name for task in all_tasks(config)] if config.size else None)
 
 
 def canvas_of(config: MultitaskConfig) -> tuple[int, int]:
@@ -383,6 +383,7 @@ def _check_values(config: MultitaskConfig) -> None:
         _check_fitted(config)
     else:
         _check_square(config)
+    perturbations(asked_features(config.evaluate), inputs_of(config))
     if not config.arms:
         check_calibration(config.calibration, config.adapt)
 
@@ -450,7 +451,6 @@ def _check_square(config: MultitaskConfig) -> None:
         raise UserError(
             f"evaluate.{of_head[0]}: it is around one softmax over all classes; set the head's labels to union, or leave it out."
         )
-    check_conditions(config.evaluate.attacks, config.evaluate.corruptions, 4)
 
 
 def _check_fitted(config: MultitaskConfig) -> None:
@@ -473,8 +473,6 @@ def _check_fitted(config: MultitaskConfig) -> None:
                 f"retain: compares logits of {SEGMENTATION}, or of whole images with head.labels: union; set retain to null."
             )
         QualityRetaining(classes or 1, **asdict(config.retain))
-    names = [task.name for task in all_tasks(config)]
-    dense_conditions(config.evaluate.attacks, config.evaluate.corruptions, names)
 
 
 def _check_fitted_tasks(config: MultitaskConfig) -> None:
@@ -487,14 +485,13 @@ def _check_fitted_tasks(config: MultitaskConfig) -> None:
         if named and task.name in (*TASKS, *TAKEN):
             raise UserError(f"tasks: {task.name}: the name has another meaning in a run; choose another one.")
     whole = image_tasks(tasks)
-    if config.evaluate.adjust_logits and not class_tasks(config):
-        raise UserError("evaluate.adjust_logits: no task has classes; set it to false.")
-    if config.evaluate.adjust_logits and len(whole) > 1 and config.head_section.labels == "union":
-        raise UserError(
-            "evaluate.adjust_logits: its prior is over the classes of one task; set head.labels to separate."
-        )
     for feature in asked_features(config.evaluate):
-        if not whole:
+        where = f"evaluate.{feature.key}:"
+        if COUNTS in feature.needs and not class_tasks(config):
+            raise UserError(f"{where} no task has classes; leave it out.")
+        if COUNTS in feature.needs and len(whole) > 1 and config.head_section.labels == "union":
+            raise UserError(f"{where} its prior is over the classes of one task; set head.labels to separate.")
+        if feature.needs & {PROBABILITIES, EMBEDDING, HEAD} and not whole:
             raise UserError(f"evaluate.{feature.key}: no task is of whole images; add one, or leave the key out.")
         if feature.needs & {EMBEDDING, HEAD}:
             raise UserError(

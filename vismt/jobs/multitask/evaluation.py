@@ -21,7 +21,7 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.quality import Quality
-from vismt.evaluation.sections import asked_features, divides, shown_quantile
+from vismt.evaluation.sections import asked_features, divides, perturbations, shown_quantile
 from vismt.jobs.image_scores import ImageView
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.multitask.data import TaskData
@@ -29,10 +29,9 @@ from vismt.jobs.multitask.models import PixelNet, replace_head, stored
 from vismt.jobs.predictions import Softmax
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import RECORDS
-from vismt.robustness.conditions import DirectPerturbation
 from vismt.storage.fitted import fitted_once
 from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature, Fitted, MakeHead, Rows, Validation, in_condition
+from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Rows, Validation, in_condition
 from vismt.uncertainty.intervals import CLEAN, Score
 
 _TASK = "classification"
@@ -61,15 +60,15 @@ class Evaluation:
         net: Callable[[], PixelNet],
         training: Training,
         split: str,
-        specs: Sequence[DirectPerturbation],
         records: Path,
+        inputs: Inputs,
         features: Sequence[Feature] = (),
     ) -> list[Score]:
         """Return the accuracy of every task, clean and under each condition, and the scores of features.
 
-        records: Folder of records.
+        records: Folder of records. inputs: What attacks and corruptions meet.
         """
-        model, views, scores = net(), [], []
+        model, views, scores, specs = net(), [], [], perturbations(features, inputs)
         with ExitStack() as stack:
             for number in range(len(self.data.union.tasks)):
                 images = stack.enter_context(stored(self.data.part(number, split)))

@@ -18,6 +18,7 @@ from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
+from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
 from vismt.jobs.multitask import models
@@ -58,9 +59,10 @@ from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, dense_conditions
+from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject, atomic_write
-from vismt.uncertainty.intervals import Score
+from vismt.uncertainty.features import COUNTS, PROBABILITIES, VALIDATION
+from vismt.uncertainty.intervals import CLEAN, Score
 
 _FITTED = (
     "fit into {} x {} pixels without changing the shape (bilinear, antialiased), then pad below and right with grey"
@@ -95,7 +97,7 @@ class MapsJob(MultitaskJob[DenseNet]):
 
     def check_data(self) -> None:
         settings = self.config.evaluate
-        validated = validates(self.config) or settings.adjust_logits or fitted_keys(settings)
+        validated = validates(self.config) or fitted_keys(settings)
         splits = {self.split, "validation"} if validated else {self.split}
         for split in splits:
             if len(self.data.part(split)) < 2:
@@ -109,7 +111,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         for config in self.study.arms.values():
             self.batches(config)
             self.data.counted(trained_tasks(config))
-        if settings.adjust_logits:
+        if any(COUNTS in feature.needs for feature in asked_features(settings)):
             for task in class_tasks(self.config):
                 self.data.class_counts(task)
 
@@ -164,14 +166,9 @@ class MapsJob(MultitaskJob[DenseNet]):
 
     def pooled(self, training: Training, split: str) -> dict[str, PooledScore]:
         """Return the images of every task of a training, clean, read from its folder if they are on record."""
-        records, asked = training.folder / RECORDS, {}
-        net = cache(lambda: self.final(training))
-        if split == self.split:
-            asked = {
-                task: [feature.fitted(view) for feature in asked_features(self.config.evaluate)]
-                for task, view in self.evaluation.views(net, training, split, records).items()
-            }
-        return self.evaluation.pooled(net, training, split, records, features=asked)
+        features = asked_features(self.config.evaluate) if split == self.split else []
+        net, records = cache(lambda: self.final(training)), training.folder / RECORDS
+        return self.evaluation.pooled(net, training, split, records, self.inputs(), features)[CLEAN]
 
     def described(self, arm: str) -> str:
         if arm in self.references:
@@ -184,21 +181,14 @@ class MapsJob(MultitaskJob[DenseNet]):
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         if training.arm in self.references:
             return self.evaluation.constant_scores(training, split) if attacks is None else []
-        settings = self.config.evaluate
-        chosen, corruptions = (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
         net = cache(lambda: self.final(training))
-        records = training.folder / RECORDS
-        # Attacks of a later command read the same clean record.
-        features = asked_features(settings) if split == self.split else []
-        specs = self.conditions_of(chosen, corruptions)
-        scores = self.evaluation.scores(net, training, split, specs, records, features)
-        if settings.adjust_logits and attacks is None:
-            scores += self.evaluation.adjusted_scores(net, training, split, records)
-        return scores
+        records = records_folder(training.folder / RECORDS, attacks)
+        features = asked_features(self.config.evaluate, attacks) if split == self.split else []
+        return self.evaluation.scores(net, training, split, records, self.inputs(), features)
 
     def check_features(self, evaluate: object) -> None:
         super().check_features(evaluate)
-        keys = fitted_keys(evaluate)
+        keys = [of.key for of in asked_features(evaluate) if of.needs >= {PROBABILITIES, VALIDATION}]
         if keys and not image_tasks(all_tasks(self.config)):
             raise UserError(
                 f"evaluate.{keys[0]}: the run '{self.folder}' has no class probabilities of images; name a run with tasks of "
@@ -207,11 +197,6 @@ class MapsJob(MultitaskJob[DenseNet]):
         for task in image_tasks(all_tasks(self.config)) if keys else ():
             labels, groups = self.data.classes("validation", task), self.data.class_groups("validation", task)
             check_held_out(evaluate, self.config.tune, labels, groups)
-
-    def conditions_of(
-        self, attacks: Sequence[AttackConfig], corruptions: Sequence[CorruptionConfig], seed: int = 0
-    ) -> Sequence[Any]:
-        return dense_conditions(attacks, corruptions, [task.name for task in all_tasks(self.config)], seed)
 
     def classifier(self, arm: str | None = None) -> tuple[nn.Module, list[str], int]:
         raise UserError(

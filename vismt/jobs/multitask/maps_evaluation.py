@@ -8,19 +8,18 @@ An image without a valid pixel of a task is left out of the task's score, n, rec
 through that task. The n of delta_m counts the images with a value of any task. A score that is undefined (`absent: nan`) has no
 number, and the report says why.
 
-Tasks of whole images have a record of the probabilities of every image, and of the columns of features. With
-evaluate.adjust_logits the tasks with classes are also scored with z - tau log pi (class_loss.py), by the tau with the best
-score on the validation images.
+One record has every image of a part with the states of all tasks under all conditions, and for tasks of whole images the
+columns of features. The logits of a task with classes may have further forms (`adjust_logits`), chosen by the score of the task.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import compress
+from itertools import chain, compress
 from pathlib import Path
 from typing import cast
 
@@ -34,18 +33,15 @@ from vismt.data.batching import InOrder
 from vismt.data.division import validation_parts
 from vismt.data.maps.dense_sample import Sample, collate, size_of
 from vismt.data.maps.dense_transforms import pad
-from vismt.data.set_entries import row_name
 from vismt.engine import runtime
-from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
-from vismt.evaluation.adjust_logits import ADJUSTED, TAUS
-from vismt.evaluation.quality import Quality
-from vismt.evaluation.sections import asked_scores, divides
+from vismt.evaluation.sections import asked_scores, divides, perturbations
+from vismt.jobs.image_scores import ImageView
 from vismt.jobs.multitask.config import MultitaskConfig, image_tasks, trained_tasks, window_of
-from vismt.jobs.multitask.maps_data import DenseData
+from vismt.jobs.multitask.maps_data import DenseData, FittedImages
 from vismt.jobs.multitask.models import fingerprint
 from vismt.jobs.multitask.pooled_score import PooledScore, Undefined
-from vismt.multitask.class_loss import ClassLoss, adjusted
+from vismt.multitask.class_loss import ClassLoss
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import DenseNet
 from vismt.multitask.tasks import MapTask, Task
@@ -55,26 +51,27 @@ from vismt.report.results import RECORDS
 from vismt.robustness.attacks.dense_attack import DenseAttack
 from vismt.robustness.conditions import DensePerturbation, condition_of
 from vismt.robustness.corruptions import CorruptionSpec, corrupt
-from vismt.robustness.evaluate import ImageQuestions
 from vismt.storage.files import atomic_write, sealed
 from vismt.storage.fitted import fitted_once
+from vismt.storage.paths import file_name
 from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature, Fitted, Rows, Validation, View
+from vismt.uncertainty.features import (
+    COUNTS,
+    PROBABILITIES,
+    Feature,
+    Fitted,
+    Form,
+    Inputs,
+    Rows,
+    Validation,
+    feature_settings,
+)
 from vismt.uncertainty.intervals import CLEAN, HIGHER, LOWER, NUMBER, SHARE, Condition, Measure, Score
 
 NUMBERS = ".numbers.json"  # ending of the file beside a record with the numbers of the metrics
 UNDEFINED, CLASS_NAMES = "undefined", "class_names"  # of this file, by task
 CONTENT = "content"  # of a row, what tells its sample from others of its name
-ADJUSTMENT = "adjustment.json"
 _LEAST = 1e-6  # lower bound of a score before its logarithm
-
-
-@dataclass(frozen=True)
-class Adjustment:
-    """The tau of each task, and the validation score of each task and tau that was tried."""
-
-    taus: dict[str, float]
-    validation: dict[str, float]
 
 
 class Evaluation:
@@ -114,10 +111,11 @@ class Evaluation:
                 scale, better = SHARE if number.share else NUMBER, LOWER if number.lower_is_better else HIGHER
                 measure = Measure(number.name, values, scale, better, further=key != task.measure)
                 scores.append(self._score(name, split, measure, condition, scored.examples))
-        path = next(iter(pools.values())).path.with_suffix(NUMBERS)
+        path = next(iter(pools.values())).path
+        stem = path.stem if condition == CLEAN else f"{path.stem}-{file_name(condition.label)}"
         names = {name: task.shown_names for name, task in self.tasks.items() if isinstance(task, Segmentation)}
         content = {"numbers": numbers, UNDEFINED: undefined, CLASS_NAMES: names}
-        ranks.on_first(lambda: atomic_write(path, sealed(content)))
+        ranks.on_first(lambda: atomic_write(path.with_name(f"{stem}{NUMBERS}"), sealed(content)))
         return scores
 
     def _score(self, task: str, split: str, measure: Measure, condition: Condition, examples: str) -> Score:
@@ -159,39 +157,87 @@ class Evaluation:
         net: Callable[[], DenseNet],
         training: Training,
         split: str,
-        specs: Sequence[DensePerturbation],
         records: Path,
+        inputs: Inputs,
         features: Sequence[Feature] = (),
     ) -> list[Score]:
         """Return the scores of one training, clean and under each condition that touches one of its tasks.
 
         net: Function that returns the evaluated net, called if a condition is not on record. records: Folder of records.
-        features: Features for tasks of whole images.
+        inputs: What attacks and corruptions meet. features: Features for tasks of whole images.
         """
-        views = self.views(net, training, split, records)
-        asked = {task: [feature.fitted(view) for feature in features] for task, view in views.items()}
-        touching = [s for s in specs if not isinstance(s, DenseAttack) or s.attacked(self._trained(training))]
-        scores, found = [], []
-        for spec in (None, *touching):
-            found.append(self.pooled(net, training, split, records, spec, asked))
-            scores += self.as_scores(found[-1], training, split, CLEAN if spec is None else condition_of(spec))
-        conditions = [(CLEAN, False), *((condition_of(spec), spec.worst_case) for spec in touching)]
-        for task, view in views.items() if features else ():
+        pools = self.pooled(net, training, split, records, inputs, features)
+        forms = {at: of for at, of in pools.items() if any(pool.form is not None for pool in of.values())}
+        scores = [
+            score for at, of in pools.items() if at not in forms for score in self.as_scores(of, training, split, at)
+        ]
+        for task, view in self.views(net, training, split, records).items():
+            clean, of_task = pools[CLEAN][task], [of[task] for at, of in pools.items() if at not in forms]
+            if all(of.of_inputs or of is clean.features[0] for of in clean.features):
+                continue  # nothing is asked of answers
             rows = [
-                {"id": image, **{name: value for pools in found for name, value in pools[task].answers[image].items()}}
-                for image in found[0][task].answers
+                {"id": image, **dict(chain(*(of.answers[image].items() for of in of_task)))} for image in clean.answers
             ]
-            groups, examples = self.data.part(split).groups(), found[0][task].examples
-            of_task = Rows(rows, *groups, examples, conditions)
-            scores += asked_scores([Quality(None), *asked[task]], view, of_task, partial(view.outside, asked[task]))
-        return scores
+            conditions = [(condition_of(of.spec), of.spec.worst_case) for of in of_task if of.spec is not None]
+            found = Rows(rows, *self.data.part(split).groups(), clean.examples, [(CLEAN, False), *conditions])
+            scores += asked_scores(clean.features, view, found, partial(view.outside, clean.features))
+        return scores + [score for at, of in forms.items() for score in self.as_scores(of, training, split, at)]
+
+    def pooled(
+        self,
+        net: Callable[[], DenseNet],
+        training: Training,
+        split: str,
+        records: Path,
+        inputs: Inputs,
+        features: Sequence[Feature] = (),
+    ) -> dict[Condition, dict[str, PooledScore]]:
+        """Return the images of every task of one training under every condition, from their record if there is one.
+
+        Arguments are as for `scores`.
+        """
+        tasks = self._trained(training)
+        asked = {task.name: self.view(net, training, split, records, task).asked(features) for task in tasks}
+        specs = [of for of in perturbations(features, inputs) if not isinstance(of, DenseAttack) or of.attacked(tasks)]
+        pools: dict[Condition, dict[str, PooledScore]] = {}
+        for at, spec in ((CLEAN, None), *((condition_of(spec), spec) for spec in specs)):
+            pools[at] = {
+                task.name: PooledScore(task, at.label, [of for of in asked[task.name] if not of.decides], spec)
+                for task in tasks
+            }
+        for task in tasks:
+            for at, form in ((at, form) for of in asked[task.name] if of.decides for at, form in of.forms.items()):
+                pools.setdefault(at, {})[task.name] = PooledScore(task, at.label, form=form)
+        path = records / f"{split}.jsonl"
+        self.fill([pool for of in pools.values() for pool in of.values()], net, training, split, path)
+        return pools
+
+    def view(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path, task: Task) -> TaskView:
+        """Return one task of a net. Arguments are as for `scores`."""
+        images = FittedImages(self.data.part(split), self.data.size)
+        return TaskView(
+            net=_OfTask(self, net, task.name),
+            batches=InOrder(images, self.config.evaluate.batch),
+            num_classes=task.channels,
+            task=task.name,
+            data=self.data.part(split).name,
+            part=self.protocol(split),
+            choice="",
+            records=records / f"{task.name}.jsonl",
+            source="",
+            fingerprint=self._weights(training),
+            label=f"{task.name}, {training}",
+            opened=lambda entry: nullcontext(self.data.outside(entry)),
+            evaluation=self,
+            made=net,
+            training=training,
+            of=task,
+        )
 
     def views(self, net: Callable[[], DenseNet], training: Training, split: str, records: Path) -> dict[str, TaskView]:
         """Return the tasks of whole images of a training. Arguments are as for `scores`."""
-        return {
-            task.name: TaskView(self, net, training, split, records, task)
-            for task in image_tasks(self._trained(training))
-        }
+        tasks = image_tasks(self._trained(training))
+        return {task.name: self.view(net, training, split, records, task) for task in tasks}
 
     def constant_scores(self, training: Training, split: str) -> list[Score]:
         """Return the scores of the best constant predictions of the training part. training: Placeholder of this model."""
@@ -201,139 +247,62 @@ class Evaluation:
             tasks = unite(tasks)
         pools = {task.name: PooledScore(task) for task in tasks}
         path = training.folder / RECORDS / f"{split}.jsonl"
-        self._fill(pools, lambda: self.data.constants(tasks), training, split, path)
+        self.fill([*pools.values()], lambda: self.data.constants(tasks), training, split, path)
         return self.as_scores({name: pool for name, pool in pools.items() if pool.filled}, training, split)
 
-    def pooled(
+    def fill(
         self,
-        net: Callable[[], DenseNet],
-        training: Training,
-        split: str,
-        records: Path,
-        spec: DensePerturbation | None = None,
-        features: Mapping[str, Sequence[Feature]] | None = None,
-    ) -> dict[str, PooledScore]:
-        """Return the images of every task of one training, clean or under a condition, from their record if there is one.
-
-        features: Fitted features, by task. Other arguments are as for `scores`.
-        """
-        condition, asked = CLEAN.label if spec is None else spec.label, features or {}
-        pools = {
-            task.name: PooledScore(task, condition=condition, features=asked.get(task.name, ()))
-            for task in self._trained(training)
-        }
-        key = "" if spec is None else f"-{digest(json.dumps(spec.settings(), sort_keys=True).encode())[:8]}"
-        self._fill(pools, net, training, split, records / f"{split}{key}.jsonl", spec)
-        return pools
-
-    def adjusted_scores(
-        self, net: Callable[[], DenseNet], training: Training, split: str, records: Path
-    ) -> list[Score]:
-        """Return the scores of the tasks with classes, their logits adjusted by the tau of validation.
-
-        Arguments are as for `scores`.
-        """
-        tasks = [task for task in self._trained(training) if isinstance(task, ClassLoss)]
-        if not tasks:
-            return []
-        pools = {task.name: PooledScore(task) for task in tasks}
-        taus = self._taus(net, training, tasks, records)
-        self._fill(pools, net, training, split, records / f"{split}-adjusted.jsonl", taus=taus)
-        return self.as_scores(pools, training, split, ADJUSTED)
-
-    def _taus(
-        self, net: Callable[[], DenseNet], training: Training, tasks: Sequence[Task], records: Path
-    ) -> dict[str, float]:
-        """Return each task's best tau on the validation images (ties: the smallest)."""
-
-        def fit() -> Adjustment:
-            tried = {f"{task.name} {tau:g}": (task, tau) for task in tasks for tau in TAUS}
-            pools = {name: PooledScore(task, name) for name, (task, _) in tried.items()}
-            taus = {name: tau for name, (_, tau) in tried.items()}
-            self._fill(pools, net, training, "validation", records / "validation-taus.jsonl", taus=taus)
-            values = {name: pool.value() for name, pool in pools.items()}
-            best = {task.name: max(TAUS, key=lambda tau: values[f"{task.name} {tau:g}"]) for task in tasks}
-            return Adjustment(best, values)
-
-        path, examples = training.folder / ADJUSTMENT, self.files("validation")
-        return fitted_once(path, Adjustment, self.fitted_on(training), fit, examples=examples, shared=True).taus
-
-    def _fill(
-        self,
-        pools: Mapping[str, PooledScore],
+        pools: Sequence[PooledScore],
         net: Callable[[], DenseNet | dict[str, Tensor]],
         training: Training,
         split: str,
         path: Path,
-        spec: DensePerturbation | None = None,
-        taus: Mapping[str, float] | None = None,
     ) -> None:
         """Add the images of a part to pools, from the record in `path` if it has them.
 
-        net: Function that returns the evaluated net, or constant predictions (channels,) by task. taus: tau of the logits by
-        pool, 0 for no change.
+        net: Function that returns the evaluated net, or constant predictions (channels,) by task.
         """
         part = self.data.part(split)
-        log = Records(path, self._header(pools, training, split, spec, taus or {}), _fields(pools))
+        specs = [*dict.fromkeys(pool.spec for pool in pools)]
+        settings = {
+            "conditions": [spec.settings() for spec in specs if spec is not None],
+            "forms": [f"{pool.task.name} {pool.condition}" for pool in pools if pool.form is not None],
+            "features": {pool.task.name: feature_settings(pool.features) for pool in pools if pool.form is None},
+        }
+        header = Header(self._weights(training), self.files(split), {"images": self.protocol(split)}, settings)
+        fields = {key: values for pool in pools for key, values in pool.fields().items()}
+        log = Records(path, header, {CONTENT: Field(text=True), **fields})
         starts, ids = self._starts(split), part.ids
         batches = [ids[start : start + starts.step] for start in starts]
-        evaluated = (
-            net() if any(name not in log for name in ids) else {}
-        )  # here, because all processes make it together
-        device = runtime.processes().device
+        # Here, because all processes make it together.
+        evaluated = net() if any(name not in log for name in ids) else {}
 
         def rows_of(number: int) -> list[Row]:
             names, samples, batch = self._batch(split, starts[number])
-            if isinstance(spec, CorruptionSpec):
-                changed = [  # corrupted before the padding
-                    corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
-                    for name, sample in zip(names, samples)
-                ]
-                batch["image"] = torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
-            elif spec is not None and not isinstance(evaluated, dict):
-                tasks = [pool.task for pool in pools.values()]
-                batch["image"] = self._attacked(evaluated, tasks, names, samples, batch, spec)
-            logits = self.logits(evaluated, batch)
             rows: list[Row] = [
                 {"id": name, CONTENT: part.content(starts[number] + place)} for place, name in enumerate(names)
             ]
-            for name, pool in pools.items():
-                task, tau = self.tasks[pool.task.name], (taus or {}).get(name, 0.0)
-                if task.name not in logits:  # no constant prediction
-                    continue
-                outputs = logits[task.name]
-                outputs = adjusted(outputs, self.data.class_counts(task), tau) if tau else outputs
-                answer = partial(self.answers, lambda: cast("DenseNet", evaluated), task.name)  # of pools with features
-                for place, sample in enumerate(samples):
-                    if task.key in sample:
-                        # Without the padding, from which odsF would compute too large an image diagonal.
-                        prediction = _inside(task, outputs[place : place + 1], size_of(sample))
-                        image = batch["image"][place : place + 1].to(device)
-                        rows[place] |= pool.columns(prediction, sample[task.key][None], answer, image, names[place])
+            for spec in specs:
+                asked = [pool for pool in pools if pool.spec == spec]
+                images = self._changed(evaluated, asked, names, samples, batch, spec)
+                logits = self.logits(evaluated, {**batch, "image": images})
+                for pool in (pool for pool in asked if pool.task.name in logits):  # else no constant prediction
+                    task = self.tasks[pool.task.name]
+                    answer = partial(self.answers, lambda: cast("DenseNet", evaluated), task.name)
+                    for place, sample in enumerate(samples):
+                        if task.key in sample:
+                            # Without the padding, from which odsF would compute too large an image diagonal.
+                            prediction = _inside(task, logits[task.name][place : place + 1], size_of(sample))
+                            image = images[place : place + 1].to(runtime.processes().device)
+                            rows[place] |= pool.columns(prediction, sample[task.key][None], answer, image, names[place])
             return rows
 
-        what = "" if spec is None else f"   {spec.label}"
-        rows = log.complete(batches, rows_of, f"{split} {training}{what}")
-        for pool in pools.values():
+        rows = log.complete(batches, rows_of, f"{split} {training}")
+        for pool in pools:
             pool.path = path
             pool.examples = digest(" ".join(row[CONTENT] for row in rows).encode())
             for row in rows:
                 pool.add(row)
-
-    def _header(
-        self,
-        pools: Mapping[str, PooledScore],
-        training: Training,
-        split: str,
-        spec: DensePerturbation | None,
-        taus: Mapping[str, float],
-    ) -> Header:
-        settings = {
-            "condition": None if spec is None else spec.settings(),
-            "taus": taus,
-            "features": {name: {of.key: of.settings() for of in pool.features} for name, pool in pools.items()},
-        }
-        return Header(self._weights(training), self.files(split), {"images": self.protocol(split)}, settings)
 
     def _weights(self, training: Training) -> str:
         if training.arm == CONSTANT and training.arm not in self.study.arms:
@@ -343,19 +312,27 @@ class Evaluation:
     def files(self, part: str) -> str:
         return ranks.on_first(lambda: self.data.part(part).files)
 
-    def fitted_on(self, training: Training) -> str:
-        return f"{self._weights(training)} {Identity(self.data.part('validation').ids)}"
-
-    def _attacked(
+    def _changed(
         self,
-        net: DenseNet,
-        tasks: Sequence[Task],
+        net: DenseNet | dict[str, Tensor],
+        pools: Sequence[PooledScore],
         names: Sequence[str],
         samples: Sequence[Sample],
         batch: Sample,
-        spec: DenseAttack,
+        spec: DensePerturbation | None,
     ) -> Tensor:
-        """Return the images (b, 3, h, w) attacked through the whole inference, windows and mirrored image included."""
+        """Return the images (b, 3, h, w) of a batch under a condition.
+
+        They are corrupted before the padding, or attacked through the whole inference, windows and mirrored image included.
+        """
+        if spec is None or isinstance(net, dict):
+            return batch["image"]
+        if isinstance(spec, CorruptionSpec):
+            changed = [
+                corrupt(sample["image"][None], spec.name, spec.severity, seed=mix_seed(spec.seed, name))[0]
+                for name, sample in zip(names, samples)
+            ]
+            return torch.stack([pad({"image": image}, self.data.size)["image"] for image in changed])
         device = runtime.processes().device
         inside = torch.zeros(len(samples), 1, *self.data.size, dtype=torch.bool)
         for row, sample in enumerate(samples):
@@ -367,7 +344,7 @@ class Evaluation:
             lambda images: self._predicted(net, images),
             placed["image"],
             placed,
-            self.data.counted(tasks),
+            self.data.counted([pool.task for pool in pools]),
             ids=names,
             inside=inside.to(device),
         ).cpu()
@@ -413,73 +390,62 @@ class Evaluation:
                 yield task, value, plain_logits[task], self.tasks[task].predicts_classes
 
 
-def _fields(pools: Mapping[str, PooledScore]) -> dict[str, Field]:
-    """Return the fields of the row of an image."""
-    return {
-        CONTENT: Field(text=True),
-        **{key: values for pool in pools.values() for key, values in pool.fields().items()},
-    }
-
-
 def _inside(task: Task, prediction: Tensor, size: tuple[int, int]) -> Tensor:
     """Return the part of a map that belongs to the image and not to its padding. A whole image's output is unchanged."""
     return prediction[..., : size[0], : size[1]] if isinstance(task, MapTask) else prediction
 
 
-@dataclass(frozen=True)
-class TaskView(View):
-    """The images of a task of whole images. The other fields are arguments of `Evaluation.scores`."""
+@dataclass(frozen=True, kw_only=True)
+class TaskView(ImageView):
+    """The images of one task of a run. made: Function that returns the net over all tasks. of: Task."""
 
     evaluation: Evaluation
-    net: Callable[[], DenseNet]
+    made: Callable[[], DenseNet]
     training: Training
-    split: str
-    records: Path
-    task: Task
+    of: Task
 
-    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
-        name = data or self.evaluation.data.part(self.split).name
-        protocol = ", ".join(filter(None, (self.evaluation.protocol(self.split), about)))
-        return Score(self.task.name, name, protocol, measure, condition, examples=examples)
+    def asked(self, features: Sequence[Feature]) -> list[Feature]:
+        """Return the features that the task has, fitted: on choices among classes of whole images, and on counted classes."""
+        kinds = {PROBABILITIES: Classification, COUNTS: ClassLoss}
+        fit = [of for of in features if all(isinstance(self.of, kinds.get(need, object)) for need in of.needs)]
+        return [feature.fitted(self) for feature in fit]
 
     def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
         """Fit beside the records, because the evaluated net may be another version of the trained net."""
         of, config = self.evaluation, self.evaluation.config
-        fitted_on = of.fitted_on(self.training) + (" half" if divides(config.evaluate, config.tune) else "")
-        path = self.records / f"{name}-{self.task.name}.json"
+        fitted_on = f"{self.fingerprint} {Identity(of.data.part('validation').ids)}"
+        fitted_on += " half" if divides(config.evaluate, config.tune) else ""
+        path = self.records.with_name(f"{name}-{self.task}.json")
         return fitted_once(path, kind, fitted_on, fit, examples=of.files("validation"), shared=True)
 
     @torch.no_grad()
     def validation(self) -> list[Validation]:
-        task, of = self.task, self.evaluation
+        task, of = self.of, self.evaluation
         assert isinstance(task, Classification)
         labels, groups = of.data.classes("validation", task), of.data.class_groups("validation", task)
         batches = InOrder(of.data.whole_images("validation", task), of.config.evaluate.batch)
-        logits = torch.cat([_OfTask(self)(images).float().cpu() for images, _, _ in batches])
+        logits = torch.cat([self.net(images).float().cpu() for images, _, _ in batches])
         fits = validation_parts(labels, divides(of.config.evaluate, of.config.tune), groups)[1]
         return [Validation(logits, task.placed(labels), fits)]
 
-    def outside(self, features: Sequence[Feature], entry: str) -> Rows:
-        """Return the columns of features of the images of a set of other classes."""
-        evaluation, name = self.evaluation, row_name(entry)
-        images, task = evaluation.data.outside(entry), self.task
-        assert isinstance(task, Classification)
-        columns = [of for of in features if any(one.outside == entry for one in of.quantities())]
-        questions = ImageQuestions(task.outputs, features=columns, data=name)
-        path = self.records / f"{record_stem(self.task.name, name, 'outside')}.jsonl"
-        log = questions.records(path, fingerprint(self.training), images.content)
-        batches = InOrder(images, evaluation.config.evaluate.batch)
-        label = f"{name} against {self.task.name}, {self.training}"
-        return Rows(questions.answered(_OfTask(self), batches, log, label), *batches.groups, log.examples)
+    def judged(self, forms: Mapping[float, Form]) -> dict[float, float]:
+        """Return the score of the task on the validation images with each form of the logits."""
+        pools = {value: PooledScore(self.of, f"{value:g}", form=form) for value, form in forms.items()}
+        path = self.records.with_name(f"validation-{self.task}-forms.jsonl")
+        self.evaluation.fill([*pools.values()], self.made, self.training, "validation", path)
+        return {value: pool.value() for value, pool in pools.items()}
+
+    @property
+    def class_counts(self) -> list[int]:
+        return self.evaluation.data.class_counts(self.of)
 
 
 class _OfTask(nn.Module):
     """The answers (b, channels) of one task of whole images, as the evaluation computes them."""
 
-    def __init__(self, view: TaskView) -> None:
+    def __init__(self, evaluation: Evaluation, net: Callable[[], DenseNet], task: str) -> None:
         super().__init__()
-        self.view = view
+        self.evaluation, self.made, self.task = evaluation, net, task
 
     def forward(self, images: Tensor) -> Tensor:
-        device = runtime.processes().device
-        return self.view.evaluation.answers(self.view.net, self.view.task.name, images.to(device))
+        return self.evaluation.answers(self.made, self.task, images.to(runtime.processes().device))

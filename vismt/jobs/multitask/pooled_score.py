@@ -27,9 +27,10 @@ from vismt.base.errors import UserError
 from vismt.evaluation.quality import Quality
 from vismt.multitask.tasks import Task
 from vismt.multitask.tasks.classes import Classification
+from vismt.robustness.conditions import DensePerturbation
 from vismt.storage.files import JsonObject
 from vismt.storage.records import Field, array_of, array_text
-from vismt.uncertainty.features import Answers, Feature, feature_columns, feature_fields
+from vismt.uncertainty.features import Answers, Feature, Form, feature_columns, feature_fields, in_condition
 from vismt.uncertainty.intervals import CLEAN
 
 # Numbers of a state kept in memory for each image. The histogram of angles has more, and no score is read from it.
@@ -68,10 +69,11 @@ class Scored:
 class PooledScore:
     """Collects the rows of the images of one task under a condition. Images without a valid pixel are left out.
 
-    name: Name of the task or of a variant of its outputs, which begins the fields of its rows. features: Fitted features of the
-    evaluation, for a task of whole images.
+    condition: Text of the condition, which is in the fields of its rows. asked: Fitted features of the evaluation, for a task of
+    whole images. spec: Attack or corruption of the condition. form: Form of the logits.
 
     Attributes:
+        features: What is recorded of every answer.
         answers: Label and columns of features by image, for a task of whole images.
         path: Record of the images, set by the evaluation that reads the record.
         examples: Field of `Scored`, set by the evaluation that reads the record.
@@ -80,12 +82,13 @@ class PooledScore:
     def __init__(
         self,
         task: Task,
-        name: str = "",
         condition: str = CLEAN.label,
-        features: Sequence[Feature] = (),
+        asked: Sequence[Feature] = (),
+        spec: DensePerturbation | None = None,
+        form: Form | None = None,
     ) -> None:
-        self.features = [_PROBABILITIES, *features]
-        self.task, self.name, self.condition = task, name or task.name, condition
+        self.features = [_PROBABILITIES, *asked]
+        self.task, self.condition, self.spec, self.form = task, condition, spec, form
         self.answers: dict[str, dict[str, float]] = {}
         self.path, self.examples = Path(), ""
         self._empty = cast("State", task.metric().metric_state)
@@ -95,12 +98,11 @@ class PooledScore:
 
     def fields(self) -> dict[str, Field]:
         """Return the fields of the row of an image. An image without a valid pixel has none of them."""
-        fields = {f"{self.name} {key}": Field(array=value.numpy(), optional=True) for key, value in self._empty.items()}
+        fields = in_condition(self.condition, {key: Field(array=of.numpy()) for key, of in self._empty.items()})
         if isinstance(self.task, Classification):
-            found = {"label": Field(whole=True)}
-            found |= feature_fields([self.condition], self.features, self.task.outputs)
-            fields |= {f"{self.name} {key}": replace(values, optional=True) for key, values in found.items()}
-        return fields
+            fields["label"] = Field(whole=True)
+            fields |= feature_fields([self.condition], self.features, self.task.outputs)
+        return {f"{self.task.name} {key}": replace(values, optional=True) for key, values in fields.items()}
 
     def columns(
         self,
@@ -117,24 +119,25 @@ class PooledScore:
         if not bool(self.task.valid(target).any()):
             return {}
         metric = self.task.metric()
+        prediction = prediction if self.form is None else self.form(prediction)
         self.task.update(metric, prediction, target)
         state = cast("State", metric.metric_state)
-        found: JsonObject = {key: array_text(value.numpy()) for key, value in state.items()}
+        found: JsonObject = in_condition(self.condition, {key: array_text(of.numpy()) for key, of in state.items()})
         if isinstance(self.task, Classification):
             place = self.task.placed(target)
             answers = Answers(prediction.double(), place, net, image, [(name,)])
             values = feature_columns(self.condition, self.features, answers)
             found |= {"label": int(place), **{key: value[0] for key, value in values.items()}}
-        return {f"{self.name} {key}": value for key, value in found.items()}
+        return {f"{self.task.name} {key}": value for key, value in found.items()}
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add the row of an image, with its id."""
-        name, mine = row["id"], f"{self.name} "
+        name, mine = row["id"], f"{self.task.name} "
         found = {key.removeprefix(mine): value for key, value in row.items() if key in self._fields}
         state = {
-            key: torch.from_numpy(array_of(found.pop(key), like.numpy()))
+            key: torch.from_numpy(array_of(found.pop(f"{self.condition} {key}"), like.numpy()))
             for key, like in self._empty.items()
-            if key in found
+            if f"{self.condition} {key}" in found
         }
         if found:
             self.answers[name] = found

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, TrainConfig
 from vismt.config.typed import Names, within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
-from vismt.evaluation.sections import asked_features, check_other_sets, evaluate_section, fitted_keys
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, check_conditions
-from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, VALIDATION
+from vismt.evaluation.sections import asked_features, check_other_sets, evaluate_section, fitted_keys, perturbations
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, RADII, VALIDATION, Inputs
+
+if TYPE_CHECKING:
+    from vismt.robustness.attacks.attacks import AttackSpec
 
 
 @dataclass
@@ -47,7 +49,7 @@ class ClassifierConfig:
     task: str | None = None
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, RADII)
 @dataclass
 class RobustnessEvaluateConfig:
     """Evaluation.
@@ -56,20 +58,14 @@ class RobustnessEvaluateConfig:
         images: number of images of each card, drawn with the run's seed. null takes all.
         threshold_images: number of further images of each card, from which features take their thresholds.
         batch: number of images in one forward pass.
-        attacks: evaluated attacks.
-        corruptions: evaluated corruptions.
         keep_images: whether the attacked images of cards are written to the folder `adversarial` of the run folder.
-        masking: whether the first attack also runs at growing radii, on cards.
         baseline: arm relative to which the error under corruptions is also given. null means none.
     """
 
     images: Annotated[int, within(2)] | None = None
     threshold_images: Annotated[int, within(0)] = 0
     batch: Count = 32
-    attacks: list[AttackConfig] = field(default_factory=list)
-    corruptions: list[CorruptionConfig] = field(default_factory=list)
     keep_images: bool = False
-    masking: bool = False
     baseline: str | None = None
 
 
@@ -105,8 +101,6 @@ def check(config: RobustnessConfig) -> None:
     settings = config.evaluate
     if config.adapt is not None or config.train is not None or config.seeds or config.tune is not None:
         raise UserError("robustness: nothing is trained; leave adapt, train, seeds and tune out.")
-    if settings.masking and not settings.attacks:
-        raise UserError("evaluate.masking: checks the first attack of evaluate.attacks, which is empty; add one.")
     if settings.baseline is not None and settings.baseline not in config.arms:
         raise UserError(f"evaluate.baseline: no arm '{settings.baseline}'.{near(settings.baseline, config.arms)}")
     _check_data(config)
@@ -128,14 +122,22 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     check_other_sets(settings, {"data": config.data})
     if config.data:
-        check_conditions(settings.attacks, settings.corruptions, 4)
+        attack, features = first_attack(config), asked_features(settings)
+        for feature in (of for of in features if RADII in of.needs and attack is None):
+            raise UserError(f"evaluate.{feature.key}: checks the first attack, and there is none; add one.")
         return
-    of_cards = {"images": settings.images is not None, "keep_images": settings.keep_images, "masking": settings.masking}
+    of_cards = {"images": settings.images is not None, "keep_images": settings.keep_images}
     asked = [key for key, used in of_cards.items() if used]
-    asked += [feature.key for feature in asked_features(settings) if not feature.everywhere]
+    asked += [feature.key for feature in asked_features(settings) if not (feature.everywhere or feature.of_inputs)]
     if asked:
         keys = ", ".join(f"evaluate.{key}" for key in asked)
         raise UserError(f"data: [] takes all images of the runs' own; leave out what is for cards: {keys}.")
+
+
+def first_attack(config: RobustnessConfig) -> AttackSpec | None:
+    """Return the first attack on the images of cards. Raises UserError for attacks and corruptions that do not fit."""
+    specs = perturbations(asked_features(config.evaluate), Inputs(seed=config.seed))
+    return next((spec for spec in specs if spec.kind == "attack"), None)
 
 
 def _check_classifier(config: RobustnessConfig) -> None:

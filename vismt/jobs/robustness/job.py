@@ -8,28 +8,26 @@ from pathlib import Path
 
 import numpy as np
 
-from vismt.base import console, ranks
 from vismt.data.set_entries import card_and_split, row_name, shown_name
-from vismt.engine.log import record_stem
 from vismt.engine.study import Training
 from vismt.evaluation.quality import Quality
-from vismt.evaluation.sections import asked_features, check_split, fitted_keys
+from vismt.evaluation.sections import asked_features, check_split, fitted_keys, perturbations
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
-from vismt.jobs.masking import MASKING
-from vismt.jobs.robustness.config import RobustnessConfig, check
+from vismt.jobs.robustness.config import RobustnessConfig, check, first_attack
 from vismt.jobs.robustness.data import Cards
-from vismt.jobs.robustness.evaluation import card_view, corruption_errors, records_path
+from vismt.jobs.robustness.evaluation import CardView, card_view, corruption_errors, records_path
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, make_classifier
 from vismt.jobs.robustness.report import BROKEN, sections
 from vismt.report.panels import to_bytes, write_arrays, write_panel
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
-from vismt.robustness.conditions import AttackConfig, CorruptionConfig, conditions
+from vismt.robustness.attacks.attacks import AttackSpec
+from vismt.robustness.conditions import AttackConfig
 from vismt.robustness.evaluate import batch_keys
-from vismt.robustness.masking import check_masking
 from vismt.storage.files import JsonObject
-from vismt.storage.lines import read_lines, write_lines
+from vismt.storage.lines import read_lines
 from vismt.storage.paths import file_name
+from vismt.uncertainty.features import Inputs
 from vismt.uncertainty.intervals import Score
 
 _SHOWN = 6  # images of a panel
@@ -67,10 +65,6 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def trainings(self, arm: str) -> list[Training]:
         return [Training(arm, 0.0, self.config.seed, self.folder / "classifiers" / arm)]
 
-    def _chosen(self, attacks: Sequence[AttackConfig] | None) -> tuple[Sequence[AttackConfig], list[CorruptionConfig]]:
-        settings = self.config.evaluate
-        return (settings.attacks, settings.corruptions) if attacks is None else (attacks, [])
-
     def check(self) -> None:
         for config in self.study.arms.values():
             check_exists(config.classifier)
@@ -80,31 +74,20 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         for trained in self.trained.values():
             check_split(settings, trained.job.split)
             trained.job.check_features(settings)
-            trained.job.conditions_of(*self._chosen(attacks))
+            perturbations(asked_features(settings, attacks), trained.job.inputs())
         for name in (*self.config.data, *(name for feature in asked_features(settings) for name in feature.sets)):
             self.cards.images(name)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
-        chosen, corruptions = self._chosen(attacks)
         folder = records_folder(training.folder, attacks)
-        features = [of for of in asked_features(self.config.evaluate) if of.everywhere or attacks is None]
+        features = asked_features(self.config.evaluate, attacks)
         if training.arm in self.trained:
             arm, records = self.trained[training.arm], folder / RECORDS
-            under = arm.job.conditions_of(chosen, corruptions, self.config.seed)
-            return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, under, records, features)
-        specs = conditions(chosen, corruptions, self.config.seed)
-        scores = []
+            inputs = arm.job.inputs(self.config.seed)
+            return arm.job.evaluation.scores(arm.net, arm.training, arm.job.split, records, inputs, features)
+        specs, scores = perturbations(features, Inputs(seed=self.config.seed)), []
         for data in self.config.data:
-            classifier = self.classifier_of(training.arm, data)
-            view = card_view(
-                classifier,
-                self.cards.batches(data, classifier),
-                folder=folder,
-                data=data,
-                arm=training.arm,
-                opened=partial(self.cards.opened, classifier=classifier),
-                fitting=self.cards.for_fitting(data, classifier) if fitted_keys(self.config.evaluate) else None,
-            )
+            view = self._view(training.arm, data, folder)
             keep = partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None
             scores += view.scores(specs, [Quality(None), *(of.fitted(view) for of in features)], keep)
         return scores
@@ -117,42 +100,33 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         return corruption_errors(scores)
 
-    def evaluate(self, attacks: Sequence[AttackConfig] | None = None) -> None:
-        super().evaluate(attacks)
-        if not self.config.evaluate.masking or attacks is not None:
-            return
-        lines: list[JsonObject] = []
-        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
-        for arm in self.study.arms:
-            for data in self.config.data:
-                classifier = self.classifier_of(arm, data)
-                batches = self.cards.batches(data, classifier)
-                (training,) = self.trainings(arm)
-                result = check_masking(
-                    classifier.net,
-                    batches,
-                    spec,
-                    num_classes=classifier.num_classes,
-                    records=training.folder / RECORDS / f"{record_stem('masking', row_name(data), 'images')}.jsonl",
-                    data=data,
-                    fingerprint=classifier.fingerprint(),
-                    examples=batches.images.content,
-                    label=f"{arm} on {row_name(data)} by radius",
-                )
-                lines.append({"arm": arm, "data": row_name(data), **vars(result), "verdict": result.verdict()})
-                console.stage("masking", f"{arm}   {row_name(data)}   {result.verdict()}")
-        ranks.on_first(lambda: write_lines(self.folder / MASKING, lines))
+    def views(self, arm: str) -> dict[str, CardView]:
+        (training,) = self.trainings(arm)
+        return {row_name(data): self._view(arm, data, training.folder) for data in self.config.data}
+
+    def _view(self, arm: str, data: str, folder: Path) -> CardView:
+        classifier = self.classifier_of(arm, data)
+        return card_view(
+            classifier,
+            self.cards.batches(data, classifier),
+            folder=folder,
+            data=data,
+            arm=arm,
+            opened=partial(self.cards.opened, classifier=classifier),
+            attack=first_attack(self.config),
+            fitting=self.cards.for_fitting(data, classifier) if fitted_keys(self.config.evaluate) else None,
+        )
 
     def write_panels(self) -> None:
-        if self.config.evaluate.attacks:
+        attack = first_attack(self.config) if self.config.data else None
+        if attack is not None:
             for arm in self.study.arms:
                 for data in self.config.data:
-                    self._write_broken(arm, data)
+                    self._write_broken(arm, data, attack)
 
-    def _write_broken(self, arm: str, data: str) -> None:
+    def _write_broken(self, arm: str, data: str, spec: AttackSpec) -> None:
         """Write the first images that are right when clean and wrong under the first attack, and the attacked images."""
         classifier = self.classifier_of(arm, data)
-        spec = self.config.evaluate.attacks[0].spec(self.config.seed)
         label = spec.describe(classifier.num_classes)
         rows = {row["id"]: row for row in read_lines(records_path(self.trainings(arm)[0].folder, data)) if "id" in row}
         names = self.cards.images(data).classes

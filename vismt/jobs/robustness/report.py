@@ -1,4 +1,4 @@
-"""The report sections of a robustness run: normalised corruption errors, the masking check, images that an attack broke."""
+"""The report sections of a robustness run: normalised corruption errors, images that an attack broke."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import numpy as np
 
 from vismt.base.errors import UserError
 from vismt.engine.study import Study
-from vismt.jobs.masking import masking_section
 from vismt.jobs.robustness.config import RobustnessConfig
 from vismt.jobs.robustness.evaluation import ACCURACY
 from vismt.report.panels import read_panel
@@ -35,11 +34,6 @@ CORRUPTION_NOTE = (
     "more robust than the baseline. It is not the mCE of ImageNet-C: its images are others (docs/guides/robustness.md), and the "
     "baseline is an arm of this run."
 )
-_MASKING_NOTE = (
-    "The first attack at growing radii. With honest gradients the accuracy does not rise with the radius and ends at chance. "
-    "Where it fails, or where the attack's steps cannot cross the ball, the accuracies under attack do not measure "
-    "robustness. The verdict ends with the accuracy under this attack minus that under `strong` at the attack's radius."
-)
 BROKEN_CAPTION = (
     "The first images that are right when clean and wrong under the first attack: clean, attacked, and the change enlarged. "
     "The answer stands below each image."
@@ -54,7 +48,6 @@ def sections(folder: Path, config: RobustnessConfig, results: Sequence[Result]) 
         pictures.append(Picture(drawn, path.stem, BROKEN_CAPTION))
     return [
         Section("Error under corruptions", _normalised(config, results)),
-        masking_section(folder, "Arm", "images", _MASKING_NOTE),
         Section("Images that broke", pictures=pictures, folded=True),
     ]
 

@@ -44,7 +44,7 @@ from vismt.metatune.protocol.episode_runner import (
     parts_of,
 )
 from vismt.storage.records import SHARE, Field, Header, Records, Row
-from vismt.uncertainty.features import Feature
+from vismt.uncertainty.features import Feature, feature_settings
 from vismt.uncertainty.probability_metrics import group_fields
 
 _BATCH = 256  # query images in one forward pass
@@ -165,7 +165,7 @@ class EpisodeQuestions:
             "probabilities": self.probabilities,
             "temperature": self.temperature,
             "outside": [*map(row_name, self.outside)],
-            "features": {feature.key: feature.settings() for feature in self.asked},
+            "features": feature_settings(self.asked),
         }
         protocol = {"data": self.data, "sampler": dict(self.sampler.describe())}
         bits = dict.fromkeys(map(right_field, ["clean", *self.conditions, *self.worst]), Field(bits=True))
