@@ -16,7 +16,7 @@ from helpers.room import MAPS, dense
 from helpers.tiny_runs import TRAIN, VIT, refused, run_config, written
 
 from vismt.cli import main
-from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, SIZE, Risk
+from vismt.evaluation.risk import AURC, COVERED, SIZE, Risk
 from vismt.jobs import load_config, make_job, open_run
 from vismt.jobs.multitask.config import MultitaskEvaluateConfig
 from vismt.jobs.predictions import TABLE
@@ -43,23 +43,6 @@ def mixed(room: Path, tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VISMT_DATA", str(room / "data"))
         return run_config(written(folder / "mixed.yaml", dense(room, arms=arms, baseline=baseline, evaluate=evaluate)))
-
-
-def test_risk_of_a_class_beside_maps_is_over_the_images_that_have_one(mixed: Path) -> None:
-    (training,) = open_run(mixed).job.study.trainings("both")
-    records = training.folder / "records"
-    # Validation images with a class, not the scenes.
-    assert read_sealed(records / "risk-classify.json", "risk")["n"] == 24
-    answers = [row for row in read_lines(records / "test.jsonl")[1:] if "classify label" in row]
-    assert len(answers) == 12 and all(row["id"].startswith("tones:test/") for row in answers)
-    found = rows_by_task(mixed, "both")
-    for name in ("clean", PGD, "contrast 5"):
-        assert {found["classify", name, metric].n for metric in (COVERED, SIZE, ACCEPTED, AURC)} == {12}
-    right = [row["classify clean"] == row["classify label"] for row in answers]
-    assert found["classify", "clean", "accuracy"].value == pytest.approx(sum(right) / 12)
-    assert "# Risk" in (mixed / "report.md").read_text()
-    of_maps = {metric for task, _, metric in rows_by_task(mixed, "semseg")}
-    assert "mIoU" in of_maps and not of_maps & {AURC, COVERED, SIZE, ACCEPTED}
 
 
 def test_the_probabilities_are_those_of_the_net(mixed: Path, tmp_path: Path) -> None:
@@ -104,19 +87,6 @@ def test_delta_m_compares_the_tasks_scores_alone(mixed: Path) -> None:
         delta = next(row for (task, name, _), row in found["both"].items() if (task, name) == ("delta_m", condition))
         assert delta.value == pytest.approx(100 * sum(gains) / 2)
     assert not any(task == "delta_m" and "against" in condition for task, condition, _ in found["both"])
-
-
-def test_a_set_of_other_classes_is_told_by_the_largest_probability(mixed: Path) -> None:
-    (training,) = open_run(mixed).job.study.trainings("both")
-    inside = [
-        row["clean confidence"] for row in open_run(mixed).job.pooled(training, "test")["classify"].answers.values()
-    ]
-    path = next((training.folder / "records").glob("*-outside.jsonl"))
-    outside = [row["clean confidence"] for row in read_lines(path) if "id" in row]
-    assert (len(inside), len(outside)) == (12, 12)
-    pairs = [(a > b) + (a == b) / 2 for a in inside for b in outside]
-    row = rows_by_task(mixed, "both")["classify", "against reds:test", "AUROC"]
-    assert row.value == pytest.approx(sum(pairs) / len(pairs)) and row.n == 24
 
 
 def test_predict_writes_classes_and_sets_beside_the_pictures(mixed: Path, room: Path, tmp_path: Path) -> None:

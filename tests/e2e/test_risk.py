@@ -16,7 +16,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.division import validation_parts
 from vismt.engine.study import read_choice
-from vismt.evaluation.risk import ACCEPTED, AURC, COVERED, RISK, SIZE, Risk
+from vismt.evaluation.risk import COVERED, Risk
 from vismt.jobs import open_run
 from vismt.report.results import Result, read_results
 from vismt.storage.files import read_sealed
@@ -58,40 +58,6 @@ def digits(tmp_path_factory) -> Path:
 def numbers(folder: Path) -> dict[tuple[str, str], Result]:
     rows = read_results(folder / "results.jsonl")
     return {(row.condition, row.metric): row for row in rows if row.seed is None and row.metric in COLUMNS}
-
-
-def test_the_measures_are_what_the_records_and_the_thresholds_say(digits: Path) -> None:
-    training = next((digits / "arms" / "adapted").glob("lr-*"))
-    thresholds = read_sealed(training / "records" / "risk-digits.json", "risk")
-    rows = [row for row in read_lines(training / "records" / "test-digits.jsonl") if "id" in row]
-    found = numbers(digits)
-    assert {condition for condition, _ in found} == {"clean", PGD, "fog 1", "fog 5"}
-    for name in ("clean", PGD, "fog 5"):
-        strict = ["clean"] if name == PGD else []
-        covered = [all(row[f"{n} nll"] <= thresholds["quantile"] for n in (name, *strict)) for row in rows]
-        wrong = [any(row[n] != row["label"] for n in (name, *strict)) for row in rows]
-        accepted = [row[f"{name} confidence"] >= thresholds["confidence"] for row in rows]
-        assert found[name, COVERED].value == pytest.approx(sum(covered) / len(rows))
-        assert found[name, ACCEPTED].value == pytest.approx(sum(accepted) / len(rows))
-        assert found[name, SIZE].value == pytest.approx(sum(row[f"{name} set"] for row in rows) / len(rows))
-        risk = sum(w for w, a in zip(wrong, accepted) if a) / sum(accepted)
-        assert found[name, RISK].value == pytest.approx(risk)
-        assert 0 <= found[name, AURC].low <= found[name, AURC].high <= 1
-    assert found["clean", COVERED].low < found["clean", COVERED].value < found["clean", COVERED].high
-    # The quantile is a score of the validation images: a number that some probability exceeds, and not the largest of all.
-    assert 0 < math.exp(-thresholds["quantile"]) < 1 and thresholds["n"] >= 80
-    report = (digits / "report.md").read_text()
-    assert "# Risk" in report and "| digits | adapted | corruptions |" in report
-
-
-def test_a_set_has_the_label_where_its_record_says_so(digits: Path) -> None:
-    training = next((digits / "arms" / "adapted").glob("lr-*"))
-    quantile = read_sealed(training / "records" / "risk-digits.json", "risk")["quantile"]
-    for row in read_lines(training / "records" / "test-digits.jsonl"):
-        if "id" in row and row["clean nll"] <= quantile:
-            assert row["clean set"] >= 1
-        if "id" in row and row["clean"] == row["label"]:
-            assert row["clean confidence"] == pytest.approx(math.exp(-row["clean nll"]))
 
 
 def test_robustness_on_a_runs_own_images_takes_the_thresholds_of_the_run(digits: Path, tmp_path: Path) -> None:
@@ -197,22 +163,8 @@ def test_a_language_models_classes_have_sets(tmp_path: Path, capsys) -> None:
         ({"evaluate": {"risk": True, "split": "validation"}}, "set evaluate.split to test"),
         ({"tasks": [{**DIGITS["tasks"][0], "validation_share": 0.0}]}, "'digits' has no validation images"),
         ({"arms": {"a": {"evaluate.risk": False}}}, "must be the same for all arms"),
+        ({"evaluate": {"ood": ["digits"]}}, "shares examples with tasks: "),
     ],
 )
 def test_reports_that_cannot_be_made_are_refused(changes, text, tmp_path: Path, capsys) -> None:
     assert text in refused(tmp_path, {**DIGITS, **changes}, capsys)
-
-
-def test_sets_of_other_classes_are_told_by_their_confidence(tmp_path: Path, capsys) -> None:
-    config = {**DIGITS, "evaluate": {"batch": 64, "ood": ["photo_crops:test"]}}
-    folder = run(tmp_path, "ood", config)
-    records = next((folder / "arms" / "adapted").glob("lr-*")) / "records"
-    inside = [row["clean confidence"] for row in read_lines(records / "test-digits.jsonl") if "id" in row]
-    (other,) = records.glob("*-outside.jsonl")
-    outside = [row["clean confidence"] for row in read_lines(other) if "id" in row]
-    wins = sum((a > b) + (a == b) / 2 for a in inside for b in outside) / len(inside) / len(outside)
-    (row,) = [row for row in read_results(folder / "results.jsonl") if row.metric == "AUROC"]
-    assert row.value == pytest.approx(wins, abs=1e-6) and row.n == len(inside) + len(outside)
-    assert row.condition == "against photo_crops:test" and row.low < row.value < row.high
-    same = {**config, "evaluate": {"ood": ["digits"]}}
-    assert "shares examples with tasks: " in refused(tmp_path, same, capsys)
