@@ -5,9 +5,9 @@
     python -m scripts.race                                  write the page; --check: exit code 1 where it is stale
     python -m scripts.race --costs race_transfer            before it, measure memory and time of a training step of every arm
 
-docs/results/rows/race.yaml has for each study its answer and names the columns, each by values of its rows (data is the average
-over sets where there is one). An arm is best where its number is; another one ties with it where the 95 % interval of their
-difference, paired on the same examples and seeds where one run has both, contains 0.
+docs/results/rows/race.yaml has for each study its answer and its notes. It names the columns, each by values of its rows (data
+is the average over sets where there is one). An arm is best where its number is; another one ties with it where the 95 % interval
+of their difference, paired on the same examples and seeds where one run has both, contains 0.
 
 Memory is the largest allocation in the second training step, weights and optimiser included (scripts/bench/accounting.py), the
 same on every machine. The time is the median CPU time of the next steps on one thread, all arms in one process: wall times of a
@@ -211,6 +211,7 @@ def section(name: str, draw: bool) -> str:
             *lines,
             "",
             note,
+            *([f"\n{spec['notes']}".rstrip()] if "notes" in spec else []),
         ]
     )
 
