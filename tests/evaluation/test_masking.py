@@ -16,7 +16,7 @@ def line(arm: str, end: float, norm: str = "linf", last: float = 0.1) -> dict:
     """Return the line of a model whose accuracy ends at `last`."""
     check = MaskingCheck((0.0, end), (0.6, last), 0.2, 10, monotone=True, reaches_chance=last <= 0.2, norm=norm)
     view = SimpleNamespace(unit="episodes", by_radius=lambda: check)
-    return {"arm": arm, "data": "digits, 5-way 1-shot", **Masking(True).line(view)}
+    return {"arm": arm, "data": "digits, 5-way 1-shot", **Masking.lines.line(view)}
 
 
 def test_lines_of_equal_norm_and_radii_share_a_table(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
 from vismt.storage.lines import write_lines
 from vismt.storage.paths import file_name
-from vismt.uncertainty.features import Feature, View
+from vismt.uncertainty.features import Lines, View
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -255,16 +255,16 @@ class EvaluationJob(ABC, Generic[Config]):
             ranks.on_first(self.write_panels)
             for feature in asked_features(getattr(self.config, "evaluate", None)):
                 if feature.lines is not None:
-                    self._write_lines(feature)
+                    self._write_lines(feature.key, feature.lines)
 
-    def _write_lines(self, feature: Feature) -> None:
+    def _write_lines(self, key: str, of: Lines) -> None:
         """Write a feature's file with a line for each model and set."""
         lines = []
         for arm in self.evaluated():
             for data, view in self.views(arm).items():
-                lines.append({"arm": arm, "data": data, **feature.line(view)})
-                console.stage(feature.key, f"{arm}   {data}   {lines[-1]['verdict']}")
-        ranks.on_first(lambda: write_lines(self.folder / f"{feature.key}.jsonl", lines))
+                lines.append({"arm": arm, "data": data, **of.line(view)})
+                console.stage(key, f"{arm}   {data}   {lines[-1]['verdict']}")
+        ranks.on_first(lambda: write_lines(self.folder / f"{key}.jsonl", lines))
 
     def evaluate_references(self) -> None:
         """Score models that no arm trains before the trainings, so that there are numbers soon. `evaluate` reads the records."""

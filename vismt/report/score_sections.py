@@ -322,7 +322,7 @@ def line_sections(folder: Path) -> list[Section]:
         rows: dict[tuple[str, ...], list[list[str]]] = {}  # by the heads of their table
         types = {"arm": str, "data": str, **about.types}
         for line in read_lines(folder / f"{feature.key}.jsonl", types, whole=True):
-            cells = feature.cells(line)
+            cells = about.cells(line)
             rows.setdefault((*cells,), []).append([arm_title(line["arm"], ["clean"]), line["data"], *cells.values()])
         tables = [Table(about.caption, ["Arm", "Data", *heads], of, set()) for heads, of in rows.items()]
         sections.append(Section(about.title, [(table, about.note) for table in tables]))

@@ -170,13 +170,21 @@ class Summary:
 class Lines:
     """A file KEY.jsonl of a run with a line for each model and set, and its table in a report.
 
-    title, caption: Titles of the section and the table. types: Types of the values of a line. note: Text below the table.
+    Args:
+        title: Title of the section.
+        caption: Title of the table.
+        types: Types of the values of a line.
+        note: Text below the table.
+        line: Function that returns the line of a net on a set. The console prints its value `verdict`.
+        cells: Function that returns the cells of a line in the table, by their heads.
     """
 
     title: str
     caption: str
     types: Mapping[str, Any]
     note: str
+    line: Callable[[View], dict[str, Any]]
+    cells: Callable[[Mapping[str, Any]], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -390,15 +398,6 @@ class Feature:
     def net_scores(self, views: Sequence[View]) -> list[Score]:
         """Return scores that do not follow from recorded answers. views: Views of one net, one for each evaluated set."""
         return []
-
-    def line(self, view: View) -> dict[str, Any]:
-        """Return the line of a net on a set for the file of `lines`."""
-        raise NotImplementedError
-
-    @staticmethod
-    def cells(line: Mapping[str, Any]) -> dict[str, str]:
-        """Return the cells of a line in the table of `lines`, by their heads."""
-        raise NotImplementedError
 
     def means(self, answers: Answers, outside: Mapping[str, Answers]) -> dict[str, float]:
         """Return the score of the answers of one example for each quantity, by field. outside: Columns of other sets by entry."""
