@@ -22,6 +22,7 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.jobs import open_run
+from vismt.jobs.fewshot.models import find_experts
 from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines
 
@@ -125,6 +126,23 @@ def test_experts_of_separate_runs_make_the_same_pool(pool_run: Path, tmp_path: P
     (tmp_path / "mine" / "expert-0").mkdir(parents=True)
     error = refused(capsys, "pool", "assemble", *parts, "--to", tmp_path / "mine")
     assert "mine/expert-0' exists and would be overwritten" in error
+
+
+def test_arms_beside_a_pool_are_trained_and_evaluated_and_are_no_experts(tmp_path: Path) -> None:
+    arms = {"plain": {"pool": None}, "long": {"pool.levels": [4], "train.steps": 4}}
+    models = ["merged", "expert:4", "plain", "long", "long+ridge"]
+    pool, evaluated = section("pool", clean=False), section("evaluate", models=models)
+    run = run_config(write(tmp_path, arms=arms, pool=pool, evaluate=evaluated))
+    steps = {
+        path.name: read_lines(path / TRAINING / "metrics.jsonl") for path in (run / "arms").iterdir() if path.is_dir()
+    }
+    assert {name: len(lines) for name, lines in steps.items()} == {"0.5": 3, "4": 3, "plain": 3, "long": 4}
+    assert "kl" in steps["long"][0] and "kl" not in steps["plain"][0]
+    assert [expert.label for expert in find_experts(run)] == ["0.5", "4"]
+    assert [row["arm"] for row in scores_of(run)] == models
+    job = open_run(run).job
+    assert list(job.models(0).pool().labels) == ["0.5", "4"]
+    assert job.about("long")["features"]["scale"] == float(job.models(0).task("long").scale)
 
 
 def test_settings_are_chosen_on_sets_that_are_not_tested(pool_run: Path, tmp_path: Path) -> None:

@@ -208,6 +208,9 @@ def test_experts_of_arms_are_all_found_each_by_its_lowest_seed(tmp_path: Path, t
     ]
     (run / "config.resolved.yaml").write_text("pool: {levels: [6]}\n")  # whose clean arm is the reference
     assert [expert.label for expert in find_experts(run)] == ["6"]
+    (run / "config.resolved.yaml").write_text("pool: {levels: [6]}\narms: {'6': {}, clean: {}}\n")  # arms beside a pool
+    with pytest.raises(UserError, match="holds no trained expert"):
+        find_experts(run)
 
 
 def test_renaming_a_folder_renames_its_expert(tmp_path: Path, trained: list[Path]) -> None:

@@ -32,21 +32,22 @@ MERGING = {
 
 
 def resolve_experts(config: FewShotConfig) -> dict[str, FewShotConfig]:
-    """Return the configuration of every arm: the arms of `arms`, or the experts of a pool. {} if nothing is trained.
+    """Return the configuration of every arm of `arms` and of every expert of the pool. {} if nothing is trained.
 
     An arm with a pool section of one expert is trained as this expert, and evaluated like any other arm.
     """
     if config.adapt is None or config.train is None or (config.pool is not None and config.pool.folder):
         return {}
-    if config.pool is None:
-        return {
-            name: arm if arm.pool is None else _expert_config(arm, _only_expert(arm, name))
-            for name, arm in resolve_arms(config).items()
-        }
     planned = planned_experts(config)
-    if config.pool.clean and CLEAN_EXPERT not in planned:
+    if config.pool is not None and config.pool.clean and CLEAN_EXPERT not in planned:
         planned = {CLEAN_EXPERT: PlannedExpert(tuple(config.source.data), None), **planned}
-    return {label: _expert_config(config, expert) for label, expert in planned.items()}
+    experts: dict[str, FewShotConfig] = {label: _expert_config(config, expert) for label, expert in planned.items()}
+    arms = resolve_arms(config) if config.arms or config.pool is None else {}
+    for name, arm in arms.items():
+        if name in experts:
+            raise UserError(f"arms: '{name}' is also the label of an expert of the pool; name the arm otherwise.")
+        experts[name] = arm if arm.pool is None else _expert_config(arm, _only_expert(arm, name))
+    return experts
 
 
 def _expert_config(config: FewShotConfig, expert: PlannedExpert) -> ExpertConfig:
@@ -61,7 +62,7 @@ def _only_expert(arm: FewShotConfig, name: str) -> PlannedExpert:
     if pool is not None and (pool.folder or pool.clean or len(planned) != 1):
         raise UserError(
             f"arms.{name}: pool: an arm is trained as one expert, and this section has {len(planned)}, or folder or clean; "
-            "give it one level, or make the section the run's own, without arms."
+            "give it one level, or pool: null for a training without attack."
         )
     return planned[0]
 
@@ -81,8 +82,9 @@ def planned_experts(config: FewShotConfig) -> dict[str, PlannedExpert]:
 
 
 def pool_members(config: FewShotConfig, arms: Iterable[str]) -> list[str]:
-    """Return the arms that are experts of the pool, which are all but the reference "clean"."""
-    return [arm for arm in arms if arm != CLEAN_EXPERT or CLEAN_EXPERT in planned_experts(config)]
+    """Return the arms that are experts of the pool."""
+    planned = planned_experts(config)
+    return [arm for arm in arms if arm in planned]
 
 
 def strategy_of(config: FewShotConfig, stem: str) -> str:

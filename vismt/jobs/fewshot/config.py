@@ -207,9 +207,9 @@ class FewShotConfig(StudyConfig):
 
     Args:
         model: the backbone.
-        arms: variants of the configuration, as {name: {dotted key: value}}. {} means one arm. The experts of a pool are arms of
-            their own. An arm may have a pool section of one expert and is then trained as this expert. In a run that trains
-            nothing, an arm replaces values of `model` and is evaluated in place of frozen.
+        arms: variants of the configuration, as {name: {dotted key: value}}. {} means one arm, or the experts of the pool alone.
+            An arm is trained as the one expert of its pool section, or without attack if the section is null. In a run that
+            trains nothing, an arm replaces values of `model` and is evaluated in place of frozen.
         seeds: seeds of the trainings. [] takes only `seed`.
         tune: learning rates that every arm tries, judged on select.data. null takes train.lr.
         source: training episodes.

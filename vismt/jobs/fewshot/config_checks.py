@@ -28,11 +28,8 @@ from vismt.uncertainty.features import Inputs
 
 def check(config: FewShotConfig) -> None:
     """Raise UserError for values that types do not exclude, also in the arms, before any work is done."""
-    if config.arms and config.pool is not None:
-        raise UserError(
-            "arms: the experts of the run's pool are its arms; leave out arms, or move the pool section into the arms, one "
-            "expert each."
-        )
+    if config.arms and config.pool is not None and config.pool.folder:
+        raise UserError("arms: pool.folder is evaluated as it is, and nothing is trained beside it; leave out arms.")
     trains = config.train is not None and config.adapt is not None
     _check_arm(config, config.arms)
     if not trains and not evaluated_models(config, []):
@@ -41,10 +38,10 @@ def check(config: FewShotConfig) -> None:
             "or evaluate 'frozen'."
         )
     _check_selection(config)
-    # Models that are evaluated know an arm without the pool section that it is trained by.
+    # The pool section of an arm is for its training. The models that are evaluated know only the pool of the run.
     check_arms(
         config,
-        lambda arm: _check_arm(replace(arm, pool=None), config.arms),
+        lambda arm: _check_arm(replace(arm, pool=config.pool), config.arms),
         ("select", "finetune", "head", "on_bad_sample", "download"),
         ("select.attack",) if trains else ("model",),
     )
@@ -161,14 +158,16 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
     assembled = pool is not None and bool(pool.folder)
     planned = planned_experts(config)
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
-    known = [*SINGLE, *arms] if pool is None else [*POOLED, *experts]
+    known = [*(SINGLE if pool is None else POOLED), *experts, *arms]
+    if pool is not None and not (trains and (pool.clean or CLEAN_EXPERT in (*planned, *arms))):
+        known.remove(CLEAN_EXPERT)
     sources = [(model, f"evaluate.{of.key}: source") for of in asked_features(config.evaluate) for model in of.models]
     ending = "" if config.head.name == PROTOTYPES else f"+{config.head.name}"
     for model in config.evaluate.models:
         where = "evaluate.models" if split_head(model)[1] or not ending else "evaluate.models with head"
-        _check_model(config, where, model if split_head(model)[1] else f"{model}{ending}", known, trains)
+        _check_model(config, where, model if split_head(model)[1] else f"{model}{ending}", known)
     for model, where in sources:
-        _check_model(config, where, model, known, trains)
+        _check_model(config, where, model, known)
         if trains and arms and split_head(model)[0] == ALONE:
             raise UserError(f"{where}: '{model}' stands for all arms of this run; name one of {', '.join(arms)}.")
         if split_head(model)[0] != FROZEN and not trains and not assembled:
@@ -177,7 +176,7 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
             )
 
 
-def _check_model(config: FewShotConfig, where: str, model: str, known: list[str], trains: bool) -> None:
+def _check_model(config: FewShotConfig, where: str, model: str, known: list[str]) -> None:
     pool = config.pool
     stem, head = split_head(model)
     if stem == DEFAULT_MERGED and config.select is None:
@@ -187,13 +186,9 @@ def _check_model(config: FewShotConfig, where: str, model: str, known: list[str]
     if stem != FROZEN and head and config.meta is not None:
         raise UserError(f"{where}: '{model}': the classifier of an inner loop has no prototypes; take '{stem}'.")
     if stem not in known and not (pool is not None and pool.folder and stem.startswith(EXPERT)):
+        if stem == CLEAN_EXPERT and pool is not None:
+            raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
         raise UserError(f"{where}: '{model}'.{near(stem, known)}")
-    if (
-        stem == CLEAN_EXPERT
-        and pool is not None
-        and not (trains and (pool.clean or CLEAN_EXPERT in planned_experts(config)))
-    ):
-        raise UserError(f"{where}: 'clean' needs pool.clean: true and a training; add them, or leave it out.")
 
 
 def _check_selection(config: FewShotConfig) -> None:

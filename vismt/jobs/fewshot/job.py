@@ -135,7 +135,7 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
 
     def check_arm(self, config: FewShotConfig) -> None:
         self.data.batches(config)  # opens the sets
-        if self.config.pool is None:  # the experts of a pool are built alike
+        if self.config.pool is None or self.config.arms:  # else experts of a pool, which are built alike
             super().check_arm(config)
 
     def prepared(self, config: FewShotConfig) -> tuple[EpisodeNet, str, list[Tensor]]:
@@ -377,10 +377,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         """Return where the features are taken and the scale of their cosines, for config.json beside merged weights."""
         features: JsonObject = {"block": self.config.model.block, "pool": self.config.model.pool}
         name, arm = split_head(arm or "")[0].partition(":")[0], self._arm_of(arm)
-        if self.config.pool is not None and not (name == CLEAN_EXPERT and CLEAN_EXPERT in self.study.arms):
+        beside = {CLEAN_EXPERT, *self.config.arms} & self.study.arms.keys()
+        if self.config.pool is not None and name not in beside:
             features["scale"] = self._averaged_pool(arm).scale
             return {"features": features}
-        training = self.study.find(arm)  # clean meta-tuning has a scale of its own
+        training = self.study.find(arm)  # a training beside the pool has a scale of its own
         if self.study.arms[training.arm].meta is None:
             features["scale"] = read_scale(training.folder)
         return {"features": features}

@@ -76,7 +76,7 @@ class Models:
                 net = self.task(stem)
                 options = self.config.head.options if head == self.config.head.name else {}
                 model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
-            elif self.config.pool is None or stem in (FROZEN, CLEAN_EXPERT):
+            elif self.config.pool is None or stem in (FROZEN, CLEAN_EXPERT, *self.config.arms):
                 model = self._single(stem)
             else:
                 expert = stem.removeprefix(EXPERT) if stem.startswith(EXPERT) else None
@@ -163,12 +163,13 @@ def find_experts(folder: Path) -> list[Expert]:
         return read_pool(folder)
     arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
     pooled = {expert.label for index in folder.glob(f"pool/*/{POOL_FILE}") for expert in read_pool(index.parent)}
-    resolved = folder / RESOLVED
-    of_arms = resolved.is_file() and read_yaml(resolved, f"run '{folder}'").get("pool") is None
+    resolved = read_yaml(folder / RESOLVED, f"run '{folder}'") if (folder / RESOLVED).is_file() else {}
+    # The references beside a pool are no experts.
+    beside = {CLEAN_EXPERT, *resolved.get("arms", {})} if resolved.get("pool", {}) is not None else set()
     experts = []
     for arm in arms:
-        if arm.name == CLEAN_EXPERT and not of_arms and CLEAN_EXPERT not in pooled:
-            continue  # the reference beside the pool
+        if arm.name in beside - pooled:
+            continue
         finished = {seed: path for seed, path in chosen_trainings(folder, arm.name).items() if (path / DONE).exists()}
         if finished:
             training = finished[min(finished)]
