@@ -23,14 +23,15 @@ from vismt.report.tables import scale_text, typographic
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text
 
-SHOWN, MIXED, REFUTED, NOT_TESTED = (
-    "Holds in every test",
+TWICE, ONCE, MIXED, REFUTED, NOT_TESTED = (
+    "Holds exactly, or on two models",
+    "Holds on one model",
     "Undecided, or tests differ",
     "Does not hold",
     "Not testable here",
 )
-OUTCOMES = (SHOWN, MIXED, REFUTED, NOT_TESTED)
-HEADS = ("Claim", "Tested here by", "Holds if", "Effect", "Verdict")
+OUTCOMES = (TWICE, ONCE, MIXED, REFUTED, NOT_TESTED)
+HEADS = ("Claim", "Tested here by", "Model", "Holds if", "Effect", "Verdict")
 
 
 def sections() -> str:
@@ -51,8 +52,14 @@ def _outcome(claim: Claim) -> str:
     if not verdicts:
         return NOT_TESTED
     if verdicts <= {HOLDS, WEAKER}:
-        return SHOWN
+        exact = any(evidence.test for evidence in claim.shown)
+        return TWICE if exact or len({*map(_model, claim.shown)} - {""}) > 1 else ONCE
     return REFUTED if FAILS in verdicts and not verdicts & {HOLDS, WEAKER} else MIXED
+
+
+def _model(evidence: ClaimEvidence) -> str:
+    """Return the name of the model of a study, "" if there is no study."""
+    return str(study(evidence.study).about.settings["model"]["name"]) if evidence.study in studies() else ""
 
 
 def _section(paper: Paper) -> str:
@@ -91,21 +98,22 @@ def _rows(claim: Claim, evidence: ClaimEvidence) -> list[StudyRow]:
 
 
 def _cells(evidence: ClaimEvidence, rows: Sequence[StudyRow]) -> tuple[str, ...]:
-    """Return what tests a claim, when it holds, the effect, and the verdict."""
+    """Return what tests a claim, on which model, when it holds, the effect, and the verdict."""
     if evidence.why:
-        return "", "", "", f"{NOT_HERE}: {evidence.why}"
+        return "", "", "", "", f"{NOT_HERE}: {evidence.why}"
     note = f" ({evidence.note})" if evidence.note else ""
     if evidence.test:
-        return f"`{evidence.test}`{note}", "the test passes", "exact", f"**{evidence.verdict}**"
+        return f"`{evidence.test}`{note}", "tiny models", "the test passes", "exact", f"**{evidence.verdict}**"
     metric = scale_text(rows[0].metric, rows[0].scale) if rows else evidence.metric
     condition = "" if evidence.condition == "clean" else f" under {evidence.condition}"
     arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
     tested = f"{_link(evidence)}: {arms}, {metric}{condition}, {evidence.data}{note}"
     if not rows:
-        return tested, needed(evidence), "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
+        return tested, "", needed(evidence), "", f"**{evidence.verdict}** (not run: `vismt run {evidence.config}`)"
     row, seeds = rows[0], len(study(evidence.study).trainings(rows[0])) or 1
     effect = both_intervals(*rows) if evidence.domains else interval_text(row)
-    return tested, needed(evidence), f"{effect}, n = {row.n:,} {row.unit}, seeds: {seeds}", f"**{evidence.verdict}**"
+    size = f"n = {row.n:,} {row.unit}, seeds: {seeds}"
+    return tested, f"`{_model(evidence)}`", needed(evidence), f"{effect}, {size}", f"**{evidence.verdict}**"
 
 
 def needed(evidence: ClaimEvidence) -> str:
