@@ -311,6 +311,7 @@ print("page", results.report())
 """
 
 
+@pytest.mark.slow
 def test_a_printed_path_is_there_when_the_script_has_ended(folder: Path, tmp_path: Path) -> None:
     script = SCRIPT.format(tests=str(Path(__file__).parent), data=str(folder))
     run = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)

@@ -469,6 +469,7 @@ def test_errors_of_a_calibration(home, tmp_path: Path, capsys, changes, words) -
     assert words in refused(capsys, "train", path, "--out", tmp_path / "runs", "--quiet")
 
 
+@pytest.mark.slow
 def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Path, monkeypatch, capsys) -> None:
     other, arms = home["other"], {"lora": {}, "dropped": {"adapt.options.dropout": 0.5}}
     evaluate = {"batch": 4, "temperature": True, "passes": 3, "ensembles": ["lora"], "ood": [other]}

@@ -150,6 +150,7 @@ def test_the_scale_of_fp16_and_its_skipped_updates_are_resumed(tmp_path: Path) -
         checkpoint.load(tmp_path, module, optimizer, None, "hash")
 
 
+@pytest.mark.slow
 def test_a_checkpoint_is_written_without_a_copy_of_all_tensors(tmp_path: Path) -> None:
     """Eight tensors of 16 MB: the peak of the memory may grow by a tensor or two, not by all."""
     code = f"""

@@ -219,8 +219,8 @@ def test_honest_gradients_pass_and_masked_ones_are_caught(monkeypatch):
     [
         ("pgd", "l2", 0.5, 4.34711),
         ("apgd_ce", "l2", 0.5, 4.34711),
-        ("pgd", "l1", 3, 75.2941),
-        ("apgd_ce", "l1", 3, 75.2941),
+        pytest.param("pgd", "l1", 3, 75.2941, marks=pytest.mark.slow),
+        pytest.param("apgd_ce", "l1", 3, 75.2941, marks=pytest.mark.slow),
     ],
 )
 def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, epsilon, end):

@@ -153,6 +153,7 @@ def test_an_index_that_points_outside_is_a_reason(clean: Folders, tmp_path: Path
     assert "weight_map" in read_facts(tmp_path).stored.reasons[0]
 
 
+@pytest.mark.slow
 def test_random_damage_gets_a_verdict(clean: Folders, tmp_path: Path) -> None:
     """Values of both JSON files and bytes of the tensors, 120 times; more in the campaign."""
     adapter = clean.copied(tmp_path).adapter

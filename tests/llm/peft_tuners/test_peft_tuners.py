@@ -207,6 +207,7 @@ def test_without_peft(monkeypatch) -> None:
         vismt.adapt(tiny_vit(), "peft:dora")
 
 
+@pytest.mark.slow
 def test_a_run_tunes_a_hosted_arm_beside_ours(tmp_path: Path) -> None:
     config = {
         **DIGITS,

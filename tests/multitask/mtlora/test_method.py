@@ -392,6 +392,7 @@ def test_merge_shared_keeps_the_features_of_all_tasks(make) -> None:
         merge_shared(model)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_graph_takes_any_batch() -> None:
     backbone = Pyramid(swin())
