@@ -55,8 +55,8 @@ TIMED = 5  # steps whose time is taken
 ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
-On small ViTs no adapter is shown to beat a tuned LoRA on clean images. Under attack the start of AMT gains 4.4 ± 3.5 points over
-LoRA, and a gain over TRADES on class labels is not shown (−0.1 ± 2.8).
+On small ViTs no adapter is shown to beat a tuned LoRA on clean images. Under attack the start of AMT gains 4.4 ± 3.3 points over
+LoRA, and a gain over TRADES on class labels is not shown (−0.3 ± 3.0).
 
 Every arm has the same steps, batches, seeds and grid of rates. It chooses its rate on validation images with the first seed.
 

@@ -52,7 +52,7 @@ def test_a_verdict_that_no_longer_follows_is_an_error(monkeypatch: pytest.Monkey
     (tmp_path / "claims.yaml").write_text(text.replace(stated, stated.replace("undecided", "does not hold"), 1))
     monkeypatch.setattr(rules, "shipped", lambda _: tmp_path)
     with pytest.raises(
-        UserError, match=r"'does not hold', but 'undecided' follows from −5.1 ± 6.4 of study 'amt_small'"
+        UserError, match=r"'does not hold', but 'undecided' follows from −3.3 ± 5.7 of study 'amt_small'"
     ):
         claims.sections()
 

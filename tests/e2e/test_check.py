@@ -207,5 +207,4 @@ def test_a_run_of_the_configuration_of_committed_rows_is_checked_against_them(pa
     config = vismt.jobs.load_config(study_rows.shipped("configs") / f"{name}.yaml")
     assert _differing(config, study, path) == []
     recorded = study.about.config_hash
-    # Of a form that is made no more, or with a key of `select` that has gone.
-    assert config_hash(config) == recorded or len(recorded) == 8 or path.stem == "amt_sources"
+    assert config_hash(config) == recorded or len(recorded) == 8  # of a form that is made no more

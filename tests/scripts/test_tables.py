@@ -223,6 +223,6 @@ def test_the_interval_over_domains_is_that_of_the_sets_as_a_sample() -> None:
     of, images = tables.found(clean, "here")
     _, domains = tables.found({**clean, "show": "domains"}, "here")
     values = [r.value for r in of.rows if r.key == replace(images, data=r.data).key and r.data != "average"]
-    half = 2.570582 * stdev(values) / 6**0.5
-    assert len(values) == 6 and (domains.value, domains.interval) == (images.value, "domains")
+    half = 2.776445 * stdev(values) / 5**0.5
+    assert len(values) == 5 and (domains.value, domains.interval) == (images.value, "domains")
     assert (domains.low, domains.high) == pytest.approx((images.value - half, images.value + half))
