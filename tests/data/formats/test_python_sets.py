@@ -14,7 +14,7 @@ from torchvision.datasets import VisionDataset
 
 from vismt.base.errors import UserError
 from vismt.base.objects import name_of, named, registered
-from vismt.data.formats.python_sets import images_of
+from vismt.data.formats.python_sets import features_of, images_of
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
 from vismt.data.set_entries import card_and_split
@@ -177,6 +177,12 @@ def test_a_name_has_the_content_of_its_object() -> None:
     assert plain["model"].startswith("<Linear ")
     again = named({"data": [Pictures(), Pictures(count=7)]}, {})["data"]
     assert again[0] == plain["data"][0] != again[1]
+
+
+def test_feature_vectors_are_a_set_without_images() -> None:
+    images, vectors = features_of(torch.utils.data.TensorDataset(torch.eye(3), torch.tensor([0, 2, 1])), "own", "all")
+    assert torch.equal(vectors, torch.eye(3))
+    assert images.classes == ["0", "1", "2"] and images.labels.tolist() == [0, 2, 1]
 
 
 def test_hugging_face_data_sets_and_their_folders(tmp_path) -> None:

@@ -575,6 +575,7 @@ def test_refusals_of_one_ffn_and_of_set_fade() -> None:
         (lambda: MoEfiedMlp(Mlp(6, 24), 2, 5), "n_experts 5 does not divide the 24"),
         (lambda: MoEfiedMlp(nn.Linear(6, 6), 2, 3), "has no fc1 and fc2"),
         (lambda: ffn().assign(torch.arange(24) % 4), "use cluster_neurons"),
+        (lambda: ffn().assign(torch.arange(24) % 3.0), "use cluster_neurons"),
         (lambda: setattr(ffn(), "fade", "late"), "fade 'late'"),
         (lambda: set_fade(tiny_vit(), 1.0), "no router; adapt it with 'emtal'"),
     ):

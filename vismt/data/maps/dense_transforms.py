@@ -150,7 +150,7 @@ def random_crop(
     size: tuple[int, int],
     generator: torch.Generator,
     *,
-    cat_max_ratio: float = 0.75,
+    cat_max_ratio: float,
 ) -> Sample:
     """Return a random window of `size` (h, w) of the sample. A smaller sample is padded first.
 

@@ -18,6 +18,7 @@ from vismt.data.maps.dense_sample import IGNORE
 from vismt.data.maps.edge_thinning import thin
 
 BEND = 0.02  # largest relative deviation of 1/z from a plane at a pixel with a normal
+JUMP = 0.05  # least relative difference of two depths with an edge between them
 
 
 def normals_from_depth(depth: Tensor, camera: Mapping[str, float], *, step: int = 2) -> Tensor:
@@ -68,13 +69,13 @@ def edges_from_labels(labels: Tensor) -> Tensor:
     return _thinned(edge, labelled)
 
 
-def edges_from_depth(depth: Tensor, *, jump: float = 0.05) -> Tensor:
-    """Return int64 (h, w): 1 at the nearer pixel of neighbours whose depths differ by more than `jump` of the smaller, thinned.
+def edges_from_depth(depth: Tensor) -> Tensor:
+    """Return int64 (h, w): 1 at the nearer pixel of neighbours whose depths differ by more than JUMP of the smaller, thinned.
 
     depth: Depth float (h, w), 0 if missing. The edge map is 255 there. A gap without depth counts as the farther of its two
     ends in the row or column, because what only one camera of a pair sees is behind.
     """
-    return _thinned(_jumps(depth, jump) | _jumps(depth.mT, jump).mT, depth > 0)
+    return _thinned(_jumps(depth) | _jumps(depth.mT).mT, depth > 0)
 
 
 def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
@@ -82,8 +83,8 @@ def _thinned(edge: Tensor, valid: Tensor) -> Tensor:
     return torch.from_numpy(thin(edge.numpy())).to(torch.int64).masked_fill(~valid, IGNORE)
 
 
-def _jumps(depth: Tensor, jump: float) -> Tensor:
-    """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than `jump`, across gaps."""
+def _jumps(depth: Tensor) -> Tensor:
+    """Return bool (h, w): pixels with a depth that are nearer than a neighbour in their row by more than JUMP, across gaps."""
     valid = depth > 0
     columns = torch.arange(depth.shape[-1]).expand_as(depth)
     ends = []  # the nearest depth at or left of each pixel, then at or right of it, 0 if there is none
@@ -93,6 +94,6 @@ def _jumps(depth: Tensor, jump: float) -> Tensor:
     filled = torch.where(valid, depth, torch.maximum(ends[0], ends[1].flip(-1)))
     nearer = torch.zeros_like(valid)
     left, right = filled[..., :-1], filled[..., 1:]
-    nearer[..., :-1] |= right - left > jump * left
-    nearer[..., 1:] |= left - right > jump * right
+    nearer[..., :-1] |= right - left > JUMP * left
+    nearer[..., 1:] |= left - right > JUMP * right
     return nearer & valid

@@ -75,8 +75,8 @@ def refuse_routing(what: str, path: str, fade: float, where: str = "") -> None:
 
 def check_unit_labels(labels: Tensor, hidden: int, n_experts: int) -> None:
     """Raise UserError unless labels are int64 (H,) and give each expert H / K units."""
-    valid = labels.dtype == torch.int64 and labels.shape == (hidden,)
-    if not valid or not torch.equal(labels.sort().values.cpu(), torch.arange(hidden) // (hidden // n_experts)):
+    expected = torch.arange(hidden) // (hidden // n_experts)
+    if labels.dtype != torch.int64 or not torch.equal(labels.sort().values.cpu(), expected):
         needed = f"({hidden},) int64 with {hidden // n_experts} units for each of 0 .. {n_experts - 1}"
         raise UserError(f"emtal: labels {tuple(labels.shape)} {labels.dtype}, needed {needed}; use cluster_neurons.")
 
