@@ -1,8 +1,10 @@
 """Console output: what is hidden, and what stands in a file."""
 
 import io
+import math
 import re
 
+import pytest
 from rich.console import Console
 
 from vismt.base import console
@@ -58,6 +60,13 @@ def test_lines_of_a_bar_hold_its_note_and_the_time_left(capsys, monkeypatch):
     with console.quiet(), console.bar("train", "step", 2) as bar:
         bar.note("loss 0.5")
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.6, "5 s"), (65, "1 min 05 s"), (3900, "1 h 05 min"), (None, ""), (-1, ""), (math.inf, "")]
+)
+def test_durations(seconds, text):
+    assert console.duration(seconds) == text
 
 
 def test_a_terminal_shows_times_and_the_note_in_one_line(monkeypatch):

@@ -23,8 +23,9 @@ from vismt.storage.files import sealed
 def test_mixture_bars(drawn, tmp_path, sets, experts):
     keys = [(f"set {i} of a name that does not end", "variable way and shot, n = 600") for i in range(sets)]
     panel = {key: [1 / experts] * experts for key in keys}
+    short = {("set", ""): panel[keys[0]]}
     labels = [f"{0.5 * i:g}" for i in range(experts)]
-    mixture_bars({"merged": panel, "min_ce": panel}, labels, tmp_path / "a.png")
+    mixture_bars({"merged": panel, "min_ce": short}, labels, tmp_path / "a.png")
     assert_readable(drawn[0])
     bars = drawn[0].axes[0].patches
     assert len(bars) == sets * experts and sum(bar.get_width() for bar in bars) == pytest.approx(100 * sets)

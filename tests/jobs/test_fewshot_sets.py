@@ -10,7 +10,7 @@ from helpers.tiny_runs import FEWSHOT, refused, written
 
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run, started
-from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler
+from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
 
 CORDA = {"method": "corda", "rank": 2, "targets": ["qkv"]}
 CASES = {
@@ -83,13 +83,20 @@ def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tm
 
 
 def test_the_sampling_of_the_configuration_draws_the_episodes(tmp_path: Path) -> None:
+    def sampler_of(changes: dict) -> EpisodeSampler | VariableSampler:
+        config = load_config(write(tmp_path, {"evaluate.episodes": 10, **changes}))
+        return make_job(config, tmp_path / "run").data.samplers("digits")[0]
+
     found = {}
     for sampling in ("parts", "with_replacement", "without_replacement"):
-        config = load_config(write(tmp_path, {"evaluate.sampling": sampling, "evaluate.episodes": 10}))
-        (sampler, *_) = make_job(config, tmp_path / "run").data.samplers("digits")
+        sampler = sampler_of({"evaluate.sampling": sampling})
         found[sampling] = type(sampler), sampler.parts
     assert found == {
         "parts": (EpisodeSampler, 5),
         "with_replacement": (EpisodeSampler, 0),
         "without_replacement": (DisjointSampler, 0),
     }
+    variable = sampler_of(
+        {"evaluate.rule": "variable", "evaluate.sampling": "with_replacement", "evaluate.max_ways": 7}
+    )
+    assert isinstance(variable, VariableSampler) and (variable.min_ways, variable.max_ways) == (5, 7)

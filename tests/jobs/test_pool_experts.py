@@ -18,6 +18,7 @@ from vismt.jobs.fewshot.arms import (
     pool_members,
     resolve_experts,
     strategy_of,
+    trained_on,
 )
 from vismt.jobs.fewshot.config import EvaluateConfig, FewShotConfig, PoolConfig, SelectConfig, SourceConfig
 from vismt.jobs.fewshot.config_checks import check
@@ -191,6 +192,7 @@ def test_an_arm_with_a_pool_section_is_trained_as_its_expert_and_evaluated_like_
     arms = resolve_experts(config)
     assert evaluated_models(config, list(arms)) == ["frozen", "clean", "lora", "joint"]
     assert not hasattr(arms["clean"], "adversary")
+    assert (trained_on(arms["clean"]), trained_on(arms["lora"])) == ("cifar100", "cifar100 under linf 2/255")
     assert arms["lora"].adversary.epsilons == arms["joint"].adversary.epsilons == (2 / 255,)
     assert (arms["lora"].adversary.weight_attack, arms["joint"].adversary.weight_attack) == ("none", "joint")
     assert arms["joint"].adversary.gamma == 0.002 and arms["joint"].adapt.method == "amt"

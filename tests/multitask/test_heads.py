@@ -56,6 +56,11 @@ def test_stages_are_read_on_their_own_grids(name: str) -> None:
         assert make_map_head(name, widths, CHANNELS, hidden=8, scale=2)(maps).shape[-2:] == (24, 40)
 
 
+def test_dpt_reads_the_taps_of_a_vit_at_strides_4_8_16_and_32_of_16() -> None:
+    model = make_map_head("dpt", [6] * 4, CHANNELS, hidden=8)
+    assert [resample(torch.zeros(1, 8, 6, 6)).shape[-1] for resample in model.resample] == [24, 12, 6, 3]
+
+
 @pytest.mark.parametrize("d,h,k", [(12, 8, 5), (10, 6, 1)])
 def test_parameters_by_formula(d: int, h: int, k: int) -> None:
     def count(name: str, **options: object) -> int:

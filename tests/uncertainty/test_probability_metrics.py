@@ -16,6 +16,8 @@ from vismt.uncertainty.probability_metrics import (
     binned_gaps,
     detection_auroc,
     detection_values,
+    example_measures,
+    example_values,
     expected_calibration_error,
     gap_values,
     scores,
@@ -100,6 +102,14 @@ def test_values_by_example_of_the_calibration_error() -> None:
         binned_gaps(torch.tensor([0.65, 0.65, 0.95]).double(), torch.tensor([True, False, True]), 10)
     )
     assert values.tolist() == pytest.approx([-0.35, 0.65, 0.05])  # the first bin with the sign of its sum
+
+
+def test_measures_know_the_groups_of_dependent_examples() -> None:
+    log_p, labels = two([0.6, 0.7, 0.9]).log(), torch.tensor([0, 1, 0])
+    of = dict.fromkeys(names := ["a", "b", "c"], "user")
+    for groups, kept in ((None, {}), (of, of)):
+        found = example_measures(names, example_values(log_p, labels), log_p.argmax(1) == labels, groups)
+        assert [measure.groups for measure in found] == [kept] * len(found)
 
 
 def test_copies_of_an_example_tell_nothing_new() -> None:

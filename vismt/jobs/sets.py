@@ -30,12 +30,12 @@ class Sets:
         on_bad_sample, download: As in `open_images`.
     """
 
-    def __init__(self, on_bad_sample: Literal["error", "skip"] = "error", download: bool = False) -> None:
+    def __init__(self, on_bad_sample: Literal["error", "skip"], download: bool) -> None:
         self._open = partial(open_images, on_bad_sample=on_bad_sample, download=download)
         self._images: dict[str, ImageSet] = {}
         self._samples: dict[tuple[str, str], DenseSet] = {}
 
-    def images(self, entry: str, grouped: bool = False) -> ImageSet:
+    def images(self, entry: str, grouped: bool) -> ImageSet:
         """Return a set of labelled images. grouped: Whether near-duplicates are found if the card does not name groups."""
         if entry not in self._images:
             self._images[entry] = self._open(*card_and_split(entry))
@@ -43,7 +43,7 @@ class Sets:
             self._images[entry] = with_groups(self._images[entry])
         return self._images[entry]
 
-    def samples(self, entry: str, grouped: bool = False, key: str = CLASS) -> DenseSet:
+    def samples(self, entry: str, grouped: bool, key: str = CLASS) -> DenseSet:
         """Return the samples of a set of maps or of labelled images. key: Name of the class of labelled images."""
         card, split = card_and_split(entry)
         if is_object(card) or not load_card(card).sources_of(DenseSource):

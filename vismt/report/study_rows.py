@@ -211,7 +211,7 @@ def _changes(folder: Path, arms: Sequence[str], pairs: Sequence[tuple[str, str]]
     Arms with several trainings are averaged over the seeds.
     """
     changes = read_changes(folder, arms)
-    numbers = {arm: {seed: _by_data(lines) for seed, lines in of.items()} for arm, of in changes.items() if len(of) > 1}
+    numbers = {arm: {seed: _by_data(lines) for seed, lines in of.items()} for arm, of in changes.items()}
     for first, second in [*((arm, "") for arm in numbers), *(pair for pair in pairs if numbers.keys() >= {*pair})]:
         lines = next(iter(changes[first].values()))
         counts = {f"block {number}": len(of) for number, of in of_blocks(lines).items()}

@@ -150,7 +150,7 @@ def test_names_in_results(tmp_path: Path) -> None:
     card = tmp_path / "card.yaml"
     card.write_text(f"name: mine\nsources: [{{kind: folder, root: {folder}}}]\n")
     rows = {"digits": "digits", "md_cub:test": "md_cub:test", f"{card}:all": "mine", str(tmp_path): "mine"}
-    rows |= {str(folder): "pictures", f"{folder}:train": "pictures:train", "gone/set": "set"}
+    rows |= {str(folder): "pictures", f"{folder}:train": "pictures:train", "gone/set": "set", "gone/mine.yaml": "mine"}
     assert {name: row_name(name) for name in rows} == rows
     assert card_and_split(f"{folder}:train") == (str(folder), "train") and card_and_split(str(folder))[1] == "all"
     assert overlap(str(folder), f"{folder}:train") and not overlap("digits:train", "digits:test")

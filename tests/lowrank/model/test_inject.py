@@ -165,6 +165,13 @@ def test_refused_modules_are_named_or_left_out_with_a_reason() -> None:
     report = vismt.adapt(model, "lora", rank=2, dropout=0.1)  # there is no input of the attention's weights to drop
     assert [spec.path for spec in report.specs] == ["ok"]
     assert any("MultiheadAttention" in text for text in report.skipped) and "left out" in str(report)
+
+    class Own(nn.MultiheadAttention):
+        def forward(self, *given, **options):
+            return super().forward(*given, **options)
+
+    with pytest.raises(UserError, match=r"lies inside nn\.MultiheadAttention"):
+        vismt.adapt(nn.ModuleDict({"mha": Own(8, 2)}), "lora", ["out_proj"], rank=2)
     tied = nn.ModuleDict({"embed": nn.Embedding(6, 4), "out": nn.Linear(4, 6, bias=False)})
     tied["out"].weight = tied["embed"].weight
     with pytest.raises(UserError, match=r"shares its weight with 'embed\.weight'"):

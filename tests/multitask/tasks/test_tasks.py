@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError
 from vismt.multitask.tasks import IGNORE, NYUD_WEIGHTS, PASCAL_WEIGHTS, TASKS, Task, make_task
-from vismt.multitask.tasks.classes import Segmentation, class_colors
+from vismt.multitask.tasks.classes import Segmentation, class_colors, unite
 from vismt.multitask.tasks.maps import InverseDepth
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -314,6 +314,16 @@ def test_written_depths_have_the_scored_error(convention: str) -> None:
     error = (task.answer(prediction[0]) - target).square().mean().sqrt()
     assert float(metric.compute()["rmse"]) == pytest.approx(float(error), rel=1e-6)
     assert task.caption(prediction[0]) == "near 0.00 to far 3.00"
+
+
+def test_written_normals_have_length_one() -> None:
+    written = make_task("normals").answer(torch.arange(1.0, 61.0).view(3, 4, 5))
+    assert torch.allclose(written.norm(dim=0), torch.ones(4, 5))
+
+
+def test_two_tasks_of_whole_images_share_one_softmax() -> None:
+    tasks = [make_task({"name": name, "kind": "classify", "classes": k}) for name, k in (("a", 2), ("b", 3))]
+    assert [task.outputs for task in unite(tasks)] == [5, 5] and unite(tasks[:1]) == tasks[:1]
 
 
 def test_captions_and_legends() -> None:

@@ -40,6 +40,14 @@ def test_a_linf_query_moves_one_square_window_to_corners_of_the_ball(monkeypatch
         assert torch.allclose((moved - clean).abs()[moved != clean], torch.tensor(0.1))
 
 
+def test_a_search_in_l2_starts_from_the_same_bump_in_five_by_five_tiles():
+    clean = torch.full((2, 3, 20, 20), 0.5)
+    change = module._bumps(SimpleNamespace(clean=clean, seeds=[1, 2]), 0.5) - clean
+    assert torch.allclose(size(change, "l2"), torch.tensor(0.5))
+    tiles = change.unfold(2, 4, 4).unfold(3, 4, 4).flatten(0, 3)
+    assert torch.allclose(tiles.abs(), tiles[:1].abs(), atol=1e-6) and tiles[0].abs().amax() > 2 * tiles[0].abs().amin()
+
+
 @cache
 def in_turn(spec):
     """Ask one query after the other of all images; return the kept images and margins after each."""

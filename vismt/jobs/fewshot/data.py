@@ -111,7 +111,7 @@ class FewShotData:
             given = object_named(card)
             features = None if given is None else features_of(given, row_name(card), split)
             if features is None:
-                images = self._sets.images(name)
+                images = self._sets.images(name, grouped=False)
                 self._check_pixels(row_name(name))
                 self._pixels[name, size] = Pixels(images, size)
             else:

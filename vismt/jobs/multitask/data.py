@@ -110,7 +110,7 @@ class TaskData:
         return [(Pixels(images, self.size), labels + offset) for images, labels in self._parts[task][part]]
 
     def _open_task(self, task: str, named: PartsConfig) -> tuple[list[str], dict[str, list[Chosen]]]:
-        sets = [self._sets.images(entry) for entry in named.train]
+        sets = [self._sets.images(entry, grouped=False) for entry in named.train]
         for images in sets:
             repeated = next((name for name in images.classes if images.classes.count(name) > 1), None)
             if repeated is not None:

@@ -284,7 +284,7 @@ class DenseBatches:
         return {name: values for name, values in images.read(i, augmented).items() if name in self.kept}
 
 
-def _samples(sets: Sets, key: str, entry: str, grouped: bool = False) -> DenseSet:
+def _samples(sets: Sets, key: str, entry: str, grouped: bool) -> DenseSet:
     images = sets.samples(entry, grouped, key)
     if key != CLASS and images.labels is None:
         raise UserError(f"tasks: {key.partition(':')[2]}: '{images.name}' has maps; name it in data.")
