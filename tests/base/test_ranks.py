@@ -35,10 +35,11 @@ def test_an_error_of_one_process_ends_both_and_batches_weigh_by_their_examples(t
     assert choice.lr == 0.2 and choice.validation == pytest.approx({"0.1": 0.6, "0.2": 1.2})
 
 
-def test_alone_an_error_is_raised_as_it_is() -> None:
+def test_alone_a_result_is_returned_and_an_error_raised_as_it_is() -> None:
     def refuse(number: int) -> None:
         raise UserError(f"item {number}")
 
+    assert ranks.on_first(lambda: 3) == 3
     with pytest.raises(UserError, match=r"^item 0$") as raised:
         list(ranks.share(range(2), refuse))
     assert not raised.value.elsewhere

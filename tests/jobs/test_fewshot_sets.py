@@ -8,6 +8,7 @@ import pytest
 import yaml
 from helpers.tiny_runs import FEWSHOT, refused, written
 
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run, started
 from vismt.metatune.protocol.episodes import DisjointSampler, EpisodeSampler, VariableSampler
@@ -74,6 +75,9 @@ def test_episodes_that_sets_cannot_give_are_named_before_the_first_step(
 
 def test_a_run_that_trains_nothing_has_no_source_and_a_finished_one_is_opened(tmp_path: Path) -> None:
     path = write(tmp_path, {"train": None, "source.data": ["digits"], "evaluate.models": ["frozen"]})
+    with pytest.raises(UserError, match="none"), started(path, [], tmp_path / "new" / "runs"):
+        raise UserError("none")
+    assert not (tmp_path / "new").exists()  # nothing was done in it
     with started(path, [], tmp_path / "runs") as run:
         folder = run.folder
     resolved = folder / "config.resolved.yaml"

@@ -135,6 +135,7 @@ def test_several_measures_are_columns_of_one_table():
     assert table.title == "Difference to arm_0: 5-way 1-shot, films, n = 60 episodes"
     assert table.rows[0] == ["clean", "arm_1", "+1.1 [+0.1, +2.1]", "+0.011 [+0.001, +0.021]"]
     assert [row[0] for row in table.rows] == ["clean", "temperature"] and "on the same examples" in note
+    assert not table.folded
 
 
 def test_the_strongest_attack_is_the_first_of_the_differences():

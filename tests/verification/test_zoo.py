@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from helpers.damage import damage_json
-from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, healthy
+from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, healthy, setting
 
 import vismt
 from vismt.cli import main
@@ -134,6 +134,13 @@ def test_names_that_no_library_knows_are_not_compared(root: Path, tmp_path: Path
     path.write_text(json.dumps({**json.loads(path.read_text()), "model_type": "of_another_year"}))
     verdict = vismt.verify(folders.adapter, base=folders.base, merged=folders.merged)
     assert (verdict.status, verdict.codes) == ("suspicious", {"not-compared"})
+
+
+def test_an_update_far_larger_than_the_weight_is_suspicious(root: Path, tmp_path: Path) -> None:
+    folders = healthy("llama", root).copied(tmp_path)
+    setting(lora_alpha=8000)(folders)
+    verdict = vismt.verify(folders.adapter, base=folders.base)
+    assert (verdict.status, verdict.codes) == ("suspicious", {"size"})
 
 
 @pytest.mark.parametrize("which", ["base", "merged"])

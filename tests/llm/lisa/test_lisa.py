@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from scripts.bench.accounting import optimizer_bytes, saved_activation_bytes
 from vismt.base.errors import UserError
 from vismt.llm import LISA
+from vismt.llm.lisa.method import lisa
 
 POLICIES = ("drop", "keep", "offload", "reset_all")
 
@@ -544,6 +546,14 @@ def test_a_parameter_shared_between_layers_trains_with_either() -> None:
 def test_impossible_settings_are_named(options: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         schedule(4, **options)
+
+
+def test_the_method_has_the_defaults_of_the_schedule() -> None:
+    of_method, of_schedule = (
+        {name: given.default for name, given in signature(of).parameters.items() if given.default is not given.empty}
+        for of in (lisa, LISA)
+    )
+    assert of_method.items() <= of_schedule.items()
 
 
 def test_models_without_layers_with_two_stacks_or_quantised_are_refused() -> None:
