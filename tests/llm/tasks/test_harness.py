@@ -6,14 +6,12 @@ import json
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from helpers.lm_parts import save_lm, save_texts, sentiment_task
 from helpers.pages import ROOT
 from helpers.tiny_runs import refused, run_config, written
 
-from vismt.base.errors import UserError
 from vismt.jobs import open_run
 from vismt.report.results import read_results
 from vismt.storage.lines import read_lines
@@ -173,14 +171,6 @@ def test_a_missing_package_is_named(run, tmp_path: Path, capsys, monkeypatch) ->
     assert 'pip install "vismt[lm-eval]"' in refused(
         capsys, "train", tmp_path / "words.yaml", "--out", tmp_path, "--quiet"
     )
-
-
-def test_a_task_without_numbers_is_refused() -> None:
-    from vismt.llm.tasks.harness import Harness
-
-    task = SimpleNamespace(aggregation=dict, higher_is_better=dict)
-    with pytest.raises(UserError, match="'lm_eval:own' has no metric with a number"):
-        Harness.measures(SimpleNamespace(task=task, name="own"), [{"id": "a", "answer": "yes"}])
 
 
 def test_the_model_of_a_run_is_an_object_of_the_harness(run, monkeypatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -31,6 +32,7 @@ from vismt.llm.tasks.base import (
 )
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised, prompts_of
+from vismt.llm.tasks.harness import Harness
 from vismt.llm.tasks.pieces import IGNORED, Piece, collate_pieces, pack, piece, stem, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
@@ -430,6 +432,12 @@ def test_answers_are_scored_list_wise(lm, normalise):
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_of_the_harness_without_numbers_is_refused():
+    task = SimpleNamespace(aggregation=dict, higher_is_better=dict)
+    with pytest.raises(UserError, match="'lm_eval:own' has no metric with a number"):
+        Harness.measures(SimpleNamespace(task=task, name="own"), [{"id": "a", "answer": "yes"}])
 
 
 def test_perplexity_is_counted_over_tokens():
