@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vismt.lowrank.factors import LowRank
 from vismt.lowrank.update import Update
-from vismt.verification.fit import fit_merge
+from vismt.verification.fit import BITS, fit_merge
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -53,6 +53,7 @@ def test_a_factor_that_no_rule_makes_is_measured(dtype: torch.dtype) -> None:
     W, update = drawn(0.05, dtype)
     found = fit_merge(W, merged(W, update, 1.3, dtype), update, 4)
     assert found.kind == "factor" and found.factor == pytest.approx(1.3, abs=0.03) and not found.rule
+    assert found.residual * 2.0 ** BITS[dtype] == pytest.approx(0.425, rel=0.05)  # the rounding of the merged weight
 
 
 @pytest.mark.parametrize("dtype", HALF)

@@ -227,6 +227,13 @@ REFUSED: dict[str, tuple[Change, str]] = {
     ),
     "bad layers": (lambda c, t: c.update(layers_to_transform=["0"]), r"layers_to_transform\[0\]: expected int"),
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
+    "pissa of more than the full rank": (
+        lambda c, t: [
+            c.update(init_lora_weights="pissa", r=40),
+            t.update({key: torch.ones((40, len(of.T)) if "lora_A" in key else (len(of), 40)) for key, of in t.items()}),
+        ],
+        "is not a linear that a start of rank 40 can be replayed on",
+    ),
     "corda": (lambda c, t: c.update(init_lora_weights="corda"), "cannot be replayed; convert it"),
     "olora": (lambda c, t: c.update(init_lora_weights="olora"), "cannot be replayed"),
     "loftq": (lambda c, t: c.update(init_lora_weights="loftq"), "cannot be replayed"),
