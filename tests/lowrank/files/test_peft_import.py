@@ -229,7 +229,8 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "pissa by iteration": (lambda c, t: c.update(init_lora_weights="pissa_niter_4"), "pissa_niter_4' changed the base"),
     "pissa of more than the full rank": (
         lambda c, t: [
-            c.update(init_lora_weights="pissa", r=40),
+            c.update(init_lora_weights="pissa", r=40, target_modules=["up_proj"]),
+            *(t.pop(key) for key in list(t) if "q_proj" in key),
             t.update({key: torch.ones((40, len(of.T)) if "lora_A" in key else (len(of), 40)) for key, of in t.items()}),
         ],
         "is not a linear that a start of rank 40 can be replayed on",
