@@ -75,11 +75,13 @@ def test_serve_with_peft(tmp_path: Path, lm: str) -> None:
     assert example("serve_with_peft", "peft").main(tmp_path, lm, steps=2).startswith("the sky")
 
 
+@pytest.mark.slow
 def test_fewshot_own_module(tmp_path: Path) -> None:
     results = example("fewshot_own_module").main(tmp_path, "", episodes=2)
     assert len(results) == 10 and (tmp_path / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_audit_timm(tmp_path: Path) -> None:
     images = write_folder(tmp_path / "pictures", 3)
     results = example("audit_timm").main(images, tiny_vit(num_classes=3), tmp_path / "run", count=6)

@@ -65,6 +65,7 @@ def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monke
     assert times[1] - times[0] > 0.15
 
 
+@pytest.mark.slow
 def test_the_validation_curve_of_a_run_is_that_of_its_checkpoints(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

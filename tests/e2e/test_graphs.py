@@ -137,6 +137,7 @@ def test_a_graph_that_would_answer_differently_is_not_written(net: nn.Module, me
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_what_onnx_needs_is_named(tmp_path: Path, monkeypatch, capsys) -> None:
     graph = image_graph(Named(nn.Sequential(nn.Flatten(), nn.Linear(192, 2))), (8, 8), {"logits": {}})
     with monkeypatch.context() as patch:

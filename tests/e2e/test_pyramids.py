@@ -55,6 +55,7 @@ def multitask(tmp_path_factory) -> Run:
     return open_run(run_config(written(folder / "run.yaml", config("multitask", "tiny_swin", tasks=tasks))))
 
 
+@pytest.mark.slow
 def test_a_classifier_is_merged_exported_and_attacked(multitask: Run, tmp_path: Path) -> None:
     merged = json.loads(next(multitask.folder.rglob("merge.json")).read_text())
     assert merged["n"] == 64 and merged["largest_difference"] <= MOST * merged["largest_logit"]
@@ -97,6 +98,7 @@ def test_dense(tmp_path: Path) -> None:
     assert logits.shape[-2:] == (8, 16)  # the grid of the finest stage, of stride 4
 
 
+@pytest.mark.slow
 def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
     """A net that was trained on 64 x 64 pixels predicts 64 x 96 at once as one that was created for them."""
     model = {"name": "tiny_swin", "pretrained": False}
@@ -110,6 +112,7 @@ def test_a_whole_canvas_keeps_the_windows(tmp_path: Path) -> None:
         torch.testing.assert_close(net(images)["depth"], large(images)["depth"], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     """Several processes wait for the gradient of every trained parameter: here a head and the final norm have none."""
     model = {"name": "tiny_swin", "pretrained": False}
@@ -121,6 +124,7 @@ def test_what_the_stages_do_not_depend_on_stays_frozen(tmp_path: Path) -> None:
     assert frozen == {"norm.weight", "norm.bias"}
 
 
+@pytest.mark.slow
 def test_one_frozen_dinov3_serves_all_tasks_in_one_pass(tmp_path: Path) -> None:
     """The shipped configuration on a tiny random DINOv3: heads leave the backbone as it came, and each batch runs it once."""
     settings = yaml.safe_load((ROOT / "configs/dense/dinov3.yaml").read_text())

@@ -16,7 +16,7 @@ from vismt.jobs import open_run
 from vismt.report.results import RESULTS
 from vismt.storage.lines import LineFile
 
-JOBS = ("fewshot", "multitask", "dense", "lm", "robustness")
+JOBS = ("fewshot", "lm", "robustness", *(pytest.param(job, marks=pytest.mark.slow) for job in ("dense", "multitask")))
 BEFORE = 2  # batches of a set
 
 

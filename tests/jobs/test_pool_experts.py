@@ -217,11 +217,11 @@ def test_an_arm_with_the_name_of_a_rule_is_no_mixture() -> None:
     assert merged_text(arms_of(average={}), "average") == ""
 
 
-@pytest.mark.parametrize("model", ["frozen", "expert:2"])
-def test_a_pool_of_the_run_has_no_arms(model: str) -> None:
-    with pytest.raises(UserError, match="move the pool section into the arms"):
-        check(
-            replace(
-                arms_of(lora={}), pool=PoolConfig(levels=[2.0]), tune=None, evaluate=EvaluateConfig(["digits"], [model])
-            )
-        )
+@pytest.mark.parametrize("model", ["frozen", "expert:2", "lora"])
+def test_arms_stand_beside_the_pool_of_a_run(model: str) -> None:
+    evaluated = EvaluateConfig(["digits"], [model])
+    config = replace(arms_of(lora={"pool": None}), pool=PoolConfig(levels=[2.0]), tune=None, evaluate=evaluated)
+    check(config)
+    assert list(resolve_experts(config)) == ["2", "lora"]
+    with pytest.raises(UserError, match="pool.folder is evaluated as it is"):
+        check(replace(config, pool=PoolConfig(folder="pools/ab")))
