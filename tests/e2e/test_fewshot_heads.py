@@ -268,7 +268,7 @@ def test_the_foundation_table_has_every_vision_asset_and_four_families_of_the_hu
     # A set opens without a backbone where its image size is given.
     assert all(model.img_size is not None for model in models)
     other = load_config(shipped("configs") / "metatune" / "amt_small.yaml", [])
-    assert isinstance(other, FewShotConfig) and config.evaluate.data == other.evaluate.data
+    assert isinstance(other, FewShotConfig) and {*other.evaluate.data} < {*config.evaluate.data}
 
 
 @pytest.mark.parametrize(
