@@ -52,8 +52,9 @@ def _outcome(claim: Claim) -> str:
     if not verdicts:
         return NOT_TESTED
     if verdicts <= {HOLDS, WEAKER}:
-        exact = any(evidence.test for evidence in claim.shown)
-        return TWICE if exact or len({*map(_model, claim.shown)} - {""}) > 1 else ONCE
+        tests = [evidence for evidence in claim.shown if evidence.verdict in (HOLDS, WEAKER)]
+        models = {*map(_model, tests)} - {""}
+        return TWICE if len(models) > 1 or any(evidence.test for evidence in tests) else ONCE
     return REFUTED if FAILS in verdicts and not verdicts & {HOLDS, WEAKER} else MIXED
 
 

@@ -164,7 +164,7 @@ def find_experts(folder: Path) -> list[Expert]:
     arms = sorted(path.parent for path in (folder / ARMS).glob(f"*/{CHOSEN}"))
     pooled = {expert.label for index in folder.glob(f"pool/*/{POOL_FILE}") for expert in read_pool(index.parent)}
     resolved = read_yaml(folder / RESOLVED, f"run '{folder}'") if (folder / RESOLVED).is_file() else {}
-    # The references beside a pool are no experts.
+    # Trainings beside a pool do not join it.
     beside = {CLEAN_EXPERT, *resolved.get("arms", {})} if resolved.get("pool", {}) is not None else set()
     experts = []
     for arm in arms:
