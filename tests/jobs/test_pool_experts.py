@@ -223,5 +223,5 @@ def test_arms_stand_beside_the_pool_of_a_run(model: str) -> None:
     config = replace(arms_of(lora={"pool": None}), pool=PoolConfig(levels=[2.0]), tune=None, evaluate=evaluated)
     check(config)
     assert list(resolve_experts(config)) == ["2", "lora"]
-    with pytest.raises(UserError, match="pool.folder is evaluated as it is"):
+    with pytest.raises(UserError, match=r"pool\.folder is evaluated as it is"):
         check(replace(config, pool=PoolConfig(folder="pools/ab")))
