@@ -150,7 +150,7 @@ def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> str:
         + interval_kind_text(row.interval, "" if row.units.endswith(" parts") else row.units)
         for _, row in used
     )
-    sentences = [f"Intervals: {'; '.join(kinds)}."] if kinds else []
+    sentences = [f"Intervals: {'; '.join(kinds).replace('; 95 % ', '; ')}."] if kinds else []
     counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
     if len(counts) == 1:
         sentences.append(f"n = {counts.pop()}.")

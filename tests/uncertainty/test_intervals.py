@@ -13,6 +13,8 @@ from vismt.robustness.conditions import condition_of
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.uncertainty.intervals import (
     CLEAN,
+    NUMBER,
+    SHARE,
     Condition,
     Estimate,
     Measure,
@@ -20,6 +22,7 @@ from vismt.uncertainty.intervals import (
     averaged,
     estimate,
     interval_kind_text,
+    interval_of,
     mean_interval,
     over_domains,
     over_seeds,
@@ -108,6 +111,13 @@ def test_folds_are_joined_and_their_scores_are_no_spread_of_trainings():
     assert joined.interval() == wilson(3, 4)
     twice = averaged([first, second, replace(first, values={"a": 0.0, "b": 0.0})])
     assert twice.values == {"a": 0.5, "b": 0.0, "c": 1.0, "d": 1.0} and not twice.counts
+
+
+@pytest.mark.parametrize("mean, bias, end", [(0.03, 0.07, 0.0), (0.99, -0.07, 1.0)])
+def test_both_ends_of_the_interval_of_a_share_are_shares(mean, bias, end):
+    corrected = Estimate(mean, ((2e-4, 300.0),), bias=(bias, bias))
+    assert interval_of(corrected, SHARE, 296) == (end, end)
+    assert interval_of(corrected, NUMBER, 296) == corrected.bounds
 
 
 def test_equal_seeds_have_the_interval_of_the_examples():

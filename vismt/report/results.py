@@ -233,7 +233,7 @@ def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
         if fault is not None:
             raise UserError(
                 f"{source}: {fault}; a number needs its n, interval and config hash. "
-                f"`vismt evaluate {path.parent}` writes the file again."
+                f"Delete the file, and `vismt evaluate {path.parent}` writes it again."
             )
         results[result.key] = result
     return list(results.values())
