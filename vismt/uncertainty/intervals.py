@@ -256,8 +256,8 @@ def with_least_error(found: Estimate, scale: Scale, n: int) -> Estimate:
 def interval_of(found: Estimate, scale: Scale, n: int) -> tuple[float, float]:
     """Return the 95 % interval of a score over n examples.
 
-    Both ends for a share are in [0, 1]. The score is in [0, 1], so cutting off the rest loses no coverage. The corrected upper end
-    of an ECE can be below 0. An interval on a logit scale would not fit paired differences.
+    Both ends for a share are in [0, 1]. The score is in [0, 1], so cutting off the rest loses no coverage. The upper end of a
+    corrected ECE can be below 0. An interval on a logit scale would not fit paired differences.
     """
     low, high = with_least_error(found, scale, n).bounds
     return (min(max(low, 0.0), 1.0), min(max(high, 0.0), 1.0)) if scale == SHARE else (low, high)
