@@ -145,12 +145,12 @@ def is_weak(row: StudyRow) -> bool:
 def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> str:
     """Return sentences on what the intervals of a table cover, and on the run where all numbers are of one."""
     mixed = len({is_weak(row) for _, row in used}) > 1
-    kinds = dict.fromkeys(
-        "‡ " * (mixed and is_weak(row))
-        + interval_kind_text(row.interval, "" if row.units.endswith(" parts") else row.units)
-        for _, row in used
-    )
-    sentences = [f"Intervals: {'; '.join(kinds).replace('; 95 % ', '; ')}."] if kinds else []
+    kinds: dict[str, dict[str, None]] = {}
+    for _, row in used:
+        units = kinds.setdefault("‡ " * (mixed and is_weak(row)) + interval_kind_text(row.interval), {})
+        units["" if row.units.endswith(" parts") else row.units] = None
+    texts = [kind + _units_text(list(units)) for kind, units in kinds.items()]
+    sentences = [f"Intervals: {'; '.join(texts).replace('; 95 % ', '; ')}."] if texts else []
     counts = {f"{row.n:,} {row.unit}, seeds: {len(of.trainings(row)) or 1}" for of, row in used}
     if len(counts) == 1:
         sentences.append(f"n = {counts.pop()}.")
@@ -161,6 +161,13 @@ def provenance(used: Sequence[tuple[StudyRows, StudyRow]]) -> str:
         spent = f"{seconds / 60:.1f} {kind} minutes"
         sentences.append(f"Config {about.config_hash}, {about.hardware}, {spent}, {about.finished.partition('T')[0]}.")
     return " ".join(sentences)
+
+
+def _units_text(units: Sequence[str]) -> str:
+    """Return the units of independence of the rows of one kind of interval. "" stands for the examples themselves."""
+    if len(units) > 1:
+        return f" (units: {', '.join(text or 'examples' for text in units)})"
+    return f", {units[0]}" if units[0] else ""
 
 
 def fresh(page: Path) -> tuple[str, str, int]:

@@ -45,6 +45,18 @@ def test_a_study_has_the_rows_their_averages_and_differences(tmp_path: Path) -> 
     assert len(study.rows) == 8 + 4 + 6
 
 
+def test_an_average_counts_the_units_of_all_its_sets(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path)
+    groups = {"0": "a", "1": "a", "2": "b", "3": "c"}
+    for data, of in {"digits": {"groups": groups, "grouped_by": "signs"}, "crops": {}}.items():
+        add(folder, Score("kinds", data, "test images", measure([0.1, 0.2, 0.6, 0.9], **of), CLEAN, "images"), "frozen")
+    study = study_of(folder)
+    texts = {
+        data: number(study, data=data, arm="frozen", task="kinds").units for data in ("digits", "crops", "average")
+    }
+    assert texts == {"digits": "3 signs", "crops": "", "average": "7 groups"}
+
+
 def test_trainings_of_a_difference_are_paired_by_seed_and_of_an_average_are_means_over_sets(tmp_path: Path) -> None:
     folder = make_folder(tmp_path, seeds=[0, 1])
     values = {"frozen": {0: (0.2, 0.4), 1: (0.4, 0.6)}, "adapted": {0: (0.3, 0.9), 1: (0.8, 0.6)}}

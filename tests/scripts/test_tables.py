@@ -150,6 +150,10 @@ def test_an_interval_that_covers_less_than_others_is_marked(checkout: Path) -> N
     one = written("frozen ")
     assert one.count("‡ |") == 1 and re.search(r"\| clean \| frozen \| about 50.0 ± \S+ ‡ \| 4 episodes, 1 \|", one)
     assert "‡ 95 % over new episodes of the same images; over new images of these classes." in one
+    grouped = [replace(row, parts=3, grouped_by="signs") if row.minus else row for row in study.rows]
+    write_study(path, type(study)(study.about, grouped))
+    forget()
+    assert tables.main([]) == 0 and "(units: examples, 3 signs)." in (checkout / "docs/page.md").read_text()
     both = written("frozen ", "adapted frozen")
     assert "‡" not in both and "*Intervals: 95 % over new episodes of the same images." in both
 

@@ -282,6 +282,11 @@ def _derived(results: Sequence[Result], pairs: Sequence[tuple[str, str]], eviden
 def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], **changes: object) -> StudyRow:
     """Return the row of an estimate from the rows of one arm, or of two."""
     error, freedom = found.sources[0]
+    grouped_by = list(dict.fromkeys(row.grouped_by for row in arms[0]))
+    changes |= {
+        "parts": sum(row.parts or row.n for row in arms[0]) if any(grouped_by) else 0,
+        "grouped_by": grouped_by[0] if len(grouped_by) == 1 else "groups",
+    }
     changes |= {"value": found.mean, "low": bounds[0], "high": bounds[1], "interval": found.covers}
     changes |= {
         "n": sum(row.n for row in arms[0]),
