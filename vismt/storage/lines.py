@@ -21,7 +21,8 @@ from vismt.base.errors import UserError
 from vismt.storage.files import NO_TYPES, JsonObject, Types, atomic_write, cannot_write, misfit, parse_json
 from vismt.storage.paths import read_bytes
 
-_LINE = re.compile(rb'(\{.*?)(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}', re.DOTALL)
+_END = re.compile(rb'(?:, )?"checksum": "([0-9a-f]{8})"(, "last": true)?\}\Z')
+_END_BYTES = 39  # of the longest end. A search of the whole line would be slow
 _LAST = b', "last": true'
 
 
@@ -39,15 +40,15 @@ def read_lines(path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, w
         return []
     except OSError as error:
         raise UserError(f"'{path}' cannot be read ({error.strerror}).") from error
-    matches = [_LINE.fullmatch(line) for line in lines]
+    ends = [_END.search(line, max(0, len(line) - _END_BYTES)) for line in lines]
     rows = []
     checksum = b""
-    for number, match in enumerate(matches, 1):
+    for number, (line, end) in enumerate(zip(lines, ends, strict=True), 1):
         row = None
-        if match is not None and match[2] == _checksum(checksum, match[1]):
-            checksum = match[2]
+        if end is not None and end[1] == _checksum(checksum, line[: end.start()]):
+            checksum = end[1]
             with suppress(ValueError):  # a line that does not hold a JSON object
-                row = parse_json(match[1] + b"}")
+                row = parse_json(line[: end.start()] + b"}")
         if row is None:
             raise UserError(f"'{path}' line {number} was changed or damaged; move the file away and make it again.")
         fault = misfit(row, needed, may)
@@ -57,7 +58,7 @@ def read_lines(path: Path, needed: Types = NO_TYPES, may: Types = NO_TYPES, *, w
                 "again."
             )
         rows.append(row)
-    if whole and matches and not (matches[-1] and matches[-1][3]):
+    if whole and ends and not (ends[-1] and ends[-1][2]):
         raise UserError(f"'{path}' was cut after line {len(rows)}; move the file away and make it again.")
     return rows
 
