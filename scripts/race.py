@@ -75,7 +75,7 @@ FOOTER = """
 - Under attack `frozen` has no ridge probe, and the rates were chosen by clean plus robust accuracy, which harms `clean`.
 - The models are small ViTs on CPUs. Compare numbers within a table only.
 - Arms were left out to save time. BOFT, by far the slowest, is in no race. DoRA and RandLoRA are not under attack. EMTAL, whose
-  router cannot be merged for few shots, is in transfer alone. `race/calibration` and `race/dense` were not run.
+  router cannot be merged for few shots, is in transfer alone.
 
 [Extending](extending.md#an-arm-in-the-race) describes how to add an arm.
 """
