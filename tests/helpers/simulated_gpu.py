@@ -16,6 +16,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
+import accelerate.state
 import torch
 from accelerate import PartialState
 from torch import Tensor
@@ -195,6 +196,11 @@ def simulated_gpu() -> Iterator[None]:
         }
         for name, patch in patches.items():
             stack.enter_context(mock.patch.object(torch, name, patch))
+        # accelerate 1.16 asks torch's build for the accelerator, which is none. Earlier versions do not have the function.
+        found = mock.patch.object(
+            accelerate.state, "get_torch_accelerator_backend", lambda: ("cuda", torch.cuda), create=True
+        )
+        stack.enter_context(found)
         as_cpu = mock.patch.object(
             torch.autocast,
             "__init__",
