@@ -446,6 +446,26 @@ def test_fixed_parameters_keep_their_rate_while_those_of_an_adapter_are_tried(tm
         make_optimizer({"head.weight": torch.ones(2, 2)}, study.config_of(study.training("lora", 1e-3, 0)).training)
 
 
+def test_a_fixed_pattern_that_finds_a_part_of_the_adapter_is_refused(tmp_path: Path) -> None:
+    """timm calls the classifier of an EfficientNet `classifier`, and its last convolution `conv_head`."""
+    changes = {
+        "model": {"name": "efficientnet_lite0", "img_size": 32, "pretrained": False},
+        "adapt": {"method": "lora", "targets": "all-conv"},
+        "arms": {"lora": {}},
+        "fade": None,
+    }
+
+    def check(pattern: str) -> None:
+        path = write(tmp_path, **changes, tune={"rates": [1e-3, 1e-1], "fixed": [pattern]})
+        make_job(load_config(path, []), tmp_path / pattern).check_training()
+
+    check("classifier")
+    with pytest.raises(
+        UserError, match=r"'head' also finds '\S*conv_head\S*' of the adapter.*\S*classifier\.weight\.$"
+    ):
+        check("head")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}, {"method": "uncertainty"}])
 def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:

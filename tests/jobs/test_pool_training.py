@@ -157,7 +157,7 @@ def test_a_collapse_stops_the_pool(tmp_path: Path) -> None:
             return proto
 
     job = Flat(config([1], clean=False, steps=20, lr=1e-12), tmp_path)
-    with pytest.raises(UserError, match=r"collapsed to the uniform prediction .seen at step 10"):
+    with pytest.raises(UserError, match=r"collapsed to one answer for every image .seen at step 10"):
         job.train()
     assert not list(tmp_path.rglob("done.json")) and not (tmp_path / "pool").exists()
 

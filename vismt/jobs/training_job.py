@@ -6,6 +6,7 @@ report are in evaluation_job.py.
 
 from __future__ import annotations
 
+import re
 import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -294,6 +295,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             objective = self.objective(config, net, balanced)
             trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
             make_optimizer(trained, config.training)
+            if self.config.tune is not None:
+                check_fixed(self.config.tune.fixed, trained, adapter_layers(objective))
 
     def validate(self, training: Training) -> float:
         """Return one number for a training on the validation split, by default the mean of its scores. Higher is better."""
@@ -506,4 +509,18 @@ def check_trained_dtype(net: nn.Module) -> None:
             raise UserError(
                 f"model.dtype: {dtype} is for frozen weights, and '{name}' is trained; set it (or "
                 "adapt.options.dtype for factors) to float32, and train.precision to bf16 for a faster pass."
+            )
+
+
+def check_fixed(patterns: Sequence[str], trained: Iterable[str], layers: Iterable[str]) -> None:
+    """Raise UserError if a pattern of tune.fixed finds a trained parameter in an adapter layer. `head` finds `conv_head`, too."""
+    inside = tuple(f"{path}." for path in layers)
+    of_adapter = {name for name in trained if name.startswith(inside)}
+    for pattern in patterns if of_adapter else ():
+        found = next((name for name in sorted(of_adapter) if re.search(pattern, name)), None)
+        if found is not None:
+            others = ", ".join(sorted(set(trained) - of_adapter)[:4])
+            raise UserError(
+                f"tune.fixed: '{pattern}' also finds '{found}' of the adapter, whose rate is to be tried; write a pattern "
+                f"that finds only parameters outside it, like {others}."
             )

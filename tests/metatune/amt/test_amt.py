@@ -458,10 +458,24 @@ def test_a_collapse_is_said_after_ten_flat_episodes_in_a_row() -> None:
     objective.collapsed(19)
     run(1, 0.0)
     with pytest.raises(
-        Diverged, match=r"collapsed to the uniform prediction \(seen at step 20, 10 episodes in a row\)"
+        Diverged, match=r"collapsed to one answer for every image \(seen at step 20, 10 episodes in a row\)"
     ):
         objective.collapsed(20)
     assert "flat" not in objective.state_dict()
+
+
+def test_one_sure_answer_for_every_image_is_a_collapse_and_unsure_answers_that_differ_are_not() -> None:
+    """A dead network under a classifier of classes answers with the classifier's bias, which is not uniform."""
+    objective = AdversarialObjective(adapted(), Adversary(epsilons=(0.0,), gamma=0.0))
+    unsure = 0.02 * torch.randn(15, 100, generator=torch.Generator().manual_seed(0))
+    sure = torch.linspace(-2, 2, 100).expand(15, 100)
+    for _ in range(10):
+        objective._watch(unsure)
+    objective.collapsed(10)
+    for _ in range(10):
+        objective._watch(sure)
+    with pytest.raises(Diverged, match="one answer for every image"):
+        objective.collapsed(20)
 
 
 @pytest.mark.parametrize(

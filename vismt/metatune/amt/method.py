@@ -52,7 +52,7 @@ from vismt.methods import Method, register_method
 # images (m, 3, h, w) in [0, 1], severity 1 to 5, seed -> the images under a corruption that the seed draws
 Corrupt = Callable[[Tensor, int, int], Tensor]
 PATIENCE = 10  # episodes in a row with a flat prediction that count as collapsed
-_FLAT = 0.01  # largest excess over 1/k of the surest prediction of an episode that counts as flat
+_FLAT = 0.05  # largest difference between the predictions of two queries for a class, times k, that counts as flat
 
 
 def amt(model: nn.Module, *, init: str = "svd", split_qkv: bool = True, **options: Any) -> AdaptReport:
@@ -166,7 +166,7 @@ class AdversarialObjective(nn.Module):
         """Raise Diverged if the last episodes all had a flat prediction. Synchronises with the device."""
         if int(self.flat) >= PATIENCE:
             raise Diverged(
-                f"train: collapsed to the uniform prediction (seen at step {step}, {int(self.flat)} episodes in a row): the "
+                f"train: collapsed to one answer for every image (seen at step {step}, {int(self.flat)} episodes in a row): the "
                 "adversary is too strong for so short a training. Lower train.lr, pool.weight or this level, or raise "
                 "pool.warmup and train.warmup."
             )
@@ -237,8 +237,9 @@ class AdversarialObjective(nn.Module):
 
     @torch.no_grad()
     def _watch(self, clean: Tensor) -> None:
-        surest = clean.float().softmax(1).max()
-        self.flat.copy_(torch.where(surest - 1 / clean.shape[1] < _FLAT, self.flat + 1, torch.zeros_like(self.flat)))
+        predictions = clean.float().softmax(1)
+        spread = (predictions.amax(0) - predictions.amin(0)).max() * clean.shape[1]
+        self.flat.copy_(torch.where(spread < _FLAT, self.flat + 1, torch.zeros_like(self.flat)))
 
 
 def trades(
