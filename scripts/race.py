@@ -30,6 +30,7 @@ from time import process_time
 from typing import Any
 
 import torch
+from matplotlib.ticker import EngFormatter, LogLocator
 
 from scripts import committed
 from scripts.bench.accounting import peak_bytes, weight_bytes
@@ -302,6 +303,9 @@ def pareto_figure(points: Sequence[Point], cost: str, score: str, path: Path, *,
         axes.plot([point.cost] * 2, [point.low, point.high], color=color, alpha=0.4, linewidth=1.2, zorder=2)
         axes.plot(point.cost, point.score, "o", color=color, markersize=4.5, zorder=3)
     axes.set_xscale("log")
+    axes.minorticks_off()
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.margins(x=0.12)
     axes.set_xlim(right=axes.get_xlim()[1] * 1.5)
     height = (axes.get_ylim()[1] - axes.get_ylim()[0]) / 18  # of a label
