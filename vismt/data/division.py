@@ -122,7 +122,7 @@ def validation_parts(labels: Tensor, apart: bool, groups: Sequence[str] = ()) ->
 
     Args:
         labels: int64 (n,).
-        apart: Whether the two masks share no example.
+        apart: Whether the two masks are disjoint.
         groups: Group of each example; () for independent examples.
     """
     if not apart:

@@ -174,7 +174,7 @@ def schema() -> JsonObject:
 
 def _reference(cls: type, definitions: JsonObject) -> JsonObject:
     if cls.__name__ not in definitions:
-        definitions[cls.__name__] = {}  # its place, so that the order is that of first use
+        definitions[cls.__name__] = {}  # its place, so that sections stand in the order of their first use
         hints = typing.get_type_hints(cls, include_extras=True)
         texts = meanings(cls)
         properties, required = {}, []

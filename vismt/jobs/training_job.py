@@ -512,15 +512,14 @@ def check_trained_dtype(net: nn.Module) -> None:
             )
 
 
-def check_fixed(patterns: Sequence[str], trained: Iterable[str], layers: Iterable[str]) -> None:
-    """Raise UserError if a pattern of tune.fixed finds a trained parameter in an adapter layer. `head` finds `conv_head`, too."""
+def check_fixed(patterns: Sequence[str], trained: Collection[str], layers: Iterable[str]) -> None:
+    """Raise UserError if a pattern of tune.fixed finds a trained parameter in an adapter layer, as `head` finds `conv_head`."""
     inside = tuple(f"{path}." for path in layers)
-    of_adapter = {name for name in trained if name.startswith(inside)}
-    for pattern in patterns if of_adapter else ():
-        found = next((name for name in sorted(of_adapter) if re.search(pattern, name)), None)
-        if found is not None:
-            others = ", ".join(sorted(set(trained) - of_adapter)[:4])
+    for pattern in patterns:
+        found = [name for name in trained if name.startswith(inside) and re.search(pattern, name)]
+        if found:
+            others = sorted(name for name in trained if not name.startswith(inside))
             raise UserError(
-                f"tune.fixed: '{pattern}' also finds '{found}' of the adapter, whose rate is to be tried; write a pattern "
-                f"that finds only parameters outside it, like {others}."
+                f"tune.fixed: '{pattern}' also finds '{found[0]}' of the adapter, whose rate is to be tried; write a pattern "
+                f"that finds only parameters outside it, like {', '.join(others[:4])}."
             )

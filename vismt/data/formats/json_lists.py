@@ -1,6 +1,6 @@
 """The lists of cross-domain few-shot learning: `base.json`, `val.json`, `novel.json` with images and their labels.
 
-The format is that of Chen et al., arXiv 1904.04232, and Tseng et al., arXiv 2001.08735: `label_names` (all classes),
+Chen et al., arXiv 1904.04232, and Tseng et al., arXiv 2001.08735, use this format: `label_names` (all classes),
 `image_names` and `image_labels` (indices into label_names). The image names are usually absolute paths of the machine that
 wrote the list.
 """

@@ -194,7 +194,7 @@ class PooledScore:
 
     def _compute(self, states: Mapping[str, Tensor]) -> JsonObject:
         metric = self.task.metric()
-        metric.distributed_available_fn = lambda: False  # the states are those of all processes
+        metric.distributed_available_fn = lambda: False  # the states already cover all processes
         for key, value in states.items():
             setattr(metric, key, value)
         with warnings.catch_warnings():

@@ -53,7 +53,7 @@ class AnswerChoice(LmTask):
         length: Largest number of tokens of prompt and answer.
 
     Raises:
-        UserError: If there is no prompt, there are fewer than two answers, or the value of `normalise` is unknown.
+        UserError: If the prompt is missing, fewer than two answers are given, or the value of `normalise` is unknown.
     """
 
     documents = True

@@ -54,7 +54,7 @@ class Classes(LmTask):
         length: Largest number of tokens of the prompt. A longer prompt loses its beginning.
 
     Raises:
-        UserError: If there is no prompt, or there are fewer than two answers.
+        UserError: If the prompt is missing, or fewer than two answers are given.
     """
 
     head = True

@@ -1,6 +1,6 @@
 """Generated answers: greedy generation after the prompt, read by a pattern and compared with the gold answers.
 
-Training is that of causal.py on the answer. The generated text is read up to `stop`. The first group of the last match of
+The model trains on the answer as in causal.py. The generated text is read up to `stop`. The first group of the last match of
 `pattern` (the whole text without a pattern) is compared with the gold answers. Both are normalised before, as numbers (without
 thousands commas and trailing zeros) or as text (without case, articles and punctuation, as in SQuAD's evaluation).
 """
@@ -41,7 +41,7 @@ class Generation(Causal):
         pack: Whether rows share training pieces, as in `Causal`.
 
     Raises:
-        UserError: If there is no prompt, there are no new tokens, or the pattern does not have exactly one group.
+        UserError: If the prompt is missing, the number of new tokens is 0, or the pattern does not have exactly one group.
     """
 
     reads = False

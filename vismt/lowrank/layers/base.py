@@ -323,7 +323,7 @@ def spec_of(path: str, module: nn.Module, layer: type[AdapterLayer], settings: o
 
 
 def factor_rank(specs: Sequence[LayerSpec]) -> int:
-    """Return the largest rank of a pair of factors. Return 0 if there is no pair."""
+    """Return the largest rank of a pair of factors, 0 for a model without pairs."""
     return max((spec.layer.factor_rank(spec) for spec in specs if spec.has_weight), default=0)
 
 
