@@ -19,7 +19,7 @@ from helpers.toy_training import logged
 from vismt.cli import main
 from vismt.engine import checkpoint
 from vismt.storage.files import PARTIAL
-from vismt.storage.locks import HOLDER, LOCK, locked
+from vismt.storage.locks import LOCK, locked
 
 VIT = {"name": "test_vit", "img_size": 32, "pretrained": False}
 SHORT = {**VIT, "name": "short_vit"}  # for runs within this process alone, in which it is registered
@@ -152,13 +152,13 @@ def finished_run(job: str, folder: Path) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return the content of every file in a folder, by its path in it."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """Return the content of every file in a folder but for locks, by its path in it."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files(folder)}
 
 
 def files(folder: Path) -> list[Path]:
-    """Return the files of a run but for locks."""
-    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name not in (LOCK, HOLDER))
+    """Return the files of a folder but for locks, which another process may take and give back meanwhile."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and LOCK not in path.name)
 
 
 def outcome(folder: Path) -> dict[str, Any]:
