@@ -348,6 +348,33 @@ CAUSAL = {
 }
 
 
+def test_each_loss_of_questions_trains_another_adapter_and_is_validated_alike(home, tmp_path: Path) -> None:
+    colours = {
+        "name": "colours",
+        "kind": "answers",
+        "prompt": "Question: {question}\nAnswer:",
+        "options": {"answers": {"one": " {one}", "two": " {two}"}},
+        "train": [home["colours"]],
+        "validation_share": 0.25,
+        "test_share": 0.25,
+    }
+    arms = {name: {"loss": name} for name in ("choice", "answer", "text")}
+    config = settings(home, model={"name": home["lm"]}, tasks=[colours], batch=2, arms=arms, tune={"rates": [1e-3, 1e-2]})
+    run = run_config(write(tmp_path, config))
+    job = open_run(run).job
+    first = {}
+    for name in arms:
+        training = job.study.find(name)
+        first[name] = read_lines(training.folder / "metrics.jsonl")[0]["loss"]
+        # The probability of the right one of two choices, whatever is trained.
+        assert all(0.3 < score < 0.7 for score in read_choice(run, name).validation.values())
+    assert len({tensors(run, name) for name in arms}) == 3
+    # Choices of two begin at ln 2. A random LM begins at the log of its vocabulary.
+    vocabulary = math.log(job.loaded(job.study.find("text")).lm.config.vocab_size)
+    assert first["choice"] == pytest.approx(math.log(2), abs=0.3)
+    assert [first["answer"], first["text"]] == pytest.approx([vocabulary] * 2, rel=0.2)
+
+
 def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -> None:
     choices = {
         "name": "colours",
@@ -598,6 +625,8 @@ def test_weights_that_are_trained_in_place_begin_at_the_first_block(home, tmp_pa
     ({"model": {"name": "", "dtype": "bfloat16"}, "adapt": {"method": "lisa"}}, "'lm.model.embed_tokens.weight' is trained"),
     ({"arms": {"a": {"model.dtype": "float32"}}}, "model.dtype must be the same for all arms"),
     ({"evaluate.split": "validation"}, "stories: nothing to validate on"),
+    ({"loss": "txt"}, "loss: 'txt' is not known. Near: 'text'"),
+    ({"loss": "text"}, "loss: 'text' is for 'answers' and all blocks, here 'classes' and model.first_block 1"),
 ])  # fmt: skip
 def test_user_errors(home, tmp_path: Path, capsys, changes, words) -> None:
     config = changed(settings(home), changes)

@@ -21,6 +21,7 @@ from vismt.jobs.lm.config import LmTaskConfig, task_of
 from vismt.llm import net as net_file
 from vismt.llm.net import LmNet, check_logits, stored_lower_states
 from vismt.llm.tasks import make_text_task
+from vismt.llm.tasks.answers import right_answer
 from vismt.llm.tasks.base import (
     Item,
     LmObjective,
@@ -429,6 +430,27 @@ def test_answers_are_scored_list_wise(lm, normalise):
     mean = -sum(record["log_p"][item.label] for record, item in zip(records, items)) / 2
     assert float(loss.detach()) == pytest.approx(mean, rel=1e-3)
     assert task.measures(records)["NLL in nats"].score == pytest.approx(mean, rel=1e-3)
+
+
+@pytest.mark.parametrize("prompt", [False, True])
+def test_a_right_answer_alone_has_the_loss_of_a_language_model(lm, prompt):
+    words = tokenizer()
+    task = make_text_task("answers", "Question: {q}", {"answers": {"one": " {one}", "two": " {two}"}})
+    rows = [
+        {"q": "sky", "one": "blue", "two": "very bright green", "answer": "two"},
+        {"q": "grass is", "one": "green", "two": "blue sky", "answer": "one"},
+    ]
+    items = [right_answer(task.encode(str(i), row, words), prompt=prompt) for i, row in enumerate(rows)]
+    nats = []
+    for row in rows:
+        asked = words(f"Question: {row['q']}")["input_ids"]
+        answer = words(f" {row[row['answer']]}", add_special_tokens=False)["input_ids"]
+        text = piece([], asked + answer, 99) if prompt else piece(asked, answer, 99)
+        nats += naive(lm, text)
+    batch = gather_items(items)
+    assert int(task.examples(batch)) == len(nats) > len(rows)
+    # A mean over tokens, not rows.
+    assert float(task.loss(LmNet(lm), batch)["loss"]) == pytest.approx(sum(nats) / len(nats), rel=1e-4)
 
 
 # ---- measures ------------------------------------------------------------------------------------------------------------

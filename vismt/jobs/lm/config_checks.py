@@ -103,6 +103,11 @@ def _check_trained_task(config: LmConfig) -> None:
         raise UserError(
             f"tasks: {trained.name}: nothing to validate on; name a set in validation, or give validation_share."
         )
+    if config.loss != "choice" and (trained.kind != "answers" or config.model.first_block):
+        raise UserError(
+            f"loss: '{config.loss}' is for 'answers' and all blocks, here '{trained.kind}' and model.first_block "
+            f"{config.model.first_block}; leave loss out, or set first_block to 0."
+        )
     if config.adapt is None and not task_of(trained).head:
         raise UserError(
             f"adapt: null, as the method 'head', trains only a new head, and '{trained.kind}' has no head: name a method."

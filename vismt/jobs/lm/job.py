@@ -45,6 +45,7 @@ from vismt.jobs.predictions import Options, Predictions, check_target, choice_ro
 from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
+from vismt.llm.tasks.answers import right_answer
 from vismt.llm.tasks.base import LmObjective, Writing, item_names
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
@@ -229,7 +230,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
                 "the joint update, or run one process."
             )
         total = config.training.steps * config.training.accumulate * processes
-        return ItemBatches(data.training(), config.batch, task, total, seed=config.seed)
+        items = data.training()
+        if config.loss != "choice":
+            items = [right_answer(item, prompt=config.loss == "text") for item in items]
+        return ItemBatches(items, config.batch, task, total, seed=config.seed)
 
     def save(self, net: LmNet, config: LmConfig, folder: Path) -> None:
         if any(True for _ in net.head.parameters()):

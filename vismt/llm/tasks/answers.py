@@ -3,6 +3,8 @@
     s_c = sum over the answer's tokens of log p(token | tokens before) / length_c       p = softmax_c(s_c)
     loss = -log p_right
 
+A right answer alone (`right_answer`) has the loss of a language model: the mean of -log p over its tokens, or also the prompt's.
+
 The length is the number of tokens ("token"), the number of characters ("character", the acc_norm of lm-eval-harness, with
 scores per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
 """
@@ -18,7 +20,7 @@ from torch import Tensor
 
 from vismt.base.errors import UserError, require_known
 from vismt.data.texts.text_set import TextRow
-from vismt.llm.net import LmNet, TextBatch
+from vismt.llm.net import LmNet, TextBatch, counted_tokens
 from vismt.llm.tasks import TEXT_TASKS
 from vismt.llm.tasks.base import (
     Item,
@@ -34,7 +36,7 @@ from vismt.llm.tasks.base import (
     item_names,
     probability_measures,
 )
-from vismt.llm.tasks.pieces import tree
+from vismt.llm.tasks.pieces import stem, tree
 from vismt.uncertainty.intervals import Measure
 
 LENGTHS = ("token", "character", "none")
@@ -111,9 +113,15 @@ class AnswerChoice(LmTask):
         return [Reply(choices=names, log_p=values[: len(names)]) for names, values in zip(choices, log_p)]
 
     def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
+        if "branch" not in batch:  # of `right_answer`
+            nats, tokens = net.token_nll(batch)
+            return {"loss": nats.sum() / tokens.sum()}
         scores = answer_scores(net, batch, self.normalise)
         right = scores.argmax(1) == batch["label"]
         return {"loss": F.cross_entropy(scores, batch["label"]), "accuracy": right.float().mean()}
+
+    def examples(self, batch: TextBatch) -> Tensor:
+        return super().examples(batch) if "branch" in batch else counted_tokens(batch)
 
     def score(self, net: LmNet, batch: TextBatch, items: Sequence[Item]) -> list[Record]:
         return choice_records(items, answer_scores(net, batch, self.normalise))
@@ -121,6 +129,12 @@ class AnswerChoice(LmTask):
     def measures(self, records: Sequence[Record]) -> dict[str, Measure]:
         # There is no AUROC, because the position of an answer in the list is not a class.
         return {name: measure for name, measure in probability_measures(records).items() if name != "AUROC"}
+
+
+def right_answer(item: Item, *, prompt: bool) -> Item:
+    """Return a question with its right answer alone, as a text whose answer is counted, and with `prompt` all of whose tokens."""
+    text = stem(item.pieces[0], item.label)
+    return replace(item, pieces=[replace(text, labels=text.ids) if prompt else text])
 
 
 def answer_scores(net: LmNet, batch: TextBatch, normalise: str) -> Tensor:
