@@ -359,7 +359,9 @@ def test_each_loss_of_questions_trains_another_adapter_and_is_validated_alike(ho
         "test_share": 0.25,
     }
     arms = {name: {"loss": name} for name in ("choice", "answer", "text")}
-    config = settings(home, model={"name": home["lm"]}, tasks=[colours], batch=2, arms=arms, tune={"rates": [1e-3, 1e-2]})
+    config = settings(
+        home, model={"name": home["lm"]}, tasks=[colours], batch=2, arms=arms, tune={"rates": [1e-3, 1e-2]}
+    )
     run = run_config(write(tmp_path, config))
     job = open_run(run).job
     first = {}
