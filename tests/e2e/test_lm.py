@@ -348,16 +348,16 @@ CAUSAL = {
 }
 
 
+COLOURS = {
+    "name": "colours",
+    "kind": "answers",
+    "prompt": "Question: {question}\nAnswer:",
+    "options": {"answers": {"one": " {one}", "two": " {two}"}},
+}
+
+
 def test_each_loss_of_questions_trains_another_adapter_and_is_validated_alike(home, tmp_path: Path) -> None:
-    colours = {
-        "name": "colours",
-        "kind": "answers",
-        "prompt": "Question: {question}\nAnswer:",
-        "options": {"answers": {"one": " {one}", "two": " {two}"}},
-        "train": [home["colours"]],
-        "validation_share": 0.25,
-        "test_share": 0.25,
-    }
+    colours = {**COLOURS, "train": [home["colours"]], "validation_share": 0.25, "test_share": 0.25}
     arms = {name: {"loss": name} for name in ("choice", "answer", "text")}
     config = settings(
         home, model={"name": home["lm"]}, tasks=[colours], batch=2, arms=arms, tune={"rates": [1e-3, 1e-2]}
@@ -378,13 +378,7 @@ def test_each_loss_of_questions_trains_another_adapter_and_is_validated_alike(ho
 
 
 def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -> None:
-    choices = {
-        "name": "colours",
-        "kind": "answers",
-        "prompt": "Question: {question}\nAnswer:",
-        "options": {"answers": {"one": " {one}", "two": " {two}"}},
-        "test": [home["colours"]],
-    }
+    choices = {**COLOURS, "test": [home["colours"]]}
     config = settings(
         home,
         tasks=[{**CAUSAL, "train": [home["sums"]], "test_share": 0.2}, settings(home)["tasks"][1], choices],

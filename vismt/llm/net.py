@@ -102,6 +102,11 @@ class LmNet(nn.Module):
         rows = chosen.nonzero()[:, 0]
         return torch.zeros(len(chosen), device=rows.device).index_add(0, rows, nll), chosen.sum(1)
 
+    def mean_nll(self, batch: TextBatch) -> Tensor:
+        """Return the mean NLL, a scalar in nats, of the tokens with a label."""
+        nats, tokens = self.token_nll(batch)
+        return nats.sum() / tokens.sum()
+
     def branch_nll(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Return the NLL in nats and the number of tokens of each answer of trees, both (b, k).
 

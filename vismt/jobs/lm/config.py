@@ -29,7 +29,7 @@ ENSEMBLE = ":ensemble"  # ends the name of a model that averages the trainings o
 RECOMMENDERS = (RECOMMENDER, *BASELINES)
 REFERENCES = (FROZEN, *RECOMMENDERS)  # models that no arm trains
 KIND = "recommendation"
-LOSSES = ("choice", "answer", "text")  # of `answers`
+LOSSES = ("choice", "answer", "text")  # of a task of kind answers
 
 
 @dataclass
@@ -201,8 +201,8 @@ class LmConfig(StudyConfig):
         tasks: the tasks.
         head: the head on the last token, for kinds of tasks that have one.
         batch: number of rows (or packed pieces) of a training batch.
-        loss: what `answers` trains, choice (the right answer against the others), or the nats a token of the right answer
-            (answer), or of the prompt and the right answer (text).
+        loss: what a task of kind answers trains: choice (the right answer against the other answers), answer (the
+            likelihood of the right answer), or text (the likelihood of the prompt and the right answer).
         calibration: texts from which a method computes options before the training. null means none.
         recommender: the recommender that gives item and user vectors. null means the default settings.
         gates: input of the gates of ilora in a recommendation, user (the recommender's representation of the history) or text

@@ -3,7 +3,7 @@
     s_c = sum over the answer's tokens of log p(token | tokens before) / length_c       p = softmax_c(s_c)
     loss = -log p_right
 
-A right answer alone (`right_answer`) has the loss of a language model: the mean of -log p over its tokens, or also the prompt's.
+A right answer alone (`right_answer`) has the loss of a language model: the mean of -log p over its tokens.
 
 The length is the number of tokens ("token"), the number of characters ("character", the acc_norm of lm-eval-harness, with
 scores per character), or 1 ("none"). Rows may have different numbers of answers. The prompt runs once, as the stem of a tree.
@@ -114,8 +114,7 @@ class AnswerChoice(LmTask):
 
     def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
         if "branch" not in batch:  # of `right_answer`
-            nats, tokens = net.token_nll(batch)
-            return {"loss": nats.sum() / tokens.sum()}
+            return {"loss": net.mean_nll(batch)}
         scores = answer_scores(net, batch, self.normalise)
         right = scores.argmax(1) == batch["label"]
         return {"loss": F.cross_entropy(scores, batch["label"]), "accuracy": right.float().mean()}
@@ -132,7 +131,7 @@ class AnswerChoice(LmTask):
 
 
 def right_answer(item: Item, *, prompt: bool) -> Item:
-    """Return a question with its right answer alone, as a text whose answer is counted, and with `prompt` all of whose tokens."""
+    """Return a question and its right answer as one text. The loss counts the answer, and the prompt too if `prompt` is true."""
     text = stem(item.pieces[0], item.label)
     return replace(item, pieces=[replace(text, labels=text.ids) if prompt else text])
 

@@ -130,8 +130,7 @@ class Causal(LmTask):
         return [Item(f"piece {number}", [part]) for number, part in enumerate(pieces)]
 
     def loss(self, net: LmNet, batch: TextBatch) -> dict[str, Tensor]:
-        nats, tokens = net.token_nll(batch)
-        return {"loss": nats.sum() / tokens.sum()}
+        return {"loss": net.mean_nll(batch)}
 
     def examples(self, batch: TextBatch) -> Tensor:
         return counted_tokens(batch)

@@ -225,8 +225,7 @@ class Recommendation(LmTask):
             hits = (scores.argmax(1) == batch["label"]).float().mean()
             return {"loss": F.cross_entropy(scores, batch["label"]), "hits": hits, "hybrid": hybrid}
         with conditioned(net, batch) as given:
-            nats, tokens = net.token_nll(given)
-        return {"loss": nats.sum() / tokens.sum(), "hybrid": hybrid}
+            return {"loss": net.mean_nll(given), "hybrid": hybrid}
 
     def examples(self, batch: TextBatch) -> Tensor:
         return super().examples(batch) if self.answer == "judge" else counted_tokens(batch)
