@@ -216,7 +216,7 @@ def write_results(folder: Path, results: Sequence[Result]) -> None:
 
 
 def read_results(path: Path, config_hash: str | None = None) -> list[Result]:
-    """Return the rows of a results file. Return [] if there is no file.
+    """Return the rows of a results file. Return [] if the file is missing.
 
     Raise UserError for a row that is not a complete number, a row that comes twice and, with `config_hash`, a row of another
     run.

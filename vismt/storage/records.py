@@ -204,7 +204,7 @@ class Records:
         self._lines.add(*new)
 
     def _read(self, path: Path) -> tuple[Row, dict[Name, Row]]:
-        """Return the header and the rows of the file. If there is no file, return this header and no rows."""
+        """Return the header and the rows of the file. If the file is missing, return this header and no rows."""
         begun, *rows = read_lines(path) or [self._header]
         parts = [_parts(header) for header in (begun, self._header)]
         different = [key for key in {**parts[0], **parts[1]} if parts[0].get(key) != parts[1].get(key)]

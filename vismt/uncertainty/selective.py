@@ -49,7 +49,7 @@ def risk_coverage_values(confidences: Tensor, wrong: Tensor) -> Tensor:
         wrong: 1 for a wrong answer, else 0, (n,).
 
     Raises:
-        UserError: If there is no example, or shapes differ.
+        UserError: If no example is given, or shapes differ.
     """
     n = len(confidences)
     if not n or wrong.shape != confidences.shape:

@@ -177,7 +177,7 @@ def balanced_kmeans(points: Tensor, n_clusters: int, seed: int = 0, restarts: in
         The cluster of each row, int64 (H,) on the CPU. Clusters are numbered in the order of their first rows.
 
     Raises:
-        UserError: If n_clusters does not divide H, there is no restart, or points are not finite.
+        UserError: If n_clusters does not divide H, restarts is below 1, or points are not finite.
     """
     check_divides(len(points), n_clusters, "rows")
     if restarts < 1:

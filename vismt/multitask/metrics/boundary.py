@@ -117,7 +117,7 @@ class BoundaryF(Sums):
             good ones), "ois_f", and the numbers of "images" and of "pixels" of true boundaries.
 
         Raises:
-            UserError: If there is no true boundary pixel, because recall would be 0 / 0.
+            UserError: If no pixel is a true boundary, because recall would be 0 / 0.
         """
         fix = f"give it data, check targets and ignore_index={self.ignore_index}"
         true = require_any("BoundaryF", self.true, "boundary pixel", fix)

@@ -83,7 +83,7 @@ class MeanIoU(Sums):
             class), and the number of "pixels".
 
         Raises:
-            UserError: If there is no labelled pixel.
+            UserError: If no pixel is labelled.
         """
         fix = f"give it data, check ignore_index={self.ignore_index}"
         pixels = require_any("MeanIoU", self.confusion.sum(), "labelled pixel", fix)
@@ -162,7 +162,7 @@ class Accuracy(Sums):
         """Return "accuracy" in [0, 1] and the number of "images".
 
         Raises:
-            UserError: If there is no image.
+            UserError: If no image was added.
         """
         images = require_any("Accuracy", self.images, "image with a class", "give it data")
         return {"accuracy": int(self.correct) / images, "images": images}

@@ -109,7 +109,7 @@ class DepthErrors(Sums):
             "delta1" to "delta3" in [0, 1], and the number of valid "pixels".
 
         Raises:
-            UserError: If there is no valid pixel.
+            UserError: If no pixel is valid.
         """
         fix = "give it data, check mask, valid_range and ignore"
         pixels = require_any("DepthErrors", self.pixels, "valid pixel", fix)

@@ -83,7 +83,7 @@ class NormalErrors(Sums):
             and the number of valid "pixels".
 
         Raises:
-            UserError: If there is no valid pixel.
+            UserError: If no pixel is valid.
         """
         pixels = require_any("NormalErrors", self.pixels, "valid pixel", "give it data, check the mask and the targets")
         mean, square = (self.sums / pixels).tolist()

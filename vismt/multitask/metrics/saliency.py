@@ -78,7 +78,7 @@ class MaxF(Sums):
             good ones), and the number of valid "pixels".
 
         Raises:
-            UserError: If there is no salient pixel, because recall would be 0 / 0.
+            UserError: If no pixel is salient, because recall would be 0 / 0.
         """
         fix = f"give it data, check targets and ignore_index={self.ignore_index}"
         require_any("MaxF", self.counts[1].sum(), "salient pixel", fix)
