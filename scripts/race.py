@@ -44,7 +44,7 @@ from vismt.jobs import load_config, make_job
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import INK, MUTED, axes_at, dress, new_figure, save_figure, short
-from vismt.report.study_rows import MATRICES, ROWS, StudyRow, StudyRows, studies, study_of
+from vismt.report.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate, interval_kind_text
@@ -339,17 +339,6 @@ def pairs(run: Path, name: str) -> list[tuple[str, str]]:
             best = best_of(entries)
             found |= dict.fromkeys((best, arm) for arm in entries if arm != best)
     return list(found)
-
-
-def without_sets(study: StudyRows, name: str) -> StudyRows:
-    """Return a study of the race without the differences on single sets, which are half of its rows and stand nowhere."""
-    several = any(row.data == AVERAGE for row in study.rows)
-    if not several or name.partition(ENTRANT)[0] not in specs():
-        return study
-    kept = [
-        row for row in study.rows if not row.minus or row.data in (AVERAGE, MATRICES) or row.data.startswith("block ")
-    ]
-    return StudyRows(study.about, kept)
 
 
 def page(draw: bool) -> str:

@@ -38,7 +38,8 @@ from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.config.yaml_text import read_yaml
 from vismt.report.claims import of_study, read_claims
-from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
+from vismt.report.comparison import AVERAGE
+from vismt.report.study_rows import MATRICES, ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text
@@ -189,18 +190,20 @@ def fresh(page: Path) -> tuple[str, str, int]:
 
 
 def add(run: Path, name: str) -> Path:
-    """Write the rows of a finished run as a study, with the differences that its tables and claims show; return the file."""
-    pairs = [
-        (selection["arm"], selection["minus"])
+    """Write the rows of a finished run as a study, with the differences that its tables and claims show. Return the file."""
+    shown = [
+        selection
         for table_name in specs()
         for _, _, selection in selections(table_name)
-        if isinstance(selection, dict) and selection.get("study") == name and selection.get("minus")
+        if isinstance(selection, dict) and selection.get("study") == name
     ]
-    pairs += [(evidence.arm, evidence.minus) for _, evidence in of_study(read_claims(), name) if evidence.minus]
+    shown += [evidence.row for _, evidence in of_study(read_claims(), name)]
+    shown = [selection for selection in shown if selection.get("minus")]
+    pairs = [(selection["arm"], selection["minus"]) for selection in shown]
     from scripts import race  # torch
 
     pairs += race.pairs(run, name)
-    made = race.without_sets(study_of(run, pairs), name)
+    made = without_sets(study_of(run, pairs), shown)
     for row in made.rows:
         if not row.interval or (made.trainings(row) and "seeds" not in row.interval):
             raise UserError(
@@ -210,6 +213,16 @@ def add(run: Path, name: str) -> Path:
     path = CHECKOUT / ROWS / f"{name}.jsonl"
     write_study(path, made)
     return path
+
+
+def without_sets(study: StudyRows, shown: Sequence[Mapping[str, Any]]) -> StudyRows:
+    """Return a study of several sets without the differences on single sets, except those that a table or claim shows."""
+    sets = {(selection["arm"], selection["minus"], selection.get("data")) for selection in shown}
+    overall = (AVERAGE, MATRICES)
+    if all(row.data != AVERAGE for row in study.rows):
+        return study
+    kept = [row for row in study.rows if not row.minus or row.data in overall or (row.arm, row.minus, row.data) in sets]
+    return StudyRows(study.about, kept)
 
 
 def main(arguments: list[str] | None = None) -> int:

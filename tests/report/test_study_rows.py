@@ -87,7 +87,8 @@ def test_rows_come_back_as_they_were(tmp_path: Path) -> None:
     assert back.about == study.about and len(back.rows) == len(study.rows)
     for one, other in zip(back.rows, study.rows):
         assert (one.key, one.by_seed, one.n) == (other.key, other.by_seed, other.n)
-        assert (one.value, one.low, one.variance) == pytest.approx((other.value, other.low, other.variance), rel=1e-6)
+        assert (one.value, one.low) == pytest.approx((other.value, other.low), rel=1e-6)
+        assert one.variance == pytest.approx(other.variance, rel=1e-3)
     write_study(tmp_path / "again.jsonl", back)
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "rows.jsonl").read_bytes()
 

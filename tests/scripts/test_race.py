@@ -111,14 +111,6 @@ def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch:
     assert race.pairs(Path("run"), "emtal_small") == []
 
 
-def test_differences_on_single_sets_are_left_out_where_there_is_an_average(known) -> None:
-    known()
-    rows = [row("lora", 0.6), row("lora", 0.1, minus="full"), row("lora", 0.1, minus="full", data="digits")]
-    assert race.without_sets(study(*rows), "race_a+mine").rows == rows[:2]
-    assert race.without_sets(study(*rows), "emtal_small").rows == rows
-    assert race.without_sets(study(rows[2]), "race_a").rows == rows[2:]
-
-
 def test_measured_costs_are_kept_beside_those_of_other_studies(known, monkeypatch: pytest.MonkeyPatch) -> None:
     known(race_a=study(row("lora", 0.6), row("full", 0.61), *NLL))
     race.COSTS.write_text('{"race_b": {}}')

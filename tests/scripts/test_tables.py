@@ -13,7 +13,7 @@ import yaml
 from helpers.run_folder import make_folder
 
 from scripts import committed, tables
-from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
+from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, study_of, write_study
 
 SPEC = {
     "digits": {
@@ -107,6 +107,18 @@ def test_a_stale_table_is_found_and_written(checkout: Path, capsys: pytest.Captu
     assert tables.main(["--check"]) == 1
 
 
+def test_differences_on_single_sets_are_kept_if_a_table_shows_them(checkout: Path) -> None:
+    study = read_study(checkout / ROWS / "study.jsonl")
+    assert {(row.data, row.arm) for row in study.rows if row.minus} == {("average", "adapted"), ("digits", "adapted")}
+    run = study_of(checkout / "run-4f2a")
+    kept = tables.without_sets(run, [{"arm": "adapted", "minus": "clean", "data": "digits"}])
+    assert {row.data for row in run.rows if row.minus} == {"average", "digits", "crops"}
+    assert {row.data for row in kept.rows if row.minus} == {"average"}
+    assert [row for row in kept.rows if not row.minus] == [row for row in run.rows if not row.minus]
+    alone = StudyRows(run.about, [row for row in run.rows if row.data == "digits"])
+    assert tables.without_sets(alone, []) == alone
+
+
 def test_a_header_has_aligned_lines(checkout: Path) -> None:
     config = checkout / "configs" / "a.yaml"
     config.write_text("# About\n# <!-- rows: digits -->\n# <!-- end -->\ntitle: a\n")
@@ -186,7 +198,7 @@ def test_add_refuses_rows_whose_intervals_lack_their_kind_or_the_seeds(
             lambda spec: spec["columns"]["n"].update(show="domains"),
             "domains need data average and 5 sets or more, not 2",
         ),
-        (lambda spec: spec["where"].pop("data"), "study 'study': 3 rows have"),
+        (lambda spec: spec["where"].pop("data"), "study 'study': 2 rows have"),
         (lambda spec: spec["heads"].pop(), "has other parts than `heads`"),
         (
             lambda spec: spec["rows"]["clean | frozen"].update(arm="frosen"),

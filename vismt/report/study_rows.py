@@ -36,6 +36,7 @@ from vismt.uncertainty.intervals import FEWEST_DOMAINS, NUMBER, Estimate, over_d
 ROWS = "docs/results/rows"
 SELECTED = ("task", "data", "protocol", "condition", "metric", "arm", "minus")  # fields that name one number
 _DIGITS = 7  # number of significant digits in a file
+_FEW_DIGITS = {"variance": 4, "freedom": 4, "bias": 4}  # of numbers that widen intervals and stand on no page
 MATRICES = "matrices"  # data of rows about all changed weights
 
 
@@ -298,11 +299,10 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically: the columns in which a row differs from the default, floats with _DIGITS digits."""
-    columns = {item.name: [_short(getattr(row, item.name)) for row in study.rows] for item in fields(StudyRow)}
+    """Write a file of rows, atomically: the columns in which a row differs from the default, with few digits."""
     shared, lines = {}, []
     for item in fields(StudyRow):
-        values = columns[item.name]
+        values = [_short(getattr(row, item.name), _FEW_DIGITS.get(item.name, _DIGITS)) for row in study.rows]
         distinct = list(dict.fromkeys(values))
         if distinct == [item.default]:
             continue
@@ -316,10 +316,10 @@ def write_study(path: Path, study: StudyRows) -> None:
     write_lines(path, [asdict(study.about), {"rows": len(study.rows), "shared": shared}, *lines])
 
 
-def _short(value: object) -> object:
+def _short(value: object, digits: int) -> object:
     if isinstance(value, tuple):
-        return tuple(map(_short, value))
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+        return tuple(_short(item, digits) for item in value)
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def read_study(path: Path) -> StudyRows:
