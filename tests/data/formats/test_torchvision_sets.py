@@ -15,7 +15,7 @@ from PIL import Image
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.data.check import check, prepare
-from vismt.data.formats.torchvision_sets import LAYOUTS
+from vismt.data.formats.torchvision_sets import LAYOUTS, MEMBER_DIGITS
 from vismt.data.images import open_images
 
 CIFAR = "  - {kind: torchvision, dataset: CIFAR10, root: c, splits: {train: 3, test: 2}}"
@@ -94,7 +94,7 @@ def test_a_part_of_a_published_set_is_found_by_the_pixels_of_its_members(home, m
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", FakeCifar)
     part = "  - {kind: torchvision, dataset: CIFAR10, root: c, splits: {small: 2, other: 1}, members: members.json}"
     path = write_card(part)
-    digests = [digest(np.full((4, 4, 3), value, np.uint8).tobytes()) for value in range(6)]
+    digests = [digest(np.full((4, 4, 3), value, np.uint8).tobytes())[:MEMBER_DIGITS] for value in range(6)]
     members = {"small": {"dog/b": digests[3], "cat/a": digests[4]}, "other": {"x": digests[2]}}
     (path.parent / "members.json").write_text(json.dumps(members))
     report = prepare(path)
