@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.pages import FENCE, README, ROOT, name, read
 
-from scripts import committed, figures, tables
+from scripts import committed, figures, tables, user_gradients
 from vismt.report.study_rows import studies
 
 RESULTS = [
@@ -36,7 +36,7 @@ def plain(text: str) -> str:
 
 def unmarked(page: Path) -> str:
     """Return a page without the tables that are made from rows, and without commands."""
-    text = tables.MARKED.sub("", read(page))
+    text = user_gradients.MARKED.sub("", tables.MARKED.sub("", read(page)))
     return FENCE.sub(lambda block: "" if block["language"] else block[0], text)
 
 
