@@ -73,7 +73,6 @@ FOOTER = """
 ## What this does not show
 
 - The best arm is not certain. Nothing is corrected for the number of arms, and the best of many is best by luck in part.
-- Under attack `frozen` has no ridge probe, and the rates were chosen by clean plus robust accuracy, which harms `clean`.
 - The models are small ViTs and one small convolutional network, on CPUs. Compare numbers within a table only.
 - Arms were left out to save time. BOFT, by far the slowest, is in no race. DoRA and RandLoRA are not under attack. EMTAL, whose
   router cannot be merged for few shots, is in transfer alone.

@@ -68,8 +68,9 @@ Which learning rate does a method need, if LoRA's rate is known? Multiply LoRA's
 
 ![The chosen rate of each method over LoRA's rate, by kind of task](rates.svg)
 
-In each study every arm tried the same rates with its first seed and kept the rate with the best validation score. Neighbouring
-rates of a study differ by a factor of about three, under attack by five. So a number is known to within one step of its grid.
+In each study every arm tried the same rates, or the same rates times a factor of its own, with its first seed. It kept the rate
+with the best validation score. Neighbouring rates differ by a factor of about three, so that a number is known to within one step
+of its grid.
 An asterisk marks a rate at the end of the grid, beyond which a better rate may lie.
 
 """
@@ -99,7 +100,7 @@ class Choice:
     Args:
         rate: Chosen learning rate.
         base: LoRA's chosen learning rate in the study.
-        grid: Rates that every arm tried, ascending.
+        grid: Rates that the arm tried, ascending.
         scores: Validation score by tried rate. It is empty if the rows do not keep the scores.
     """
 
@@ -141,13 +142,15 @@ def choices() -> dict[str, dict[str, Choice]]:
         if name not in studies():
             continue
         about = committed.study(name).about
-        grid = tuple(sorted(about.settings["tune"]["rates"]))
+        grid = sorted(about.settings["tune"]["rates"])
         kept = {names.get(arm, arm): arm for arm, cost in about.costs.items() if "lr" in cost and names.get(arm, arm)}
         base = about.costs[BASE]["lr"]
-        found[family] = {
-            method: Choice(about.costs[arm]["lr"], base, grid, _scores(about.validation.get(arm, {})))
-            for method, arm in kept.items()
-        }
+        found[family] = {}
+        for method, arm in kept.items():
+            factor = about.settings["arms"].get(arm, {}).get("train.rates", {}).get(".", 1.0)
+            scores = {factor * rate: score for rate, score in _scores(about.validation.get(arm, {})).items()}
+            tried = tuple(factor * rate for rate in grid)
+            found[family][method] = Choice(factor * about.costs[arm]["lr"], base, tried, scores)
     return found
 
 

@@ -12,9 +12,12 @@ from vismt.report.study_rows import About, StudyRows
 GRID = [1e-4, 3e-4, 1e-3, 3e-3]
 
 
-def study(validation: dict[str, dict[str, float | None]] | None = None, **chosen: float) -> StudyRows:
+def study(
+    validation: dict[str, dict[str, float | None]] | None = None, factor_of_full: float = 1.0, **chosen: float
+) -> StudyRows:
     costs = {arm: {"lr": lr, "trained": 1.0} for arm, lr in chosen.items()} | {"frozen": {"trained": 0.0}}
-    about = About("t", "c", "hash", {"tune": {"rates": GRID}}, [], "", "CPU", {}, "", "", 1.0, costs=costs)
+    settings = {"tune": {"rates": GRID}, "arms": {"full": {"train.rates": {".": factor_of_full}}}}
+    about = About("t", "c", "hash", settings, [], "", "CPU", {}, "", "", 1.0, costs=costs)
     about.validation.update(validation or {})
     return StudyRows(about, [])
 
@@ -26,7 +29,10 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, rates.Choice]]
         "lora": {"0.0001": 0.5, "0.0003": 0.79, "0.001": 0.8, "0.003": 0.6},
         "full": {"0.0001": 0.7, "0.0003": 0.35, "0.001": 0.7, "0.003": None},
     }
-    of = {"race_fewshot": study(scores, lora=1e-3, full=1e-4), "starts": study(lora=3e-3, full=3e-4, ipm=1e-3)}
+    of = {
+        "race_fewshot": study(scores, lora=1e-3, full=1e-4),
+        "starts": study(None, 0.3, lora=3e-3, full=1e-3, ipm=1e-3),
+    }
     monkeypatch.setattr(rates, "studies", lambda: of)
     monkeypatch.setattr(committed, "study", of.__getitem__)
     return rates.choices()
@@ -34,7 +40,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, dict[str, rates.Choice]]
 
 def test_rates_are_in_units_of_the_rate_of_lora_of_the_same_study(found: dict[str, dict[str, rates.Choice]]) -> None:
     texts = {family: {method: choice.text for method, choice in of.items()} for family, of in found.items()}
-    # 3e-3 and 1e-4 are ends of the grid; `ipm` is an arm of CorDA, and an arm without training has no rate
+    # 3e-3 and 1e-4 are ends of the grid; the second `full` tried 0.3 times the rates
+    # `ipm` is an arm of CorDA, and an arm without training has no rate
     assert texts == {
         "few-shot": {"lora": "1", "full": "0.1*"},
         "language modelling": {"lora": "1*", "full": "0.1", "corda": "0.3"},
