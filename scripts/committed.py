@@ -8,7 +8,7 @@ from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError, near
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, studies
+from vismt.report.study_rows import ROWS, About, StudyRow, StudyRows, read_study, studies
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
@@ -21,6 +21,11 @@ def study(name: str) -> StudyRows:
     if name not in known:
         raise UserError(f"tables: no rows of a study '{name}' in {ROWS}.{near(name, known)}")
     return read_study(known[name])
+
+
+def rate_factor(about: About, arm: str) -> float:
+    """Return the factor of all rates of an arm, `train.rates: {".": FACTOR}`, which the learning rate lr in its costs lacks."""
+    return float(about.settings.get("arms", {}).get(arm, {}).get("train.rates", {}).get(".", 1.0))
 
 
 def interval_text(row: StudyRow) -> str:

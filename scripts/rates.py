@@ -147,7 +147,7 @@ def choices() -> dict[str, dict[str, Choice]]:
         base = about.costs[BASE]["lr"]
         found[family] = {}
         for method, arm in kept.items():
-            factor = about.settings["arms"].get(arm, {}).get("train.rates", {}).get(".", 1.0)
+            factor = committed.rate_factor(about, arm)
             scores = {factor * rate: score for rate, score in _scores(about.validation.get(arm, {})).items()}
             tried = tuple(factor * rate for rate in grid)
             found[family][method] = Choice(factor * about.costs[arm]["lr"], base, tried, scores)

@@ -104,10 +104,14 @@ def test_a_column_without_rows_is_one_line(known, capsys: pytest.CaptureFixture[
     assert "study 'race_a' has no row for the columns ['NLL']" in capsys.readouterr().err
 
 
-def test_differences_to_the_best_arm_of_each_column_are_kept(known, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differences_to_lora_and_to_the_best_arm_of_each_column_are_kept(
+    known, monkeypatch: pytest.MonkeyPatch
+) -> None:
     known()
-    monkeypatch.setattr(race, "study_of", lambda run: study(row("lora", 0.62), row("full", 0.61), *NLL))
-    assert race.pairs(Path("run"), "race_a+mine") == [("lora", "full"), ("full", "lora")]
+    rows = [row("lora", 0.62), row("full", 0.61), row("oft", 0.6)]
+    monkeypatch.setattr(race, "study_of", lambda run: study(*rows, *NLL))
+    expected = [("lora", "full"), ("lora", "oft"), ("full", "lora"), ("oft", "lora")]
+    assert race.pairs(Path("run"), "race_a+mine") == expected
     assert race.pairs(Path("run"), "emtal_small") == []
 
 
