@@ -33,6 +33,7 @@ BASE = "lora"
 # Studies by the kind of task, and in each the arms whose name is not the name of the method.
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     "few-shot": ("race_fewshot", {}),
+    "few-shot, convolutions": ("race_fewshot_lite0", {}),
     "few-shot under attack": ("race_robust", {"clean": "", "trades": ""}),
     "classification": ("race_transfer", {"head": ""}),
     "classification, convolutions": ("race_transfer_lite0", {"head": ""}),
@@ -43,6 +44,7 @@ FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
 JOBS = {"classification": "classification", "dense": "depth and normals", "fewshot": "few-shot", "lm": "questions"}
 RESULTS = {
     "race_fewshot": "race.md#few-shot",
+    "race_fewshot_lite0": "race.md#few-shot-a-convolutional-network",
     "race_robust": "race.md#robust-few-shot",
     "race_transfer": "race.md#transfer",
     "race_transfer_lite0": "race.md#transfer-a-convolutional-network",
