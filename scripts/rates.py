@@ -33,10 +33,10 @@ BASE = "lora"
 # Studies by the kind of task, and in each the arms whose name is not the name of the method.
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     "few-shot": ("race_fewshot", {}),
-    "few-shot, convolutions": ("race_fewshot_lite0", {}),
+    "few-shot on convolutions": ("race_fewshot_lite0", {}),
     "few-shot under attack": ("race_robust", {"clean": "", "trades": ""}),
     "classification": ("race_transfer", {"head": ""}),
-    "classification, convolutions": ("race_transfer_lite0", {"head": ""}),
+    "classification on convolutions": ("race_transfer_lite0", {"head": ""}),
     "depth and normals": ("seven_scenes", {"depth": "", "normals": "", "heads": ""}),
     "questions": ("commonsense", {"lora-dropout": "", "lora-vbll": "", "polar-vbll": ""}),
     "language modelling": ("starts", {"ipm": "corda", "kpm": "corda, kpm"}),
