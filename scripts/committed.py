@@ -13,6 +13,8 @@ from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 
+BASE = "lora"  # the arm that other arms are compared with
+
 
 @cache
 def study(name: str) -> StudyRows:

@@ -53,7 +53,6 @@ SPECS = CHECKOUT / ROWS / "race.yaml"
 COSTS = CHECKOUT / ROWS / "race_costs.json"
 PAGE = CHECKOUT / "docs" / "race.md"
 TIMED = 5  # steps whose time is taken
-BASE = "lora"
 ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
@@ -339,7 +338,8 @@ def pairs(run: Path, name: str) -> list[tuple[str, str]]:
         if entries:
             best = best_of(entries)
             found |= dict.fromkeys((best, arm) for arm in entries if arm != best)
-            found |= dict.fromkeys((arm, BASE) for arm in entries if arm != BASE and BASE in entries)
+            if committed.BASE in entries:
+                found |= dict.fromkeys((arm, committed.BASE) for arm in entries if arm != committed.BASE)
     return list(found)
 
 

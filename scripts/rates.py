@@ -29,7 +29,6 @@ PAGE = CHECKOUT / "docs" / "rates.md"
 METHODS = CHECKOUT / "docs" / "methods"
 STARTS = CHECKOUT / "vismt" / "jobs" / "start_rates.yaml"
 GOOD = 0.98  # share of the best validation score that a rate of the good range reaches
-BASE = "lora"
 # Studies by the kind of task, and in each the arms whose name is not the name of the method.
 FAMILIES: dict[str, tuple[str, dict[str, str]]] = {
     "few-shot": ("race_fewshot", {}),
@@ -146,7 +145,7 @@ def choices() -> dict[str, dict[str, Choice]]:
         about = committed.study(name).about
         grid = sorted(about.settings["tune"]["rates"])
         kept = {names.get(arm, arm): arm for arm, cost in about.costs.items() if "lr" in cost and names.get(arm, arm)}
-        base = about.costs[BASE]["lr"]
+        base = about.costs[committed.BASE]["lr"]
         found[family] = {}
         for method, arm in kept.items():
             factor = committed.rate_factor(about, arm)
@@ -158,7 +157,7 @@ def choices() -> dict[str, dict[str, Choice]]:
 
 def page(found: dict[str, dict[str, Choice]]) -> str:
     """Return the text of the page."""
-    rows = [["Method", *(f"{family}, LoRA at {_rate(of[BASE].rate)}" for family, of in found.items())]]
+    rows = [["Method", *(f"{family}, LoRA at {_rate(of[committed.BASE].rate)}" for family, of in found.items())]]
     for method in _methods(found):
         rows.append([f"`{method}`", *(of[method].text if method in of else "–" for of in found.values())])
     lines = [f"| {' | '.join(cells)} |" for cells in rows]
@@ -197,17 +196,17 @@ def sentence(method: str, found: dict[str, dict[str, Choice]]) -> str:
 
 def starts(found: dict[str, dict[str, Choice]]) -> str:
     """Return LoRA's rate by job, and full fine-tuning's rate in units of LoRA's, rounded to 1 or 3 times a power of ten."""
-    of_full = [math.log10(of["full"].rate / of[BASE].rate) for of in found.values() if "full" in of]
+    of_full = [math.log10(of["full"].rate / of[committed.BASE].rate) for of in found.values() if "full" in of]
     steps = round(2 * sum(of_full) / len(of_full))
     full = (3 if steps % 2 else 1) * 10.0 ** (steps // 2)
     head = "# Written by `python -m scripts.rates`: docs/rates.md has the studies.\nmethods:\n  full: "
-    jobs = (f"\n  {job}: {_rate(found[family][BASE].rate)}" for job, family in JOBS.items())
+    jobs = (f"\n  {job}: {_rate(found[family][committed.BASE].rate)}" for job, family in JOBS.items())
     return f"{head}{full:g}\njobs:{''.join(jobs)}\n"
 
 
 def draw(found: dict[str, dict[str, Choice]], path: Path) -> None:
     """Draw a row for each method with a point for each kind of task, and the good range as a line where it is known."""
-    methods = [method for method in _methods(found) if method != BASE]
+    methods = [method for method in _methods(found) if method != committed.BASE]
     top, height = 0.3 + 0.2 * ((len(found) + 1) // 2), 0.27 * len(methods)
     figure = new_figure(4.4, top + height + 0.5)
     axes = axes_at(figure, 0.9, top, 3.4, height)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -52,6 +54,16 @@ def test_clusters_that_pull_apart_are_told_from_clusters_that_do_not(monkeypatch
     value, low, high = found["same"]["same − other"]
     assert low < 0 < high and low < value < high and found["same"]["other clusters"][1] > 0
     assert "| start | 160 | " in table({"start": found["apart"]}) and "| 4 of 28 |" in table({"start": found["apart"]})
+
+
+def test_a_run_without_the_arm_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr(user_gradients, "open_run", lambda folder: SimpleNamespace(job=None))
+    monkeypatch.setattr(user_gradients, "NUMBERS", tmp_path / "numbers.json")
+    assert user_gradients.main(["my_run"]) == 2 and not list(tmp_path.iterdir())
+    error = capsys.readouterr().err
+    assert error.startswith("error: run 'my_run': it has no arm 'lora' of a language model") and error.count("\n") == 1
 
 
 def test_the_page_has_the_table_of_the_numbers() -> None:

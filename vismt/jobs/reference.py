@@ -159,7 +159,7 @@ def _section_like(field: dataclasses.Field[Any]) -> bool:
 
 
 def schema() -> JsonObject:
-    """Return the JSON schema of all configurations, which the key `task` tells apart."""
+    """Return the JSON schema of all configurations, which differ in the key `task`."""
     definitions: JsonObject = {}
     branches = []
     for job in JOBS:

@@ -90,7 +90,7 @@ class DenseNet(nn.Module):
         union: Tasks of whole images in one label space. Each gets the logits (b, C) of all of them, side by side.
 
     Raises:
-        UserError: If there is no head, the blocks do not end with the last block, or a head has other widths.
+        UserError: If no head is given, the blocks do not end with the last block, or a head has other widths.
     """
 
     def __init__(

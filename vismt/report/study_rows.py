@@ -299,7 +299,7 @@ def _row(found: Estimate, bounds: tuple[float, float], *arms: Sequence[Result], 
 
 
 def write_study(path: Path, study: StudyRows) -> None:
-    """Write a file of rows, atomically: the columns in which a row differs from the default, with few digits."""
+    """Write a file of rows, atomically: the columns in which a row differs from the default. Floats are rounded."""
     shared, lines = {}, []
     for item in fields(StudyRow):
         values = [_short(getattr(row, item.name), _FEW_DIGITS.get(item.name, _DIGITS)) for row in study.rows]

@@ -324,7 +324,7 @@ def error_under_corruptions(errors: CorruptionErrors, baseline: CorruptionErrors
         error, which is 1 for a model like the baseline.
 
     Raises:
-        UserError: If there is no corruption, a corruption has no severities, or the baseline lacks one of them or has no error.
+        UserError: If no corruption is given, a corruption has no severities, or the baseline lacks one of them or has no error.
     """
     if not errors or not all(errors.values()):
         empty = next((corruption for corruption, by_severity in errors.items() if not by_severity), None)

@@ -124,7 +124,7 @@ def evaluate_examples(
         for every condition, or for every form of the clean logits.
 
     Raises:
-        UserError: If there is no example, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have
+        UserError: If no example is given, labels or logits do not fit num_classes, pixels are outside [0, 1], two conditions have
             the same text, the model answers differently from call to call, or the records are of another run.
     """
     questions = ImageQuestions(num_classes, specs, features, keep, data)

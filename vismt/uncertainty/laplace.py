@@ -186,7 +186,7 @@ class Laplace(GaussianHead):
             NLL in nats by precision.
 
         Raises:
-            UserError: If there are no examples, labels do not fit, or the grid is empty.
+            UserError: If no example is given, labels do not fit, or the grid is empty.
         """
         if not len(features):
             raise UserError("laplace.tune: validation examples are missing; give features (n, d) and labels (n,).")

@@ -142,7 +142,7 @@ def binned_gaps(confidences: Tensor, correct: Tensor, bins: int = BINS) -> Tenso
 def gap_values(gaps: Tensor, groups: Sequence[Hashable] | None = None) -> tuple[Tensor, Estimate | None]:
     """Return values by row (n,) whose mean is the ECE (its first-order effects), and the ECE with its error.
 
-    With fewer than two rows or groups there is no error, and the estimate is None.
+    The estimate is None with fewer than two rows or groups, which have no error.
 
     Args:
         gaps: Rows (n, bins) fp64 of `binned_gaps`. Examples that share a row (the queries of an episode) have their mean row.
@@ -305,7 +305,7 @@ def detection_auroc(inside: Tensor, outside: Tensor) -> float:
         outside: Scores (m,) of outliers.
 
     Raises:
-        UserError: If there are no inliers or no outliers, or for NaN.
+        UserError: If inliers or outliers are missing, or for NaN.
     """
     from torchmetrics.functional.classification import binary_auroc
 

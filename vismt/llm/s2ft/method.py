@@ -84,7 +84,7 @@ def s2ft(
 
 
 def check_slices(model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Raise UserError unless the optimiser holds every slice that is trained. Without an optimiser there is nothing to check."""
+    """Raise UserError unless the optimiser holds every slice that is trained. Without an optimiser nothing is checked."""
     if optimizer is None:
         return
     optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}

@@ -82,7 +82,7 @@ def merge(model: nn.Module, *, force: bool = False) -> nn.Module:
 def merged_copy(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """Return a frozen copy in eval mode, with every low-rank update in its weight, for gradients of inputs alone.
 
-    The copy runs the forward and backward of the stock model. There are no products of factors, and nothing is kept for a
+    The copy runs the forward and backward of the stock model. It multiplies no factors, and keeps nothing for a
     parameter. Layers that one weight cannot hold (gates of samples, packed weights) stay adapter layers. All other tensors
     except packed weights are shared with the model, so the copy is valid until the weights change.
 

@@ -51,7 +51,7 @@ def start_layers(
 
 @torch.no_grad()
 def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: int, *, offset: bool) -> None:
-    """Fill a layer's factors block by block. On the meta device there is nothing to fill."""
+    """Fill a layer's factors block by block. On the meta device nothing is filled."""
     if layer.weight.is_meta:
         if offset:
             layer.set_factors(layer.lora_A, layer.lora_B, True)

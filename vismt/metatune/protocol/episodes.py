@@ -280,7 +280,7 @@ class EpisodeSampler(LabelledSet):
         equal for images that depend on each other. None if all images are independent. parts: Largest number of disjoint parts.
         The images of each class are divided, into as many parts as the smallest class has
             images and groups for. If there would be fewer than FEWEST_PARTS, the classes are divided (superclasses stay whole),
-            into parts of at least `ways` classes. If there would still be fewer, there are no parts.
+            into parts of at least `ways` classes. If a part would still have fewer, no parts are made.
 
     Raises:
         UserError: If ways < 2, shots or queries < 1, classes are empty or too few, or a class has fewer than K + Q images.

@@ -15,7 +15,7 @@ the largest possible here. An image has one annotation. Probabilities are not ro
 interpolates F between thresholds. Here and in SEISM, F is the maximum over the thresholds. Non-maximum suppression along the
 gradient is left out, as in SEISM.
 
-The one-to-one matching is extended along augmenting paths until there is none, which proves that it is the largest (Berge). A
+The one-to-one matching is extended until it has no augmenting path, which proves that it is the largest (Berge). A
 breadth-first search begins at a free pixel of one side. It passes to the pixels that hold a pixel of the other side within its
 radius, until it finds a free pixel there. Pixels that a search without result has reached are on no path, and no later search
 of the same map visits them. Searches start on the side with fewer free pixels. A map starts from the matching of the map

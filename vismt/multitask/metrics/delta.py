@@ -23,7 +23,7 @@ def delta_m(scores: Mapping[str, float], baseline: Mapping[str, float], lower_is
         Delta_m in per cent. Positive values are gains.
 
     Raises:
-        UserError: If there is no task, names differ, a value is not finite, or a baseline is <= 0.
+        UserError: If no task is given, names differ, a value is not finite, or a baseline is <= 0.
     """
     if not scores:
         raise UserError("delta_m: no task; give scores by task.")

@@ -123,7 +123,7 @@ def check_thresholds(metric: str, thresholds: int) -> int:
 
 
 def require_any(metric: str, count: Tensor, what: str, fix: str) -> int:
-    """Return `count`. Raise UserError if it is 0, so that there is nothing to compute from."""
+    """Return `count`. Raise UserError if it is 0."""
     if not int(count):
         raise UserError(f"{metric}: no {what} was counted; {fix}.")
     return int(count)
