@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from helpers.tiny_runs import FEWSHOT, refused, written
+from helpers.results import QUALITY, rows_of
+from helpers.tiny_runs import FEWSHOT, refused, run_config, written
 
 from vismt.base.errors import UserError
 from vismt.cli import main
@@ -104,3 +105,12 @@ def test_the_sampling_of_the_configuration_draws_the_episodes(tmp_path: Path) ->
         {"evaluate.rule": "variable", "evaluate.sampling": "with_replacement", "evaluate.max_ways": 7}
     )
     assert isinstance(variable, VariableSampler) and (variable.min_ways, variable.max_ways) == (5, 7)
+
+
+def test_the_smallest_class_limits_episodes_without_replacement(tmp_path: Path) -> None:
+    """The scores are of the episodes that ran, also the quality of probabilities."""
+    evaluate = {**FEWSHOT["evaluate"], "data": ["photo_crops:test"], "sampling": "without_replacement", "episodes": 500}
+    folder = run_config(write(tmp_path, {"train": None, "adapt": None, "source": {}, "evaluate": evaluate}))
+    rows = rows_of(folder)
+    assert {row["metric"] for row in rows} == {"accuracy", *QUALITY} and len({row["n"] for row in rows}) == 1
+    assert rows[0]["n"] < 500

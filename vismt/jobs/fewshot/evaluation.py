@@ -165,7 +165,7 @@ class EpisodeView(View):
         usual = [(label, usual_accuracy(results[label.label])) for label in labels] if sampler.parts else []
         for form, label in _FORMS.items():
             if form in questions.forms:
-                names = [str(number) for number in range(settings.episodes)]
+                names = list(_by_episode(results[CLEAN.label]))
                 found = group_measures(names, form, results, _parts_of(names, sampler))
                 measures += [(label, measure) for measure in found]
         for quantity in (quantity for feature in features for quantity in feature.quantities()):
