@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from helpers.tiny_runs import refused, run_config, written
 from vismt.backbones.vit import Backbone
 from vismt.cli import main
 from vismt.jobs import load_config, make_job, open_run
+from vismt.jobs.multitask.maps_data import Rows
 from vismt.jobs.predictions import TABLE
 from vismt.multitask.heads import make_map_head, make_pooled_head
 from vismt.multitask.nets import DenseNet, Union
@@ -153,6 +155,32 @@ def test_a_mix_has_what_whole_images_have(room: Path, tmp_path: Path) -> None:
     assert {name: retain.num_classes for name, retain in objective.retain.items()} == {"semseg": 3, "images": 4}
     assert objective.label_smoothing == 0.2 and objective.union.counts == (2, 2)
     assert set(job.batches(job.study.arms["reds"]).rows.ids) < set(job.batches(job.study.arms["all"]).rows.ids)
+
+
+def test_images_of_other_classes_are_told_beside_a_union(room: Path, tmp_path: Path) -> None:
+    config = mix(room, head={"labels": "union"}, evaluate={"ood": ["photo_crops:test"]})
+    found = rows_by_task(run_config(written(tmp_path / "mixed.yaml", config)), "adapted")
+    assert {task for task, condition, _ in found if condition == "against photo_crops:test"} == {"tones", "reds"}
+
+
+def test_images_that_choose_a_rate_are_also_evaluated_under_a_condition(room: Path, tmp_path: Path) -> None:
+    evaluate = {"split": "validation", "corruptions": [{"name": "contrast", "severities": [5]}]}
+    config = mix(room, tune={"rates": [1e-3, 1e-2]}, evaluate=evaluate)
+    found = rows_by_task(run_config(written(tmp_path / "mixed.yaml", config)), "adapted")
+    assert {task for task, condition, _ in found if condition == "contrast 5"} == {"semseg", "tones", "reds"}
+
+
+def test_two_tasks_of_one_set_have_a_sample_each(room: Path, tmp_path: Path) -> None:
+    """Samples of one image have different names and one group, so that they count once in a score over both tasks."""
+    config = mix(room)
+    config["tasks"][2] = {**config["tasks"][1], "name": "again"}
+    folder = run_config(written(tmp_path / "mixed.yaml", config))
+    found = rows_by_task(folder, "adapted")
+    assert {found[task, "clean", "accuracy"].n for task in ("tones", "again")} == {12}
+    rows = open_run(folder).job.data.part("test")
+    assert len(rows) == len({*rows.ids}) == 26 and sum(name.endswith((" tones", " again")) for name in rows.ids) == 24
+    alone = Rows([(replace(images, groups={}), i) for images, i in rows.entries])  # a card without groups
+    assert len({*rows.groups()[0].values()}) <= len({*alone.groups()[0].values()}) == 14
 
 
 @pytest.mark.parametrize("labels", ["separate", "union"])

@@ -87,20 +87,23 @@ class ImageSet:
         )
 
 
-def named_groups(names: Sequence[str], entries: Sequence[tuple[Any, int]]) -> tuple[dict[str, str], str]:
+def named_groups(
+    names: Sequence[str], entries: Sequence[tuple[Any, int]], alone: Sequence[str] = ()
+) -> tuple[dict[str, str], str]:
     """Return the group of each image by its name, and what the groups are, in the plural. Return {} and "" if all are alone.
 
-    names: Names of the images. entries: Set and number of each image. Near-duplicates are found in the sets.
+    names: Names of the images. entries: Set and number of each image. Near-duplicates are found in the sets. alone: Group of an
+    image without a near-duplicate, by default its name.
     """
     groups, units = {}, set()
-    for name, (images, i) in zip(names, entries, strict=True):
+    for name, single, (images, i) in zip(names, alone or names, entries, strict=True):
         own = (images.groups or {}).get(images.ids[i])
-        groups[name] = name if own is None else f"{images.name} {own}"
+        groups[name] = single if own is None else f"{images.name} {own}"
         if own is not None:
             units.add(images.group_unit)
     if len(set(groups.values())) == len(groups):
         return {}, ""
-    return groups, units.pop() if len(units) == 1 else "groups"
+    return groups, units.pop() if len(units) == 1 else "groups" if units else "images"
 
 
 class ImageRow(NamedTuple):

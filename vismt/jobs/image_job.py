@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, Generic
 
 from torch import Tensor, nn
@@ -13,11 +14,14 @@ from vismt.base.errors import UserError
 from vismt.engine.study import Training
 from vismt.engine.training_files import ADAPTER, has_adapter
 from vismt.evaluation.sections import divides, fitted_keys
+from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import MultitaskObjective
 from vismt.report.panels import to_bytes, write_panel
+from vismt.report.results import RECORDS
 from vismt.report.routers import ROUTERS
+from vismt.robustness.conditions import AttackConfig
 from vismt.uncertainty.features import Inputs
 
 MAPPED_IMAGES = 4  # with a picture of their routers
@@ -53,6 +57,11 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
         called if something is not on record. records: Folder of records. features: Features of an evaluation. inputs: What
         attacks and corruptions meet.
         """
+
+    def records(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> Path:
+        """Return the folder of a training's records. Validation examples that are also evaluated choose a rate in another."""
+        chooses = attacks == [] and split == self.split
+        return records_folder(training.folder / RECORDS, attacks) / ("tune" if chooses else "")
 
     def outputs(self, merged: Net, plain: Net) -> Iterable[tuple[str, Tensor, Tensor, bool]]:
         return self.evaluation.outputs(merged, plain)

@@ -26,7 +26,6 @@ from vismt.engine import training_files
 from vismt.engine.study import Training, validates
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
-from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
 from vismt.jobs.multitask.base import MultitaskJob
@@ -160,8 +159,8 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         settings = self.config.evaluate
         validated = split != "validation" and self.evaluation.validated
         features = [Quality(None), *asked_features(settings, attacks, validated=validated)]
-        records = records_folder(training.folder / RECORDS, attacks)
-        return self.evaluation.scores(partial(self.final, training), training, split, records, self.inputs(), features)
+        net, records = partial(self.final, training), self.records(training, split, attacks)
+        return self.evaluation.scores(net, training, split, records, self.inputs(), features)
 
     def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
         return config.trained_tasks or [entry_name(spec) for spec in config.tasks]
@@ -170,10 +169,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         """Return the mean accuracy over the tasks that the arm is trained on, on the images that choose rates."""
         values = []
         chosen = self.validated_tasks(self.study.arms[training.arm])
-        records = training.folder / RECORDS
-        if self.split == "validation":  # where the evaluation keeps its records, under attacks
-            records /= "tune"
-        net = partial(self.final, training)
+        net, records = partial(self.final, training), self.records(training, "validation", [])
         for score in self.evaluation.scores(net, training, "validation", records, self.inputs()):
             if score.condition == CLEAN and score.measure.metric == "accuracy" and score.data in chosen:
                 number = self.data.union.tasks.index(score.data)

@@ -18,7 +18,6 @@ from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
 from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
-from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
 from vismt.jobs.multitask import models
@@ -182,7 +181,7 @@ class MapsJob(MultitaskJob[DenseNet]):
         if training.arm in self.references:
             return self.evaluation.constant_scores(training, split) if attacks is None else []
         net = cache(lambda: self.final(training))
-        records = records_folder(training.folder / RECORDS, attacks)
+        records = self.records(training, split, attacks)
         features = asked_features(self.config.evaluate, attacks) if split == self.split else []
         return self.evaluation.scores(net, training, split, records, self.inputs(), features)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -50,15 +51,23 @@ class Rows:
         return len(self.entries)
 
     @property
-    def ids(self) -> list[str]:
-        """The samples' names, "set:id"."""
+    def _images(self) -> list[str]:
+        """The names of the samples' images, "set:id"."""
         return [f"{images.name}:{images.ids[i]}" for images, i in self.entries]
+
+    @property
+    def ids(self) -> list[str]:
+        """The samples' names, "set:id". An image that several tasks name has a sample for each, with the task after its name."""
+        names = self._images
+        counts = Counter(names)
+        tasks = (images.targets[0].partition(":")[2] for images, _ in self.entries)
+        return [f"{name} {task}" if counts[name] > 1 else name for name, task in zip(names, tasks)]
 
     def groups(self, index: Tensor | None = None) -> tuple[dict[str, str], str]:
         """Return the group of each sample by its name, as `named_groups` does. index: Indices of the samples, None for all."""
         rows = range(len(self)) if index is None else index.tolist()
-        ids = self.ids
-        return named_groups([ids[i] for i in rows], [self.entries[i] for i in rows])
+        ids, images = self.ids, self._images
+        return named_groups([ids[i] for i in rows], [self.entries[i] for i in rows], [images[i] for i in rows])
 
     @property
     def name(self) -> str:

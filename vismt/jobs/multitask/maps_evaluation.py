@@ -218,7 +218,7 @@ class Evaluation:
         return TaskView(
             net=_OfTask(self, net, task.name),
             batches=InOrder(images, self.config.evaluate.batch),
-            num_classes=task.channels,
+            num_classes=task.outputs if isinstance(task, Classification) else task.channels,
             task=task.name,
             data=self.data.part(split).name,
             part=self.protocol(split),
@@ -357,7 +357,11 @@ class Evaluation:
         rows = self.data.part(split)
         numbers = range(start, min(len(rows), start + self.config.evaluate.batch))
         samples = [rows.unpadded(i, self.data.size) for i in numbers]
-        return [rows.ids[i] for i in numbers], samples, collate([pad(sample, self.data.size) for sample in samples])
+        return (
+            rows.ids[numbers.start : numbers.stop],
+            samples,
+            collate([pad(sample, self.data.size) for sample in samples]),
+        )
 
     def logits(self, net: DenseNet | dict[str, Tensor], batch: Sample) -> dict[str, Tensor]:
         """Return the outputs of a net, or of constant predictions, by task, on the CPU."""
