@@ -286,6 +286,11 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
         for method in ("lora", "pissa", "polar")
         for kind in ("vit", "llama", "swin", "bert classes")
     },
+    **{
+        f"{name}convolution {kind}": (kind, {**options, "target_modules": [target]})
+        for kind, target in (("vit", "patch_embeddings.projection"), ("swin", "patch_embeddings.projection"))
+        for name, options in (("", {}), ("vismt lora ", {"method": "lora", "rank": 2}))
+    },
     "vismt s2ft": ("llama", {"method": "s2ft", "ratio": 0.25, "target_modules": None}),
 }
 

@@ -364,14 +364,17 @@ class Located:
         """Return whether each module is found or known to be absent."""
         return all(path in self.names or self.lacks(path) for path in facts.modules)
 
-    def misfits(self, module: ModuleFacts) -> bool:
-        """Return whether the factors of a module do not fit its weight here."""
+    def misfits(self, module: ModuleFacts, of_peft: bool) -> bool:
+        """Return whether the factors of a module do not fit its weight here.
+
+        of_peft: Whether the factors of a convolution have as many dimensions as its weight. vismt stores matrices.
+        """
         shape, stored, A = shape_of(module), self.shape(module.path), module.tensors.get("A")
         if shape is None or not stored or module.path in self.stacks:
             return False
         flat = (stored[0], int(torch.Size(stored[1:]).numel()))
         turned = len(stored) == 2 and stored[::-1] == shape
-        return (flat != shape and not turned) or (A is not None and len(A.shape) != len(stored) > 1)
+        return (flat != shape and not turned) or (of_peft and A is not None and len(A.shape) != len(stored) > 1)
 
     def shape(self, path: str) -> tuple[int, ...]:
         """Return the stored shape of a module's weight. () if the checkpoint has no such weight."""

@@ -457,7 +457,8 @@ _RULES = (
          "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
     Rule(_modules(_transposed), "the factors are stored transposed", _REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
          "export the adapter again", "transposed"),
-    Rule(_modules(lambda case, module: case.base and case.base.misfits(module) and ".experts" not in module.path),
+    Rule(_modules(lambda case, module: case.base and case.base.misfits(module, case.facts.kind == "peft")
+                  and ".experts" not in module.path),
          "the update of '{module.path}' is {update}, the base's weight {weight}",
          _REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, _BASE, "shape"),
     Rule(_modules(lambda case, module: (module.rank or 0) > 16),
