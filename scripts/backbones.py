@@ -9,6 +9,7 @@ runs with an adapter and learns; few-shot and dense runs build models without cl
 
 from __future__ import annotations
 
+import argparse
 import copy
 import re
 from collections.abc import Callable, Mapping
@@ -285,6 +286,7 @@ def table() -> str:
 
 def main() -> None:
     """Write the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     atomic_write(PAGE, TABLE.sub(table(), PAGE.read_text(encoding="utf8")))
     console.stage("backbones", str(PAGE.relative_to(CHECKOUT)))
 

@@ -28,7 +28,7 @@ import torch
 from helpers.adapter_folders import state_hash
 from helpers.damage import copied
 from helpers.every_method import adapted_vit, small_vit
-from helpers.faults import OUTCOMES, SOUND, many, tried
+from helpers.faults import SOUND, many, tried
 from helpers.tiny_runs import CONFIGS
 from helpers.yaml_mutations import damaged_texts, damaged_trees
 from hypothesis import given
@@ -41,6 +41,7 @@ from vismt.config.yaml_text import parse_yaml
 from vismt.data.decode import decode_bytes
 from vismt.jobs import load_config, make_job
 
+OUTCOMES = (*SOUND, "traceback", "hang", "silent", "changed")
 # Kind -> the number of trials of the full campaign; "kills" are of each job.
 KINDS = {
     "configurations": 1000,

@@ -77,6 +77,20 @@ def test_glosses_begin_with_a_noun() -> None:
     )
 
 
+def torn_entries(text: str) -> list[str]:
+    """Return the lines that stand where an argument begins and name none."""
+    lines = [
+        line for block in re.findall(r"^ *Args:\n(.*?)(?:\n\n|\Z)", text, re.S | re.M) for line in block.splitlines()
+    ]
+    first = min((len(line) - len(line.lstrip()) for line in lines), default=0)
+    return [line for line in lines if line[first] != " " and not re.match(r" *\*{0,2}[\w, ]+: ", line)]
+
+
+def test_every_argument_has_a_line_of_its_own() -> None:
+    assert not [line for path in sorted(PACKAGE.rglob("*.py")) for line in torn_entries(docstrings(path))]
+    assert torn_entries("Args:\n    groups: Scores of a\n    group of\n        one score.\n") == ["    group of"]
+
+
 def test_the_signs_are_seen() -> None:
     text = "Return the rank; those of others differ.\n\nArgs:\n    rank: of each block.\n    alpha: Scale times rank.\n"
     assert counts([text])[1:] == (1, 1) and bare_glosses([text]) == 1

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import subprocess
+import sys
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -183,3 +185,13 @@ def test_an_unknown_key_without_a_near_one_lists_those_of_the_section(tmp_path: 
         UserError, match=r"arms\.a: unknown key 'train\.qqqqqq'\. Known: 'accumulate', .*'weight_decay'"
     ):
         with_values(FewShotConfig(), {"train.qqqqqq": 1}, "arms.a")
+
+
+def test_meanings_stand_without_docstrings() -> None:
+    """`python -OO` drops docstrings: the meanings of keys and of jobs are read from the source."""
+    code = "import sys, vismt.jobs.reference as r; print(sys.flags.optimize, *r.keys('multitask'), sep='\\n')"
+    plain, stripped = (
+        subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, check=True).stdout
+        for flags in ([], ["-OO"])
+    )
+    assert stripped.splitlines() == ["2", *plain.splitlines()[1:]] and "Seed of start values" in stripped

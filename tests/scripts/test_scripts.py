@@ -13,6 +13,7 @@ from vismt.jobs import load_config, make_job
 from vismt.report.results import read_results
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
+STARTED = sorted(path.name for path in SCRIPTS.glob("*.py") if "__main__" in path.read_text(encoding="utf8"))
 COMMON = ["--model", "test_vit", "--data", "motorcycle", "--size", "32", "48"]
 
 
@@ -77,3 +78,14 @@ def test_train_dense_runs_to_its_report(tmp_path: Path, monkeypatch) -> None:
     folder = next(tmp_path.iterdir())
     rows = [row for row in read_results(folder / "results.jsonl") if not row.further and row.arm != "constant"]
     assert (folder / "report.html").exists() and len(rows) == 1
+
+
+@pytest.mark.parametrize("script", STARTED)
+def test_a_script_starts(script: str, monkeypatch, capsys) -> None:
+    """--help imports what the script needs, prints its flags, and does none of its work."""
+    for folder in ("tests", "tests/faults"):
+        monkeypatch.syspath_prepend(str(SCRIPTS.parent / folder))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPTS / script), run_name="__main__")
+    assert not ended.value.code and capsys.readouterr().out.startswith("usage: ")

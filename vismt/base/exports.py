@@ -1,4 +1,4 @@
-"""Public names of a package, each imported from its module when it is first used.
+"""Public names of a package, each imported from its module when it is first used, and docstrings as data.
 
 A package lists its names once, as imports under `if TYPE_CHECKING:`, which type checkers and editors read. "as" with the same
 name makes them public. `exports` sets `__all__` and returns the `__getattr__` and `__dir__` that do these imports on demand, so
@@ -8,10 +8,14 @@ that importing a package loads nothing else.
 from __future__ import annotations
 
 import ast
+import contextlib
 import importlib
+import inspect
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 
 def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
@@ -41,3 +45,16 @@ def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], obje
         return value
 
     return getattr_, lambda: sorted(places)
+
+
+def docstring(item: Any) -> str:
+    """Return the own docstring of a class or function without indentation, "" if it has none.
+
+    `python -OO` drops docstrings. Then they are read from the source, where there is one.
+    """
+    text = None
+    if sys.flags.optimize > 1:
+        with contextlib.suppress(OSError, TypeError):
+            definition: Any = ast.parse(textwrap.dedent(inspect.getsource(item))).body[0]
+            text = ast.get_docstring(definition)
+    return inspect.cleandoc(text or vars(item).get("__doc__", item.__doc__) or "")

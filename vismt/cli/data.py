@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from vismt.base import console
 from vismt.base.errors import UserError
+from vismt.base.exports import docstring
 from vismt.base.registry import PLACES, with_entry_points
 from vismt.cli.commands import Commands, answer
 from vismt.config.typed import Names
@@ -86,7 +87,7 @@ def _config(options: argparse.Namespace) -> None:
         return
     if options.job is None:
         for job in JOBS:
-            about = f"Another name of {OTHER_NAMES[job]}." if job in OTHER_NAMES else job_config(job).__doc__ or ""
+            about = f"Another name of {OTHER_NAMES[job]}." if job in OTHER_NAMES else docstring(job_config(job))
             console.stage("config", f"{job:<16}{about.splitlines()[0]}")
         return
     found = keys(options.job) if options.key is None else find_keys(options.job, options.key)
@@ -282,17 +283,14 @@ def _described_methods() -> JsonObject:
 
     listed = []
     for name, method in METHODS.items():
-        text, options = (method.adapt.__doc__ or "").strip(), option_texts(method)
+        text, options = docstring(method.adapt), option_texts(method)
         rows = [{"name": option, "default": default, "about": about} for option, (default, about) in options.items()]
         shared = [
             row["name"] for row in rows if "inject" in text and row["default"] == str(COMMON.get(row["name"], ...))
         ]
         row = {"name": name, "about": text.splitlines()[0], "options": rows, "shared": shared}
         listed.append({**row, "merges": method.merges, "exports": method.exports})
-    families = [
-        {"name": prefix, "about": (make.__doc__ or "").strip().splitlines()[0]}
-        for prefix, make in METHODS.families.items()
-    ]
+    families = [{"name": prefix, "about": docstring(make).splitlines()[0]} for prefix, make in METHODS.families.items()]
     return {"methods": listed, "families": families}
 
 
@@ -304,7 +302,7 @@ def option_texts(method: Method) -> dict[str, tuple[str, str]]:
     """
     from vismt.lowrank.model.inject import COMMON
 
-    named = sorted(re.findall(r"`(\w+)`", method.adapt.__doc__ or ""), key="inject".__eq__)
+    named = sorted(re.findall(r"`(\w+)`", docstring(method.adapt)), key="inject".__eq__)
     documented = [*filter(None, map(method.adapt.__globals__.get, named)), method.adapt]  # the last text counts
     label = "(?:" + "|".join(map(re.escape, (*method.options, *_GIVEN))) + ")"
     pattern = re.compile(
@@ -312,7 +310,7 @@ def option_texts(method: Method) -> dict[str, tuple[str, str]]:
     )
     texts: dict[str, str] = {}
     for item in documented:
-        for names, text in pattern.findall(" ".join((item.__doc__ or "").split())):
+        for names, text in pattern.findall(" ".join(docstring(item).split())):
             texts |= dict.fromkeys(names.split(", "), text.strip())
     defaults = COMMON | {name: p.default for name, p in inspect.signature(method.adapt).parameters.items()}
     return {name: (str(defaults[name]), texts.get(name, "")) for name in method.options}

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from vismt.base.errors import UserError
+from vismt.base.exports import docstring
 from vismt.base.registry import Registry, with_entry_points
 from vismt.data.division import validation_parts
 from vismt.data.set_entries import check_apart, check_row_names
@@ -46,7 +47,7 @@ def evaluate_section(*provides: str) -> Callable[[type[Section]], type[Section]]
             check_split(self, getattr(self, "split", "test"))
             getattr(own, "__post_init__", lambda section: None)(self)
 
-        content: dict[str, Any] = {"__doc__": own.__doc__, "__module__": own.__module__}
+        content: dict[str, Any] = {"__doc__": docstring(own), "__module__": own.__module__}
         content |= {"ELSEWHERE": elsewhere, "REFUSED": reasons}
         content |= {"PROVIDES": frozenset(provides), "__post_init__": check}
         return dataclass(type(own.__name__, (*keys, own), content))

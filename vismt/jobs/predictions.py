@@ -207,10 +207,12 @@ def predict_classes(
     images at a time is in memory.
 
     Args:
-        net: Function from images (b, 3, size, size) in [0, 1] to logits (b, k), on the device of this process. size: Size of
-        the images in pixels. Other images are resized by their shorter side and cropped to the centre, as in evaluation.
-        groups: Softmaxes, which together have all k outputs in their order. Each has a row. images: Class folder by image, as
-        `images_for` returns them. label: Name of the model in the progress bar.
+        net: Function from images (b, 3, size, size) in [0, 1] to logits (b, k), on the device of this process.
+        size: Size of the images in pixels. Other images are resized by their shorter side and cropped to the centre, as in
+            evaluation.
+        groups: Softmaxes, which together have all k outputs in their order. Each has a row.
+        images: Class folder by image, as `images_for` returns them.
+        label: Name of the model in the progress bar.
     """
     device, files = runtime.processes().device, list(images)
     rows: list[Row] = []

@@ -7,7 +7,6 @@ known names and the range.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import re
 import typing
@@ -17,6 +16,7 @@ from types import NoneType
 from typing import Annotated, Any, Literal
 
 from vismt.base.errors import UserError, near
+from vismt.base.exports import docstring
 from vismt.config.sections import RunConfig, default_of
 from vismt.config.typed import MAPPINGS, Names, Range, describe_type, is_union
 from vismt.jobs import JOBS, job_config
@@ -49,7 +49,7 @@ def meanings(cls: type) -> dict[str, str]:
     """Return the meaning of every field of a dataclass: the entries under `Args:` in its docstring and in its bases."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        entries = inspect.cleandoc(base.__dict__.get("__doc__") or "").partition("\nArgs:\n")[2]
+        entries = docstring(base).partition("\nArgs:\n")[2]
         name = ""
         for line in entries.splitlines():
             entry = ENTRY.fullmatch(line)
@@ -98,7 +98,7 @@ def _keys(cls: type, prefix: str) -> Iterator[Key]:
             if isinstance(mark, Names) and mark.options:
                 registry: Any = mark.known()
                 for name in registry:
-                    about = inspect.cleandoc(registry[name].__doc__).splitlines()[0]
+                    about = docstring(registry[name]).splitlines()[0]
                     yield Key(f"{path}[{name}]", "section", "its keys' defaults", about, [], True)
                     yield from _keys(registry[name], f"{path}[{name}].")
 

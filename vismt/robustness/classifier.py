@@ -85,8 +85,8 @@ def load_classifier(
             normalisation and names of the classes.
         num_classes: Number of classes, by default the number in the weights. Another number is refused, because a fresh head
             classifies nothing.
-        architecture: The timm model of a file, or the "module:function" that builds the module whose state_dict the file has. By
-            default, config.json beside the file names the model and img_size.
+        architecture: The timm model of a file, or the "module:function" that builds the module whose state_dict the file has.
+            By default, config.json beside the file names the model and img_size.
         pretrained: Whether timm fetches the weights of a name.
         img_size: Size of the model's images in pixels. By default, the size in config.json beside a file, or of the timm model.
             Your own module needs a size.
@@ -141,8 +141,7 @@ def classifier_of(model: nn.Module, img_size: int | None = None) -> PixelClassif
 
     Args:
         model: A timm model, a PixelClassifier, or any module that maps images float (b, 3, h, w) in [0, 1] to logits (b, c). A
-        timm
-            model gets images that are normalised by its pretrained_cfg.
+            timm model gets images that are normalised by its pretrained_cfg.
         img_size: Size of the images in pixels, by default the size of a timm model.
 
     Raises:
@@ -243,8 +242,8 @@ def classifier_from_function(name: str, size: int | None = None) -> tuple[nn.Mod
         name: Name "module:function". The module is imported with the current folder on the path. The function returns
             (classifier, number of classes), or only the classifier. The classifier is an nn.Module that maps images float (b,
             3, h, w) in [0, 1] to logits (b, number of classes), normalisation included.
-        size: Size of an image in pixels. If the function returns only the classifier, it is run on an image of this size to find
-            its number of classes.
+        size: Size of an image in pixels. If the function returns only the classifier, it is run on an image of this size to
+            find its number of classes.
 
     Returns:
         The classifier in eval mode, and its number of classes.

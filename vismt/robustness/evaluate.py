@@ -101,11 +101,9 @@ def evaluate_examples(
 
     Args:
         model: Module from images float (b, 3, h, w) in [0, 1] to logits (b, num_classes), normalisation included. Its mode and
-        its
-            parameters' flags are restored afterwards.
+            its parameters' flags are restored afterwards.
         batches: Batches (images, labels (b,)) or (images, labels, ids), in the same order and sizes at every call. Ids are
-        running
-            numbers by default.
+            running numbers by default.
         specs: Attacks and corruptions with different texts.
         num_classes: Number of logits. Labels are 0..num_classes-1.
         features: Features of the evaluation, which record their own columns (vismt/evaluation).
@@ -114,8 +112,8 @@ def evaluate_examples(
         fingerprint: The caller's name for the weights. A file of other weights is refused.
         examples: Text that tells the images from others of the same names. A file of other images is refused.
         label: Text of the progress bar.
-        keep: Function that is called with each attack's text, the number of the batch and its arrays: "ids", "labels" int64 (b,),
-            "clean" and "attacked" float32 (b, 3, h, w), and "answers" int64 (b,) on the attacked images.
+        keep: Function that is called with each attack's text, the number of the batch and its arrays: "ids", "labels" int64
+            (b,), "clean" and "attacked" float32 (b, 3, h, w), and "answers" int64 (b,) on the attacked images.
 
     Returns:
         Records in the order of the examples. Each has id, label, the predictions "clean" and "<condition>", and the distances

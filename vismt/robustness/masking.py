@@ -98,10 +98,12 @@ def check_masking(
     """Run an attack on a classifier at growing radii, and `strong` at the attack's own radius.
 
     Args:
-        model: Model as for `evaluate_classifier`. batches: Batches as for `evaluate_classifier`. spec: Attack to run. Its step
-        keeps its ratio to the radius. num_classes: Number of logits. epsilons: Radii. By default 0, half of the attack's
-        radius, the radius, its double, and the norm of a change of every pixel
-            by 64/255.
+        model: Model as for `evaluate_classifier`.
+        batches: Batches as for `evaluate_classifier`.
+        spec: Attack to run. Its step keeps its ratio to the radius.
+        num_classes: Number of logits.
+        epsilons: Radii. By default 0, half of the attack's radius, the radius, its double, and the norm of a change of every
+            pixel by 64/255.
         **options: Further options of `evaluate_classifier`, such as a file of records.
 
     Returns:

@@ -160,8 +160,7 @@ class Estimate:
 
         Args:
             groups: Scores by seed of each independent group: scores of a model, or differences of two models seed by seed. A
-            group of
-                one score has no spread.
+                group of one score has no spread.
         """
         spreads = tuple((variance(scores) / len(scores), len(scores) - 1.0) for scores in groups if len(scores) > 1)
         if not spreads:

@@ -77,11 +77,11 @@ class GaussianHead(nn.Module, ABC):
         """Return class probabilities (b, k) fp32, averaged over the distribution of the logits.
 
         Args:
-            features: Features (b, d), float, from one pass of the backbone for any number of samples. samples: Number of draws
-            of the k logits, over which the softmax is averaged. None means 20. generator: Generator of the draws. None for the
-            global generator. method: "sample", or "probit", an approximation without draws that is more accurate than 20 draws.
-            None means "sample" if
-                `samples` is given, and otherwise "probit".
+            features: Features (b, d), float, from one pass of the backbone for any number of samples.
+            samples: Number of draws of the k logits, over which the softmax is averaged. None means 20.
+            generator: Generator of the draws. None for the global generator.
+            method: "sample", or "probit", an approximation without draws that is more accurate than 20 draws. None means
+                "sample" if `samples` is given, and otherwise "probit".
 
         Raises:
             UserError: For features that do not fit, `samples` below 1, or an unknown method.

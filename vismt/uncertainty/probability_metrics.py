@@ -202,9 +202,9 @@ class ProbabilityMeasure:
             values.
         parts_column: Field in the record of a group of examples, such as an episode, for the mean of the parts. By default
             `column`.
-        parts_field: Range of the mean. measure: Function measure(parts, group of each row or None) that returns the values (n,)
-        whose mean is the score, and changes
-            of the fields of `Measure`. None for a mean.
+        parts_field: Range of the mean.
+        measure: Function measure(parts, group of each row or None) that returns the values (n,) whose mean is the score, and
+            changes of the fields of `Measure`. None for a mean.
     """
 
     metric: str

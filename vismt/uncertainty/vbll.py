@@ -138,8 +138,8 @@ class VBLLOptions:
     """The settings of a VBLL head beside its sizes.
 
     Args:
-        covariance: Form of the covariance of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for d
-            up to a few hundred).
+        covariance: Form of the covariance of each row: "diagonal" (k d numbers), "lowrank" (k d (r + 1)) or "dense" (k d^2, for
+            d up to a few hundred).
         prior_scale: Scale of the prior. The prior variance of a weight is prior_scale * 2 / d.
         covariance_rank: Rank r of "lowrank". None means 3.
         noise_dof: Degrees of freedom of the noise prior, with nu = (noise_dof + k + 1) / 2.
@@ -180,11 +180,13 @@ class VBLLClassifier(GaussianHead):
     mean.
 
     Args:
-        in_features: Number d of features. num_classes: Number k of classes, at least 2. num_train: Number N of training
-        examples. covariance: "diagonal", "lowrank" or "dense", as in `VBLLOptions`. prior_scale: Scale of the prior. The prior
-        variance of a weight is prior_scale * 2 / d. rows: Start values (k, d) of the means and centre of the prior (rows of a
-        trained linear head, or of an LM head for the answer
-            tokens). None for a prior at 0 and means from N(0, 2 / d).
+        in_features: Number d of features.
+        num_classes: Number k of classes, at least 2.
+        num_train: Number N of training examples.
+        covariance: "diagonal", "lowrank" or "dense", as in `VBLLOptions`.
+        prior_scale: Scale of the prior. The prior variance of a weight is prior_scale * 2 / d.
+        rows: Start values (k, d) of the means and centre of the prior (rows of a trained linear head, or of an LM head for the
+            answer tokens). None for a prior at 0 and means from N(0, 2 / d).
         seed: Seed of the start values. The global generator is not used.
         device: Device of the parameters.
         **options: Further fields of `VBLLOptions`.

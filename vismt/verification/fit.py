@@ -40,8 +40,7 @@ class Fit:
 
     Args:
         kind: right, factor (M = round(W + factor D)), other (M - W is not a multiple of D), unresolved (rounding leaves fewer
-        than
-            FEWEST elements that D moves), or none (D is zero).
+            than FEWEST elements that D moves), or none (D is zero).
         factor: Factor k of the update.
         rule: Mistake that gives this factor.
         scale: c.

@@ -52,10 +52,11 @@ class Scored:
     """A pooled score.
 
     Args:
-        value: Score of all images. numbers: Everything that the metric computes. None stands for NaN (a class that no image
-        has), which JSON lacks. images: psi by image. further: psi by image of the other numbers of the task, by their keys. A
-        number that is undefined, or undefined without one
-            image (the IoU of a class that a single image has), is left out.
+        value: Score of all images.
+        numbers: Everything that the metric computes. None stands for NaN (a class that no image has), which JSON lacks.
+        images: psi by image.
+        further: psi by image of the other numbers of the task, by their keys. A number that is undefined, or undefined without
+            one image (the IoU of a class that a single image has), is left out.
         examples: Field of `vismt.report.results.Result`.
     """
 

@@ -276,11 +276,12 @@ class EpisodeSampler(LabelledSet):
         seed: Seed of all episodes.
         superclass: Superclass of each class, (n_classes,). An episode then draws a superclass and its ways within it, both
             uniformly.
-        classes: Ids to draw from (a split), by default all. names: Class names for messages. groups: Integers (n,) that are
-        equal for images that depend on each other. None if all images are independent. parts: Largest number of disjoint parts.
-        The images of each class are divided, into as many parts as the smallest class has
-            images and groups for. If there would be fewer than FEWEST_PARTS, the classes are divided (superclasses stay whole),
-            into parts of at least `ways` classes. If a part would still have fewer, no parts are made.
+        classes: Ids to draw from (a split), by default all.
+        names: Class names for messages.
+        groups: Integers (n,) that are equal for images that depend on each other. None if all images are independent.
+        parts: Largest number of disjoint parts. The images of each class are divided, into as many parts as the smallest class
+            has images and groups for. If there would be fewer than FEWEST_PARTS, the classes are divided (superclasses stay
+            whole), into parts of at least `ways` classes. If a part would still have fewer, no parts are made.
 
     Raises:
         UserError: If ways < 2, shots or queries < 1, classes are empty or too few, or a class has fewer than K + Q images.

@@ -29,10 +29,10 @@ from vismt.multitask.metrics.inputs import (
     require_numbers,
     to_fp64,
 )
-from vismt.multitask.tasks.maps import LEAST
 
 _CONVENTIONS = ("pooled", "libmtl")
 POWERS = 3
+LEAST = 1e-9  # smallest predicted depth (a depth of 0 has no logarithm)
 
 
 class DepthErrors(Sums):

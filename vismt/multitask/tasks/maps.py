@@ -74,7 +74,6 @@ DEPTH_NUMBERS = {
     **{f"delta{power}": Number(f"delta {power}", share=True) for power in (1, 2, 3)},
 }
 DEPTH_MEASURES = ("rmse", "abs_err", "abs_rel", "log_rmse")  # measures that can be the score
-LEAST = 1e-9  # smallest predicted depth (a depth of 0 has no logarithm)
 RAMP = (
     (0.99, 0.91, 0.15),
     (0.45, 0.80, 0.36),
@@ -252,6 +251,8 @@ class Depth(MapTask):
 
     def answer(self, prediction: Tensor) -> Tensor:
         """Return the depths that are scored."""
+        from vismt.multitask.metrics.depth import LEAST
+
         return prediction[0] if self.convention == "libmtl" else prediction[0].clamp_min(LEAST)
 
     def metric(self) -> Metric:

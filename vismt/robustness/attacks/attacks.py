@@ -212,8 +212,7 @@ def attack(model: nn.Module, images: Tensor, labels: Tensor, spec: AttackSpec, *
 
     Args:
         model: Module that maps images to logits (b, num_classes) and normalises them itself. Its mode and its parameters' flags
-        are
-            restored afterwards.
+            are restored afterwards.
         images: Images, float (b, 3, h, w) in [0, 1].
         labels: Integers (b,) in 0..num_classes-1.
         spec: The attack. With epsilon 0 the images are returned.
