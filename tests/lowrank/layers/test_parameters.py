@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -171,6 +172,25 @@ def test_a_module_of_experts_by_itself(tmp_path) -> None:
     merged = vismt.merge(model)
     assert torch.allclose(merged(x), moved, atol=1e-5)
     assert [name for name, _ in merged.named_parameters()] == ["first", "stack", "last"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_threads_read_sums_of_their_own(kind: str) -> None:
+    model = shake(adapted(kind), 0.1)
+
+    def ask(number: int) -> Tensor:
+        # Forwards with gradients run beside forwards without.
+        with torch.set_grad_enabled(number % 3 == 0):
+            output = run(model, kind)
+        if number % 3:
+            return output
+        return torch.autograd.grad(output.square().sum(), [p for p in model.parameters() if p.requires_grad])[0]
+
+    expected = [ask(number) for number in range(3)]
+    with ThreadPoolExecutor(4) as pool:
+        for number, answer in enumerate(pool.map(ask, range(300))):
+            assert torch.equal(answer, expected[number % 3]), number
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_an_error_in_the_forward_leaves_nothing_behind() -> None:

@@ -4,18 +4,20 @@
 
 While the owner's forward runs, its attribute is the tensor W + DeltaW that the layer returns. Every implementation of that
 forward (a loop over the experts that are hit, batched and grouped products, fused attention) therefore reads the adapted
-weight. Code that reads the attribute at another time gets the layer, which stands for the same tensor in any function of torch.
-A state dict with stock keys can be loaded meanwhile. Encoders of torch.nn read the weights of all their linears in one fused
-kernel if no gradient is needed. That kernel is switched off while an encoder with a layer in it runs.
+weight. Each thread has sums of its own. Code that reads the attribute at another time gets the layer, which stands for the same
+tensor in any function of torch. For that the owner has a subclass of its class, under the same name, while it is adapted. A
+state dict with stock keys can be loaded meanwhile. Encoders of torch.nn read the weights of all their linears in one fused
+kernel if no gradient is needed. The subclass of an encoder with a layer in it says that it does not fit that kernel.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable
+from functools import cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -93,31 +95,29 @@ def module_at(model: nn.Module, path: str) -> nn.Module:
 
 def to_modules(model: nn.Module, paths: Iterable[str]) -> None:
     """Make modules of the parameters among `paths`. Owners that read weights themselves then read the adapted weights."""
-    owners = {}
     modules = {path: module_at(model, path) for path in paths}
+    readers: dict[Any, list[str]] = {}
     for path, module in modules.items():
         owner, name = _owner(model, path)
         if isinstance(module, ParameterModule) and name in owner._parameters:
             del owner._parameters[name]
             owner._modules[name] = module
-            owners[id(owner)] = owner
+            readers.setdefault(owner, []).append(name)
         elif is_attention(owner):
-            owners[id(owner)] = owner
-    for owner in owners.values():
-        owner.register_forward_pre_hook(_read)
-        owner.register_forward_hook(_drop, always_call=True)
-        owner.register_load_state_dict_pre_hook(_accept_stock_keys)
-    adapted = {id(module) for module in modules.values()}
-    for module in model.modules():
-        if isinstance(module, ENCODERS) and any(id(inner) in adapted for inner in module.modules()):
-            module.register_forward_pre_hook(_without_kernel)
-            module.register_forward_hook(_with_kernel, always_call=True)
+            readers.setdefault(owner, []).append(name)
+    adapted = set(modules.values())
+    encoders = [module for module in model.modules() if isinstance(module, ENCODERS)]
+    readers |= {encoder: [] for encoder in encoders if not adapted.isdisjoint(encoder.modules())}
+    for reader, names in readers.items():
+        stock: Any = type(reader)
+        reader.__class__ = _reading(stock, tuple(names))
 
 
 def to_parameters(model: nn.Module) -> None:
-    """Make every such module a parameter again, in the stock order, and leave no hook. This is the inverse of `to_modules`."""
-    ours = (_read, _drop, _accept_stock_keys, _without_kernel, _with_kernel)
+    """Make every such module a parameter again, in the stock order, under its own class. This is the inverse of `to_modules`."""
     for owner in list(model.modules()):
+        if isinstance(owner, _Reading):
+            owner.__class__ = owner.vismt_reading[0]  # type: ignore[assignment]
         modules = {name: child for name, child in owner._modules.items() if isinstance(child, ParameterModule)}
         for name, child in modules.items():
             del owner._modules[name]
@@ -126,11 +126,6 @@ def to_parameters(model: nn.Module) -> None:
             order = [*(known for known in child.names if known in present), *present]
             owner._parameters.clear()
             owner._parameters.update({known: present[known] for known in order})
-        # Hooks are recognised by their functions, because copies and pickles of a module keep no handles of hooks.
-        for table in (owner._forward_pre_hooks, owner._forward_hooks, owner._load_state_dict_pre_hooks):
-            for key in [key for key, hook in table.items() if getattr(hook, "hook", hook) in ours]:
-                del table[key]
-                owner._forward_hooks_always_called.pop(key, None)
 
 
 def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -138,34 +133,74 @@ def _owner(model: nn.Module, path: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), name
 
 
-def _read(owner: nn.Module, args: object) -> None:
-    child: Any
-    for name, child in owner._modules.items():
-        if getattr(child, "of_parameter", False):
-            owner.__dict__[name] = child()
-        elif getattr(child, "weight_readable", False):
-            child.__dict__["weight"] = child.adapted_weight()
+class _Linear(NamedTuple):
+    """What nn.MultiheadAttention reads of `out_proj`."""
+
+    weight: Tensor
+    bias: Tensor | None
 
 
-def _drop(owner: nn.Module, args: object, output: object) -> None:
-    for name, child in owner._modules.items():
-        owner.__dict__.pop(name, None)
-        if child is not None:
-            child.__dict__.pop("weight", None)
+class _Forwards(threading.local):
+    """Sums that the running forwards of this thread have read, by id of the owner and name."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, dict[str, Any]] = {}
 
 
-def _accept_stock_keys(owner: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
-    for name, child in owner._modules.items():
-        if getattr(child, "of_parameter", False) and f"{prefix}{name}" in state:
-            state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}")
+_FORWARDS = _Forwards()
 
 
-def _without_kernel(encoder: nn.Module, args: object) -> None:
-    if not torch.compiler.is_compiling():  # compiled code cannot call this, and a hook is enough for it
-        encoder.__dict__["fused_kernel"] = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
+class _Reading(nn.Module):
+    """Part of the class of an owner while it is adapted."""
+
+    vismt_reading: tuple[type[nn.Module], tuple[str, ...]]  # arguments of `_reading`
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        _FORWARDS.sums[id(self)] = {}
+        try:
+            return super().__call__(*args, **kwargs)
+        finally:
+            del _FORWARDS.sums[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        state: Any = super().__reduce_ex__(protocol)
+        return _new, self.vismt_reading, *state[2:]  # a class without a module of its own cannot be pickled
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        for name, child in self._modules.items():
+            if getattr(child, "of_parameter", False) and f"{prefix}{name}" in state:
+                state[f"{prefix}{name}.weight"] = state.pop(f"{prefix}{name}")
+        super()._load_from_state_dict(state, prefix, *args)
 
 
-def _with_kernel(encoder: nn.Module, args: object, output: object) -> None:
-    if "fused_kernel" in encoder.__dict__:
-        torch.backends.mha.set_fastpath_enabled(encoder.__dict__.pop("fused_kernel"))
+@cache
+def _reading(stock: Any, read: tuple[str, ...]) -> Any:
+    """Return the subclass for owners of class `stock` whose forward reads the sums of the children `read`."""
+    members: dict[str, Any] = {name: _sum(name) for name in read}
+    if issubclass(stock, ENCODERS):  # attributes by which torch chooses the fused kernel
+        members |= {
+            "activation_relu_or_gelu": property(lambda encoder: 0),
+            "use_nested_tensor": property(lambda encoder: False),
+        }
+    named = {name: getattr(stock, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(stock.__name__, (_Reading, stock), {**named, **members, "vismt_reading": (stock, read)})
+
+
+def _new(*reading: Any) -> nn.Module:
+    cls = _reading(*reading)
+    return cls.__new__(cls)
+
+
+def _sum(name: str) -> property:
+    """Return the attribute of a child: its sum while the owner's forward runs in this thread, itself at another time."""
+
+    def read(owner: nn.Module) -> Any:
+        sums = _FORWARDS.sums.get(id(owner))
+        child: Any = owner._modules[name]
+        if sums is None or not getattr(child, "weight_readable", False):
+            return child
+        if name not in sums:
+            sums[name] = child() if child.of_parameter else _Linear(child.adapted_weight(), child.bias)
+        return sums[name]
+
+    return property(read)
