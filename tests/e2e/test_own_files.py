@@ -11,6 +11,7 @@ import pytest
 from helpers.tiny_runs import contents, refused
 from PIL import Image
 
+import vismt
 from vismt.cli import main
 from vismt.jobs.predictions import TABLE
 from vismt.storage.outputs import NOTE
@@ -57,7 +58,7 @@ def test_the_maps_of_one_photo_never_replace_those_of_another(
     assert not (tmp_path / "maps").exists()
     for _ in range(2):  # what vismt wrote it may write again
         assert main([*map(str, command), "--quiet"]) == 0
-    assert set(contents(tmp_path / "maps")) == {"a.png", "a-depth.png", NOTE}
+    assert set(contents(tmp_path / "maps")) == {"a.png", "a-depth.png", TABLE, NOTE}
 
 
 def test_a_photo_of_two_dots_stays_in_the_folder(runs: dict[str, Path], photos: Path, tmp_path: Path) -> None:
@@ -69,22 +70,43 @@ def test_a_photo_of_two_dots_stays_in_the_folder(runs: dict[str, Path], photos: 
     assert all(name.startswith("maps/") for name in contents(tmp_path / "to"))
 
 
-def test_names_of_photos_are_rows_of_a_table_or_refused(
-    runs: dict[str, Path], photos: Path, tmp_path: Path, monkeypatch, capsys
+@pytest.mark.parametrize("job", ["multitask", "dense"])
+def test_every_file_of_a_folder_is_a_row_or_counted(
+    runs: dict[str, Path], job: str, photos: Path, tmp_path: Path, capsys
 ) -> None:
     (photos / "a.png").rename(photos / "a\rb,\n.png")
-    command = ["predict", str(runs["multitask"]), str(photos), "--to", str(tmp_path / "to"), "--quiet"]
-    assert main(command) == 0
-    with (tmp_path / "to" / TABLE).open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert sorted({row["image"] for row in rows}) == sorted(map(str, photos.iterdir()))
-
+    (photos / "sub").mkdir()
+    (photos / "a-depth.png").rename(photos / "sub" / "a.png")
+    bad = {"empty.png": "0 bytes", "gone.jpg": "No such file", "text.jpg": "none of BMP", "torn.png": "truncated"}
+    (photos / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    (photos / "text.jpg").write_text("no image")
+    (photos / "empty.png").write_bytes(b"")
+    (photos / "torn.png").write_bytes((photos / "sub" / "a.png").read_bytes()[:90])
     odd = os.fsdecode(os.fsencode(photos) + b"/caf\xe9.png")
     Image.new("RGB", (40, 50)).save(odd)
-    monkeypatch.setattr("vismt.jobs.predictions.decode_file", lambda path: pytest.fail("the images are read"))
-    before = contents(tmp_path / "to")
-    assert "caf?.png' is not UTF-8; rename the file" in refused(capsys, *command)
-    assert contents(tmp_path / "to") == before
+    (photos / "notes.txt").write_text("mine")
+    to = tmp_path / "to"
+    capsys.readouterr()
+    assert main(["predict", str(runs[job]), str(photos), "--to", str(to), "--maps"]) == 2
+    printed = capsys.readouterr()
+    assert "8 seen   2 answered   5 failed   1 left out: files without the name of an image" in printed.out
+    assert printed.err.count("\n") == 1 and "5 without an answer" in printed.err and "on_bad_sample" not in printed.err
+    with (to / TABLE).open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert {row["image"] for row in rows if not row["error"]} == {
+        str(photos / "a\rb,\n.png"),
+        str(photos / "sub/a.png"),
+    }
+    errors = {Path(row["image"]).name: row["error"] for row in rows if row["error"]}
+    assert errors.keys() == {*bad, "caf?.png"} and "not UTF-8; rename" in errors["caf?.png"]
+    for name, reason in bad.items():
+        assert reason in errors[name]
+    if job == "dense":
+        assert (to / "sub-a.png").exists() and {row["picture"] for row in rows} == {"", "a\rb,\n.png", "sub-a.png"}
+    else:
+        assert np.load(to / "predictions.npz")["probabilities"].shape[0] == 2
+    found = vismt.predict(runs[job], [photos / "text.jpg", photos / "sub"], to=tmp_path / "python")
+    assert (found.answered, len(found.failed)) == (1, 1)
 
 
 def test_a_table_of_the_user_is_kept(runs: dict[str, Path], photos: Path, capsys) -> None:

@@ -69,8 +69,19 @@ def test_text_is_that_of_the_merged_model_greedy_or_drawn(tmp_path: Path) -> Non
     assert drawn[0] == drawn[1] != drawn[2] and drawn[0] != found
     with pytest.raises(UserError, match="top is for models that choose among classes"):
         vismt.predict(run, asked, top=2)
+    other = rows_of(tmp_path / "other.jsonl", [{"text": "two"}])
     with pytest.raises(UserError, match="no field 'question'"):
-        vismt.predict(run, rows_of(tmp_path / "other.jsonl", [{"text": "two"}]))
+        vismt.predict(run, other)
+
+    # A bad line, and a row without the field, are rows with their errors.
+    asked.write_text(asked.read_text().replace("\n", '\n{"question": \n\n[1]\n', 1))
+    command = ["predict", str(run), str(asked), str(other), "--new-tokens", "6"]
+    assert main([*command, "--quiet"]) == 2
+    again = [json.loads(line) for line in (run / "predictions/predictions.jsonl").read_text().splitlines()]
+    errors = [row.get("predicted_error", "") for row in again]
+    assert [again[0], again[3], again[4]] == found
+    assert "line 2: is not a JSON object" in errors[1] and "line 4: is not a JSON object" in errors[2]
+    assert "no field 'question'" in errors[5] and again[5]["text"] == "two"
 
 
 def test_classes_have_probabilities_and_sets_beside_the_fields_of_a_row(tmp_path: Path) -> None:

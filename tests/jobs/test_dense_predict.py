@@ -10,11 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from vismt.base.errors import UserError
 from vismt.config.typed import build
 from vismt.jobs.multitask import maps_predict as dense_predict
 from vismt.jobs.multitask.config import MultitaskConfig
-from vismt.jobs.predictions import Options
+from vismt.jobs.predictions import Options, image_files
 from vismt.multitask.tasks import make_task
 from vismt.multitask.tasks.maps import InverseDepth
 
@@ -54,7 +53,8 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
             Image.fromarray(np.zeros((height, width, 3), np.uint8)).save(images[-1])
         net = SimpleNamespace(to=lambda device: None)
         options = Options(maps=True, **how)
-        dense_predict.predict_images(config, net, "adapted", images, tmp_path, options, {})
+        files = image_files(images, tmp_path / "to")
+        dense_predict.predict_images(config, net, "adapted", files, tmp_path, options, {})
         return [dict(np.load(path.with_suffix(".npz"))) for path in images]
 
     return SimpleNamespace(run=run, calls=calls)
@@ -144,26 +144,29 @@ def test_maps_are_pictures_alone_and_over_the_image(answers, tmp_path: Path) -> 
 
 def test_the_names_of_all_files_are_known_before_anything_is_written() -> None:
     tasks = {"depth": make_task("depth"), "classify": make_task({"name": "classify", "classes": 2})}
-    images = [Path("a.png"), Path("b/..png")]
+    images = {Path("a.png"): Path("a.png"), Path("b/..png"): Path("..png"), Path("b/c/a.png"): Path("c/a.png")}
     names = [name for name, _ in dense_predict.output_names(images, tasks, maps=True)]
-    maps = [f"{stem}{ending}" for stem in ("a", ".") for ending in (".png", ".npz", "-depth.png", "-depth-overlay.png")]
+    maps = [
+        f"{stem}{ending}"
+        for stem in ("a", ".", "c-a")
+        for ending in (".png", ".npz", "-depth.png", "-depth-overlay.png")
+    ]
     assert names == [*maps, "predictions.csv"]
-    assert [name for name, _ in dense_predict.output_names(images, tasks, maps=False)] == ["a.png", "..png", names[-1]]
+    assert [name for name, _ in dense_predict.output_names(images, tasks, maps=False)] == [
+        *("a.png", "..png", "c-a.png", names[-1])
+    ]
 
 
-def test_images_that_cannot_be_drawn_are_refused_before_anything_is_written(tmp_path: Path) -> None:
-    paths = [tmp_path / folder / "0.png" for folder in ("a", "b")]
-    for path in paths:
-        path.parent.mkdir()
-        Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
-    dense_predict.check_images(paths)
-    assert dense_predict.check_images(paths[:1], 16) is None
-    with pytest.raises(UserError, match=r"4 x 4 pixels; .* of up to 15 pixels"):
-        dense_predict.check_images(paths[:1], 15)
+def test_images_that_cannot_be_drawn_have_the_reason(tmp_path: Path) -> None:
+    path = tmp_path / "0.png"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    assert dense_predict.drawable(path).shape == dense_predict.drawable(path, 16).shape == (3, 4, 4)
+    most = dense_predict.drawable(path, 15)["error"]
+    assert "4 x 4 pixels; at their own size this run takes up to 15 pixels" in most
     for size in ((300, 1), (1, 300), (68, 4)):
-        Image.fromarray(np.zeros(size, np.uint8)).save(paths[1])
-        with pytest.raises(UserError, match=rf"{size[1]} x {size[0]} pixels; one side may be 16 times the other"):
-            dense_predict.check_images(paths[1:])
-    paths[0].write_bytes(b"not an image")
-    with pytest.raises(UserError):
-        dense_predict.check_images(paths[:1])
+        Image.fromarray(np.zeros(size, np.uint8)).save(path)
+        assert (
+            f"{size[1]} x {size[0]} pixels; one side may be 16 times the other" in dense_predict.drawable(path)["error"]
+        )
+    path.write_bytes(b"not an image")
+    assert dense_predict.drawable(path)["error"].startswith(f"{path}: cannot be decoded (12 bytes: it is none of BMP")

@@ -13,16 +13,27 @@ from vismt.base.errors import UserError
 from vismt.jobs.predictions import class_row, image_files, write_rows
 
 
-def test_a_folder_stands_for_its_images(tmp_path: Path) -> None:
-    names = ["b.png", "a.JPG", "notes.txt"]
-    for name in names:
+def test_a_folder_stands_for_the_images_in_and_below_it_and_others_are_counted(tmp_path: Path) -> None:
+    for name in (
+        "b.png",
+        "a.JPG",
+        "notes.txt",
+        "sub/deep/c.png",
+        ".hidden.png",
+        "__MACOSX/d.png",
+        "sub/e.csv",
+        "to/f.png",
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    (tmp_path / "c.png").mkdir()
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "link").symlink_to(tmp_path / "sub")
     (tmp_path / "empty").mkdir()
-    found = image_files([tmp_path, Path("x.png")])
-    assert [path.name for path in found] == ["a.JPG", "b.png", "x.png"]
+    found = image_files([tmp_path, Path("x.png")], tmp_path / "to")
+    assert [str(place) for place in found.places.values()] == ["a.JPG", "b.png", "gone.png", "sub/deep/c.png", "x.png"]
+    assert sorted(found.left_out.values()) == [1, 2, 3]  # written, hidden, of other names
     with pytest.raises(UserError, match=r"empty' has no image file \(.bmp, .gif"):
-        image_files([tmp_path / "empty"])
+        image_files([tmp_path / "empty"], tmp_path / "to")
 
 
 def test_rows_name_the_likeliest_classes_and_the_set(tmp_path: Path) -> None:

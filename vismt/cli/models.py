@@ -150,6 +150,10 @@ def _predict(options: argparse.Namespace) -> None:
     for path in found.files:
         console.stage("predict", str(path))
     answer(options, asdict(found))
+    if found.failed:
+        raise UserError(
+            f"predict: {len(found.failed):,} without an answer, whose rows have the errors: {found.failed[0]}"
+        )
 
 
 def _pool(options: argparse.Namespace) -> None:

@@ -84,15 +84,15 @@ def open_image(data: bytes, shown: str, fix: str = FIX) -> Iterator[Image.Image]
             yield image
 
 
-def decode_bytes(data: bytes, shown: str) -> Tensor:
+def decode_bytes(data: bytes, shown: str, fix: str = FIX) -> Tensor:
     """Return an encoded image as uint8 (3, h, w). Raise UserError, with `shown`, like `open_image`."""
-    with open_image(data, shown) as image:
+    with open_image(data, shown, fix) as image:
         return to_rgb(image)
 
 
-def decode_file(path: Path) -> Tensor:
+def decode_file(path: Path, fix: str = FIX) -> Tensor:
     """Return an image file as uint8 (3, h, w). Raise UserError, with the file, if it cannot be read or decoded."""
-    return decode_bytes(read_image_bytes(path), str(path))
+    return decode_bytes(read_image_bytes(path), str(path), fix)
 
 
 def read_image_bytes(path: Path) -> bytes:

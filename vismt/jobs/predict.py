@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.backbones import timm_models
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
@@ -28,15 +29,19 @@ SUPPORT_BYTES = 2**30  # of the support's pixels, which few-shot classifiers tak
 
 
 def predict_inputs(source: Path, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
-    """Write predictions and return them. target: Folder, by default `predictions` of a run, or beside a checkpoint.
+    """Write predictions, print how many there are, and return them.
 
-    Raises UserError for an option of another kind of model, and for files that cannot be read.
+    target: Folder, by default `predictions` of a run, or beside a checkpoint. Raises UserError for an option of another kind of
+    model, and for a folder without an image.
     """
     checkpoint = source / "model.safetensors" if source.is_dir() else source
     if (source / RESOLVED).exists() or not (checkpoint.is_file() and checkpoint.suffix in SUFFIXES):
         with open_run(source).owned() as run:
-            return run.predict(inputs, target, options)
-    return predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / PREDICTIONS, options)
+            found = run.predict(inputs, target, options)
+    else:
+        found = predict_checkpoint(checkpoint, inputs, target or checkpoint.parent / PREDICTIONS, options)
+    console.stage("predict", found.counts)
+    return found
 
 
 def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:

@@ -2,7 +2,8 @@
 
 A row of predictions.csv is the answer of one softmax for one image: the likeliest class, the next classes, and their
 probabilities. If the run has the thresholds of `evaluate.risk`, the row also has the conformal set as a JSON list. An image of
-a folder of class folders has its true class too, and the accuracy over all of them is printed.
+a folder of class folders has its true class too, and the accuracy over all of them is printed. The row of a file that cannot be
+read has the error in place of an answer.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +30,7 @@ from vismt.engine import runtime
 from vismt.report.panels import write_arrays
 from vismt.report.tables import interval_text
 from vismt.report.tiles import Tile, TileRow, draw_tiles
-from vismt.storage.files import atomic_write
+from vismt.storage.files import atomic_write, check_name
 from vismt.storage.outputs import check_folder_outputs, check_outputs, note_outputs
 from vismt.storage.records import Row
 from vismt.uncertainty.intervals import SHARE, Measure, interval_kind_text
@@ -99,15 +102,28 @@ class Predictions:
     """The answers and files of a prediction.
 
     Attributes:
-        rows: Answers by image (or row of text), as in the table.
+        rows: Answers by image (or row of text), as in the table. An image without an answer has the key error.
         files: Written files.
+        answered: Number of images or rows with an answer.
+        failed: Error of each image or row without an answer.
+        left_out: Number of the other files in the named folders, by the reason.
         accuracy: Share of images of class folders that are classified right, with its 95 % interval and the number of images:
             the keys value, low, high and n. None if the images are in no class folders.
     """
 
     rows: list[Row]
     files: list[Path]
+    answered: int
+    failed: list[str]
+    left_out: dict[str, int] = field(default_factory=dict)
     accuracy: dict[str, float] | None = None
+
+    @property
+    def counts(self) -> str:
+        """How many images or rows were seen, and what became of them."""
+        seen = self.answered + len(self.failed) + sum(self.left_out.values())
+        others = "".join(f"   {count:,} left out: {reason}" for reason, count in self.left_out.items())
+        return f"{seen:,} seen   {self.answered:,} answered   {len(self.failed):,} failed{others}"
 
 
 @dataclass(frozen=True)
@@ -127,32 +143,65 @@ class Softmax:
     quantile: float | None = None
 
 
-def image_files(paths: Sequence[Path], deep: bool = False) -> list[Path]:
-    """Return the files of `paths`, sorted by name. A folder stands for the image files in it.
+@dataclass(frozen=True)
+class ImageFiles:
+    """The image files of a prediction.
 
-    deep: Whether a folder without image files stands for the image files in the folders below it. Raises UserError for a folder
-    without an image, and for a name that a table cannot hold.
+    Args:
+        places: Path of each file below the folder that was named, by its path.
+        left_out: Number of the other files in the named folders, by the reason.
     """
-    files: list[Path] = []
+
+    places: dict[Path, Path]
+    left_out: Counter[str]
+
+
+def image_files(paths: Iterable[Path], target: Path) -> ImageFiles:
+    """Return the files of `paths`, sorted by name. A folder stands for the image files in it and in the folders below it.
+
+    target: Folder of the answers, whose files are left out. Raises UserError for a folder without an image.
+    """
+    found = ImageFiles({}, Counter())
     for path in paths:
-        found = [path]
-        if path.is_dir():
-            found = _images_of(path, "*") or (_images_of(path, "**/*") if deep else [])
-        if not found:
+        check_name(path)
+        if not path.is_dir():
+            found.places[path] = Path(path.name)
+            continue
+        count = len(found.places)
+        for file in sorted(path.rglob("*")):
+            place, is_folder = file.relative_to(path), file.is_dir() and not file.is_symlink()
+            reason = _left_out(place, written=target != path and target in file.parents)
+            if is_folder:
+                reason = "" if os.access(file, os.R_OK | os.X_OK) else "folders that cannot be opened"
+            if reason:
+                found.left_out[reason] += 1
+            elif not is_folder:
+                found.places[file] = place
+        if len(found.places) == count:
             raise UserError(
                 f"predict: '{path}' has no image file ({', '.join(sorted(IMAGE_SUFFIXES))}); name another folder."
             )
-        files += found
-    bad = next((str(file) for file in files if console.printable(str(file)) != str(file)), None)
-    if bad is not None:
-        raise UserError(f"predict: the name of '{console.printable(bad)}' is not UTF-8; rename the file.")
-    return files
+    return found
 
 
-def _images_of(folder: Path, pattern: str) -> list[Path]:
-    files = [file for file in folder.glob(pattern) if is_image_name(file.name) and file.is_file()]
-    hidden = (".", "__")
-    return sorted(file for file in files if not any(part.startswith(hidden) for part in file.relative_to(folder).parts))
+def _left_out(place: Path, written: bool) -> str:
+    """Return why a file of a folder is no image of the user. "" for an image. written: Whether it is below the target."""
+    if any(part.startswith((".", "__")) for part in place.parts):
+        return "hidden files"
+    if written:
+        return "files of a prediction"
+    return "" if is_image_name(place.name) else "files without the name of an image"
+
+
+def read_image(path: Path) -> Tensor | Row:
+    """Return an image as uint8 (3, h, w), or the row of an image that cannot be read."""
+    shown = console.printable(str(path))
+    try:
+        if shown != str(path):
+            raise UserError(f"the name of '{shown}' is not UTF-8; rename the file.")
+        return decode_file(path, fix="Replace the file.")
+    except UserError as error:
+        return {"image": shown, "error": str(error)}
 
 
 def check_target(target: Path, outputs: Iterable[tuple[str, str]], inputs: Iterable[Path]) -> None:
@@ -174,15 +223,11 @@ def _of_run(target: Path) -> bool:
     return target.name == PREDICTIONS and (target.parent / RESOLVED).exists()
 
 
-def images_for(inputs: Sequence[Path], target: Path, options: Options) -> dict[Path, str]:
-    """Return the images whose classes are to be predicted into a folder, after a check of what will be written there.
-
-    Each image has the name of its class folder. "" if it lies directly in a named folder.
-    """
-    named = {path if path.is_dir() else path.parent for path in inputs}
-    files = image_files(inputs, deep=True)
-    check_target(target, [(name, "") for name in _class_outputs(options)], files)
-    return {path: "" if path.parent in named else path.parent.name for path in files}
+def images_for(inputs: Sequence[Path], target: Path, options: Options) -> ImageFiles:
+    """Return the images whose classes are to be predicted into a folder, after a check of what will be written there."""
+    images = image_files(inputs, target)
+    check_target(target, [(name, "") for name in _class_outputs(options)], images.places)
+    return images
 
 
 def _class_outputs(options: Options) -> list[str]:
@@ -194,7 +239,7 @@ def predict_classes(
     net: nn.Module,
     size: int,
     groups: Sequence[Softmax],
-    images: Mapping[Path, str],
+    images: ImageFiles,
     target: Path,
     options: Options,
     *,
@@ -211,48 +256,57 @@ def predict_classes(
         size: Size of the images in pixels. Other images are resized by their shorter side and cropped to the centre, as in
             evaluation.
         groups: Softmaxes, which together have all k outputs in their order. Each has a row.
-        images: Class folder by image, as `images_for` returns them.
+        images: Images, as `images_for` returns them.
         label: Name of the model in the progress bar.
     """
-    device, files = runtime.processes().device, list(images)
-    rows: list[Row] = []
+    device, files = runtime.processes().device, list(images.places)
+    answers: dict[Path, list[Row]] = {}
+    failed: dict[Path, Row] = {}
     right: dict[str, float] = {}
     probabilities: list[Tensor] = []
     shown: list[np.ndarray] = []
     starts = range(0, len(files), batch)
     for start in console.track(starts, "predict", label, len(starts)):
-        part = files[start : start + batch]
-        pixels = torch.stack([crop_square(decode_file(path), size) for path in part])
+        read = {path: read_image(path) for path in files[start : start + batch]}
+        failed |= {path: row for path, row in read.items() if isinstance(row, dict)}
+        squares = {path: crop_square(image, size) for path, image in read.items() if isinstance(image, Tensor)}
+        if not squares:
+            continue
+        pixels = torch.stack([*squares.values()])
         logits = net(pixels.to(device, torch.float32) / 255).cpu().double()
         log_p = [logits[:, group.span].log_softmax(1) for group in groups]
-        for place, path in enumerate(part):
+        for place, path in enumerate(squares):
+            folder = images.places[path].parent.name
             for group, values in zip(groups, log_p):
                 task = group.tasks[int(values[place].argmax())]
                 row = class_row(path, task, values[place], group.names, group.quantile, options.top)
-                true = [name for name in group.names if images[path] and images[path] in (name, name.partition("/")[2])]
+                true = [name for name in group.names if folder and folder in (name, name.partition("/")[2])]
                 if true:
                     right[f"{path} {group.span.start}"] = float(row["label"] in true)
-                rows.append({**row, "true_label": true[0]} if true else row)
+                answers.setdefault(path, []).append({**row, "true_label": true[0]} if true else row)
         if options.maps:
             probabilities.append(torch.cat(log_p, 1).exp())
         shown += [*pixels[: MOST_SHOWN - len(shown)].numpy()] if options.sheet else []
+    rows = [row for path in files for row in answers.get(path) or [failed[path]]]
+    labels = [name for group in groups for name in group.names]
     note_target(target, _class_outputs(options))
     written = [write_rows(rows, target)]
     if options.maps:
-        names = {"images": [str(path) for path in files], "labels": [name for group in groups for name in group.names]}
+        names = {"images": [str(path) for path in answers], "labels": labels}
         arrays = {name: np.array(texts) for name, texts in names.items()}
-        arrays["probabilities"] = torch.cat(probabilities).float().numpy()
+        arrays["probabilities"] = torch.cat([torch.empty(0, len(labels)), *probabilities]).float().numpy()
         written.append(write_arrays(target / _ARRAYS, arrays))
-    if options.sheet:
-        answers = [rows[place : place + len(groups)] for place in range(0, len(rows), len(groups))]
-        written.append(draw_answers(shown, answers, target / SHEET))
-    return Predictions(rows, written, _accuracy(right, images, [name for group in groups for name in group.names]))
+    if options.sheet and answers:
+        written.append(draw_answers(shown, [*answers.values()], target / SHEET))
+    errors = [str(row["error"]) for row in failed.values()]
+    accuracy = _accuracy(right, [images.places[path].parent.name for path in answers], labels)
+    return Predictions(rows, written, len(answers), errors, dict(images.left_out), accuracy)
 
 
-def _accuracy(right: Mapping[str, float], images: Mapping[Path, str], labels: Sequence[str]) -> dict[str, float] | None:
+def _accuracy(right: Mapping[str, float], folders: Sequence[str], labels: Sequence[str]) -> dict[str, float] | None:
     """Print and return the accuracy of images in class folders. Print the folders whose name is not a class as well."""
     classes = {name for label in labels for name in (label, label.partition("/")[2])}
-    others = [folder for folder in images.values() if folder and folder not in classes]
+    others = [folder for folder in folders if folder and folder not in classes]
     found = None
     if right:
         measure = Measure("accuracy", right, counts=True)

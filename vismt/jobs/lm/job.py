@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -46,7 +47,7 @@ from vismt.jobs.training_job import TrainingJob
 from vismt.llm.ilora.hybrid import Hybrid
 from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.answers import right_answer
-from vismt.llm.tasks.base import LmObjective, Writing, item_names
+from vismt.llm.tasks.base import Item, LmObjective, Writing, item_names
 from vismt.llm.tasks.causal import Causal
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.recommendation import Recommendation
@@ -56,7 +57,7 @@ from vismt.methods import METHODS
 from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
-from vismt.storage.files import atomic_write
+from vismt.storage.files import atomic_write, parse_json
 from vismt.storage.records import Row
 from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import Score
@@ -277,41 +278,49 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         """Write the answers of an arm to rows of text to <target>/predictions.jsonl, after the fields of each row.
 
         Text is written after the prompt of the trained task (predicted_text). Tasks with choices add the likeliest choices
-        (predicted_label, predicted_label_2), their probabilities and, with `evaluate.risk`, the conformal set.
+        (predicted_label, predicted_label_2), their probabilities and, with `evaluate.risk`, the conformal set. A row that cannot
+        be asked has predicted_error.
 
         Raises UserError for a row that has such a field already.
         """
         task, training = self.data.tasks[self.data.trained], self.study.find(options.arm)
-        sets = [open_texts(path) for path in inputs]
-        rows = [(f"{texts.name}:{name}", row) for texts in sets for name, row in zip(texts.ids, texts.rows)]
-        for name, row in rows:
+        read = [row for path in inputs for row in _read_rows(path)]
+        for name, row, _ in read:
             taken = next((field for field in row if field.startswith(ANSWER)), None)
             if taken is not None:
                 raise UserError(
                     f"predict: row '{name}' has the field '{taken}', and the names of answers begin with {ANSWER}; rename the "
                     "field."
                 )
-        items = [task.ask(name, row, self.models.tokenizer) for name, row in rows]
         check_target(target, [(PREDICTED, "")], inputs)
+        items: dict[int, Item] = {}
+        found = [row if not error else {f"{ANSWER}error": error} for _, row, error in read]
+        for number, (name, row, error) in enumerate(read):
+            try:
+                items |= {} if error else {number: task.ask(name, row, self.models.tokenizer)}
+            except UserError as refusal:
+                found[number] = {**row, f"{ANSWER}error": str(refusal)}
+        failed = [str(row[f"{ANSWER}error"]) for row in found if f"{ANSWER}error" in row]
+        if failed and not items:
+            raise UserError(failed[0])
         evaluation = self.fold(training.seed).evaluation
         quantile = evaluation.quantile(training)
         net, step = evaluation.net(training), self.config.evaluate.batch
-        found: list[Row] = []
         for start in console.track(range(0, len(items), step), "predict", str(training), -(-len(items) // step)):
-            part = [row for _, row in rows[start : start + step]]
+            numbers = [*items][start : start + step]
             how = Writing(options.new_tokens, options.temperature, mix_seed(options.seed, "batch", start))
-            batch = evaluation.batch(items[start : start + step], net)
+            batch = evaluation.batch([items[number] for number in numbers], net)
             with torch.no_grad():
-                replies = task.reply(net, batch, part, self.models.tokenizer, how)
-            for row, reply in zip(part, replies):
+                replies = task.reply(net, batch, [found[number] for number in numbers], self.models.tokenizer, how)
+            for number, reply in zip(numbers, replies):
                 answer: Row = {"text": reply.text}
                 if reply.log_p is not None:
                     answer = choice_row(reply.log_p, reply.choices, quantile, options.top)
-                found.append({**row, **{f"{ANSWER}{name}": value for name, value in answer.items()}})
+                found[number] = {**found[number], **{f"{ANSWER}{name}": value for name, value in answer.items()}}
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found)
         note_target(target, [PREDICTED])
         atomic_write(target / PREDICTED, lines)
-        return Predictions(found, [target / PREDICTED])
+        return Predictions(found, [target / PREDICTED], len(items), failed)
 
     def graph(self, arm: str | None, form: str) -> Graph:
         if form != "torch":
@@ -330,6 +339,23 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if head.exists():
             files[head.name] = head.read_bytes()
         return files
+
+
+def _read_rows(path: Path) -> Iterator[tuple[str, Row, str]]:
+    """Yield the name and the fields of each row of a file, or the name and the error of a bad line of a .jsonl file."""
+    try:
+        texts = open_texts(path)
+        yield from ((f"{texts.name}:{name}", row, "") for name, row in zip(texts.ids, texts.rows))
+    except UserError:
+        if path.suffix != ".jsonl" or not path.is_file():
+            raise
+        for number, line in enumerate(path.read_bytes().splitlines(), 1):
+            if line.strip():
+                row, name = {}, f"{path}: line {number}"
+                with suppress(ValueError):
+                    row = parse_json(line.decode("utf-8-sig"))
+                good = bool(row) and isinstance(row, dict)
+                yield name, row if good else {}, "" if good else f"{name}: is not a JSON object with a field."
 
 
 def _computed_once(net: LmNet, embeddings: bool = True) -> list[str]:

@@ -233,7 +233,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         found = predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
         trained_on = self._training_folders() if found.accuracy is not None else ()
         for folder in trained_on:
-            if any(path.resolve().is_relative_to(folder.resolve()) for path in images):
+            if any(path.resolve().is_relative_to(folder.resolve()) for path in images.places):
                 text = f"'{folder}' has images that the run was trained on, and they count"
                 console.stage("", f"{text}; the report has only the test images")
         return found

@@ -39,9 +39,7 @@ from vismt.jobs.multitask.figures import confusions, sections, write_predictions
 from vismt.jobs.multitask.maps_data import DenseBatches, DenseData, FittedImages
 from vismt.jobs.multitask.maps_evaluation import Evaluation
 from vismt.jobs.multitask.maps_predict import (
-    check_images,
     class_names,
-    most_pixels,
     named_tasks,
     output_names,
     predict_images,
@@ -246,11 +244,10 @@ class MapsJob(MultitaskJob[DenseNet]):
 
     def predict(self, inputs: Sequence[Path], target: Path, options: Options) -> Predictions:
         """Draw one arm's predictions on images and on images in folders, see `predict_images`."""
-        images = image_files(inputs)
+        images = image_files(inputs, target)
         training = self.study.find(options.arm)
         config = self.study.config_of(training)
-        check_images(images, most_pixels(config) if options.own_size else None)
-        check_target(target, output_names(images, named_tasks(config), options.maps), images)
+        check_target(target, output_names(images.places, named_tasks(config), options.maps), images.places)
         size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
         net = models.loaded_maps(config, training, size)
         training_files.fold(net.stock, training)

@@ -27,14 +27,22 @@ from torch import Tensor
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.data.cards import load_card
-from vismt.data.decode import decode_file
 from vismt.data.image_set import readable_names
 from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
 from vismt.jobs.multitask.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
-from vismt.jobs.predictions import TABLE, Options, Predictions, class_row, note_target, write_rows
+from vismt.jobs.predictions import (
+    TABLE,
+    ImageFiles,
+    Options,
+    Predictions,
+    class_row,
+    note_target,
+    read_image,
+    write_rows,
+)
 from vismt.multitask.inference import predict
 from vismt.multitask.nets import SEGMENTATION, DenseNet
 from vismt.multitask.tasks import MapTask, Task
@@ -70,18 +78,22 @@ def most_pixels(config: MultitaskConfig) -> int:
     return int(VALUES / channels / max(1, *config.evaluate.scales) ** 2)
 
 
-def output_names(images: Sequence[Path], tasks: Mapping[str, Task], maps: bool) -> Iterator[tuple[str, str]]:
+def stem(place: Path) -> str:
+    """Return how the names of the files of an image begin. place: Path of the image below the folder that was named."""
+    return "-".join([*place.parent.parts, place.stem])
+
+
+def output_names(images: Mapping[Path, Path], tasks: Mapping[str, Task], maps: bool) -> Iterator[tuple[str, str]]:
     """Yield the name of each file that a prediction writes, with its image.
 
-    maps: Whether the maps are also written.
+    images: Path of each image below the folder that was named. maps: Whether the maps are also written.
     """
-    for path in images:
+    for path, place in images.items():
         endings = [".png"]
         if maps:
             endings += [".npz", *(ending for name, task in tasks.items() for ending in _map_endings(name, task))]
-        yield from ((f"{path.stem}{ending}", str(path)) for ending in endings)
-    if any(isinstance(task, Classification) for task in tasks.values()):
-        yield TABLE, "the classes of all images"
+        yield from ((f"{stem(place)}{ending}", str(path)) for ending in endings)
+    yield TABLE, "the rows of all images"
 
 
 def _map_endings(name: str, task: Task) -> list[str]:
@@ -89,33 +101,32 @@ def _map_endings(name: str, task: Task) -> list[str]:
     return [f"-{name}.png", f"-{name}-overlay.png"] if isinstance(task, MapTask) else []
 
 
-def check_images(images: Sequence[Path], most: int | None = None) -> None:
-    """Raise UserError for files that cannot be read, thin images, and more than `most` pixels."""
-    for path in images:
-        height, width = decode_file(path).shape[-2:]
+def drawable(path: Path, most: int | None = None) -> Tensor | Row:
+    """Return an image as uint8 (3, h, w), or the row of an image that cannot be read, is thin or has more than `most` pixels."""
+    image, reason = read_image(path), ""
+    if isinstance(image, Tensor):
+        height, width = image.shape[-2:]
         if max(height, width) > THIN * min(height, width):
-            raise UserError(
-                f"predict: '{path}' has {width:,} x {height:,} pixels; one side may be {THIN} times the other. Crop it."
-            )
-        if most is not None and height * width > most:
-            raise UserError(
-                f"predict: '{path}' has {width:,} x {height:,} pixels; at their own size this run predicts images of up to "
-                f"{most:,} pixels. Scale it down, or leave out --own-size."
-            )
+            reason = f"one side may be {THIN} times the other. Crop it."
+        elif most is not None and height * width > most:
+            reason = f"at their own size this run takes up to {most:,} pixels. Scale it down, or leave out --own-size."
+        if reason:
+            return {"image": str(path), "error": f"{path}: has {width:,} x {height:,} pixels; {reason}"}
+    return image
 
 
 def predict_images(
     config: MultitaskConfig,
     net: DenseNet,
     label: str,
-    images: Sequence[Path],
+    images: ImageFiles,
     target: Path,
     options: Options,
     quantiles: Mapping[str, float],
 ) -> Predictions:
-    """Write <target>/<image's stem>.png for each image that `check_images` accepts. Return rows of classes and the paths.
+    """Write <target>/<image's stem>.png for each `drawable` image, and rows in <target>/predictions.csv.
 
-    Tasks of whole images also have rows in <target>/predictions.csv.
+    A row has the class of an image in each task of whole images. Without such a task it has the name of the picture.
 
     Args:
         label: Name of the training for the progress bar.
@@ -131,9 +142,14 @@ def predict_images(
     classes, flip = class_names(config, tasks), options.flip or settings.flip
     written: list[Path] = []
     rows: list[Row] = []
-    note_target(target, (name for name, _ in output_names(images, tasks, options.maps)))
-    for path in console.track(images, "predict", label):
-        image = decode_file(path).to(torch.float32) / 255
+    most = most_pixels(config) if options.own_size else None
+    note_target(target, (name for name, _ in output_names(images.places, tasks, options.maps)))
+    for path, place in console.track([*images.places.items()], "predict", label):
+        found = drawable(path, most)
+        if isinstance(found, dict):
+            rows.append(found)
+            continue
+        image = found.to(torch.float32) / 255
         size = (int(image.shape[-2]), int(image.shape[-1]))
         height, width = size
         if not options.own_size:
@@ -150,12 +166,16 @@ def predict_images(
         if options.own_size:
             enlarged = max(side / fitted for side, fitted in zip(size, canvas_of(config)))
             outputs = {name: tasks[name].rescaled(value, enlarged) for name, value in outputs.items()}
-        rows += _class_rows(path, outputs, tasks, classes, quantiles, options.top)
         shown = image[:, :height, :width]
-        written.append(draw_predictions(shown, outputs, tasks, classes, target / f"{path.stem}.png"))
+        written.append(draw_predictions(shown, outputs, tasks, classes, target / f"{stem(place)}.png"))
+        answers = _class_rows(path, outputs, tasks, classes, quantiles, options.top)
+        rows += answers or [{"image": str(path), "picture": written[-1].name}]
         if options.maps:
-            _write_maps(shown, outputs, tasks, target, path.stem)
-    return Predictions(rows, [write_rows(rows, target), *written] if rows else written)
+            _write_maps(shown, outputs, tasks, target, stem(place))
+    failed = [str(row["error"]) for row in rows if "error" in row]
+    return Predictions(
+        rows, [write_rows(rows, target), *written], len(images.places) - len(failed), failed, dict(images.left_out)
+    )
 
 
 def _class_rows(
@@ -186,11 +206,11 @@ def _class_rows(
 
 
 def _write_maps(
-    image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], target: Path, stem: str
+    image: Tensor, outputs: Mapping[str, Tensor], tasks: Mapping[str, Task], target: Path, begin: str
 ) -> None:
     """Write the answers of an image (3, h, w) as arrays, and the pictures of its maps, alone and over the image."""
     answers = {name: tasks[name].answer(value).numpy() for name, value in outputs.items()}
-    write_arrays(target / f"{stem}.npz", answers)
+    write_arrays(target / f"{begin}.npz", answers)
     for name, value in outputs.items():
         task = tasks[name]
         if isinstance(task, MapTask):
@@ -199,7 +219,7 @@ def _write_maps(
             for ending, pixels in zip(_map_endings(name, task), (colors, mixed)):
                 buffer = io.BytesIO()
                 Image.fromarray(pixels.movedim(0, -1).numpy()).save(buffer, "PNG")
-                atomic_write(target / f"{stem}{ending}", buffer.getvalue())
+                atomic_write(target / f"{begin}{ending}", buffer.getvalue())
 
 
 def class_names(config: MultitaskConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
