@@ -34,4 +34,9 @@ def main(
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:3])
+    if len(sys.argv) != 3:
+        sys.exit("usage: python examples/audit_timm.py IMAGES MODEL")
+    try:
+        main(*sys.argv[1:])
+    except (OSError, vismt.UserError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -49,4 +49,9 @@ def main(
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if len(sys.argv) != 3 or not sys.argv[2].isdigit():
+        sys.exit("usage: python examples/dense_own_maps.py MAPS CLASSES")
+    try:
+        main(sys.argv[1], int(sys.argv[2]))
+    except (OSError, vismt.UserError) as error:
+        sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -5,6 +5,7 @@ Checkpoints hold only the trained tensors.
 python examples/hf_trainer.py
 """
 
+import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
@@ -38,4 +39,7 @@ def main(out: str | Path = "runs/hf_trainer", name: str = "HuggingFaceTB/SmolLM2
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the hub did not answer, and the cache lacks the weights
+        sys.exit(f"error: {str(error).splitlines()[0]}")

@@ -5,9 +5,9 @@ Its routers fade, so that the result merges into a stock model.
 pip install lightning && python examples/lightning_vit.py
 """
 
+import sys
 from pathlib import Path
 
-import lightning.pytorch as pl
 import timm
 import torch
 import torch.nn.functional as F
@@ -17,8 +17,14 @@ from torch.utils.data import DataLoader, TensorDataset
 import vismt
 from vismt.data.images import open_images
 from vismt.data.pixels import Pixels
-from vismt.integrations.lightning import VismtCallback
 from vismt.multitask.emtal.fading import FadeConfig
+
+try:
+    import lightning.pytorch as pl
+
+    from vismt.integrations.lightning import VismtCallback
+except ImportError:
+    sys.exit("error: lightning is not installed: pip install lightning")
 
 
 class Classifier(pl.LightningModule):
@@ -61,4 +67,7 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the hub did not answer, and the cache lacks the weights
+        sys.exit(f"error: {str(error).splitlines()[0]}")

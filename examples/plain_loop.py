@@ -3,6 +3,7 @@
 python examples/plain_loop.py      (handwritten digits of scikit-learn, about a minute on two cores)
 """
 
+import sys
 from pathlib import Path
 
 import timm
@@ -44,4 +45,7 @@ def main(
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the hub did not answer, and the cache lacks the weights
+        sys.exit(f"error: {str(error).splitlines()[0]}")

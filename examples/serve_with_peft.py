@@ -3,6 +3,7 @@
 python examples/serve_with_peft.py
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -35,4 +36,7 @@ def main(out: str | Path = "runs/serve_with_peft", name: str = "HuggingFaceTB/Sm
 
 
 if __name__ == "__main__":
-    print(main())
+    try:
+        print(main())
+    except OSError as error:  # the hub did not answer, and the cache lacks the weights
+        sys.exit(f"error: {str(error).splitlines()[0]}")

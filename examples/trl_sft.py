@@ -5,14 +5,20 @@ The callback holds PoLAR's factors near their manifold.
 pip install trl datasets && python examples/trl_sft.py
 """
 
+import sys
 from pathlib import Path
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import SFTConfig, SFTTrainer
 
 import vismt
-from datasets import Dataset
 from vismt.integrations.hf import VismtCallback
+
+try:
+    from trl import SFTConfig, SFTTrainer
+
+    from datasets import Dataset
+except ImportError:
+    sys.exit("error: trl or datasets is not installed: pip install trl datasets")
 
 TEXTS = ["the sky is blue", "the grass is green", "the film was good", "the plot was dull"] * 8
 
@@ -41,4 +47,7 @@ def main(out: str | Path = "runs/trl_sft", name: str = "HuggingFaceTB/SmolLM2-13
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except OSError as error:  # the hub did not answer, and the cache lacks the weights
+        sys.exit(f"error: {str(error).splitlines()[0]}")

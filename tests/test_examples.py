@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -103,3 +106,14 @@ def test_dense_own_maps(tmp_path: Path) -> None:
     results = example("dense_own_maps").main(tmp_path / "maps", 2, tmp_path / "out", **TINY)
     assert {row.task for row in results} == {"semseg"}
     assert set(results.model().state_dict()) == set(timm.create_model("test_vit", num_classes=0).state_dict())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(path.stem for path in FOLDER.glob("*.py") if path.stem != "fewshot_own_module"))
+def test_an_example_without_a_network_ends_in_one_line(name: str, tmp_path: Path) -> None:
+    found = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(FOLDER.parent)}
+    run = subprocess.run(
+        [sys.executable, FOLDER / f"{name}.py"], cwd=tmp_path, env=found, capture_output=True, text=True
+    )
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    assert run.stderr.splitlines()[-1].startswith(("error: ", "usage: "))
