@@ -81,9 +81,9 @@ class CheckReport:
             hashes = hashes if self.groups else "no hashes recorded"
             return f"{self.shown}: ok: {self.images:,} {self.unit}, {classes}{hashes}, under {self.where}"
         wrong = [row for row in self.groups + self.damaged if row.state != "ok"]
-        wrong = wrong or [row for row in self.splits if row.state != "ok"]
-        if self.where is None or not wrong:
+        if self.where is None or (self.problem and not wrong):
             return self.problem
+        wrong = wrong or [row for row in self.splits if row.state != "ok"]
         expected = sum(row.expected or 0 for row in self.splits)
         count = f"{self.images:,} of {expected:,}" if expected else f"{self.images:,}"
         listed = []

@@ -125,6 +125,13 @@ def test_a_table_for_each_split(graded):
     assert report.ok and [row.actual for row in report.splits] == [3, 2, 2]
 
 
+def test_a_check_names_a_missing_image(home, graded):
+    (home / "data" / "x" / "out" / "f.png").unlink()
+    report = check(graded)
+    assert [row.actual for row in report.splits] == [3, 2, 1] and not report.ok
+    assert "1 of 2 images found in in, out under $VISMT_DATA/x; missing 'f.png'" in str(report)
+
+
 def test_rows_that_the_split_lacks_are_missed(home, graded):
     path = home / "data" / "x" / "rest.csv"
     path.write_text(path.read_text().replace("f,0,Private", "f,0,Public"))

@@ -58,6 +58,13 @@ class TableSource(RootedSource, ImageSource):
     def list_files(self, base: Path) -> Files:
         return file_groups(base, self.tables.values())
 
+    def count_images(self, base: Path, split: str) -> int:
+        try:
+            entries = self._read_rows(Card("", [self]), base, split)
+        except UserError:
+            return 0
+        return sum(path is not None for path in self._paths(base, [name for name, _ in entries]))
+
     def list_images(self, card: Card, base: Path, splits: Sequence[str]) -> Listing:
         """Return the rows of the tables, labels in the order of `keep`. Ids are paths relative to `base`."""
         number = {name: label for label, name in enumerate(self.keep)}
@@ -105,11 +112,14 @@ class TableSource(RootedSource, ImageSource):
             raise UserError(f"{card.shown}: table '{shown}' cannot be read: {error}. {fix(card)}") from error
         return rows
 
-    def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
+    def _paths(self, base: Path, names: list[str]) -> list[Path | None]:
         # Path.glob raises for some patterns (a**b), and for others in every version of Python.
         found = (base / name for text in self.folders for name in glob(text, root_dir=base, recursive=True))
         folders = [path for path in found if path.is_dir()]
-        paths = [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
+        return [next((p for folder in folders if (p := folder / name).is_file()), None) for name in names]
+
+    def _find(self, card: Card, base: Path, names: list[str]) -> list[Path]:
+        paths = self._paths(base, names)
         absent = [f"'{name}'" for name, path in zip(names, paths, strict=True) if path is None]
         if absent:
             raise UserError(
