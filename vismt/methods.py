@@ -170,8 +170,8 @@ def adapt(
     Args:
         model: Any module with linears or convolutions. It is changed in place.
         method: Name of a method, one of `list_methods()`. "full" trains every weight, "head" only the classifier.
-        targets: Modules to adapt: "all-linear" (None), "all-conv", "all-linear+conv", a regular expression of full paths, or a
-            list of paths and suffixes.
+        targets: Modules to adapt: "all-linear", "all-conv", "all-linear+conv", a regular expression of full paths, or a list of
+            paths and suffixes. None means "all-linear", and "all-conv" for a model without linear layers.
         rank: Rank of each pair of factors.
         alpha: Numerator of the scale alpha / rank. None means alpha = rank.
         seed: Seed of the start values. The start of a module depends on the seed and on the module's path alone.

@@ -20,6 +20,7 @@ import vismt
 from vismt.cli import main
 from vismt.data.cards import load_card
 from vismt.data.images import open_images
+from vismt.data.maps.dense_set import open_dense
 from vismt.jobs import load_config, make_job
 from vismt.report.results import read_results
 from vismt.robustness.attacks import attacks
@@ -45,6 +46,8 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     cut = {"fewshot": ["evaluate.episodes=2"], "robustness": ["evaluate.images=4", "evaluate.masking=false"]}
     rows = run(where, job, *cut.get(job, ["tune=null"]), *([] if job == "robustness" else [*TINY, "train.warmup=0"]))
     assert {row.data for row in rows} == {"2024"}
+    if job == "classification":  # in the folder of the first job, whose card serves both
+        assert main(["init", "robustness", "--images", str(images), "--to", str(where), "--quiet"]) == 0
     before = (where / f"{job}.yaml").read_text()
     assert "exists and would be overwritten; give another --to" in refused(
         capsys, "init", job, "--images", images, "--to", where
@@ -56,22 +59,92 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     "name", ["$x", "#c", ".hid", "-dash", "{a}", "'q", "a\nseed: 7", "a\x85b", "é", "???", "a: b", "x.y"]
 )
 def test_a_folder_of_any_name_has_a_configuration_that_is_read(name: str, tmp_path: Path) -> None:
-    images = write_folder(tmp_path / name, 2)
+    images = write_folder(tmp_path / name, 3)
     for job in (*JOBS, "dense"):
         given = images
         if job == "dense":
             given = tmp_path / "maps" / name
             for form in ("images", "normal"):
                 (given / form).mkdir(parents=True)
-                Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(given / form / "0.png")
+                for number in range(3):
+                    Image.fromarray(np.full((16, 16, 3), 200, np.uint8)).save(given / form / f"{number}.png")
         where = tmp_path / "to" / job
         assert main(["init", job, f"--images={given}", "--to", str(where), "--quiet"]) == 0
         config = load_config(where / f"{job}.yaml")
         assert config.seed == 0 and "\n" not in config.title
-        assert load_card(where / "card.yaml").sources
+        (card,) = where.glob("*.card.yaml")
+        assert load_card(card).sources
         if job == "classification":
             make_job(config, tmp_path / "run").check()
-    assert len(open_images(str(tmp_path / "to" / "classification" / "card.yaml"))) > 0
+    assert len(open_images(str(next((tmp_path / "to" / "classification").glob("*.card.yaml"))))) > 0
+
+
+@pytest.mark.parametrize("splits", [("train", "val", "test"), ("TRAIN", "Dev", "Testing"), ("training", "test")])
+def test_folders_of_splits_are_the_parts_of_a_run(splits: tuple[str, ...], tmp_path: Path, capsys) -> None:
+    images = write_folder(tmp_path / "mine", 10, splits)
+    wanted = {f"mine:{path.relative_to(images).as_posix()}" for path in (images / splits[-1]).rglob("*.png")}
+    assert main(["init", "classification", "--images", str(images), "--to", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert f"train: [./mine.card.yaml:{splits[0]}]" in printed and f"test: [./mine.card.yaml:{splits[-1]}]" in printed
+    run(tmp_path, "classification", *TINY, "train.warmup=0", "tune=null", "arms={full: {adapt.method: full}}")
+    (records,) = tmp_path.rglob("records/test-*.jsonl")
+    assert {json.loads(line)["id"] for line in records.read_text().splitlines()[1:]} == wanted
+    for job in ("robustness", "fewshot"):
+        assert main(["init", job, "--images", str(images), "--to", str(tmp_path), "--quiet"]) == 0
+        assert f"data: [./mine.card.yaml:{splits[-1]}]" in (tmp_path / f"{job}.yaml").read_text()
+
+
+@pytest.mark.parametrize("layout", ["{split}/{form}", "{form}/{split}"])
+def test_folders_of_splits_of_maps(layout: str, tmp_path: Path, capsys) -> None:
+    for split in ("train", "test"):
+        for form in ("images", "label"):
+            folder = tmp_path / "maps" / layout.format(split=split, form=form)
+            folder.mkdir(parents=True)
+            for number in range(3):
+                Image.fromarray(np.eye(16, dtype=np.uint8)).save(folder / f"{number}.png")
+    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(tmp_path), "--quiet"]) == 0
+    data = load_config(tmp_path / "dense.yaml").data
+    assert data.validation_share == 0.1 and not data.test_share
+    for part in ("train", "test"):
+        card, split = getattr(data, part)[0].rsplit(":", 1)
+        opened = open_dense(card, split)
+        assert opened.ids == [f"{layout.format(split=part, form='images')}/{number}.png" for number in range(3)]
+    for name in ("train", "test"):
+        for path in (tmp_path / "maps").rglob(name):
+            path.rename(path.with_name({"train": "val", "test": "testing"}[name]))
+    error = refused(capsys, "init", "dense", "--images", tmp_path / "maps", "--to", tmp_path / "other")
+    assert "has the folders testing, val; name one 'train'" in error
+
+
+def test_every_file_is_accounted_for(tmp_path: Path, capsys) -> None:
+    images = write_folder(tmp_path / "mine", 3)
+    (images / "red" / "notes.txt").touch()
+    (images / "red" / ".hidden.png").touch()
+    (images / "red" / "more").mkdir()
+    (images / "red" / "00.png").rename(images / "red" / "more" / "00.png")
+    (images / "red" / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (images / "blue" / "link.txt").symlink_to(tmp_path / "nowhere.txt")
+    command = ["init", "robustness", "--images", str(images), "--to", str(tmp_path / "to")]
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert "9 images of 3 classes; left out: 1 broken links (blue/link.txt), 1 hidden (red/.hidden.png), " in printed
+    assert "1 in no folder that is read (red/more/00.png), 1 of other types (red/notes.txt)" in printed
+    assert "1 images cannot be read, the first is " in printed and "red/gone.png: cannot be read" in printed
+    (images / "red" / "gone.png").unlink()
+    command[1] = "classification"
+    assert "'mine': class 'red' has 2 examples, too few for 3 parts; add examples, or remove the class" in refused(
+        capsys, *command
+    )
+
+
+@pytest.mark.parametrize("model", ["test_efficientnet", "test_resnet"])
+def test_another_backbone_needs_no_other_change(model: str, tmp_path: Path) -> None:
+    """A convnet has no linear layers to adapt, and timm calls its classifier `classifier` or `fc`."""
+    images = write_folder(tmp_path / "mine", 10)
+    assert main(["init", "classification", "--images", str(images), "--to", str(tmp_path), "--quiet"]) == 0
+    words = ["train.steps=2", "train.warmup=0", "tune=null"]
+    rows = run(tmp_path, "classification", f"model={{name: {model}, img_size: 32, pretrained: false}}", *words)
+    assert {row.arm for row in rows} == {"head", "lora", "full"}
 
 
 def test_classes_of_one_set_are_named_alone(tmp_path: Path, monkeypatch) -> None:
@@ -191,8 +264,8 @@ def test_a_study_can_be_moved(tmp_path: Path, monkeypatch, capsys) -> None:
         )
         == 0
     )
-    written = [(home / "study" / name).read_text() for name in ("classification.yaml", "card.yaml")]
-    assert not any(str(tmp_path) in text for text in written) and "train: [./card.yaml]" in written[0]
+    written = [(home / "study" / name).read_text() for name in ("classification.yaml", "photos.card.yaml")]
+    assert not any(str(tmp_path) in text for text in written) and "train: [./photos.card.yaml]" in written[0]
     command = ["run", "classification.yaml", *TINY, "train.warmup=0", "tune=null"]
     monkeypatch.chdir(home / "study")
     assert main(command) == 0
@@ -227,7 +300,7 @@ def test_own_maps(tmp_path: Path, capsys) -> None:
     assert "1 without depth_m of 10 images" in told and "few have label 3 (0), 4 (1)." in told
     assert load_config(where / "dense.yaml").size == [28, 42]  # of 32 x 48, in patches of 14
     assert "Scores are of maps in this size." in (where / "dense.yaml").read_text()
-    card = where / "card.yaml"
+    card = where / "maps.card.yaml"
     commented = "# names: [background, door, ...]"
     assert commented in card.read_text()
     card.write_text(card.read_text().replace(commented, "names: [wall, floor, door, lamp, cat] #"))
@@ -252,12 +325,50 @@ def test_own_maps(tmp_path: Path, capsys) -> None:
     assert "Take constant" not in report
 
 
+DEPTH = np.full((8, 8), 700, np.uint16)
+WRONG = {
+    "huge": ("label", np.full((8, 8), 3_000_000_000), "label 3e+09 found"),
+    "unknown": ("label", np.full((8, 8), -1), "correct the file, or `classes`, `first` and `void` of the card"),
+    "colours": ("label", np.full((8, 8, 3), 255, np.uint8), "class numbers, grey or palette and not colours"),
+    "depth": ("depth_m", DEPTH, "an image of millimetres is depth_mm: name the folder so"),
+    "size": ("depth_mm", DEPTH[:4], "bring the file to the size of its image"),
+}
+
+
+def write_map(folder: Path, form: str, values: np.ndarray, count: int = 5) -> None:
+    for name, array in (("images", np.zeros((8, 8, 3), np.uint8)), (form, values)):
+        (folder / name).mkdir(parents=True)
+        for number in range(count):
+            if array.dtype == np.int64:
+                np.save(folder / name / f"{number}.npy", array)
+            else:
+                Image.fromarray(array).save(folder / name / f"{number}.png")
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_maps_that_a_run_would_refuse(case: str, tmp_path: Path, capsys) -> None:
+    form, values, message = WRONG[case]
+    write_map(tmp_path / "maps", form, values)
+    error = refused(capsys, "init", "dense", "--images", tmp_path / "maps", "--to", tmp_path / "to")
+    assert message in error and not (tmp_path / "to").exists()
+
+
+def test_masks_of_0_and_255_have_two_classes(tmp_path: Path, capsys) -> None:
+    write_map(tmp_path / "maps", "label", 255 * np.eye(8, dtype=np.uint8), 10)
+    assert main(["init", "dense", "--images", str(tmp_path / "maps"), "--to", str(tmp_path)]) == 0
+    assert "'label' has 255 and 0 alone: a mask of two classes" in capsys.readouterr().out
+    tiny = [override for override in TINY if "img_size" not in override]
+    rows = run(tmp_path, "dense", *tiny, "size=[32, 32]", "train.warmup=0")
+    assert {(row.task, row.metric) for row in rows if not row.further} == {("saliency", "mIoU")}
+
+
 def test_maps_of_void_alone_and_texts_of_any_name(tmp_path: Path, capsys) -> None:
     for name, value in (("images", 0), ("label", 255)):
         (tmp_path / "maps" / name).mkdir(parents=True)
-        Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / "a.png")
+        for number in range(3):
+            Image.fromarray(np.full((8, 8), value, np.uint8)).save(tmp_path / "maps" / name / f"{number}.png")
     error = refused(capsys, "init", "dense", "--images", tmp_path / "maps", "--to", tmp_path / "dense")
-    assert "no map in 'label' has a label but 255" in error
+    assert "no map in 'label' has a label but 0 and 255" in error
     texts = tmp_path / 'a: "b" #c.jsonl'  # no plain YAML
     texts.write_text('{"text": "a", "label": "x"}\n{"text": "b", "label": "y"}\n')
     assert main(["init", "lm", "--texts", str(texts), "--to", str(tmp_path / "lm"), "--quiet"]) == 0

@@ -173,7 +173,7 @@ def test_a_model_without_maps_has_no_dense_run(monkeypatch: pytest.MonkeyPatch) 
 def test_one_line_for_each_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     mistakes = [
         (
-            config("multitask", "test_resnet", adapt={"method": "lora", "rank": 2}),
+            config("multitask", "test_resnet", adapt={"method": "lora", "rank": 2, "targets": "all-linear"}),
             "ResNet has no linear layers outside of its head; give adapt.targets=all-conv",
         ),
         (

@@ -82,7 +82,9 @@ def test_rows_without_labels_are_divided_in_the_order_of_the_file(tmp_path: Path
 
 
 def test_a_class_with_too_few_rows_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="class '1' has 2 examples, too few for 3 parts; lower the shares"):
+    with pytest.raises(
+        UserError, match="class '1' has 2 examples, too few for 3 parts; add examples, or remove the class"
+    ):
         opened(table(tmp_path, "0" * 12 + "11"), **SHARES)
 
 

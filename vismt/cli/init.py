@@ -49,7 +49,13 @@ def _init(options: argparse.Namespace) -> None:
             raise UserError(f"init: --{name} {path}: no such {what}.")
     folder, given = options.to.resolve(), getattr(options, init.takes or "images")
     files = init.files(options.job, folder, given and given.resolve())
-    check_outputs("init", [(options.to / name, "") for name in files])
+    # The card of a set serves several jobs, so one with the same content is kept.
+    kept = [
+        name
+        for name, text in files.items()
+        if name.endswith(".card.yaml") and (folder / name).is_file() and (folder / name).read_bytes() == text.encode()
+    ]
+    check_outputs("init", [(options.to / name, "") for name in files if name not in kept])
     for name, content in files.items():
         atomic_write(folder / name, content)
         console.stage("init", str(options.to / name))

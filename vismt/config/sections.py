@@ -275,14 +275,15 @@ def read_config_file(path: Path) -> JsonObject:
 def from_working_folder(value: object, folder: Path) -> Any:
     """Return a configuration with paths that hold from the working folder.
 
-    They are the texts that begin with "./" or "../" and exist in `folder`.
+    They are the texts that begin with "./" or "../" and exist in `folder`, also with ":split" behind them.
     """
     if isinstance(value, dict):
         return {key: from_working_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):
         return [from_working_folder(item, folder) for item in value]
-    if isinstance(value, str) and value.startswith(("./", "../")) and (folder / value).exists():
-        return os.path.relpath(folder / value)
+    if isinstance(value, str) and value.startswith(("./", "../")):
+        exists = any((folder / path).exists() for path in {value, value.rpartition(":")[0] or value})
+        return os.path.relpath(folder / value) if exists else value
     return value
 
 

@@ -56,7 +56,8 @@ def divide(
             grouped = count < len(members)
             apart = f" in {count} groups of near-duplicates" if grouped else ""
             apart += " that other classes share" if grouped and count >= len(wanted) <= len(members) else ""
-            fix = "take fewer parts, or a card with `groups: none`" if grouped else "lower the shares"
+            fix = "add examples, or remove the class" if len(members) < len(wanted) else "lower the shares"
+            fix = "take fewer parts, or a card with `groups: none`" if grouped else fix
             raise UserError(
                 f"'{name}': class {shown} has {len(members)} examples{apart}, too few for {len(wanted)} parts; {fix}."
             )

@@ -8,25 +8,28 @@ LoRA's rate. A job that fills in more has INIT in `init.py`.
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from string import Template
-from typing import TYPE_CHECKING
 
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.yaml_text import read_yaml
+from vismt.data.decode import is_image_name, open_image, read_image_bytes
+from vismt.data.formats.folder import FolderSource
+from vismt.data.formats.plain_sets import SPLITS, plain_card
+from vismt.data.images import open_images
+from vismt.data.source_types import Card
 from vismt.jobs import JOBS
 from vismt.storage.wheels import one_line
 
-if TYPE_CHECKING:
-    from vismt.data.images import ImageSet
-
 InitFiles = dict[str, str]  # content by name
-CARD = "card.yaml"
-OWN_CARD = f"./{CARD}"  # seen from the configuration
+SHARES = {"validation": 0.1, "test": 0.2}  # of each class, for parts without a folder
 
 
 @dataclass(frozen=True)
@@ -43,22 +46,103 @@ class Init:
     takes: str = "images"
 
 
-def images_card(folder: Path, images: Path) -> tuple[ImageSet, str, InitFiles]:
-    """Return a folder's images, their name, and their card in `folder`."""
-    from vismt.data.formats.folder import FolderSource
-    from vismt.data.formats.plain_sets import plain_card
-    from vismt.data.images import open_images
+@dataclass(frozen=True)
+class OwnSet:
+    """A user's set, as a configuration names it.
 
+    Args:
+        name: Name of the set.
+        card: Its card, "./NAME.card.yaml" for a user's set.
+        splits: Folders of its splits, ["all"] for a set without such folders.
+    """
+
+    name: str
+    card: str
+    splits: list[str]
+
+    def entries(self, part: str) -> list[str]:
+        """Return the sets of "train", "validation" or "test". A set without folders of splits is "train"."""
+        if self.splits == ["all"]:
+            return [self.card] if part == "train" else []
+        return [f"{self.card}:{split}" for split in self.splits if SPLITS[split.lower()] == part]
+
+    @property
+    def evaluated(self) -> str:
+        """The set that a job without training evaluates: the test images, if the set has a folder of them."""
+        entry = next(found for part in ("test", "validation", "train") for found in self.entries(part))
+        if self.splits != ["all"]:
+            console.stage("init", f"{self.name} has the folders {', '.join(self.splits)}: {entry} is evaluated")
+        return entry
+
+    def parts(self) -> dict[str, str]:
+        """Return keys and values of `PartsConfig`: the folders of splits, and shares of "train" for parts without a folder."""
+        named = {part: self.entries(part) for part in ("train", *SHARES)}
+        if not named["train"]:
+            raise UserError(f"init: {self.name} has the folders {', '.join(self.splits)}; name one 'train'.")
+        keys = {
+            part if sets else f"{part}_share": f"[{', '.join(sets)}]" if sets else str(SHARES[part])
+            for part, sets in named.items()
+        }
+        if self.splits != ["all"]:
+            shown = ", ".join(f"{key}: {value}" for key, value in keys.items())
+            console.stage("init", f"{self.name} is divided by its folders: {shown}")
+        return keys
+
+
+def own_images(folder: Path, images: Path) -> tuple[OwnSet, Card, InitFiles]:
+    """Return a folder of images as the files of `folder` name it, its card, and the text of the card.
+
+    Print how many files are images of a class, and which files are left out or cannot be read.
+    """
     card = plain_card(images)
     if card is None:
         raise UserError(f"init: --images {images}: no folder of images in it; need one for each class.")
     source = card.sources[0]
     assert isinstance(source, FolderSource)
-    splits = ", ".join(f"{split}: null" for split in source.splits)
+    opened = open_images(card)
+    tell_files(images, opened.ids, f"images of {len(opened.classes)} classes")
+    bad = [error for name in opened.ids if (error := _unreadable(images / name))]
+    if bad:
+        remedy = f"`vismt data check {shlex.quote(str(images))}` lists them. Remove them, or write on_bad_sample: skip."
+        console.stage("init", f"{len(bad):,} images cannot be read, the first is {bad[0]} {remedy}")
     name = set_name(images)
+    file = f"{name}.card.yaml"  # as a folder may hold the cards of several sets
+    splits = ", ".join(f"{split}: null" for split in source.splits)
     values = {"name": quoted(name), "root": path_below(images, folder), "layout": source.layout, "splits": splits}
     text = Template(Path(__file__).with_name("start_card.yaml").read_text(encoding="utf8")).substitute(values)
-    return open_images(card), name, {CARD: text}
+    return OwnSet(name, f"./{file}", list(source.splits)), card, {file: text}
+
+
+def _unreadable(path: Path) -> str:
+    """Return why the header of an image cannot be read, "" if it can."""
+    try:
+        with open_image(read_image_bytes(path), str(path)):
+            return ""
+    except UserError as error:
+        return str(error)
+
+
+def tell_files(root: Path, taken: Iterable[str], what: str) -> None:
+    """Print how many files of a folder a run reads, and why it leaves out the others.
+
+    taken: Paths below `root`. what: What they are.
+    """
+    names, left = set(taken), dict[str, list[str]]()
+    for folder, _, files in os.walk(root):
+        for path in (Path(folder, file) for file in sorted(files)):
+            name = path.relative_to(root).as_posix()
+            if name not in names:
+                left.setdefault(_why_left(path, name), []).append(name)
+    texts = [f"{len(found):,} {why} ({found[0]}{', ...' * (len(found) > 1)})" for why, found in sorted(left.items())]
+    console.stage("init", f"{len(names):,} {what}; left out: {', '.join(texts) or 'no file'}")
+
+
+def _why_left(path: Path, name: str) -> str:
+    if any(part.startswith((".", "__")) for part in Path(name).parts):
+        return "hidden"
+    if not path.exists():
+        return "broken links"
+    return "in no folder that is read" if is_image_name(name) else "of other types"
 
 
 def set_name(path: Path) -> str:

@@ -80,7 +80,7 @@ def test_named_sets_take_what_they_name_without_the_head(targets: Any, paths: li
 def test_a_model_without_the_named_kind_names_the_other_set() -> None:
     for targets, model, line in (
         (
-            None,
+            "all-linear",
             timm.create_model("test_resnet"),
             "ResNet has no linear layers outside of its head; give adapt.targets=all-conv.",
         ),

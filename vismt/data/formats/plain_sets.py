@@ -13,8 +13,10 @@ from vismt.data.set_entries import DELIMITERS
 from vismt.data.source_types import DATA_KINDS, Card, DataSource
 from vismt.storage.paths import regular_file
 
-# Names of folders that are splits, not classes.
-_SPLITS = ("train", "training", "val", "valid", "validation", "dev", "test", "testing")
+# Names of folders that are splits, not classes, in any case, and the part of a study that each of them is.
+SPLITS = {name: "train" for name in ("train", "training")}
+SPLITS |= {name: "validation" for name in ("val", "valid", "validation", "dev")}
+SPLITS |= {name: "test" for name in ("test", "testing")}
 _PATHS = ("path", "file", "filename", "file_name", "filepath", "image", "image_path", "img")
 _LABELS = ("label", "class", "category", "target", "label_name", "class_name")
 SPLIT = "split"  # column with the split of a row
@@ -42,7 +44,7 @@ def plain_card(path: Path) -> Card | None:
 
 def _of_folder(path: Path) -> list[DataSource]:
     folders = _folders(path)
-    by_split = bool(folders) and all(folder.name.lower() in _SPLITS for folder in folders)
+    by_split = bool(folders) and all(folder.name.lower() in SPLITS for folder in folders)
     classes = [inner for folder in folders for inner in _folders(folder)] if by_split else folders
     if not classes:
         return []

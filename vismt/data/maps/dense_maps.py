@@ -80,7 +80,7 @@ def _plane(path: Path, what: str, kinds: str) -> np.ndarray:
     if values.ndim == 3 and 1 in (shape[0], shape[2]):
         values = values[..., 0] if shape[2] == 1 else values[0]
     if values.ndim != 2 or values.dtype.kind not in kinds:
-        raise UserError(f"{path}: {what}, is {values.dtype} {shape}.")
+        raise UserError(f"{path}: {what}, is {values.dtype} {shape}. Convert the file.")
     return values
 
 
@@ -108,14 +108,18 @@ def read_label(name: str, path: Path, settings: MapSettings) -> Sample:
     if path.suffix.lower() == ".npy":
         values = _plane(path, "a label map must be one channel of numbers", "iuf")
     else:
-        values = _plane(path, "a label map must be one 8-bit channel", "u")
-        if values.dtype != np.uint8:
-            raise UserError(f"{path}: a label map must be one 8-bit channel, is {values.dtype} {values.shape}.")
+        what = "a label map must be one 8-bit channel of class numbers, grey or palette and not colours"
+        values = _plane(path, what, "ub")
+        if values.dtype.itemsize > 1:
+            raise UserError(f"{path}: {what}, is {values.dtype} {values.shape}. Convert the file.")
     classes_and_void = {*range(first, first + classes), void}
     unknown = [value for value in np.unique(values).tolist() if value not in classes_and_void]
     if unknown:
         start = f", the first is {first}" if first else ""
-        raise UserError(f"{path}: label {unknown[0]:g} found, but there are {classes} classes (void {void}{start}).")
+        raise UserError(
+            f"{path}: label {unknown[0]:g} found, but there are {classes} classes (void {void}{start}). "
+            "Labels are whole numbers: correct the file, or `classes`, `first` and `void` of the card."
+        )
     labels = torch.from_numpy(values.astype(np.int64))
     classes_from_0 = labels - first
     return {"semseg": classes_from_0 if void is None else classes_from_0.masked_fill(labels == void, IGNORE)}
@@ -125,7 +129,9 @@ def read_depth(name: str, path: Path, settings: MapSettings) -> Sample:
     """Return `depth` of a file in one of the forms depth_mm, depth_512, depth_m, inverse_depth."""
     if name in ("depth_m", "inverse_depth"):
         if path.suffix.lower() != ".npy":
-            raise UserError(f"{path}: {name} is read from .npy files; an image of millimetres is depth_mm.")
+            raise UserError(
+                f"{path}: {name} is read from .npy files; an image of millimetres is depth_mm: name the folder so."
+            )
         metres = _plane(path, "a depth map must be one channel of floats", "f").astype(np.float32)
     else:
         what = f"a depth map in {name} must be one channel of whole numbers of 16 bits or more"

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from string import Template
 
-from vismt.jobs.init_files import OWN_CARD, Init, InitFiles, config, images_card
+from vismt.data.images import open_images
+from vismt.jobs.init_files import Init, InitFiles, config, own_images
 
 CLASSIFIER = Template('''\
 """The classifier that $config evaluates; put your own in the place of this untrained one."""
@@ -25,8 +26,8 @@ def _files(job: str, folder: Path, images: Path | None) -> InitFiles:
     files: InitFiles = {}
     about, data, classes = "handwritten digits", "digits", 10
     if images is not None:
-        opened, about, files = images_card(folder, images)
-        data, classes = OWN_CARD, len(opened.classes)
+        own, card, files = own_images(folder, images)
+        about, data, classes = own.name, own.evaluated, len(open_images(card).classes)
     files["classifier.py"] = CLASSIFIER.substitute(config="robustness.yaml", classes=classes)
     return files | config(job, about=about, title=f"Robustness on {about}", data=data)
 

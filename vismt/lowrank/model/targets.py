@@ -1,6 +1,7 @@
 """Find the modules that a target pattern names. A pattern without a match is an error with near names.
 
-targets     'all-linear'            every nn.Linear and transformers Conv1D except the task head
+targets     None                    'all-linear', and for a model without linears 'all-conv'
+            'all-linear'            every nn.Linear and transformers Conv1D except the task head
             'all-conv'              every nn.Conv2d with groups = 1 except the task head
             'all-linear+conv'       both
             a string                a regular expression that must match the full module path
@@ -194,8 +195,9 @@ def find_targets(
     Raise UserError for a pattern that matches nothing, and for a named module that cannot carry an update.
     """
     named, exclude = candidates(model), need_names("adapt.exclude:", exclude)
-    pattern = targets if targets is not None else "all-linear"
     sets = _members(model, named)
+    default = "all-linear" if sets["all-linear"] or not sets["all-conv"] else "all-conv"
+    pattern = default if targets is None else targets
     everything = isinstance(pattern, str) and pattern in SETS
     if everything:
         wanted, chosen = set(named), set(sets[str(pattern)])
