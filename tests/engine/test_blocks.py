@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -156,6 +157,12 @@ def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         for key, value in plain.items():
             torch.testing.assert_close(value, compiled[key], atol=1e-4, rtol=1e-3)
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_compiled_blocks_without_the_private_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
+    with blocks._kept_buffers():
+        pass
 
 
 def test_blocks_of_two_nets_and_not_those_of_heads() -> None:

@@ -157,7 +157,12 @@ def check_compile(objective: nn.Module) -> None:
 
 
 def _kept_buffers() -> AbstractContextManager[object]:
-    """Return a context in which a compiled backward pass may run twice (retain_graph), as attacks and balancers need."""
-    import torch._functorch.config as settings
+    """Return a context in which a compiled backward pass may run twice (retain_graph), as attacks and balancers need.
 
-    return settings.patch(donated_buffer=False) if hasattr(settings, "donated_buffer") else ExitStack()
+    A release of torch without this private setting either allows that, or says in an error how to allow it.
+    """
+    try:
+        import torch._functorch.config as settings
+    except ImportError:
+        return nullcontext()
+    return settings.patch(donated_buffer=False) if hasattr(settings, "donated_buffer") else nullcontext()

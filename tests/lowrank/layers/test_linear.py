@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import vismt
 from scripts.bench.accounting import saved_activation_bytes
+from vismt.lowrank.layers import fused
 from vismt.lowrank.layers.base import adapter_layers
 
 
@@ -74,7 +75,9 @@ def test_first_and_second_derivatives(method: str, split: bool, train_base: bool
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")  # torch.func falls back to a loop for addmm_
-def test_functional_gradient_and_vmap_agree_with_autograd() -> None:
+@pytest.mark.parametrize("private", [True, False])
+def test_functional_gradient_and_vmap_agree_with_autograd(private: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fused, "PRIVATE", private)
     model = single("pissa")
     x = torch.randn(4, 5, dtype=torch.double)
     values = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
@@ -165,8 +168,15 @@ def test_inductor_where_a_compiler_exists() -> None:
     assert torch.allclose(torch.compile(model, fullgraph=True)(x), model(x), atol=1e-5)
 
 
+@pytest.mark.parametrize("private", [True, False])
 @pytest.mark.parametrize("shape", [(3, 8), (2, 3, 8)])
-def test_a_model_may_change_the_output_of_a_layer_in_place(shape: tuple[int, ...]) -> None:
+def test_a_model_may_change_the_output_of_a_layer_in_place(
+    shape: tuple[int, ...], private: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert fused.PRIVATE  # this release of torch has what the layer takes from it
+    monkeypatch.setattr(fused, "PRIVATE", private)
+    for name in ("transforms_active", "unwrap_dead_wrappers", "reshaped") if not private else ():
+        monkeypatch.delattr(fused, name)
     model = nn.Sequential(nn.Linear(8, 8))
     vismt.adapt(model, "lora", rank=2)
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0))

@@ -297,6 +297,18 @@ def test_what_runs_again_in_a_backward_pass_has_its_adapters_or_is_refused(reent
     assert relative(gradient(run(x)), expected) > 1e-3
 
 
+def test_a_forward_that_may_run_again_is_refused_where_torch_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = vismt.activate(carrying(tiny_vit()), ["a", "b"]), images(3)
+    monkeypatch.delattr(torch._C, "_current_graph_task_id")
+    model(x)
+    with vismt.adapters_per_sample(["a", None, "b"]):
+        model(x)
+    with pytest.raises(UserError, match="a backward pass runs it again"):
+        model(x)
+    with torch.no_grad():
+        model(x)
+
+
 def _backward(loss: Tensor, x: Tensor) -> Tensor:
     x.grad = None
     loss.backward()

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
 
 from vismt.lowrank.layers.gates import by_sample, gated
+
+try:  # private parts of torch, which save time
+    from torch._C import _are_functorch_transforms_active as transforms_active
+    from torch._functorch.utils import unwrap_dead_wrappers
+
+    reshaped = torch.ops.aten._unsafe_view
+    PRIVATE = hasattr(super(torch.autograd.Function, torch.autograd.Function), "apply")
+except (ImportError, AttributeError):  # a release of torch without them: its public functions do the same
+    PRIVATE = False
 
 
 def _add_product(out: Tensor, hidden: Tensor, B: Tensor, scale: float, blocks: tuple[int, ...]) -> None:
@@ -53,13 +61,13 @@ def _grad_B(scale: float, grad: Tensor, hidden: Tensor, B: Tensor, blocks: tuple
 class PositionalFunction(torch.autograd.Function):
     """A function of autograd whose inputs are given in the order of `forward`.
 
-    torch's own `apply` binds them to the signature of `forward` in each call, which takes longer than the function of a small
-    batch.
+    torch's own `apply` binds them to the signature of `forward` in each call, which takes as long as the function of a small
+    batch. A signature in `forward.__signature__` that binds nothing would be public. It still takes a fifth longer than this.
     """
 
     @classmethod
     def apply(cls, *inputs: object) -> Any:
-        if torch._C._are_functorch_transforms_active():
+        if not PRIVATE or transforms_active():
             return super().apply(*inputs)
         bound = super(torch.autograd.Function, cls).apply  # type: ignore[misc]  # missing in the stubs of torch
         return bound(*unwrap_dead_wrappers(inputs))
@@ -95,7 +103,8 @@ class FusedLowRank(PositionalFunction):
         if A0 is not None and B0 is not None:
             _add_product(out, flat @ A0.to(dtype).t(), B0.to(dtype), -scale, blocks)
         # A view as one of several outputs could not be changed in place by the model, as Falcon does.
-        return torch.ops.aten._unsafe_view(out, (*x.shape[:-1], out.shape[-1])), hidden
+        shape = (*x.shape[:-1], out.shape[-1])
+        return reshaped(out, shape) if PRIVATE else out.view(shape).clone(), hidden
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

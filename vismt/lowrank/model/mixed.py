@@ -322,7 +322,10 @@ class AdaptersPerSample(PerSample):
 
         names: Names of the active adapters. used: Whether the layer had a block before.
         """
-        if used and torch._C._current_graph_task_id() >= 0:
+        # No public function says whether a backward pass runs. In a release of torch without this one, every forward with
+        # gradients is taken for a part of one.
+        task = getattr(torch._C, "_current_graph_task_id", None)
+        if used and (task() >= 0 if task else torch.is_grad_enabled()):
             raise UserError(
                 "forward: a backward pass runs it again and does not see its adapters_per_sample; checkpoint with "
                 "use_reentrant=False and context_fn=vismt.llm.recompute_gates."
