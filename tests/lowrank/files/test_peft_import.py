@@ -301,6 +301,39 @@ def test_a_tied_weight_that_was_trained_apart_is_refused(name: str, options: dic
             vismt.import_peft(tiny_lm("gpt2"), folder)
 
 
+def test_tied_biases_are_trained_under_one_name(tmp_path: Path) -> None:
+    """peft writes both names of a tied bias, and export_peft one."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"vocab_size": 48, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+    def bert() -> nn.Module:
+        torch.manual_seed(0)
+        return transformers.BertForMaskedLM(transformers.BertConfig(**shape, intermediate_size=24)).eval()
+
+    ids = torch.arange(5)[None]
+    model = bert()
+    vismt.adapt(
+        model, "lora", ["query"], rank=2, also_train=[n for n, _ in model.named_parameters() if n.endswith("bias")]
+    )
+    expected = shake(model, 0.1)(input_ids=ids).logits
+    vismt.export_peft(model, tmp_path / "ours")
+    theirs = peft.PeftModel.from_pretrained(bert(), str(tmp_path / "ours")).eval()
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    for folder in ("ours", "theirs"):
+        assert torch.allclose(vismt.import_peft(bert(), tmp_path / folder)(input_ids=ids).logits, expected, atol=1e-5)
+    file = tmp_path / "theirs" / "adapter_model.safetensors"
+    tensors = safetensors.torch.load(file.read_bytes())
+    tied = [name for name in tensors if name.startswith("base_model.model.cls.predictions") and "transform" not in name]
+    assert len(tied) == 2
+    tensors[tied[0]] = tensors[tied[0]] + 1
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(UserError, match="untie them first"):
+        vismt.import_peft(bert(), tmp_path / "theirs")
+    safetensors.torch.save_file({name: value for name, value in tensors.items() if name not in tied}, file)
+    with pytest.raises(UserError, match="bias' is missing, which the settings promise"):
+        vismt.import_peft(bert(), tmp_path / "theirs")
+
+
 def test_what_cannot_carry_an_update_is_refused(tmp_path: Path) -> None:
     _, folder = written(tmp_path, "gpt2", target_modules=["c_attn", "lm_head"])
     with pytest.raises(UserError, match=r"'lm_head' shares its weight with 'transformer\.wte\.weight'"):

@@ -76,12 +76,15 @@ class PeftAdapter:
 
     def kept(self, model: nn.Module) -> dict[str, Tensor]:
         """Return the whole parameters of the file under their names in the model."""
-        parameters, promised = dict(model.named_parameters(remove_duplicate=False)), self._promised(model)
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        whole, biases = self._promised(model)
+        promised = whole | biases
         what, tensors = self.what, {**parameters, **dict(model.named_buffers())}
         sharing: dict[int, list[str]] = {}
         for name, parameter in parameters.items():
             sharing.setdefault(id(parameter), []).append(name)
-        for name in sorted(promised - set(self.extras)):
+        in_file = {alias for name in self.extras for alias in sharing.get(id(parameters.get(name)), ())}
+        for name in sorted((whole - set(self.extras)) | (biases - in_file)):
             why = f"bias '{self.settings.bias}', modules_to_save {self.settings.modules_to_save}"
             raise UserError(f"{what}: '{name}' is missing, which the settings promise ({why}); {_AGAIN}.")
         kept: dict[str, Tensor] = {}
@@ -103,8 +106,9 @@ class PeftAdapter:
                         f"{what}: the file holds other values of '{name}', which the settings do not name; {_BASE}."
                     )
                 continue
-            # peft trains a copy of one of two tied weights, which unties them.
-            if any(alias not in self.extras or not torch.equal(self.extras[alias], value) for alias in names):
+            # peft trains a copy of one of two tied weights of modules_to_save, which unties them. It trains biases in place.
+            copied, held = not whole.isdisjoint(names), self.extras
+            if any(not torch.equal(held[alias], value) if alias in held else copied for alias in names):
                 alias = next(alias for alias in names if alias != name)
                 raise UserError(
                     f"{what}: '{name}' was trained apart from '{alias}', whose weight it shares here; untie them first."
@@ -112,8 +116,8 @@ class PeftAdapter:
             kept[names[0]] = value
         return kept
 
-    def _promised(self, model: nn.Module) -> set[str]:
-        """Return the names of the parameters that the file holds by its settings: parameters of modules_to_save, and biases."""
+    def _promised(self, model: nn.Module) -> tuple[set[str], set[str]]:
+        """Return the names of the parameters that the file holds by its settings: those of modules_to_save, and biases."""
         names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
         endings = tuple(texts(self.settings.modules_to_save))
         paths = [path for path, _ in model.named_modules(remove_duplicate=False) if path and path.endswith(endings)]
@@ -121,7 +125,7 @@ class PeftAdapter:
         biases = {name for name in names if name == "bias" or name.endswith(".bias")}
         if self.settings.bias == "lora_only":
             biases &= {f"{path}.bias" for path in self.low_rank}
-        return saved | biases if self.settings.bias != "none" else saved
+        return saved, biases if self.settings.bias != "none" else set()
 
 
 def read_peft(folder: Path) -> PeftAdapter:
