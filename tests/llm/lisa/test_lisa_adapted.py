@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -59,6 +60,20 @@ def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
     vismt.unadapt(twin)
     assert holds(twin, original)
     assert flags == {name: p.requires_grad for name, p in twin.named_parameters()}
+
+
+def test_training_without_the_schedule_is_warned_of() -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "lisa", active=1)
+    with pytest.warns(UserWarning, match=r"LISA: 2 of 2 layers train at once, and 1 should, because no schedule"):
+        model(images()).sum().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(2):
+            LISA(model, adamw(model), active=1, interval=1, cover=True).on_step(step)
+            model(images()).sum().backward()
+        vismt.unadapt(model)
+        model(images()).sum().backward()
 
 
 @pytest.mark.parametrize("where", ["memory", "file"])

@@ -17,8 +17,11 @@ rate. Left out: a warm-up inside each interval, and any change of the rate (the 
 from __future__ import annotations
 
 import re
+import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from numbers import Integral
 
 import numpy as np
@@ -29,7 +32,7 @@ from vismt.base.errors import UserError, need_whole, require_known, shown_value
 from vismt.config.typed import JsonFile, build
 from vismt.llm.lisa.shares import Layers, find_shares
 from vismt.lowrank.model.inject import install, warn_of_rounding
-from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, refuse_adapted
+from vismt.lowrank.model.record import AdaptReport, count_parameters, need_record, record_of, refuse_adapted
 from vismt.lowrank.model.targets import Targets
 from vismt.methods import Method, register_method
 
@@ -232,10 +235,28 @@ def lisa(
     excluded = exclude if isinstance(exclude, str) else list(exclude)
     settings = LisaOptions(list(shares.layers), active, interval, seed, state_policy, train_embeddings, cover, excluded)
     install(model, "lisa", [], asdict(settings), shares.all())
+    firsts = [names[0] for names in shares.drawn.values()]
+    if firsts:
+        model.get_parameter(firsts[0]).register_hook(partial(_warn_unscheduled, weakref.ref(model), firsts, active))
     trainable, total = count_parameters(model)
     outside = sum(model.get_parameter(name).numel() for name in shares.always)
     note = f"{active} of {count} layers at a time, {(trainable - outside) // max(count, 1):,} parameters each"
     return AdaptReport("lisa", [], trainable, total, extras=[f"{note}; outside them, always: {outside:,}"])
+
+
+def _warn_unscheduled(model: weakref.ref[nn.Module], firsts: Sequence[str], active: int, grad: Tensor) -> None:
+    """Warn in a backward pass of an adapted model if more layers train than a schedule leaves trainable."""
+    adapted = model()
+    record = None if adapted is None else record_of(adapted)
+    if adapted is None or record is None or record.method != "lisa":
+        return
+    awake = sum(adapted.get_parameter(name).requires_grad for name in firsts)
+    if awake > active:
+        warnings.warn(
+            f"LISA: {awake} of {len(firsts)} layers train at once, and {active} should, because no schedule has drawn them. Give "
+            "your trainer vismt's VismtCallback, or call on_step of vismt.llm.LISA(model, optimizer, ...) before each step.",
+            stacklevel=2,
+        )
 
 
 def check_settings(count: int, active: int, interval: int, seed: int, state_policy: str) -> None:
