@@ -20,9 +20,9 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.base.registry import PLACES, Registry, with_entry_points
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.stock_modules import matrix_shape
-from vismt.lowrank.model.inject import COMMON, check_options
+from vismt.lowrank.model.inject import COMMON, check_options, freeze_tensors
 from vismt.lowrank.model.named import new_adapter
-from vismt.lowrank.model.record import AdaptReport, record_of
+from vismt.lowrank.model.record import AdaptReport, count_parameters, record_of
 from vismt.lowrank.model.targets import Targets, find_targets, pattern_values
 
 _GIVEN = {"model", "targets", "rank", "alpha", "seed"}  # arguments that every method takes
@@ -83,6 +83,7 @@ class Method:
             line of its docstring.
         layers: Classes of the adapter layers and wrappers that the method places. Empty for a method that trains the weights
             themselves.
+        frozen: Names of tensors of the layers that are not trained, such as "lora_A". `adapt` and `load_adapter` freeze them.
         optimizer: Function `optimizer(optimizer, model) -> optimizer` that returns the optimiser for training an adapted model.
             The returned optimiser may have a method `metrics() -> {name: scalar}`. The training loop logs these values.
         schedule: Function that returns the schedule of an adapted model, see `MakeSchedule`.
@@ -103,6 +104,7 @@ class Method:
     name: str
     adapt: Callable[..., AdaptReport]
     layers: tuple[type[nn.Module], ...]
+    frozen: tuple[str, ...] = ()
     optimizer: Callable[[Optimizer, nn.Module], Optimizer] | None = None
     schedule: MakeSchedule | None = None
     section: str | None = None
@@ -198,7 +200,11 @@ def adapt(
         raise UserError(f"adapt.seed: {shown_value(seed)}; it must be a whole number of at most 64 bits.")
     known.check_read(targets=targets, rank=rank, alpha=alpha)
     with new_adapter(model, name, "adapt"):
-        return known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+        report = known.adapt(model, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
+        if known.frozen:
+            freeze_tensors(model, known.frozen)
+            report.trainable, report.total = count_parameters(model)
+        return report
 
 
 def known_method(name: str, options: Collection[str]) -> Method:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import vismt
+from vismt.lowrank.layers.base import adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.model.inject import inject
 from vismt.methods import METHODS, Method, register_method
@@ -31,14 +32,14 @@ def unseeded(weight, rank, scale, generator):
     return torch.randn(rank, weight.shape[1]), torch.zeros(len(weight), rank)
 
 
-def declare(start: Callable[..., Any], changes_weights: bool = False) -> None:
+def declare(start: Callable[..., Any], changes_weights: bool = False, frozen: tuple[str, ...] = ()) -> None:
     def own(model, *, targets, rank, alpha, seed, **options):
         if changes_weights:
             with torch.no_grad():
                 model.norm.bias.add_(0.0).add_(1e-8)
         return inject(model, "own", start, offset=False, targets=targets, rank=rank, alpha=alpha, seed=seed, **options)
 
-    register_method(Method("own", own, layers=(LowRankLayer,)))
+    register_method(Method("own", own, layers=(LowRankLayer,), frozen=frozen))
 
 
 @pytest.fixture(autouse=True)
@@ -97,3 +98,13 @@ def test_a_check_of_the_gradient_sees_a_frozen_factor() -> None:
         patched.setattr(method_contract.Case, "adapted", without_a)
         with pytest.raises(AssertionError, match=r"blocks\.0\.attn\.qkv\.lora_A has requires_grad = False"):
             method_contract.check_gradient(case)
+
+
+def test_a_method_may_declare_that_it_freezes_a_factor() -> None:
+    declare(right, frozen=("lora_A",))  # LoRA-FA
+    check_method("own")
+    model = method_contract.small_vit()
+    report = vismt.adapt(model, "own", rank=2)
+    assert report.trainable == sum(layer.lora_B.numel() for layer in adapter_layers(model).values())
+    vismt.activate(vismt.activate(model, None), "default")
+    assert not any(layer.lora_A.requires_grad for layer in adapter_layers(model).values())

@@ -43,7 +43,7 @@ def check_method(method: str, *, module: str | None = None, **options: object) -
     Call it in a test of a method that you write. It checks these promises:
 
     - The model starts as the original function.
-    - A gradient reaches the parameters of the method and no other parameters.
+    - A gradient reaches the parameters of the method, without those in `Method.frozen`, and no other parameters.
     - Merging keeps the function. Removing the adapter gives the weights back bit for bit.
     - Adapter files, peft, copies, pickles, bf16 and gradient checkpointing keep the function.
     - The start values follow from the seed.
@@ -155,13 +155,14 @@ def check_start(case: Case) -> None:
 
 
 def check_gradient(case: Case) -> None:
-    """A gradient reaches the parameters that the method added and also_train, and no other parameters."""
+    """A gradient reaches the parameters that the method added and does not freeze, also_train, and no other parameters."""
     model = case.trained()
     model(case.inputs()).square().sum().backward()
     stock = set(case.make().state_dict())
     trained = set(need_record(model, "check_method").also_train)
     for name, parameter in model.named_parameters():
-        expected = name not in stock or name in trained
+        frozen = name.rpartition(".")[2] in METHODS[case.method].frozen
+        expected = name in trained or (name not in stock and not frozen)
         _need(parameter.requires_grad == expected, f"{name} has requires_grad = {parameter.requires_grad}")
         reached = parameter.grad is not None and bool(parameter.grad.abs().sum() > 0)
         _need(reached == expected, f"{name} {'gets no' if expected else 'gets a'} gradient")
@@ -207,6 +208,10 @@ def check_adapter_files(case: Case) -> None:
         vismt.save_adapter(model, folder)
         for fresh in (case.make(), case.adapted(seed=5)):
             vismt.load_adapter(fresh, folder)
+            flags = [value.requires_grad for value in fresh.parameters()]
+            _need(
+                flags == [value.requires_grad for value in model.parameters()], "loaded, other parameters are trained"
+            )
             _need_near("loaded from its file", fresh(case.inputs()), model(case.inputs()), 0)
 
 

@@ -67,6 +67,9 @@ class Description:
         dropout = self.options.get("dropout", 0.0)
         if type(dropout) not in (int, float) or not 0 <= dropout < 1:
             raise ValueError(f"options['dropout']: {shown_value(dropout)}; it must be a number in [0, 1)")
+        frozen = self.options.get("frozen", [])
+        if not isinstance(frozen, list) or not all(isinstance(name, str) for name in frozen):
+            raise ValueError(f"options['frozen']: {shown_value(frozen)}; it must be a list of names")
 
 
 @dataclass(frozen=True)

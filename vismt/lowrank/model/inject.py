@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError, need_names, require_known, shown_value
-from vismt.lowrank.layers.base import AdapterModule, LayerSpec
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_layers
 from vismt.lowrank.layers.low_rank import LowRankLayer
 from vismt.lowrank.layers.parameter_modules import to_modules
 from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 # Options of `inject` that users give with any method, with their defaults.
 COMMON: dict[str, Any] = {"exclude": (), "also_train": (), "rank_pattern": {}, "alpha_pattern": {}}
 COMMON |= {"rslora": False, "clamp_rank": False, "split_qkv": False, "dropout": 0.0, "dtype": None}
+FROZEN = "frozen"  # key of a record's options
 _DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -143,7 +144,7 @@ def install(
     model: nn.Module,
     method: str,
     specs: Sequence[LayerSpec],
-    options: dict[str, object],
+    options: dict[str, Any],
     also_train: Sequence[str],
     *,
     dtype: torch.dtype | None = None,
@@ -170,6 +171,8 @@ def install(
         )
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(name in originals or id(parameter) not in stock)
+        if FROZEN in options:  # of an adapter file
+            freeze_tensors(model, options[FROZEN])
         finish(modules)
         record.frozen = {
             name: sample(value)
@@ -178,6 +181,14 @@ def install(
         }
     watch_saving(model)
     return list(modules.values())
+
+
+def freeze_tensors(model: nn.Module, names: Sequence[str]) -> None:
+    """Freeze the tensors of these names in every layer of an adapted model, and record that for its adapter file."""
+    need_record(model, "adapt").options[FROZEN] = list(names)
+    for layer in adapter_layers(model).values():
+        for name, value in layer.named_parameters(recurse=False):
+            value.requires_grad_(value.requires_grad and name not in names)
 
 
 @contextmanager
