@@ -132,6 +132,23 @@ def test_the_sentence_on_the_examples() -> None:
     assert many.endswith("These 100 episodes would have shown a difference of 3 points between a and b.")
 
 
+def test_numbers_that_nobody_can_collect_are_cut_off() -> None:
+    number = {"metric": "gain", "scale": "number"}
+    assert " would " not in text(compared({"a": 0.0, "b": 0.0}, 0.05, **number))  # no difference to ask for
+    tiny = text(compared({"a": 0.0, "b": 1e-12}, 0.05, **number))
+    assert "At least 1,000,000 episodes would show a difference of 1e-12 between b and a" in tiny
+    seeds = text(compared({"a": 0.5, "b": 0.501}, 0.05, seeds=3, of_seeds=0.5))
+    assert "episodes and at least 1,000 training seeds would show a difference of 3 points" in seeds
+    assert needed(Estimate(0.0, ((0.1, 9.0), (0.1, 2.0))), cell(0.0, 1.0, 10, seeds=3), 1e-200, JOINT) == (10**6, 1000)
+
+
+def test_models_without_records_of_the_same_examples_can_be_near() -> None:
+    near = text(compared({"a": 0.599, "b": 0.6}, None), a=1, b=2)
+    assert "a is the smallest model within one standard error of the best score (1 trained parameters)." in near
+    far = text(compared({"a": 0.56, "b": 0.6}, None), a=1, b=2)  # the standard error is 0.05 sqrt(2) / 1.96 = 0.036
+    assert "Only b lies within one standard error of the best score" in far
+
+
 def test_too_few_seeds_are_named() -> None:
     c = compared({"a": 0.50, "b": 0.55}, 0.001, seeds=3, of_seeds=0.03)
     # of (0.05 / 2.8)^2 = 0.000319 the seeds may take half: 3 * 0.0009 / 0.000159 = 17

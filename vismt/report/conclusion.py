@@ -19,6 +19,7 @@ models and C criteria, the k = C K (K - 1) / 2 paired differences have joint int
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -38,6 +39,7 @@ from vismt.uncertainty.intervals import LOWER, SHARE, Estimate
 
 JOINT, POWER = 0.95, 0.8
 _LEAST = 0.03  # smallest difference that is asked for: three points, or three per cent of the score
+_MOST_EXAMPLES, _MOST_SEEDS = 1_000_000, 1_000  # larger numbers are not told apart
 MOST_NAMES = 4
 
 
@@ -119,7 +121,7 @@ def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> C
     more = _needed_text(model, good, ranked)
     take = f"Take {model}." if good else f"Take {model} for {names[0]}: no model is among the best in everything."
     basis = f"Differences are paired by example, with joint 95 % intervals of {pairs} differences (Šidák)."
-    if more.startswith("About "):
+    if " would show " in more:
         basis += f" That many {first.row.unit} have a power of 80 %."
     return Conclusion(model, " ".join(filter(None, [take, *evidence, reason, more])), basis)
 
@@ -166,8 +168,10 @@ class _Ranking:
 
     def is_near(self, name: str) -> bool:
         """Return whether a model is within one standard error of the best model."""
-        found = self.c.pair(self.best, name)
-        return name == self.best or (found is not None and abs(found.mean) <= math.sqrt(found.variance))
+        found, (one, other) = self.c.pair(self.best, name), (self.c.cells[of] for of in (self.best, name))
+        z = NormalDist().inv_cdf(0.975)
+        error = math.hypot(one.high - one.low, other.high - other.low) / (2 * z)  # of the two separate intervals
+        return abs(one.value - other.value) <= (error if found is None else math.sqrt(found.variance))
 
     def text(self, measure: str) -> str:
         """Return the sentence about the models that are shown to be worse."""
@@ -218,24 +222,26 @@ def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) ->
     ranking = ranked[0]
     c, rivals = ranking.c, [name for name in ranking.names if name in good and name != model]
     found = c.pair(model, rivals[0]) if rivals else None
-    if found is None or found.variance == 0:
-        return ""
     cell = c.cells[model]
-    difference = max(abs(found.mean), _LEAST * (1 if c.row.scale == SHARE else abs(cell.value)))
+    difference = max(abs(found.mean), _LEAST * (1 if c.row.scale == SHARE else abs(cell.value))) if found else 0.0
+    if found is None or found.variance == 0 or difference == 0:
+        return ""
     examples, trainings = needed(found, cell, difference, ranking.level)
     size = f"{number_text(difference, c.row.scale, half=difference).removesuffix('.0')} {unit_of(c)}".strip()
     between = f" between {model} and {rivals[0]}"
     if examples <= cell.n and trainings <= cell.seeds:
         return f"These {cell.n:,} {c.row.unit} would have shown a difference of {size}{between}."
-    seeds = f" and {trainings} training seeds" if trainings > cell.seeds else ""
+    more = "at least " * (trainings == _MOST_SEEDS)
+    seeds = f" and {more}{trainings:,} training seeds" if trainings > cell.seeds else ""
     seen = ", the one seen here" if difference == abs(found.mean) else ""
-    return (
-        f"About {float(f'{examples:.2g}'):,.0f} {c.row.unit}{seeds} would show a difference of {size}{between}{seen}."
-    )
+    count = f"{'About' if examples < _MOST_EXAMPLES else 'At least'} {float(f'{examples:.2g}'):,.0f} {c.row.unit}"
+    return f"{count}{seeds} would show a difference of {size}{between}{seen}."
 
 
 def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tuple[int, int]:
     """Return the numbers of examples and training seeds that show a true difference with a power of 80 %.
+
+    Numbers above a million examples, or above a thousand seeds, are cut off there.
 
     Args:
         found: Paired difference over the examples and seeds of `cell`.
@@ -244,12 +250,13 @@ def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tupl
         level: Level of the interval that has to exclude 0.
     """
     quantile = NormalDist().inv_cdf((1 + level) / 2)
-    allowed = (difference / (quantile + NormalDist().inv_cdf(POWER))) ** 2
+    allowed = max((difference / (quantile + NormalDist().inv_cdf(POWER))) ** 2, sys.float_info.min)
     (variance, freedom), *others = found.sources
     of_seeds = math.fsum(variance for variance, _ in others)
     trainings = cell.seeds
     if of_seeds > allowed / 2:
-        trainings = math.ceil(2 * cell.seeds * of_seeds / allowed)
+        trainings = math.ceil(min(2 * cell.seeds * of_seeds / allowed, _MOST_SEEDS))
         of_seeds = allowed / 2
     per_unit = cell.n / (freedom + 1) if math.isfinite(freedom) else 1.0
-    return math.ceil(cell.n * variance / (allowed - of_seeds) + per_unit * quantile**2 / 2), trainings
+    examples = cell.n * variance / (allowed - of_seeds) + per_unit * quantile**2 / 2
+    return math.ceil(min(examples, _MOST_EXAMPLES)), trainings
