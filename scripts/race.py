@@ -56,8 +56,8 @@ TIMED = 5  # steps whose time is taken
 ENTRANT = "+"  # between a study's name and that of a file with further arms
 HEADER = """# The race
 
-No adapter is shown to beat a tuned LoRA on clean images, on small ViTs and on EfficientNet-Lite0. Under attack PiSSA is
-3.2 ± 2.6 points above LoRA on a ViT. A gain of AMT's start over LoRA's (+1.1 ± 4.7) or over TRADES (+0.3 ± 5.3) is not shown.
+No adapter is shown to beat a tuned LoRA on clean images, on small ViTs and on EfficientNet-Lite0. Nor is one under
+attack on a ViT: PiSSA +3.2 ± 3.3 points, AMT's start +1.1 ± 6.3. AMT is not shown to beat TRADES either (+0.3 ± 7.2).
 
 Every arm has the same steps, batches, seeds and number of rates. It chooses its rate on validation images with the first seed.
 

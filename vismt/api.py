@@ -36,6 +36,7 @@ from vismt.storage.files import JsonObject
 if TYPE_CHECKING:
     from vismt.jobs.predictions import Predictions
     from vismt.report.compare.pairs import PairedDifference
+    from vismt.uncertainty.intervals import Better
 
 _EPSILON = "4.5/255"
 
@@ -94,6 +95,7 @@ def compare(
     group: str | None = None,
     seed: str | None = None,
     set: str | None = None,
+    better: Mapping[str, Better] | None = None,
     baseline: str | None = None,
     common: bool = False,
 ) -> list[PairedDifference]:
@@ -111,6 +113,7 @@ def compare(
         group: Name of the column that groups examples that depend on each other, for example a patient.
         seed: Name of the column with the training seed.
         set: Name of the column with the data set.
+        better: "higher" or "lower" by metric, if the name of a metric does not say which values are better.
         baseline: Name of the input that all others are compared with. None compares all pairs.
         common: Whether to compare only the examples that all inputs have. Otherwise an example that one input lacks is an
             error.
@@ -141,7 +144,7 @@ def compare(
             named[str(number)] = given
     paths = {name: Path(given) for name, given in named.items() if isinstance(given, str | Path) and name.isdecimal()}
     names = dict(zip(paths, input_names(list(paths.values())), strict=True))
-    columns = Columns(id, score, label, answer, probability, group, seed, set)
+    columns = Columns(id, score, label, answer, probability, group, seed, set, better or {})
     with console.quiet():
         results, values = read_inputs({names.get(name, name): given for name, given in named.items()}, columns, common)
     arms = list(dict.fromkeys(row.arm for row in results))

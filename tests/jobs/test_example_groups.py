@@ -82,7 +82,7 @@ def test_every_measure_of_images_has_their_groups(tmp_path: Path, monkeypatch: p
         assert (measure.units, measure.grouped_by) == (12, "objects"), measure.metric
         if measure.metric not in ("ECE-15", "AURC"):
             found = measure.estimate()
-            assert found.sources[0][1] == 11 or found.mean in (0, 1)
+            assert 1 <= found.sources[0][1] <= 11 or found.mean in (0, 1)
             assert found.variance == pytest.approx(cluster_variance(measure)) or found.mean in (0, 1)
     accuracy = scores[0].measure
     assert 0 < accuracy.score < 1 and accuracy.interval() != wilson(round(24 * accuracy.score), 24)

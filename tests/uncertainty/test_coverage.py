@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 from functools import cache
-from statistics import fmean
+from statistics import NormalDist, fmean
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def measures(log_p: Tensor, labels: Tensor, outside: Tensor) -> dict[str, Measur
     right = (answers == labels).double()
     ece, nll, brier = example_measures(ids, example_values(log_p, labels), right)
     values = detection_values(-confidences, -outside.exp().amax(1))
-    auroc = Measure("AUROC", dict(zip([*ids, *(f"ood {name}" for name in ids)], values.tolist())), NUMBER)
+    auroc = Measure("AUROC", dict(zip([*ids, *(f"ood {name}" for name in ids)], values.tolist())), NUMBER, ranks=True)
     area = risk_coverage_values(confidences, 1 - right)
     bounds = risk_coverage_interval(confidences, 1 - right, resamples=200)
     aurc = Measure(
@@ -98,6 +98,75 @@ def coverages(scale: float, draws: int = DRAWS) -> dict[tuple[str, int, int], fl
             low, high = interval([[of[name] for of in trainings[:seeds]] for trainings in by_set[:sets]])
             inside[name, sets, seeds] += low <= truths(scale)[name] <= high
     return {key: count / draws for key, count in inside.items()}
+
+
+def grouped_coverage(count: int, share: float, spread: float, seeds: int, seed_spread: float, draws: int) -> float:
+    """Return the coverage of the share of right answers to examples of groups of 1 to 15, by trainings that differ."""
+    generator = torch.Generator().manual_seed(0)
+    mean, inside = NormalDist().inv_cdf(share) * math.sqrt(1 + spread**2 + seed_spread**2), 0
+    for _ in range(draws):
+        groups = torch.arange(count).repeat_interleave(torch.randint(1, 16, (count,), generator=generator))
+        common = mean + spread * torch.randn(count, generator=generator)[groups]
+        names = [str(number) for number in range(len(groups))]
+        of_group = dict(zip(names, map(str, groups.tolist())))
+        own, trainings = torch.randn(len(groups), generator=generator), []
+        for _ in range(seeds):
+            other = torch.randn(len(groups), generator=generator)
+            noise = own if seeds == 1 else 0.8 * own + 0.6 * other
+            right = common + noise + seed_spread * torch.randn(1, generator=generator) > 0
+            values = dict(zip(names, right.double().tolist()))
+            trainings.append(Measure("accuracy", values, counts=True, groups=of_group, grouped_by="signs"))
+        low, high = averaged(trainings).interval()
+        inside += low <= share <= high
+    return inside / draws
+
+
+def auroc_coverage(inliers: int, outliers: int, area: float, draws: int) -> float:
+    """Return the coverage of the AUROC of normal scores."""
+    generator, inside = torch.Generator().manual_seed(0), 0
+    shift = NormalDist().inv_cdf(area) * math.sqrt(2)
+    for _ in range(draws):
+        values = detection_values(
+            torch.randn(inliers, generator=generator), shift + torch.randn(outliers, generator=generator)
+        )
+        low, high = Measure("AUROC", dict(enumerate(values.tolist())), NUMBER, ranks=True).interval()  # type: ignore[arg-type]
+        inside += low <= area <= high
+    return inside / draws
+
+
+def assert_nominal(share: float, draws: int) -> None:
+    """Assert that a coverage is between 93 and 98 %, as far as so many draws tell."""
+    assert binom.ppf(0.002, draws, 0.93) / draws <= share <= binom.ppf(0.998, draws, 0.98) / draws
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("count", "share"), itertools.product((12, 25, 40), (0.7, 0.86, 0.93)))
+def test_the_interval_of_a_share_of_groups_contains_the_truth(count: int, share: float) -> None:
+    assert_nominal(grouped_coverage(count, share, 1.0, 1, 0.0, 600), 600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed_spread", [0.0, 0.3, 1.0])
+def test_the_interval_of_groups_and_seeds_contains_the_truth(seed_spread: float) -> None:
+    assert_nominal(grouped_coverage(25, 0.86, 1.0, 3, seed_spread, 400), 400)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("area", [0.76, 0.96])
+@pytest.mark.parametrize(("inliers", "outliers"), [(20, 200), (200, 20), (50, 50), (30, 300)])
+def test_the_interval_of_an_auroc_contains_the_truth(inliers: int, outliers: int, area: float) -> None:
+    assert_nominal(auroc_coverage(inliers, outliers, area, 800), 800)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seeds", "spread"), itertools.product((3, 4, 5), (0.5, 1.0, 3.0, 6.0)))
+def test_the_interval_of_few_seeds_contains_the_truth(seeds: int, spread: float) -> None:
+    generator, inside, draws = torch.Generator().manual_seed(0), 0, 2000
+    for _ in range(draws):
+        scores = float(torch.randn(1, generator=generator)) + spread * torch.randn(seeds, generator=generator)
+        found = Estimate(float(scores.mean()), ((1.0, math.inf),)).with_seeds(scores.tolist())
+        inside += found.bounds[0] <= 0 <= found.bounds[1]
+    assert_nominal(inside / draws, draws)
 
 
 def interval(by_set: list[list[Measure]]) -> tuple[float, float]:

@@ -169,7 +169,14 @@ def test_groups_of_examples_are_the_unit():
     measure = Measure("accuracy", right, counts=True, groups={name: name[0] for name in right}, grouped_by="signs")
     # mean .5; sums of the deviations by sign 1, -1.5, .5, 0; 4 / 3 * (1 + 2.25 + .25) / 64
     assert measure.units == 4 and measure.estimate().variance == pytest.approx(4 / 3 * 3.5 / 64)
-    assert measure.estimate().sources[0][1] == 3 and measure.interval() == (0.0, 1.0)
+    # 8^2 / (4 + 9 + 1 + 4) groups of equal size; kurtosis 4 (1 + 5.0625 + .0625) / 3.5^2 = 2, which allows 8
+    assert measure.estimate().sources[0][1] == pytest.approx(64 / 18 - 1)
+    ratio = student.ppf(0.975, 64 / 18 - 1) ** 2 * measure.estimate().variance / 0.25  # q^2 V / (p (1 - p))
+    half = math.sqrt(ratio / 4 + ratio**2 / 4) / (1 + ratio)
+    assert measure.interval() == pytest.approx((0.5 - half, 0.5 + half))
+    # Wilson's interval of independent examples is the same form with p (1 - p) / V = n
+    alone = Estimate(0.75, ((0.75 * 0.25 / 8, math.inf),))
+    assert interval_of(alone, SHARE, 8, "wilson") == pytest.approx(wilson(6, 8))
     assert measure.interval() != replace(measure, groups={}).interval() == wilson(4, 8)
     all_right = replace(measure, values=dict.fromkeys(right, 1.0))
     assert all_right.interval() == pytest.approx(wilson(4, 4))  # four signs, not eight images
@@ -200,14 +207,12 @@ def test_the_half_width_over_examples_and_seeds_by_hand():
     assert known.half == pytest.approx(1.959964 * 0.1)
     for groups in ([], [[0.4]], [[0.4, 0.4], [0.2, 0.2]]):
         assert known.with_seeds(*groups).half == pytest.approx(known.half)
-    # three seeds .3, .4, .5: variance .01 / 3; V = .01333, V^2 / (.00333^2 / 2) = 32 degrees of freedom, t = 2.036933
+    # three seeds .3, .4, .5: variance .01 / 3, a quarter of V: 3/4 of 1.96 and 1/4 of t(0.975, 2) = 4.302653
     seeds = [0.3, 0.4, 0.5]
-    assert known.with_seeds(seeds).half == pytest.approx(2.036933 * math.sqrt(0.04 / 3))
-    # five parts in place of a known error: .01^2 / 4 beside it: 5.8182
+    assert known.with_seeds(seeds).half == pytest.approx((3 * 1.959964 + 4.302653) / 4 * math.sqrt(0.04 / 3))
+    # five parts in place of a known error: t(0.975, 4) = 2.776445
     parts = Estimate(0.0, ((0.01, 4.0),))
-    freedom = (0.04 / 3) ** 2 / (1e-4 / 4 + (0.01 / 3) ** 2 / 2)
-    assert freedom == pytest.approx(5.8182, abs=1e-4)
-    assert parts.with_seeds(seeds).half == pytest.approx(student.ppf(0.975, freedom) * math.sqrt(0.04 / 3))
+    assert parts.with_seeds(seeds).half == pytest.approx((3 * 2.776445 + 4.302653) / 4 * math.sqrt(0.04 / 3))
     # two seeds .3 and .5, variance .01: the mean of 1.96 and 12.7062, weighted by the variances
     assert known.with_seeds([0.3, 0.5]).half == pytest.approx((1.959964 + 12.706205) / 2 * math.sqrt(0.02))
     measure = Measure("accuracy", VALUES, "number")
@@ -219,6 +224,17 @@ def test_the_half_width_over_examples_and_seeds_by_hand():
     assert wide[1] - 0.5 > HALF
 
 
+def test_an_auroc_has_an_interval_on_the_logit_scale():
+    values = dict(zip("abcdef", [1.0, 1.0, 1.0, 0.9, 0.9, 0.9]))
+    found = Measure("AUROC", values, "number", ranks=True)
+    half = student.ppf(0.975, 5) * 0.05 / math.sqrt(5) / (0.95 * 0.05)
+    assert found.interval() == pytest.approx(tuple(1 / (1 + math.exp(-math.log(19) - side * half)) for side in (-1, 1)))
+    assert found.interval()[1] < 1 < replace(found, ranks=False).interval()[1] + 0.01
+    # a measure with a bias, such as a calibration error, keeps its own scale
+    biased = Estimate(0.1, ((0.01, 4.0),), bias=(0.02, 0.01))
+    assert interval_of(biased, SHARE, 20, "logit") == interval_of(biased, SHARE, 20)
+
+
 def test_groups_by_hand():
     # two parts, of means .2 and .6: sd .28284, over the root of 2: .2; t at one degree of freedom
     assert estimate([0.1, 0.7, 0.3, 0.5], groups="abab").half == pytest.approx(12.706205 * 0.2)
@@ -227,6 +243,13 @@ def test_groups_by_hand():
     # parts of three and two values: shares .6 and .4, mean .44, 2 / 1 (.36 (.4 - .44)^2 + .16 (.5 - .44)^2)
     found = estimate([0.3, 0.4, 0.4, 0.6, 0.5], groups="ababa")
     assert found.variance == pytest.approx(2 * (0.36 * 0.04**2 + 0.16 * 0.06**2)) and found.mean == pytest.approx(0.44)
+    # one group with most values: 15^2 / (12^2 + 1 + 1 + 1) equal groups, 0.53 degrees of freedom in place of three
+    most = estimate([float(number % 2) for number in range(15)], groups="a" * 12 + "bcd")
+    assert most.sources[0][1] == 1 and estimate([0.1, 0.7, 0.3], groups="abc").sources[0][1] == pytest.approx(2)
+    # one of twelve groups with all of the spread: kurtosis (11^4 + 11) 12 / 132^2 = 10.09
+    single = estimate([0.0] * 11 + [1.0], groups="abcdefghijkl")
+    assert single.sources[0][1] == pytest.approx(24 / (12 * (11**4 + 11) / 132**2 - 1))
+    assert estimate([0.0] * 11 + [1.0]).sources[0][1] == 11
     with pytest.raises(UserError, match="interval over 4 values in 1 groups: need two or more"):
         estimate([0.1] * 4, groups="aaaa")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +42,14 @@ def add_commands(commands: Commands) -> None:
         ("set", "the data set"),
     ):
         compare.add_argument(f"--{name}", metavar="COLUMN", help=f"column of a table: {text}")
+    for name in ("higher", "lower"):
+        compare.add_argument(
+            f"--{name}",
+            metavar="METRIC",
+            action="append",
+            default=[],
+            help=f"{name} values of this metric are better; may be repeated",
+        )
     compare.add_argument("--baseline", metavar="MODEL", help="compare all others with this one (all pairs)")
     compare.add_argument("--common", action="store_true", help="compare the examples that all tables have")
     compare.add_argument(
@@ -83,7 +90,7 @@ def formats_of(options: argparse.Namespace, *more: str) -> list[str]:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from vismt.report.compare.score_tables import Columns, is_table
+    from vismt.report.compare.score_tables import USUAL, Columns, is_table
 
     for path in options.inputs:
         if not is_table(path):  # before the import, so that a wrong folder is answered at once
@@ -92,12 +99,14 @@ def _compare(options: argparse.Namespace) -> None:
             resolved_path(path)
     from vismt.report.compare.report import compare_inputs, input_names
     from vismt.storage.outputs import check_folder
+    from vismt.uncertainty.intervals import HIGHER, LOWER
 
     names = input_names(options.inputs)
     target, formats = options.out or Path("runs") / f"compare-{names[0]}-{names[-1]}", formats_of(options)
     if options.out is not None:
         check_folder("compare", target, "--out")
-    columns = Columns(**{item.name: getattr(options, item.name) for item in fields(Columns)})
+    better = {**dict.fromkeys(options.higher, HIGHER), **dict.fromkeys(options.lower, LOWER)}
+    columns = Columns(**{role: getattr(options, role) for role in USUAL}, better=better)
     files, pairs = compare_inputs(
         options.inputs, target, options.arm, formats, columns, options.common, options.baseline
     )

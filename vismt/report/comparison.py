@@ -25,12 +25,14 @@ from vismt.engine.study import FROZEN
 from vismt.report.results import Result
 from vismt.uncertainty.intervals import (
     LOWER,
+    UNSTATED,
     Covers,
     Estimate,
     Measure,
     average_of,
     group_index,
     interval_of,
+    share_form,
     without_seeds_kind,
 )
 
@@ -72,7 +74,9 @@ class Evidence:
         if len(rows) == 1 and rows[0].kind != _CORRUPTIONS:
             return rows[0].low, rows[0].high, rows[0].interval
         found = self.estimate(rows)
-        return *interval_of(found, rows[0].scale, sum(row.n for row in rows)), found.covers
+        scale, n = rows[0].scale, sum(row.n for row in rows)
+        form = share_form(scale, any(row.parts for row in rows), found.covers)
+        return *interval_of(found, scale, n, form), found.covers
 
     def estimate(self, rows: Sequence[Result]) -> Estimate:
         """Return an arm's mean over sets with its errors. The error over the examples comes first."""
@@ -250,13 +254,14 @@ def _with_corruption_means(results: Sequence[Result], values: ExampleValues) -> 
             parts[row.key] = rows
             # Without values by example the mean has the mean variance of its rows, which is the largest variance
             # that it can have.
-            numbers = zip(*((one.value, one.low, one.high, one.variance) for one in rows), strict=True)
-            value, low, high, error = (math.fsum(column) / len(rows) for column in numbers)
-            by_example = joined.of(row)
+            columns = zip(*((one.value, one.low, one.high, one.variance, *one.bias) for one in rows), strict=True)
+            value, low, high, error, most, least = (math.fsum(column) / len(rows) for column in columns)
+            freedom, by_example = min(one.freedom for one in rows), joined.of(row)
             if by_example is not None and len(by_example) > 1:
                 measure = Measure(row.metric, by_example, row.scale, groups=joined.groups(row))
-                error = measure.estimate().variance
-            means.append(replace(row, value=value, low=low, high=high, variance=error))
+                ((error, freedom),) = measure.estimate().sources
+            found = replace(row, value=value, low=low, high=high, variance=error, freedom=freedom, bias=(most, least))
+            means.append(found)
     return [*results, *means], joined
 
 
@@ -306,7 +311,11 @@ def _compare(
     choose = min if columns[0][0].better == LOWER else max
     best = choose(range(len(values)), key=values.__getitem__)
     # If a value is outside its own interval, which is corrected for a bias, nobody can say that it is the best.
-    several = len(columns) > 1 and intervals[best][0] <= values[best] <= intervals[best][1]
+    several = (
+        len(columns) > 1
+        and columns[0][0].better != UNSTATED
+        and intervals[best][0] <= values[best] <= intervals[best][1]
+    )
     paired = len(columns) > 1
     by_arm = {rows[0].arm: rows for rows in columns}
 

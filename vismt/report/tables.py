@@ -10,7 +10,7 @@ from pathlib import Path
 
 from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison
 from vismt.report.results import ROUNDING, Result
-from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, over_domains
+from vismt.uncertainty.intervals import HIGHER, LOWER, SHARE, Better, interval_kind_text, over_domains
 
 MARKS = {"best": "★", "tie": "≈", "": ""}
 SAMPLER_NOTE = (
@@ -479,9 +479,7 @@ def typographic(text: str) -> str:
     return text.replace("-", "−", 1) if text.startswith("-") else text
 
 
-def scale_text(metric: str, scale: str, better: str | None = None) -> str:
+def scale_text(metric: str, scale: str, better: Better | None = None) -> str:
     """Return a metric as `number_text` shows it. With `better` it has an arrow to the better side."""
     text = f"{metric} in %" if scale == SHARE else metric
-    if better is None:
-        return text
-    return f"{text} {'↓' if better == LOWER else '↑'}"
+    return f"{text} {arrow}" if (arrow := better and {LOWER: "↓", HIGHER: "↑"}.get(better)) else text

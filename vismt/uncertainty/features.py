@@ -391,7 +391,7 @@ class Feature:
         for of in self.quantities():
             over = rows.beside(outside[of.outside]) if of.outside else rows
             values = dict(zip(over.ids, self.values(of, rows, outside).tolist(), strict=True))
-            measure = over.grouped(of.measure(values, counts=True))
+            measure = replace(over.grouped(of.measure(values, counts=True)), ranks=bool(of.outside))
             found.append(view.score(measure, of.condition, over.content, self.about))
         return found
 

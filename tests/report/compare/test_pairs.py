@@ -14,7 +14,8 @@ from scipy import stats
 import vismt
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.uncertainty.intervals import Estimate, holm, sign_flip_p
+from vismt.report.compare.pairs import direction
+from vismt.uncertainty.intervals import Estimate, estimate, holm, sign_flip_p
 from vismt.uncertainty.probability_metrics import scores
 
 import torch  # isort: skip
@@ -87,7 +88,7 @@ def test_examples_of_a_group_count_as_one():
 
 
 def test_groups_of_other_sizes_are_the_clusters_of_a_robust_regression():
-    """statsmodels: the intercept of b - a with errors that are robust to clusters, and the quantile of Student's t."""
+    """statsmodels: the intercept of b - a with errors that are robust to clusters."""
     models = pytest.importorskip("statsmodels.api")
     rng = np.random.default_rng(0)
     groups = rng.integers(0, 30, 400)
@@ -96,7 +97,7 @@ def test_groups_of_other_sizes_are_the_clusters_of_a_robust_regression():
     (pair,) = vismt.compare({"a": rows(a.tolist(), "loss", group=names), "b": rows(b.tolist(), "loss", group=names)})
     fitted = models.OLS(b - a, np.ones(400)).fit(cov_type="cluster", cov_kwds={"groups": groups}, use_t=True)
     assert pair.difference == pytest.approx(fitted.params[0]) and pair.groups == 30
-    assert [pair.low, pair.high] == pytest.approx([*fitted.conf_int()[0]])
+    assert estimate((b - a).tolist(), groups=names).variance == pytest.approx(fitted.bse[0] ** 2)
 
 
 def test_seeds_widen_the_interval_and_are_paired():
@@ -152,6 +153,45 @@ def test_a_single_probability_scores_right_and_wrong():
     pairs = {pair.metric: pair for pair in vismt.compare({"a": table, "b": [row | {"answer": "x"} for row in table]})}
     assert pairs["accuracy"].difference == 0.5
     assert pairs["NLL of right or wrong in nats"].difference == pytest.approx((math.log(0.2) - math.log(0.8)) / 2)
+
+
+DIRECTIONS = {
+    "higher": ["accuracy", "acc_norm", "F1", "mIoU", "AUROC", "exact_match", "Dice of it", "mAP50", "NDCG@10", "top-5 acc"],
+    "lower": [
+        "abs_rel", "AbsRel", "lpips", "fid", "fpr95", "aurc", "EER", "mErr", "angular distance", "edit_distance", "toxicity",
+        "hallucination_rate", "latency_ms", "NLL in nats", "ECE-15", "top-1 error", "word_perplexity", "RMSE in m", "HD95",
+    ],
+    "unstated": ["lossless", "score", "length", "accuracy loss", "R", "errorless", "mapping"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("better", "name"), [(better, name) for better, names in DIRECTIONS.items() for name in names])
+def test_words_of_a_name_say_which_values_are_better(better, name):
+    assert direction(name) == better
+
+
+def test_nothing_is_called_better_if_nobody_says_which_values_are(tmp_path, capsys):
+    low = [0.1 + 0.001 * (i % 7) for i in range(60)]
+    high = [0.3 + 0.001 * (i % 5) for i in range(60)]
+    (pair,) = vismt.compare({"a": rows(low, "gap"), "b": rows(high, "gap")}, score="gap")
+    assert str(pair).startswith("b has a higher gap than a by 0.199") and "better" not in str(pair)
+    for better, best in (("lower", "a"), ("higher", "b")):
+        (pair,) = vismt.compare({"a": rows(low, "gap"), "b": rows(high, "gap")}, score="gap", better={"gap": better})
+        assert str(pair).startswith(f"{best} is better than")
+    with pytest.raises(UserError, match=r"compare: no input has a metric 'gab'. Near: 'gap'"):
+        vismt.compare({"a": rows(low, "gap"), "b": rows(high, "gap")}, score="gap", better={"gab": "lower"})
+
+    given = [str(write(tmp_path / f"{name}.csv", rows(of, "gap"))) for name, of in (("a", low), ("b", high))]
+    command = ["compare", *given, "--score", "gap", "--out", str(tmp_path / "out")]
+    assert main(command) == 0
+    printed, page = capsys.readouterr().out, (tmp_path / "out" / "report.md").read_text()
+    for text in (printed, page):
+        assert "b has a higher gap than a" in text and "Take" not in text and "better than" not in text
+        assert "Name the better values of gap by --higher or --lower." in text
+    assert "*" not in page.split("Pairs")[0].replace("**", "") and "gap ↑" not in page
+    assert main([*command, "--lower", "gap"]) == 0
+    printed = capsys.readouterr().out
+    assert "a is better than b by" in printed and "Take a." in printed
 
 
 def test_files_of_several_formats_and_a_folder_of_seeds(tmp_path, capsys):

@@ -353,7 +353,7 @@ def probability_measures(records: Sequence[Record]) -> dict[str, Measure]:
         *example_measures(ids, values, result.correct),
     ]
     if not math.isnan(result.auroc):
-        measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER))
+        measures.append(Measure("AUROC", by_row(records, result.orders.tolist()), NUMBER, ranks=True))
     return {measure.metric: measure for measure in measures}
 
 

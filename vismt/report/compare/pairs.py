@@ -28,6 +28,7 @@ from vismt.uncertainty.intervals import (
     LOWER,
     NUMBER,
     SHARE,
+    UNSTATED,
     Better,
     Measure,
     Scale,
@@ -40,9 +41,14 @@ from vismt.uncertainty.probability_metrics import binned_gaps, gap_values
 
 T = TypeVar("T", str, float)
 _UNNAMED = "all"  # name of a set that no input names
-# Words of a metric's name that say that lower values are better.
-LOSSES = re.compile(
-    r"loss|error|nll|brier|ece\b|ece-|perplexity|ppl|rmse|mae|mse|\bwer|\bcer|\bter\b|regret", re.IGNORECASE
+# Words of a metric's name that say which values are better.
+_LOWER = re.compile(
+    r"\b(loss(es)?|errors?|err|nll|brier|ece|mce|ppl|perplexity|bits|rmse|rmsle|mae|mse|mape|hd|wer|cer|ter|eer|fid|kid|lpips|dists|"
+    r"fpr|fnr|far|frr|e?aurc|regret|latency|runtime|toxicity|hallucinations?|distance|divergence|(abs|sq) ?rel|epe|hausdorff)\b"
+)
+_HIGHER = re.compile(
+    r"\b(accuracy|acc|correct|exact|em|f|dice|m?iou|jaccard|precision|recall|sensitivity|specificity|tpr|tnr|auc|auroc|auprc|ap|map|"
+    r"ndcg|mrr|hits?|hr|bleu|chrf|rouge|meteor|bertscore|comet|psnr|ssim|mcc|kappa|pearson|spearman|correlation|pass)\b"
 )
 
 
@@ -64,7 +70,7 @@ class PairedDifference:
         detectable: Smallest true difference that this comparison finds with a probability of 80 %.
         p: Two-sided p of no difference.
         p_holm: p, corrected for the number of pairs.
-        better: "higher" or "lower" values of the metric.
+        better: "higher" or "lower" values of the metric, "unstated" if nobody said it.
         scale: "share" if every value says right or wrong, so that texts show points of a hundred.
     """
 
@@ -95,11 +101,12 @@ class PairedDifference:
             shown = interval_text(self.difference, self.low, self.high, self.scale, sign=True)
             verdict = f"{self.b} and {self.a} do not differ measurably, {shown}{points}"
         else:
-            gains = (self.difference > 0) == (self.better == HIGHER)
+            gains = (self.difference > 0) == (self.better != LOWER)
             best, other = (self.b, self.a) if gains else (self.a, self.b)
             low, high = sorted((abs(self.low), abs(self.high)))
             size = interval_text(abs(self.difference), low, high, self.scale)
-            verdict = f"{best} is better than {other} by {size}{points}"
+            lead = f"has a higher {self.metric}" if self.better == UNSTATED else "is better"
+            verdict = f"{best} {lead} than {other} by {size}{points}"
         units = f" in {self.groups:,} groups" if self.groups else ""
         seeds = f", {self.seeds} seeds" if self.seeds > 1 else ""
         return f"{verdict} (n = {self.n:,}{units}{seeds}); a difference under {least}{points} cannot be seen here"
@@ -181,11 +188,19 @@ class GivenScores:
         return self._measures[result.key].groups
 
 
+def direction(metric: str) -> Better:
+    """Return which values of a metric are better by the words of its name, "unstated" if they say nothing or both."""
+    apart = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", metric)  # mErr, beside mIoU
+    words = re.sub(r"[^a-z]+", " ", f"{apart} | {metric}".casefold())
+    lower, higher = bool(_LOWER.search(words)), bool(_HIGHER.search(words))
+    return UNSTATED if lower == higher else LOWER if lower else HIGHER
+
+
 def _measures(training: TrainingValues) -> Iterable[Measure]:
     """Yield the measures of one training."""
     groups = dict(zip(training.ids, training.groups, strict=True)) if training.groups else {}
     for metric, values in training.values.items():
-        better = LOWER if LOSSES.search(metric) else HIGHER
+        better = training.better.get(metric) or direction(metric)
         by_id = dict(zip(training.ids, values, strict=True))
         yield Measure(metric, by_id, NUMBER, better, groups=groups, grouped_by="groups")
     if training.confidences:

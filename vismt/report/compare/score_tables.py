@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED
 from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import regular_file
+from vismt.uncertainty.intervals import Better
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
@@ -55,6 +56,7 @@ class Columns:
         group: Group of the example. Examples of one group depend on each other.
         seed: Training that gave the row.
         set: Data set of the row.
+        better: "higher" or "lower" by metric, for metrics whose names do not say which values are better.
     """
 
     id: str | None = None
@@ -65,6 +67,7 @@ class Columns:
     group: str | None = None
     seed: str | None = None
     set: str | None = None
+    better: Mapping[str, Better] = field(default_factory=dict)
 
 
 NO_COLUMNS = Columns()
@@ -84,6 +87,7 @@ class TrainingValues:
         confidences: Probability of each answer, empty if it is not known.
         truths: Text of each example that is equal in all inputs: the label, or the digest of the document. Empty if not known.
         groups: Group of each example, empty if the examples are independent.
+        better: "higher" or "lower" by metric, as far as an input or the user says it.
     """
 
     where: str
@@ -95,6 +99,7 @@ class TrainingValues:
     confidences: list[float] = field(default_factory=list)
     truths: list[str] = field(default_factory=list)
     groups: list[str] = field(default_factory=list)
+    better: dict[str, Better] = field(default_factory=dict)
 
 
 def is_table(path: Path) -> bool:
@@ -167,7 +172,9 @@ def read_table(table: TableColumns, where: str, model: str, columns: Columns, sa
             seed,
             taken(ids, chosen),
             {metric: taken(of, chosen) for metric, of in values.items()},
-            *(taken(of, chosen) for of in (confidences, truths, groups)),
+            taken(confidences, chosen),
+            taken(truths, chosen),
+            taken(groups, chosen),
         )
         for (name, seed), chosen in places.items()
     ]
@@ -195,7 +202,7 @@ def columns_of_rows(rows: Iterable[Mapping[str, object]], where: str) -> TableCo
 
 def _resolve(columns: Columns, known: Sequence[str], where: str, say: Say) -> dict[str, str]:
     """Return the column of each role: the one that the user names, or the only one with a usual name."""
-    named = {item.name: value for item in fields(columns) if (value := getattr(columns, item.name)) is not None}
+    named = {role: value for role in USUAL if (value := getattr(columns, role)) is not None}
     require_known(f"compare: '{where}' has no column", (name for name in named.values() if "*" not in name), known)
     fitting = {role: [name for name in known if name.casefold() in usual.split()] for role, usual in USUAL.items()}
     if fitting["label"] == ["label", "true_label"] and not fitting["answer"] and columns.label != "label":
