@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -61,10 +60,8 @@ def create_lm(
         weights_dtype = torch.float32 if gguf_file else "auto"
     options = {"gguf_file": gguf_file, "revision": revision}
     options = {key: value for key, value in options.items() if value is not None}
-    expanded = {}
-    # transformers 4.56 renamed the argument.
-    major, minor = (int(part) for part in version("transformers").split(".")[:2])
-    dtype_key = "dtype" if (major, minor) >= (4, 56) else "torch_dtype"
+    # On a GPU transformers would else fetch kernels from the hub, which are code of others, at load or at `train()`.
+    expanded: dict[str, Any] = {"use_kernels": False}
     if gguf_file is not None and hasattr(transformers, "GgufConfig"):
         # Without this line transformers 5 may keep the blocks packed, and marks even expanded weights as quantised,
         # which cannot be saved.
@@ -75,7 +72,7 @@ def create_lm(
         with quiet_logger("huggingface_hub"), quiet_transformers(transformers):
             tokenizer = transformers.AutoTokenizer.from_pretrained(place, trust_remote_code=False, **options)
             model = transformers.AutoModelForCausalLM.from_pretrained(
-                place, trust_remote_code=False, **{dtype_key: weights_dtype}, **options, **expanded
+                place, trust_remote_code=False, dtype=weights_dtype, **options, **expanded
             )
     except Exception as error:  # transformers' readers raise any kind of error for a damaged file
         reason = one_line(str(error).rstrip(". \n"), 200)

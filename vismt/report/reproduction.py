@@ -6,10 +6,11 @@ both. V_e is the variance over examples, S is the variance of the trainings' sco
     |y' - y| <= q sqrt(V)          V = 2 V_e + S (1/m + 1/m')
     q = (2 V_e t(1 - a/2, df_e) + S (1/m + 1/m') t(1 - a/2, m - 1)) / V
 
-This is the prediction interval with Cochran's quantile (`vismt.uncertainty.intervals.Estimate`). One re-run in six would leave a
-confidence interval, which covers the committed number alone. A study of k numbers is reproduced if all of them are inside. Each has the level 1 - a = 0.95^(1/k).
-All k are then inside with a probability of at least 0.95, however they depend on each other (Sidak 1967, doi:10.2307/2283989).
-For a single training S is not known and left out, so that another seed can fall outside.
+This is the prediction interval with Cochran's quantile (`vismt.uncertainty.intervals.Estimate`). One re-run in six
+would leave a confidence interval, which covers the committed number alone. A study of k numbers is reproduced if all of
+them are inside. Each has the level 1 - a = 0.95^(1/k). All k are then inside with a probability of at least 0.95,
+however they depend on each other (Sidak 1967, doi:10.2307/2283989). For a single training S is not known and left out,
+so that another seed can fall outside.
 """
 
 from __future__ import annotations
