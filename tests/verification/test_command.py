@@ -113,7 +113,7 @@ def test_a_lora_under_the_name_of_another_tuner_is_broken(
         (["{adapter}", "--probe", "texts.txt"], "needs the base model"),
         (["{adapter}", "--base", "{adapter}"], "is not a checkpoint"),
         (["{adapter}", "--base", "{base}", "--probe", "absent.txt"], "cannot be read as text"),
-        (["{adapter}", "--reader", "vlm"], "Near: 'vllm'"),
+        (["{adapter}", "--reader", "pef"], "Near: 'peft'"),
     ],
 )
 def test_usage_errors_are_one_line(

@@ -117,11 +117,9 @@ def unchanged(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Condition:
-    """How a folder comes to meet a condition, and what vLLM and llama.cpp do with it by the rules."""
+    """How a folder comes to meet a condition."""
 
     change: Change = unchanged
-    vllm: str = "applied"
-    llama_cpp: str = "applied"
     options: dict[str, Any] = field(default_factory=dict)
     kind: str = "llama"
 
@@ -131,84 +129,77 @@ DORA = {"use_dora": True}
 BIAS = {"lora_bias": True}
 PISSA = {"init_lora_weights": "pissa"}
 TABLE = {"target_modules": ["q_proj", "embed_tokens"]}
-NO = ("refused", "refused")
 CONDITIONS = {
     # that no reader minds
     "plain": Condition(),
-    "Conv1D": Condition(vllm="refused", kind="gpt2"),
+    "Conv1D": Condition(kind="gpt2"),
     "an absent target": Condition(setting(target_modules=[*TARGETS["llama"], "nothing"])),
     "unknown setting": Condition(setting(use_a_later_thing=True)),
     "rank 32": Condition(options={"r": 32}),
     "embedding": Condition(options=TABLE),
     # files and settings
     "only .bin": Condition(as_bin),
-    "a shard": Condition(other_name, *NO),
+    "a shard": Condition(other_name),
     "no peft_type": Condition(no_setting("peft_type")),
-    "no lora_alpha": Condition(no_setting("lora_alpha"), *NO),
-    "no r": Condition(no_setting("r"), "refused", options={"r": 8}),
-    "IA3": Condition(unchanged, *NO, {"class": "IA3Config", "feedforward_modules": ["down_proj"]}),
-    "LoHa": Condition(unchanged, *NO, {"class": "LoHaConfig"}),
-    "VeRA": Condition(unchanged, *NO, {"class": "VeraConfig", "target_modules": ["q_proj"]}),
-    "timm": Condition(unchanged, *NO, kind="vit"),
+    "no lora_alpha": Condition(no_setting("lora_alpha")),
+    "no r": Condition(no_setting("r"), options={"r": 8}),
+    "IA3": Condition(unchanged, {"class": "IA3Config", "feedforward_modules": ["down_proj"]}),
+    "LoHa": Condition(unchanged, {"class": "LoHaConfig"}),
+    "VeRA": Condition(unchanged, {"class": "VeraConfig", "target_modules": ["q_proj"]}),
+    "timm": Condition(unchanged, kind="vit"),
     # names
     "no prefix": Condition(renamed(PEFT_PREFIX, "")),
-    "language_model": Condition(renamed(".model.layers", ".model.language_model.layers"), "differs", "refused"),
-    "adapter name": Condition(renamed(".weight", ".default.weight"), *NO),
-    "another adapter name": Condition(renamed(".weight", ".other.weight"), *NO),
-    "old peft": Condition(renamed(".lora_", ".model.lora_"), *NO),
-    "shifted layers": Condition(renamed("layers.1.", "layers.7."), "differs", "refused"),
+    "language_model": Condition(renamed(".model.layers", ".model.language_model.layers")),
+    "adapter name": Condition(renamed(".weight", ".default.weight")),
+    "another adapter name": Condition(renamed(".weight", ".other.weight")),
+    "old peft": Condition(renamed(".lora_", ".model.lora_")),
+    "shifted layers": Condition(renamed("layers.1.", "layers.7.")),
     # modules and shapes
-    "half of the layers": Condition(without("layers.1."), "differs", "differs"),
-    "no B": Condition(without(f"{Q0}.lora_B"), *NO),
+    "half of the layers": Condition(without("layers.1.")),
+    "no B": Condition(without(f"{Q0}.lora_B")),
     "outside the targets": Condition(setting(target_modules=["q_proj", "v_proj"])),
     "some layers": Condition(setting(layers_to_transform=[0])),
     "excluded": Condition(setting(exclude_modules=["down_proj"])),
     "no target": Condition(setting(target_modules=["nothing"])),
-    "another r": Condition(setting(r=8), "differs", "differs"),
-    "transposed": Condition(tensors(turned), "differs", "refused"),
-    "too narrow": Condition(tensors(narrow), "differs", "refused"),
+    "another r": Condition(setting(r=8)),
+    "transposed": Condition(tensors(turned)),
+    "too narrow": Condition(tensors(narrow)),
     # scales
-    "patterns": Condition(
-        unchanged, "differs", "differs", {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}
-    ),
-    "rank pattern, same scale": Condition(
-        options={"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}, llama_cpp="differs"
-    ),
-    "rsLoRA": Condition(unchanged, "applied", "differs", {"use_rslora": True}),
-    "alpha 0": Condition(setting(lora_alpha=0), "differs", "differs"),
+    "patterns": Condition(unchanged, {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 32}}),
+    "rank pattern, same scale": Condition(options={"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 4}}),
+    "rsLoRA": Condition(unchanged, {"use_rslora": True}),
+    "alpha 0": Condition(setting(lora_alpha=0)),
     # variants
-    "DoRA": Condition(unchanged, *NO, DORA),
-    "DoRA without flag": Condition(setting(use_dora=False), *NO, DORA),
-    "DoRA without magnitudes": Condition(without("magnitude"), "refused", "differs", DORA),
-    "biases of B": Condition(unchanged, *NO, BIAS),
-    "biases of B without flag": Condition(setting(lora_bias=False), *NO, BIAS),
-    "biases": Condition(unchanged, *NO, {"bias": "all"}, "qwen2"),
-    "biases without flag": Condition(setting(bias="none"), *NO, {"bias": "lora_only"}, "qwen2"),
-    "saved head": Condition(unchanged, *NO, SAVED),
-    "saved head not in the file": Condition(without("lm_head"), "refused", "differs", SAVED),
-    "saved head not in the settings": Condition(setting(modules_to_save=None), *NO, SAVED),
-    "saved block": Condition(unchanged, *NO, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
-    "saved norm": Condition(unchanged, "refused", "differs", {"modules_to_save": ["norm"]}),
-    "PiSSA": Condition(unchanged, "differs", "differs", PISSA),
-    "OLoRA": Condition(unchanged, "differs", "differs", {"init_lora_weights": "olora"}),
-    "CorDA": Condition(setting(init_lora_weights="corda"), "differs", "differs"),
-    "LoftQ": Condition(setting(init_lora_weights="loftq", loftq_config={}), "differs", "differs"),
+    "DoRA": Condition(unchanged, DORA),
+    "DoRA without flag": Condition(setting(use_dora=False), DORA),
+    "DoRA without magnitudes": Condition(without("magnitude"), DORA),
+    "biases of B": Condition(unchanged, BIAS),
+    "biases of B without flag": Condition(setting(lora_bias=False), BIAS),
+    "biases": Condition(unchanged, {"bias": "all"}, "qwen2"),
+    "biases without flag": Condition(setting(bias="none"), {"bias": "lora_only"}, "qwen2"),
+    "saved head": Condition(unchanged, SAVED),
+    "saved head not in the file": Condition(without("lm_head"), SAVED),
+    "saved head not in the settings": Condition(setting(modules_to_save=None), SAVED),
+    "saved block": Condition(unchanged, {"target_modules": ["q_proj"], "modules_to_save": ["mlp"]}),
+    "saved norm": Condition(unchanged, {"modules_to_save": ["norm"]}),
+    "PiSSA": Condition(unchanged, PISSA),
+    "OLoRA": Condition(unchanged, {"init_lora_weights": "olora"}),
+    "CorDA": Condition(setting(init_lora_weights="corda")),
+    "LoftQ": Condition(setting(init_lora_weights="loftq", loftq_config={})),
     "EVA": Condition(setting(init_lora_weights="eva", eva_config=None)),
     # values that do not fit
-    "bias: x": Condition(setting(bias="x"), *NO),
+    "bias: x": Condition(setting(bias="x")),
     "init_lora_weights: x": Condition(setting(init_lora_weights="x")),
     "task_type: x": Condition(setting(task_type="x")),
     "rank_pattern: null": Condition(setting(rank_pattern=None)),
     "alpha_pattern: null": Condition(setting(alpha_pattern=None)),
-    "four dimensions": Condition(
-        tensors(lambda held: {n: v[..., None, None] for n, v in held.items()}), "differs", "refused"
-    ),
-    "rank 0": Condition(tensors(empty), "differs", "differs"),
+    "four dimensions": Condition(tensors(lambda held: {n: v[..., None, None] for n, v in held.items()})),
+    "rank 0": Condition(tensors(empty)),
     "whole numbers": Condition(tensors(lambda held: {n: (10 * v).to(torch.int8) for n, v in held.items()})),
-    "biases not in the file": Condition(without("bias"), "refused", options={"bias": "lora_only"}, kind="qwen2"),
-    "wrapped": Condition(renamed(PEFT_PREFIX, f"{PEFT_PREFIX}_orig_mod."), *NO),
-    "fsdp": Condition(renamed("layers.1.", "layers.1._fsdp_wrapped_module."), *NO),
-    "token rows": Condition(unchanged, *NO, {"trainable_token_indices": [*range(40)]}),
+    "biases not in the file": Condition(without("bias"), options={"bias": "lora_only"}, kind="qwen2"),
+    "wrapped": Condition(renamed(PEFT_PREFIX, f"{PEFT_PREFIX}_orig_mod.")),
+    "fsdp": Condition(renamed("layers.1.", "layers.1._fsdp_wrapped_module.")),
+    "token rows": Condition(unchanged, {"trainable_token_indices": [*range(40)]}),
     "token rows not in the file": Condition(
         without("token_adapter"), options={"trainable_token_indices": [*range(40)]}
     ),
@@ -308,38 +299,13 @@ def test_rules_say_what_readers_do(name: str, reader: str, root: Path) -> None:
     assert found.source.startswith(f"tested with {reader} ") and (name == "language_model" or not found.expected)
 
 
-@pytest.mark.parametrize("name", CONDITIONS)
-def test_rules_of_servers(name: str, root: Path) -> None:
-    _, folder = written(name, root)
-    condition = CONDITIONS[name]
-    found = {reader: reading(reader, folder, condition.kind, root) for reader in ("vllm", "llama.cpp")}
-    assert (found["vllm"].state, found["llama.cpp"].state) == (condition.vllm, condition.llama_cpp)
-    assert all(one.source.startswith(("as of vLLM 20", "as of llama.cpp 20")) for one in found.values())
-
-
-def test_scales_of_servers(root: Path) -> None:
-    """Compare with hand-computed factors: r 4, alpha 8; q_proj r 2, alpha 32."""
-    _, folder = written("patterns", root)
-    texts = {reader: reading(reader, folder, "llama", root).remarks[-1].text for reader in ("vllm", "llama.cpp")}
-    assert "×0.125" in texts["vllm"]  # 8 / 4 for 32 / 2
-    assert "×0.25" in texts["llama.cpp"]  # 8 / 2 for 32 / 2
-    _, folder = written("rsLoRA", root)
-    assert "×0.5" in reading("llama.cpp", folder, "llama", root).remarks[-1].text  # 8 / 4 for 8 / 2
-
-
 def test_answer_in_one_line(root: Path) -> None:
     _, folder = written("half of the layers", root)
     facts = read_facts(folder)
     lines = [one.line for one in readings(FolderCase(facts, located(facts, "llama", root)))]
-    assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers", "vLLM", "llama.cpp")]
+    assert lines == [f"{name}: 3 of 6, served model differs" for name in ("peft", "transformers")]
     _, folder = written("no prefix", root)
     assert reading("peft", folder, "llama", root).line == "peft: 0 of 6, serves the base"
-    _, folder = written("language_model", root)
-    assert reading("vllm", folder, "llama", root).line == "vLLM: 0 of 6, serves the base (expected)"
-    _, folder = written("rank 32", root)
-    found = reading("vllm", folder, "llama", root)
-    assert found.line == "vLLM: applied, 6 of 6"
-    assert found.remarks[0].fix == "start the server with --max-lora-rank"
 
 
 def test_table_by_group(root: Path) -> None:
@@ -352,22 +318,19 @@ def test_table_by_group(root: Path) -> None:
 
 def test_unknown_reader(root: Path) -> None:
     _, folder = written("plain", root)
-    with pytest.raises(UserError, match=r"no reader 'vlm'.*vllm"):
-        readings(FolderCase(read_facts(folder)), ["vlm"])
+    with pytest.raises(UserError, match=r"no reader 'vllm'.*peft"):
+        readings(FolderCase(read_facts(folder)), ["vllm"])
 
 
 def test_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A reader that is named counts in the exit code; one that is not is shown."""
-    _, folder = written("saved head", root)
+    _, folder = written("DoRA", root)
     assert main(["verify", str(folder)]) == 0
-    assert (
-        "vLLM (as of vLLM 2026-09): refused: it has parameters that are saved whole; merge it"
-        in capsys.readouterr().out
-    )
-    assert main(["verify", str(folder), "--reader", "vllm"]) == 4
+    assert "load_adapter renames no magnitudes of DoRA" in capsys.readouterr().out
+    assert main(["verify", str(folder), "--reader", "transformers"]) == 4
     assert main(["verify", str(folder), "--reader", "peft"]) == 0
-    assert main(["verify", str(folder), "--reader", "vlm"]) == 2
-    assert "no reader 'vlm'" in capsys.readouterr().err
+    assert main(["verify", str(folder), "--reader", "vllm"]) == 2
+    assert "no reader 'vllm'" in capsys.readouterr().err
 
 
 def test_without_a_base_nothing_is_compared_with_it(root: Path) -> None:
@@ -464,15 +427,13 @@ def test_checkpoints(name: str, reader: str, tmp_path: Path) -> None:
 def test_kinds_of_folders(root: Path, tmp_path: Path) -> None:
     """A timm checkpoint is for timm, another for the others; peft reads neither, timm no adapter."""
     states = {
-        one.reader: one.state
-        for one in readings(FolderCase(read_facts(base_folder("vit", root))), ["peft", "vllm", "timm"])
+        one.reader: one.state for one in readings(FolderCase(read_facts(base_folder("vit", root))), ["peft", "timm"])
     }
-    assert states == {"peft": "refused", "vllm": "refused", "timm": "applied"}
+    assert states == {"peft": "refused", "timm": "applied"}
     states = {
-        one.reader: one.state
-        for one in readings(FolderCase(read_facts(base_folder("llama", root))), ["peft", "vllm", "timm"])
+        one.reader: one.state for one in readings(FolderCase(read_facts(base_folder("llama", root))), ["peft", "timm"])
     }
-    assert states == {"peft": "refused", "vllm": "applied", "timm": "refused"}
+    assert states == {"peft": "refused", "timm": "refused"}
     _, folder = written("timm", root)
     assert [one.line for one in readings(FolderCase(read_facts(folder)))] == ["peft: applied, 4 of 4", "timm: refused"]
     (tmp_path / "notes.txt").write_text("no weights")

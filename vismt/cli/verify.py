@@ -31,7 +31,7 @@ def add_commands(commands: Commands) -> None:
         "--reader",
         action="append",
         default=[],
-        help="peft, transformers, vllm, llama.cpp or timm: let what it does decide, too; may be repeated",
+        help="peft, transformers or timm: let what it does decide, too; may be repeated",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the verdict with stable keys")
 

@@ -16,11 +16,9 @@ from vismt.verification.facts import Finding, Level
 from vismt.verification.rules import FolderCase, Met, met_rules, of_modules
 
 # The worst effect on a tensor counts.
-EFFECTS = ("used", "note", "scaled", "misread", "ignored", "refused")
-# The rules of peft and transformers were run. The rules of the others were read from the source of this date.
-VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "vllm": "2026-09", "llama.cpp": "2026", "timm": "1.0.31"}
-_NAMES = {"vllm": "vLLM"}
-_RUN = ("peft", "transformers", "timm")
+EFFECTS = ("used", "note", "misread", "ignored", "refused")
+# With which the rules were run.
+VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "timm": "1.0.31"}
 TENSOR_GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 TENSOR_GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
 TENSOR_GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings", "": "weights"}
@@ -69,7 +67,7 @@ class Reading:
         effects = {remark.effect for remark in self.remarks}
         if "refused" in effects:
             return "refused"
-        return "differs" if effects & {"scaled", "misread", "ignored"} else "applied"
+        return "differs" if effects & {"misread", "ignored"} else "applied"
 
     @property
     def expected(self) -> bool:
@@ -89,7 +87,7 @@ class Reading:
             answer = f"{count}, serves the base" if ignored else f"{count} as meant, served model differs"
         else:
             answer = f"{count}, served model differs"
-        return f"{_NAMES.get(self.reader, self.reader)}: {answer}{' (expected)' if self.expected else ''}"
+        return f"{self.reader}: {answer}{' (expected)' if self.expected else ''}"
 
     @property
     def row(self) -> JsonObject:
@@ -120,7 +118,7 @@ def readings(case: FolderCase, readers: Sequence[str] = ()) -> list[Reading]:
     require_known("verify: no reader", readers, VERSIONS)
     facts, met = case.facts, list(met_rules(case))
     if not readers:  # readers for a kind of model and of folder
-        readers = ("timm",) if case.timm else ("transformers", "vllm", "llama.cpp")
+        readers = ("timm",) if case.timm else ("transformers",)
         readers = readers if facts.kind == "checkpoint" else ("peft", *readers)
     return [_reading(reader, case, met) for reader in readers]
 
@@ -156,8 +154,6 @@ def _reading(reader: str, case: FolderCase, met: Sequence[Met]) -> Reading:
 
 def _source(reader: str) -> str:
     """Return the version of a reader to which its rules belong."""
-    if reader not in _RUN:
-        return f"as of {_NAMES.get(reader, reader)} {VERSIONS[reader]}"
     try:
         installed = version(reader)
     except PackageNotFoundError:

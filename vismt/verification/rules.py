@@ -1,13 +1,12 @@
 """The conditions of a folder that matter to a library that loads it (a reader). _RULES has one rule for each condition.
 
-Each rule was run with the library, or read from its source (libraries.py has the versions). A rule with a code is a finding of
-`vismt verify`. An effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks an effect
-that was reported or follows from the source of a reader, and was not run. Such an effect is expected, not certain.
+Each rule was run with the library (libraries.py has the versions). A rule with a code is a finding of `vismt verify`. An
+effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks an effect that was reported and
+was not run. Such an effect is expected, not certain.
 
 refused    the reader raises an error
 ignored    the tensors change nothing
 misread    the tensors are applied to another weight, or without parts that belong to them
-scaled     the update is applied with another factor than the settings give
 note       the tensors are used, under the condition that the fix names
 """
 
@@ -17,12 +16,10 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
-from itertools import product
 
 from vismt.lowrank.files.facts import PEFT_PREFIX, TENSORS, ModuleFacts, Stored, tuner_prefixes
 from vismt.lowrank.files.peft_layouts import names_stack
-from vismt.lowrank.files.peft_settings import BIASES, PEFT_STARTS, PeftSettings, texts
+from vismt.lowrank.files.peft_settings import BIASES, PEFT_STARTS, texts
 from vismt.storage.files import DTYPES, JsonObject
 from vismt.verification.checkpoints import EARLIER, Located, Translated, shape_of, unheld
 from vismt.verification.facts import (
@@ -43,11 +40,6 @@ OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA",
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
 WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 _BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
-# The factor of the update by readers that compute their own from the settings and the rank of the file.
-SCALES: dict[str, Callable[[PeftSettings, int], float]] = {
-    "vllm": lambda settings, rank: settings.lora_alpha / (settings.r**0.5 if settings.use_rslora else settings.r),
-    "llama.cpp": lambda settings, rank: settings.lora_alpha / rank,
-}
 # Whether the folder meets the rule, or the names of tensors that meet it, or paths of modules that the file lacks.
 FolderTest = Callable[["FolderCase"], "bool | Collection[str]"]
 
@@ -56,8 +48,8 @@ FolderTest = Callable[["FolderCase"], "bool | Collection[str]"]
 class Rule:
     """A condition and what it means.
 
-    why: Reason in words, with {case}, {module} (the first module that meets the condition), the shapes of its {update} and
-    {weight}, and {factors} to be filled in. effects: Effect by reader. code, level: Code and level of the finding. Without a code
+    why: Reason in words, with {case}, {module} (the first module that meets the condition) and the shapes of its {update} and
+    {weight} to be filled in. effects: Effect by reader. code, level: Code and level of the finding. Without a code
     there is no finding.
     """
 
@@ -104,18 +96,6 @@ class FolderCase:
         parent = library.get("parent_library") if isinstance(library, dict) else None
         return str(parent).startswith("timm") or any("architecture" in config for config in self.configs)
 
-    @cached_property
-    def factors(self) -> dict[str, dict[str, str]]:
-        """Return the ratio of a reader's scale of an update to the settings' scale, by reader and path of the module."""
-        found: dict[str, dict[str, str]] = {reader: {} for reader in SCALES}
-        for reader, module in product(SCALES, self.facts.modules.values()):
-            settings = self.facts.settings
-            if settings and settings.lora_alpha and module.scale and module.rank:  # a zero lora_alpha has a rule
-                ratio = SCALES[reader](settings, module.rank) / module.scale
-                if abs(ratio - 1) > 1e-6:
-                    found[reader][module.path] = f"×{ratio:.3g}"
-        return found
-
 
 @dataclass(frozen=True)
 class Met:
@@ -138,8 +118,7 @@ def met_rules(case: FolderCase) -> Iterable[Met]:
             first = next((module for module in facts.modules.values() if set(of_modules([module])) & set(names)), None)
             update = first and shape_of(first)
             weight = first and case.base and case.base.shape(first.path)
-            factors = {reader: ", ".join(sorted(set(found.values()))) for reader, found in case.factors.items()}
-            why = rule.why.format(case=case, module=first, update=update, weight=weight, factors=factors)
+            why = rule.why.format(case=case, module=first, update=update, weight=weight)
             yield Met(rule, list(names), why, False)
 
 
@@ -170,14 +149,6 @@ def _tensors(test: Callable[[FolderCase, Stored], object]) -> FolderTest:
 
 def _modules(test: Callable[[FolderCase, ModuleFacts], object]) -> FolderTest:
     return lambda case: of_modules(module for module in case.facts.modules.values() if test(case, module))
-
-
-def _scaled(reader: str) -> FolderTest:
-    return _modules(lambda case, module: module.path in case.factors[reader])
-
-
-def _setting(*keys: str) -> FolderTest:
-    return lambda case: case.lora and any(case.facts.config.get(key) for key in keys)
 
 
 def _lacks(*keys: str) -> FolderTest:
@@ -292,21 +263,6 @@ def _gaps(case: FolderCase) -> list[str]:
 
 
 # ---- whole parameters
-def _saved(*kinds: str) -> FolderTest:
-    """Return the condition of parameters that are saved whole: copies of adapted embeddings, norms and others."""
-
-    def kind(tensor: Stored) -> str:
-        if tensor.name.endswith((".embed_tokens.base_layer.weight", ".lm_head.base_layer.weight")):
-            return "copy"
-        return "norm" if "_layernorm" in tensor.name or ".norm" in tensor.name else "other"
-
-    return lambda case: [
-        tensor.name
-        for tensor in case.facts.with_role("saved", "tokens")
-        if case.facts.kind == "peft" and kind(tensor) in kinds
-    ]
-
-
 def _biases_lost(case: FolderCase) -> list[str]:
     """Return the biases of the base that the settings save, if the file has no biases."""
     kind = case.facts.config.get("bias", "none")
@@ -359,7 +315,6 @@ _TASKS = (None, "", "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTI
 _TOKENS = "trainable_token_indices"
 _HEADS = ("classifier", "score")
 _WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
-_PLAIN = "load it with vismt.import_peft and write it with vismt.export_peft(..., uniform=True)"
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 _MERGE = f"merge it into its base: {MERGE_COMMAND}"
 LOAD = "load it with vismt.load_adapter"
@@ -368,29 +323,25 @@ _BASE = "give the base it was trained on"
 _REFUSED = {"peft": "refused", "transformers": "refused"}
 _IGNORED = {"peft": "ignored", "transformers": "ignored"}
 MISREAD = {"peft": "misread", "transformers": "misread"}
-UNSERVED = {"vllm": "refused", "llama.cpp": "refused"}
-UNMAPPED = {"transformers": "misread", "vllm": "refused?", "llama.cpp": "refused?"}
 
 # fmt: off
 _RULES = (
     # files and settings
     Rule(lambda case: case.facts.kind == "none", "the folder holds no adapter and no checkpoint",
-         _REFUSED | UNSERVED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
-    Rule(lambda case: case.exports, "it is in the format of vismt", _REFUSED | UNSERVED,
+         _REFUSED | {"timm": "refused"}, "give the folder with adapter_config.json or adapter.json", "no-adapter"),
+    Rule(lambda case: case.exports, "it is in the format of vismt", _REFUSED,
          "write it in peft's: vismt export RUN --format peft, or vismt.export_peft"),
-    Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", _REFUSED | UNSERVED, LOAD),
+    Rule(lambda case: case.facts.kind == "vismt" and not case.exports, "it is in the format of vismt", _REFUSED, LOAD),
     Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, _MERGE),
     Rule(lambda case: case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
-         _REFUSED | UNSERVED, _AGAIN),
+         _REFUSED, _AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", _REFUSED, "add the peft_type"),
     Rule(_other_tuner, "peft_type names another tuner: the tensors are a LoRA's, and that tuner reads none of them", _IGNORED,
          "set peft_type to the tuner of the training", "tuner"),
     Rule(lambda case: case.facts.tuner == "XLORA" and not case.facts.config.get("adapters"),
          "an X-LoRA mixes the adapters that its settings name, and they name none", _REFUSED, "add the adapters", "setting"),
-    Rule(_lacks("r", "lora_alpha", "target_modules"), "its settings lack r, lora_alpha or target_modules", {"vllm": "refused"}),
-    Rule(_lacks("lora_alpha"), "its settings lack lora_alpha", {"llama.cpp": "refused"}, "add it; 8 is what peft takes"),
-    Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), _REFUSED | {"llama.cpp": "refused?"},
+    Rule(_odd("bias", BIASES), "bias is none of " + ", ".join(BIASES), _REFUSED,
          "set it to the value of the training", "setting"),
     Rule(_odd("task_type", _TASKS), "peft knows no such task_type", _REFUSED, "set task_type to null", "setting"),
     Rule(lambda case: case.lora and not str(case.facts.config.get("init_lora_weights", True)).lower().startswith(INITIAL),
@@ -400,16 +351,10 @@ _RULES = (
     Rule(lambda case: case.facts.kind == "peft" and TENSORS not in case.facts.files,
          "its tensors are not in a safetensors file",
          {"transformers": "note"}, "load_adapter(..., use_safetensors=False)"),
-    Rule(lambda case: case.facts.kind == "peft" and case.facts.tuner not in ("LORA", ""), "it is not a LoRA", UNSERVED, _MERGE),
     Rule(lambda case: case.facts.tuner in OF_PEFT_MODELS, "load_adapter does not take this tuner",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
     Rule(lambda case: case.facts.kind == "peft" and case.timm, "models of timm have no load_adapter",
          {"transformers": "refused"}, "load it with peft.PeftModel"),
-    Rule(lambda case: case.timm or any("image_size" in made and not {"vocab_size", "text_config"} & made.keys()
-                                       for made in case.configs),
-         "it serves language models", UNSERVED),
-    Rule(lambda case: case.facts.is_adapter and any(made.get("model_type") == "gpt2" for made in case.configs),
-         "its model of GPT-2 has no LoRA", {"vllm": "refused?"}, _MERGE),
     Rule(lambda case: case.facts.is_adapter and "model_type" in case.facts.model_config
          and any(re.fullmatch(r"(model.*\.safetensors|pytorch_model.*\.bin)", name) for name in case.facts.files),
          "a model's weights are beside the adapter: from_pretrained adds the update to them, twice if they are merged",
@@ -420,13 +365,13 @@ _RULES = (
          f"the names lack '{PEFT_PREFIX}'", {"peft": "ignored"}, f"put '{PEFT_PREFIX}' before every name", "prefix"),
     Rule(_tensors(lambda case, tensor: tensor.adapter == "default"),
          "the names hold 'default', the adapter's name, which only peft reads",
-         UNSERVED | {"transformers": "ignored"}, "take '.default' out of the names", "adapter-name", "suspicious"),
+         {"transformers": "ignored"}, "take '.default' out of the names", "adapter-name", "suspicious"),
     Rule(_tensors(lambda case, tensor: tensor.adapter not in ("", "default")),
-         "the names hold the name of an adapter", UNSERVED | _IGNORED, "take the name out", "adapter-name"),
+         "the names hold the name of an adapter", _IGNORED, "take the name out", "adapter-name"),
     Rule(_modules(_old), "the names have '.model' of an old peft",
-         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "write '.lora_' for '.model.lora_'"),
+         _IGNORED, "write '.lora_' for '.model.lora_'"),
     Rule(_wrapped, "the names have the prefix of a wrapper of training (torch.compile, DDP, FSDP, peft)",
-         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused?"}, "take the prefix out of the names", "wrapped"),
+         _IGNORED, "take the prefix out of the names", "wrapped"),
     # transformers finds a model by its type where the paths only lack, or have, the name of the bare model
     Rule(_modules(lambda case, module: case.base and case.base.change == EARLIER and module.path in case.base.names
                   and f"{module.path}.weight" not in case.base.facts.tensors),
@@ -435,36 +380,32 @@ _RULES = (
     Rule(_modules(lambda case, module: case.base and case.base.change and case.base.change != EARLIER
                   and module.path in case.base.names
                   and not (case.base.change in _BARE and case.base.facts.config.get("model_type"))),
-         "the base has these modules only {case.base.change} in their paths (as in vllm#34186)",
-         _IGNORED | {"vllm": "ignored?", "llama.cpp": "refused?"}, "rename the adapter's tensors in this way", "prefix"),
+         "the base has these modules only {case.base.change} in their paths",
+         _IGNORED, "rename the adapter's tensors in this way", "prefix"),
     Rule(_modules(lambda case, module: case.base and module.path not in case.base.names and not case.base.lacks(module.path)),
          "the base has other names, and it is not known what they become in its model",
          fix="give a folder with config.json", code="not-compared", level="suspicious"),
-    Rule(_modules(_absent), "the base has no such modules", _IGNORED | {"vllm": "ignored?", "llama.cpp": "refused"}, _BASE,
+    Rule(_modules(_absent), "the base has no such modules", _IGNORED, _BASE,
          "not-in-base"),
     # modules and shapes
     Rule(_modules(_outside), "target_modules do not name these modules", _IGNORED, "name them in target_modules"),
     Rule(_not_held, "target_modules name these modules, and the file holds no factors of them",
-         _IGNORED | {"vllm": "ignored", "llama.cpp": "ignored"}, _AGAIN, "missing-module"),
+         _IGNORED, _AGAIN, "missing-module"),
     Rule(_gaps, "the file has factors of such modules in most layers, and none of these; --base shows whether the model has them",
          code="gap", level="note"),
     Rule(_no_target, "target_modules name no module of the base", _REFUSED, _BASE),
     Rule(_modules(lambda case, module: module.unpaired), "one of the two factors is missing",
-         _IGNORED | {"vllm": "refused?", "llama.cpp": "refused"}, _AGAIN, "unpaired"),
+         _IGNORED, _AGAIN, "unpaired"),
     Rule(_modules(lambda case, module: _other_rank(case, module) and not _transposed(case, module)),
          "'{module.path}' has rank {module.rank} in the file and {module.declared} in the settings",
-         _REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+         _REFUSED,
          "set r, or rank_pattern, to the rank of the tensors; the scale alpha / r depends on it", "rank"),
-    Rule(_modules(_transposed), "the factors are stored transposed", _REFUSED | {"vllm": "misread?", "llama.cpp": "misread?"},
+    Rule(_modules(_transposed), "the factors are stored transposed", _REFUSED,
          "export the adapter again", "transposed"),
     Rule(_modules(lambda case, module: case.base and case.base.misfits(module, case.facts.kind == "peft")
                   and ".experts" not in module.path),
          "the update of '{module.path}' is {update}, the base's weight {weight}",
-         _REFUSED | {"vllm": "misread?", "llama.cpp": "refused"}, _BASE, "shape"),
-    Rule(_modules(lambda case, module: (module.rank or 0) > 16),
-         "the rank is over the default limit of 16", {"vllm": "note"}, "start the server with --max-lora-rank"),
-    Rule(_modules(lambda case, module: (module.rank or 0) > 512),
-         "the rank is over the largest limit, 512", {"vllm": "refused"}, _MERGE),
+         _REFUSED, _BASE, "shape"),
     Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype in WHOLE_NUMBERS),
          "the factors are whole numbers, which are read without their scale", MISREAD, _AGAIN, "dtype"),
     Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype not in {*WHOLE_NUMBERS, *DTYPES.values()}),
@@ -474,25 +415,14 @@ _RULES = (
          {"transformers": "ignored"}, "load it with peft.PeftModel"),
     Rule(_role("magnitude", "use_dora", False), "the file has magnitudes of DoRA, and use_dora is not set", _IGNORED,
          "set use_dora", "dora"),
-    Rule(lambda case: bool(case.facts.config.get("use_dora") or case.facts.with_role("magnitude")), "it is a DoRA",
-         {"vllm": "refused"}, _MERGE),
-    Rule(_tensors(lambda case, tensor: tensor.role == "magnitude"), "it is a DoRA", {"llama.cpp": "refused"}, _MERGE),
     Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_dora") and "magnitude" not in module.tensors),
-         "use_dora is set, and the file lacks magnitudes", MISREAD | {"llama.cpp": "misread"}, _AGAIN, "dora"),
+         "use_dora is set, and the file lacks magnitudes", MISREAD, _AGAIN, "dora"),
     Rule(_role("bias", "lora_bias", False), "the file has biases of B, and lora_bias is not set", _IGNORED, "set lora_bias",
          "lora-bias"),
-    Rule(_tensors(lambda case, tensor: tensor.role == "bias"), "it has biases of B", UNSERVED, _MERGE),
     Rule(_tensors(lambda case, tensor: case.lora and tensor.role == "other"), "no variant of LoRA has such tensors",
          code="unknown-tensors", level="suspicious"),
-    Rule(lambda case: case.lora and case.facts.config.get("bias", "none") != "none", "it has biases", {"vllm": "refused"},
-         _MERGE),
-    Rule(_setting("modules_to_save"), "it has parameters that are saved whole", {"vllm": "refused"}, _MERGE),
-    Rule(lambda case: [] if case.facts.config.get("modules_to_save") else _saved("other", "norm")(case),
-         "it has parameters that are saved whole", {"vllm": "refused"}, _MERGE),
-    Rule(_saved("other"), "it has parameters that are saved whole", {"llama.cpp": "refused"}, _MERGE),
-    Rule(_saved("norm"), "it has norms that are saved whole", {"llama.cpp": "ignored"}, _MERGE),
     Rule(_not_saved, "modules_to_save names them, and the file does not hold them",
-         {"peft": "refused", "transformers": "ignored", "llama.cpp": "ignored"}, _AGAIN, "head-lost"),
+         {"peft": "refused", "transformers": "ignored"}, _AGAIN, "head-lost"),
     Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, _AGAIN, "head-lost"),
     Rule(lambda case: case.base is None and case.lora and case.facts.config.get("bias", "none") != "none"
          and not any(tensor.path.endswith("bias") for tensor in case.facts.with_role("saved")),
@@ -500,46 +430,32 @@ _RULES = (
     Rule(lambda case: [_TOKENS] * (case.lora and bool(case.facts.config.get(_TOKENS)) and not case.facts.with_role("tokens")),
          "trainable_token_indices names rows of an embedding, and the file does not hold them",
          {"peft": "refused", "transformers": "ignored"}, _AGAIN, "head-lost"),
-    Rule(_saved("copy"), "it has copies of embeddings", {"vllm": "note", "llama.cpp": "note"},
-         "needed if the vocabulary was resized"),
     Rule(lambda case: [tensor.name for tensor in case.facts.unlisted() if not tensor.path.endswith(TABLES)],
          "the settings do not name them: they replace the base's parameters, also while the adapter is disabled",
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),
     Rule(lambda case: case.lora and case.facts.config.get("lora_alpha") == 0, "lora_alpha is 0: the update is multiplied by 0",
-         _IGNORED | {"vllm": "ignored?", "llama.cpp": "misread"}, "set lora_alpha to the value of the training", "alpha-zero"),
+         _IGNORED, "set lora_alpha to the value of the training", "alpha-zero"),
     Rule(lambda case: case.facts.settings is not None and bool(case.facts.settings.use_rslora)
          and case.facts.settings.lora_alpha == case.facts.settings.r > 1,
          "use_rslora with lora_alpha = r: the update is multiplied by sqrt(r); peft's add_weighted_adapter writes "
          "this by mistake (reported, peft#3761)", fix="compare with --merged, or the adapters that it was made from",
          code="rslora-alpha", level="note"),
-    Rule(_start("pissa", "olora", "corda", "loftq"), "the start was taken out of the base, which this reader leaves whole",
-         {"vllm": "misread", "llama.cpp": "misread"}, CONVERT),
     Rule(_start("corda", "loftq"), "the start needs data that the folder does not hold", _REFUSED, CONVERT),
-    Rule(_setting("alora_invocation_tokens"), "it applies after certain tokens only (aLoRA)", {"vllm": "misread?"}),
-    Rule(_setting("layer_replication"), "it repeats layers", {"vllm": "misread?", "llama.cpp": "misread?"}, _MERGE),
-    Rule(_setting("target_parameters"), "it adapts experts in one tensor", {"vllm": "note", "llama.cpp": "refused?"},
-         "for models that vLLM marks as 3-D, or with enable_mixed_moe_lora_format"),
     Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_rslora")
                   and re.search(r"\.experts\.\d+\.(w1|w3|gate_proj|up_proj)$", module.path)),
          "the reader fuses these experts, and their update becomes √2 too large with use_rslora",
          MISREAD, "set use_rslora to false and lora_alpha to lora_alpha·√r"),
-    Rule(_modules(lambda case, module: case.base and case.base.facts.model_config.get("tie_word_embeddings")
-                  and module.path.rpartition(".")[2] == "lm_head"),
-         "the head is the embedding table of the base", {"llama.cpp": "refused"}, _MERGE),
-    Rule(_scaled("vllm"), "it reads no rank_pattern and alpha_pattern: {factors[vllm]}", {"vllm": "scaled"}, _PLAIN),
-    Rule(_scaled("llama.cpp"), "it divides lora_alpha by the rank and reads no use_rslora or alpha_pattern: {factors[llama.cpp]}",
-         {"llama.cpp": "scaled"}, _PLAIN),
     # checkpoints
     Rule(lambda case: case.facts.kind == "checkpoint",
          "it is a whole checkpoint", {"peft": "refused"}, "load it with the library of its model"),
     Rule(lambda case: case.facts.kind == "checkpoint" and bool(case.facts.model_config) and not case.timm,
          "it is not a model of timm", {"timm": "refused"}),
     Rule(_names(r"\.base_layer\.|\.lora_|\.modules_to_save\."), "the update was not merged: the file has the modules of peft",
-         UNMAPPED | {"timm": "refused"}, "call merge_and_unload before saving", "unmerged"),
-    Rule(_names(r"^base_model\."), "the names have the prefix of peft", UNMAPPED | {"timm": "refused"},
+         {"transformers": "misread"} | {"timm": "refused"}, "call merge_and_unload before saving", "unmerged"),
+    Rule(_names(r"^base_model\."), "the names have the prefix of peft", {"transformers": "misread"} | {"timm": "refused"},
          f"take '{PEFT_PREFIX}' out"),
     Rule(_whole(lambda whole: whole.lacking), "the model has these weights and the file does not: they are initialised at random",
-         UNMAPPED, "save the whole model under the names of its library", "lacking"),
+         {"transformers": "misread"}, "save the whole model under the names of its library", "lacking"),
     Rule(_whole(lambda whole: whole.misfits), "config.json says another shape", _REFUSED, "take config.json from the base",
          "shape"),
     Rule(_whole(_unused), "the model of config.json has no such layers: they are left out", {"transformers": "ignored"},

@@ -140,7 +140,7 @@ def verify(
         base: Model that the adapter was trained on: a folder, a file, an asset, or a model on the hub, which is fetched.
         merged: Checkpoint that holds the base with the adapter. It needs `base`.
         probe: Examples to measure on: a .txt file, or a card or folder of labelled images. They need `base`.
-        readers: Names among peft, transformers, vllm, llama.cpp and timm. What these libraries do with the folder counts in the
+        readers: Names among peft, transformers and timm. What these libraries do with the folder counts in the
             status.
 
     Returns:
