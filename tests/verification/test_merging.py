@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from helpers.language_models import moved_lm
 from helpers.tiny_runs import refused
 from helpers.verified_folders import FAULTS, Folders, edit_tensors, made, stock, trained
 
@@ -49,6 +50,17 @@ def test_a_merge_is_that_of_peft_with_the_tokenizer_beside(kind: str, adapter: s
     assert vismt.verify(folders.adapter, base=folders.base, merged=tmp_path / "out").status == "ok"
     # The command may write its folder again.
     assert merged(folders.adapter, folders.base, tmp_path / "out") == 0
+
+
+def test_a_dora_on_a_tied_table_is_not_merged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The head has the table of the embedding, so that a merge of the table would change the head too."""
+    peft = pytest.importorskip("peft")
+    model = moved_lm("llama", tie_word_embeddings=True)
+    model.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(target_modules=["embed_tokens"], use_dora=True, init_lora_weights=False)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path / "adapter")
+    error = refused(capsys, "merge", tmp_path / "adapter", "--base", tmp_path / "base", "--to", tmp_path / "out")
+    assert "embed_tokens' is tied to another module" in error and not (tmp_path / "out").exists()
 
 
 def test_an_adapter_folder_of_vismt_is_merged(tmp_path: Path, llama: Folders) -> None:

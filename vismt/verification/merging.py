@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections import Counter
 from fnmatch import fnmatch
 from importlib.util import find_spec
 from pathlib import Path
@@ -172,6 +173,13 @@ def _merged(model: nn.Module, adapter: Facts) -> nn.Module:
         refused = error
     import peft
 
+    owners = Counter(id(value) for _, value in model.named_parameters(remove_duplicate=False))
+    tied = [name for name, value in model.named_parameters() if owners[id(value)] > 1]
+    for path in adapter.modules:  # peft would change the weights of both modules
+        if any(f".{name}".endswith(f".{path}.weight") for name in tied):
+            raise UserError(
+                f"merge: '{path}' is tied to another module, whose output a merge would change; load it with peft."
+            )
     try:
         return peft.PeftModel.from_pretrained(model, str(adapter.folder)).merge_and_unload(safe_merge=True)
     except Exception as error:  # peft raises whatever a folder leads to

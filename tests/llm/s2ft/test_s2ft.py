@@ -128,6 +128,21 @@ def train(model: nn.Module, steps: int, **settings: object) -> list[float]:
     return losses
 
 
+@pytest.mark.parametrize("name", ["vit", "llama-gqa", "gpt2-conv1d"])
+def test_weights_that_train_beside_the_change_get_the_gradient_of_the_stock_model(name: str) -> None:
+    net, stock = ((tiny_vit() if name == "vit" else MODELS[name]()) for _ in range(2))
+    stock.load_state_dict(net.state_dict())
+    vismt.adapt(net, "s2ft")
+    for each in (net.requires_grad_(True), stock.requires_grad_(True)):
+        outputs(each).square().mean().backward()
+    layers = adapter_layers(net)
+    assert layers
+    for path in layers:
+        found, expected = net.get_submodule(path).weight.grad, stock.get_submodule(path).weight.grad
+        assert found is not None and torch.allclose(found, expected, rtol=1e-4, atol=1e-7)
+        assert net.get_submodule(path).slice_values.grad is not None
+
+
 def test_steps_are_masked_full_steps_and_the_other_bits_stay() -> None:
     """Steps equal masked full fine-tuning; weight decay acts on the change, where that of the mask moves all weights."""
     model, full = MODELS["llama-gqa"](), MODELS["llama-gqa"]()

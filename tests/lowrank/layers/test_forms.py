@@ -100,6 +100,24 @@ def test_groups_are_not_exported_and_quantised_embeddings_refused(tmp_path: Path
         assert torch.equal(model(inputs("embedding")), before)
 
 
+@pytest.mark.parametrize("method", ["lora", "pissa", "polar"])
+def test_the_vector_of_padding_does_not_train(method: str) -> None:
+    model = net("embedding")
+    with torch.no_grad():
+        model.layer.weight[2] = torch.randn(6)
+    before = model.layer.weight[2].clone()
+    vismt.adapt(model, method, ["layer"], rank=2)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model.layer(torch.arange(11)).square().sum().backward()
+        optimizer.step()
+    assert not torch.equal(model.layer(torch.tensor([3])), model.layer.weight[3][None])
+    assert torch.equal(model.layer(torch.tensor([2]))[0], before)
+    vismt.merge(model)
+    assert torch.equal(model.layer.weight[2], before)
+
+
 def test_the_embedding_of_a_language_model(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     model = random_lm("llama", initializer_range=0.2, tie_word_embeddings=False)

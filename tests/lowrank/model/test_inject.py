@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from helpers.every_method import OPTIONS, small_vit
 from helpers.tiny import holds, snapshot, tiny_vit
+from safetensors.torch import load_file
 from torch import nn
+from torch.nn.utils import prune
 
 import vismt
 from vismt.base.errors import UserError
@@ -138,6 +142,37 @@ def test_adapting_twice_is_refused() -> None:
         vismt.adapt(model, "pissa")
     with pytest.raises(UserError, match="merge: this model is not adapted"):
         vismt.merge(tiny_vit())
+
+
+def test_models_of_peft_and_compiled_models_are_refused() -> None:
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny_vit(), peft.LoraConfig(target_modules=["qkv"]))
+    for wrapped in (model, model.base_model.model):
+        before = snapshot(wrapped)
+        with pytest.raises(UserError, match=r"belongs to peft; call merge_and_unload\(\) of the PeftModel first"):
+            vismt.adapt(wrapped, "lora", ["qkv"], rank=2)
+        assert holds(wrapped, before)
+    vismt.adapt(model.merge_and_unload(), "lora", ["qkv"], rank=2)
+    with pytest.raises(UserError, match=r"adapt: the model is compiled; adapt it before torch\.compile"):
+        vismt.adapt(torch.compile(tiny_vit()), "lora", ["qkv"], rank=2)
+
+
+def test_a_compiled_adapted_model_is_written_under_the_names_of_the_model(tmp_path: Path) -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "lora", ["qkv"], rank=2)
+    for write in (vismt.save_adapter, vismt.export_peft):
+        write(model, tmp_path / "own"), write(torch.compile(model), tmp_path / "compiled")
+    own, compiled = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("own", "compiled"))
+    assert own.keys() == compiled.keys() and not any("_orig_mod" in name for name in own)
+    vismt.load_adapter(tiny_vit(), tmp_path / "compiled")
+
+
+def test_a_pruned_layer_is_not_merged() -> None:
+    model = tiny_vit()
+    vismt.adapt(model, "lora", ["qkv"], rank=2)
+    prune.l1_unstructured(model.blocks[0].attn.qkv, "weight", 0.5)
+    with pytest.raises(UserError, match=r"merge: 'blocks.0.attn.qkv' is pruned; call torch.nn.utils.prune.remove"):
+        vismt.merge(model)
 
 
 def test_clamped_rank_keeps_the_scale_of_its_own_rank() -> None:

@@ -128,6 +128,9 @@ class SliceLinear(AdapterLayer):
     def forward(self, x: Tensor) -> Tensor:
         x = in_autocast(x)
         flat, weight = x.reshape(-1, x.shape[-1]), self.matrix(self.weight)
+        if self.weight.requires_grad and torch.is_grad_enabled():  # the user trains the weight beside the change
+            changed = weight.index_add(self.dim, self.slice_index, self.slice_values.to(weight.dtype))
+            return F.linear(x, changed.to(x.dtype), self.bias)
         out, _ = SlicedLinear.apply(flat, weight, self.bias, self.slice_values, self.slice_index, self.dim)
         return out.view(*x.shape[:-1], out.shape[-1])
 

@@ -76,6 +76,7 @@ def export_peft(
         vismt.adapt(model, "pissa", targets=["qkv"], rank=8)
         vismt.export_peft(model, "adapter-peft")
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     with active_adapter(model, name, "export_peft"):
         return _export(model, Path(folder), compact, uniform, force, strict)
 
@@ -83,6 +84,10 @@ def export_peft(
 def _export(model: nn.Module, folder: Path, compact: bool, uniform: bool, force: bool, strict: bool) -> Path:
     record = need_record(model, "export_peft")
     refuse_offloaded(model, "export_peft", whole=True)
+    if any(hasattr(value, "full_tensor") for value in adapter_tensors(model).values()):
+        raise UserError(
+            "export_peft: the weights are sharded by FSDP2; call vismt.save_adapter, load it in one process, and export it there."
+        )
     warn_of_lost(model, "export_peft", strict)
     if not record.layers:
         raise UserError(f"export_peft: '{record.method}' has no low-rank factors; merge the model and save it whole.")

@@ -82,6 +82,7 @@ def save_adapter(
         vismt.adapt(model, "lora", targets=["qkv"], rank=8, also_train=["head"])
         vismt.save_adapter(model, "adapter")
     """
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
     with active_adapter(model, name, "save_adapter"):
         if strict is not None:
             warn_of_lost(model, "save_adapter", strict)

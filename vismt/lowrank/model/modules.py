@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 
 from vismt.base.errors import UserError
 from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, Placed, adapter_modules
@@ -73,6 +74,8 @@ def check_mergeable(model: nn.Module, what: str) -> None:
     """Raise UserError if an adapter module does something that the stock weights cannot hold."""
     for path, module in adapter_modules(model).items():
         module.check_mergeable(what, path)
+        if any(isinstance(hook, BasePruningMethod) for hook in module._forward_pre_hooks.values()):
+            raise UserError(f"{what}: '{path}' is pruned; call torch.nn.utils.prune.remove on its weight first.")
 
 
 def is_mergeable(model: nn.Module) -> bool:

@@ -52,8 +52,13 @@ class AdaptRecord:
 
 
 def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError if the model or a part of it is adapted already."""
+    """Raise UserError if the model or a part of it is adapted already, by peft too, or compiled."""
     for path, module in model.named_modules():
+        part = f"the part '{path}'" if path else "the model"
+        if "_orig_mod" in module._modules:
+            raise UserError(f"{what}: {part} is compiled; adapt it before torch.compile.")
+        if type(module).__module__.startswith("peft.") and record_of(model) is None:
+            raise UserError(f"{what}: {part} belongs to peft; call merge_and_unload() of the PeftModel first.")
         record = record_of(module)
         carried = [record.method] if record else adapter_names(module)
         if carried or isinstance(module, Placed):

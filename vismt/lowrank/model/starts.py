@@ -65,7 +65,11 @@ def initialise(layer: LowRankLayer, spec: LayerSpec, init: Initialiser, seed: in
         finite = False
     if not finite:
         raise UserError(f"adapt: '{spec.path}' gets no finite start values; its weight is infinite or NaN somewhere.")
-    layer.set_factors(torch.cat([A for A, _ in pairs]), torch.cat([B for _, B in pairs]), offset)
+    A, B = (torch.cat([pair[side] for pair in pairs]) for side in (0, 1))
+    padding = getattr(layer.shell, "padding_idx", None)
+    if padding is not None:  # its row of B has no gradient, so that its vector never changes if the row is 0
+        B[padding] = 0
+    layer.set_factors(A, B, offset)
     layer.start_more(init, generator)
 
 
