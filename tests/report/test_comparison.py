@@ -54,10 +54,16 @@ def records_of(folder, data, arm):
 def test_paired_differences_decide_where_intervals_overlap(folder):
     results = comparisons(folder)
     clean = results["digits", "clean"]
-    # 0.5 +- 0.411 and 0.6 +- 0.411 overlap, but every episode gains exactly 0.1: no tie
+    # every episode gains exactly 0.1, and a difference without any spread says nothing about other episodes
     assert half(clean.cells["frozen"]) == pytest.approx(HALF) and clean.cells["frozen"].value == 0.5
-    assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "") and clean.paired
+    assert (clean.cells["adapted"].mark, clean.cells["frozen"].mark) == ("best", "tie") and clean.paired
     assert difference(clean) == pytest.approx((0.1, 0.1, 0.1))
+    # 0.5 +- 0.411 and 0.7 +- 0.411 overlap, but the episodes gain 0.19 to 0.21: no tie
+    for arm, step in (("low", 0.0), ("high", 0.2)):
+        values = [value + step + 0.01 * (number % 2) for number, value in enumerate(FROZEN)]
+        add_arm(folder, "other", arm, values if step else FROZEN, FROZEN)
+    other = comparisons(folder)["other", "clean"]
+    assert (other.cells["high"].mark, other.cells["low"].mark) == ("best", "") and other.paired
     # crops: differences .1, -.05, .1, -.05, mean .025, an interval around zero
     crops = results["crops", "clean"]
     assert difference(crops)[0] == pytest.approx(0.025) and difference(crops)[1] < 0 < difference(crops)[2]
@@ -105,6 +111,33 @@ def test_records_that_do_not_give_the_number_are_not_used(folder):
     assert not results["other", "clean"].paired and results["other", PGD.label].paired
     write_lines(path, lines[:3])
     assert not comparisons(folder)["other", PGD.label].paired  # 3 of 4 examples
+
+
+def test_marks_have_the_level_of_all_criteria(folder):
+    """With one set and condition, a difference of three standard errors is shown between two models, and not among five."""
+    steps = [0.1, 0.3, 0.1, 0.3]  # mean 0.2, standard error 0.0577: 3.46 of them, and t(3) = 3.18 at 95 %
+    add_arm(folder, "one", "a", FROZEN, FROZEN, protocol="p")
+    add_arm(folder, "one", "b", [value + step for value, step in zip(FROZEN, steps)], FROZEN, protocol="p")
+    rows = [row for row in read_results(folder / "results.jsonl") if row.data == "one" and row.condition == "clean"]
+
+    def marks():
+        (c,) = compare_results(rows, ValuesByExample(folder))
+        return {arm: cell.mark for arm, cell in c.cells.items()}
+
+    assert marks() == {"a": "", "b": "best"}
+    for arm in "cde":
+        rows += [replace(rows[0], arm=arm)]
+        add_arm(folder, "one", arm, FROZEN, FROZEN, protocol="p")
+    assert marks() == {"b": "best", **dict.fromkeys("acde", "tie")}
+
+
+def test_an_average_leaves_out_arms_that_were_not_trained_on_all_sets(folder):
+    rows = read_results(folder / "results.jsonl")
+    for arm, kept in (("adapted", ["frozen"]), ("frozen", ["adapted"])):
+        other = [replace(row, untrained=row.arm == arm and row.data == "crops") for row in rows]
+        found = {(c.data, c.condition): c for c in compare_results(other, ValuesByExample(folder))}
+        assert list(found["average", "clean"].cells) == kept and len(found["crops", "clean"].cells) == 2
+        assert found["crops", "clean"].models == kept
 
 
 def test_records_pair_by_example_not_by_line(folder):
@@ -155,10 +188,10 @@ def test_where_lower_is_better_the_lowest_is_best(folder, records):
             for data in ("digits", "average")
         }
     # 0.5 and 0.6 on digits, beyond the widths; 0.5 and 0.5625 on average, whose unpaired reach is 2 * 0.04 / sqrt 2 at six
-    # degrees of freedom for three, and whose difference is ± 0.0689
+    # degrees of freedom for three, and whose difference is ± 0.0689; on digits the difference has no spread
     other = "tie" if records else ""
-    assert marks["higher"] == {"digits": ["", "best"], "average": [other, "best"]}
-    assert marks["lower"] == {"digits": ["best", ""], "average": ["best", other]}
+    assert marks["higher"] == {"digits": [other, "best"], "average": [other, "best"]}
+    assert marks["lower"] == {"digits": ["best", other], "average": ["best", other]}
 
 
 def test_no_average_of_one_set_or_of_unequal_arms(tmp_path):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from helpers.results import PGD, cell, comparison
 
-from vismt.report.comparison import Comparison
-from vismt.report.conclusion import JOINT, conclude, key_comparisons, needed
+from vismt.report.comparison import CONSTANT, JOINT, Comparison, key_comparisons
+from vismt.report.conclusion import conclude, needed
 from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, estimate, student_quantile
 
 
@@ -22,11 +23,12 @@ def compared(
     condition: Condition = CLEAN,
     seeds: int = 0,
     of_seeds: float = 0.0,
+    data: str = "digits",
     **changes: object,
 ) -> Comparison:
     """Models whose differences have a standard error over the examples, and one over the seeds; None for no records."""
     cells = {name: cell(value, 0.05, n, seeds=seeds) for name, value in scores.items()}
-    found = comparison("digits", cells, condition, **changes)
+    found = comparison(data, cells, condition, **{"chance": None, **changes})
     if error is None:
         return found
 
@@ -70,7 +72,7 @@ def test_a_difference_that_is_shown() -> None:
     assert some.startswith("Take lora. head is shown to be worse than full in accuracy, lora is not. lora is the")
     # without records of the same examples, intervals that do not overlap show a difference
     assert text(compared({"a": 0.5, "b": 0.8}, None)) == "Take b. b is shown to be better than a in accuracy."
-    assert "a and b are not shown to differ in accuracy" in text(compared({"a": 0.5, "b": 0.55}, None))
+    assert "b and a are not shown to differ in accuracy" in text(compared({"a": 0.5, "b": 0.55}, None))
 
 
 def test_several_models_need_a_larger_difference() -> None:
@@ -93,18 +95,115 @@ def test_every_task_and_the_strongest_attack_count() -> None:
     worse = compared({"a": 0.8, "b": 0.6}, 0.02)
     told = text(worse, attacked)
     assert f"b is shown to be better than a in accuracy under {PGD.label}: " in told
-    assert told.startswith(f"Take b for accuracy under {PGD.label}: no model is among the best in everything.")
+    assert told.startswith(
+        f"Take a for clean accuracy or b for accuracy under {PGD.label}: no model is among the best in everything."
+    )
     alike = compared({"a": 0.61, "b": 0.6}, 0.02)
     assert text(alike, attacked).endswith("a and b are not shown to differ in clean accuracy.")
     depth = compared({"a": 2.0, "b": 1.0}, 0.6, metric="RMSE in m", scale="number", better="lower", task="depth")
     assert text(alike, depth).startswith(
-        "Take b. a and b are not shown to differ in accuracy of few-shot or in RMSE of depth. b has"
+        "Take b. a and b are not shown to differ in accuracy of few-shot or RMSE of depth. b has the best score, which may be"
     )
 
 
-def test_tasks_without_a_common_model_leave_the_first_task() -> None:
-    depth = compared({"c": 2.0}, 1.0, metric="RMSE in m", scale="number", better="lower", task="depth")
-    assert text(compared({"a": 0.1, "b": 0.5}, 0.02), depth).startswith("Take b. b is shown to be better")
+def test_a_model_without_a_score_is_named() -> None:
+    number = {"metric": "RMSE in m", "scale": "number", "better": "lower", "task": "depth"}
+    told = text(compared({"a": 0.1, "b": 0.5}, 0.02), compared({"c": 2.0}, 1.0, **number))
+    assert told.startswith("Take b. b is shown to be better") and told.endswith(
+        "c is not trained for accuracy, or not scored."
+    )
+    # of four models one lacks the depth, and is the best in accuracy
+    scores = {"lora": 0.8, "full": 0.6, "head": 0.5, "single": 0.95}
+    depth = compared({"lora": 1.0, "full": 2.0, "head": 3.0}, 0.1, **number)
+    told = text(compared(scores, 0.01), depth)
+    assert told.startswith(
+        "For few-shot, take single. single is shown to be better than every other model in accuracy of few-shot:"
+    )
+    assert "For depth, take lora. lora is shown to be better than every other model in RMSE of depth:" in told
+    assert told.endswith("single is not trained for RMSE of depth, or not scored.")
+
+
+def test_every_number_of_shots_counts() -> None:
+    one, five = ({"protocol": f"5-way {shots}-shot"} for shots in (1, 5))
+    told = text(compared({"a": 0.5, "b": 0.6}, 0.02, **one), compared({"a": 0.8, "b": 0.6}, 0.02, **five))
+    assert told.startswith(
+        "Take b for accuracy in 5-way 1-shot or a for accuracy in 5-way 5-shot: no model is among the best in everything."
+    )
+
+
+def test_the_sentence_on_one_standard_error_is_said_where_it_holds() -> None:
+    """Clean against robust accuracy: each model is 1.5 standard errors behind in one, which is not shown."""
+    attacked = compared({"a": 0.3, "b": 0.33}, 0.02, condition=PGD)
+    told = text(compared({"a": 0.8, "b": 0.77}, 0.02), attacked, a=1, b=2)
+    assert told.startswith("Take a. No model") or told.startswith("Take a. a and b are not shown to differ")
+    assert (
+        "No model lies within one standard error of the best score in each of these. a is the best of these in clean"
+        in told
+    )
+    assert "smallest" not in told
+
+
+def test_a_model_is_not_taken_if_it_is_not_told_from_a_constant_answer() -> None:
+    guess = {"chance": 0.5}
+    none = conclude([compared({"a": 0.5, "b": 0.53}, 0.02, **guess)], {})
+    assert none.text == "Take no model: none is told from a constant answer in accuracy." and none.take == ""
+    assert none.model == "b"  # which is shown first
+    # b is smaller and within one standard error, and its interval holds 0.5
+    some = text(compared({"a": 0.56, "b": 0.545}, 0.02, **guess), a=2, b=1)
+    assert some.startswith("Take a.") and "b is not told from a constant answer in accuracy." in some
+    # the constant answer of the same examples, which is no model to take
+    for error, told in ((0.02, True), (0.1, False)):
+        found = conclude([compared({CONSTANT: 0.5, "a": 0.6}, error)], {})
+        assert found.text.startswith("There is one model. a: accuracy in % 60.0 ± 5.0.") and found.differences == 0
+        assert ("No model is told from a constant answer in accuracy." in found.text) is not told
+    three = conclude([compared({CONSTANT: 0.5, "a": 0.6, "b": 0.7}, 0.02)], {})
+    assert three.take == "b" and three.differences == 1
+    # an attack under which all are worse than a guess decides nothing
+    attacked = compared({"a": 0.1, "b": 0.3}, 0.01, condition=PGD, **guess)
+    told = text(compared({"a": 0.9, "b": 0.7}, 0.01, **guess), attacked)
+    assert told.startswith("Take a.") and told.endswith(
+        f"No model is told from a constant answer in accuracy under {PGD.label}."
+    )
+
+
+def test_scores_without_spread_show_nothing() -> None:
+    told = text(compared({"a": 0.5, "b": 0.6}, 0.0))
+    assert told == "Take b. b and a are not shown to differ in accuracy. b has the best score, which may be chance."
+
+
+def test_tasks_that_an_arm_did_not_train_have_answers_of_their_own() -> None:
+    """Heads of other tasks give an average that looks as if the arm of both tasks were better."""
+    tasks = {
+        "leaves": {"both": 0.69, "only_leaves": 0.73, "only_signs": 0.26},
+        "signs": {"both": 0.25, "only_leaves": 0.09, "only_signs": 0.48},
+    }
+    sets = []
+    for data, scores in tasks.items():
+        c = compared(scores, 0.05, data=data)
+        cells = {name: replace(cell, trained=name in ("both", f"only_{data}")) for name, cell in c.cells.items()}
+        sets.append(replace(c, cells=cells))
+    average = compared({"both": 0.47}, 0.03, data="average")
+    found = conclude([*sets, average], {})
+    assert [(answer.subject, answer.take) for answer in found.answers] == [
+        ("leaves", "only_leaves"),
+        ("signs", "only_signs"),
+    ]
+    assert (
+        "For leaves, take only_leaves. only_leaves and both are not shown to differ in accuracy on leaves."
+        in found.text
+    )
+    assert (
+        "For signs, take only_signs. only_signs is shown to be better than both in accuracy on signs: +23.0"
+        in found.text
+    )
+    assert "only_leaves is not trained for accuracy on signs, or not scored." in found.text
+
+
+def test_a_conclusion_is_plain_data() -> None:
+    found = conclude(
+        [compared({"a": 0.5, "b": 0.8}, 0.02), compared({"a": 0.1, "b": 0.1}, 0.02, condition=PGD)], {"a": 1, "b": 2}
+    )
+    assert json.loads(json.dumps(asdict(found)))["answers"][0]["findings"][0]["worse"] == ["a"]
 
 
 def test_of_several_sets_the_one_with_the_most_models_counts() -> None:
@@ -120,6 +219,10 @@ def test_a_single_model() -> None:
     assert text(compared({"lora": 0.5}, 0.1)) == "There is one model. lora: accuracy in % 50.0 ± 5.0."
     other = compared({"head": 0.5}, 0.1, protocol="another")
     assert text(compared({"lora": 0.5}, 0.1), other).startswith("The models have no measure in common. lora: ")
+    attacked = compared({"lora": 0.3}, 0.1, condition=PGD)
+    assert text(compared({"lora": 0.78}, 0.1), attacked) == (
+        f"There is one model. lora: clean accuracy in % 78.0 ± 5.0. lora: accuracy under {PGD.label} in % 30.0 ± 5.0."
+    )
 
 
 def test_the_sentence_on_the_examples() -> None:
@@ -196,4 +299,4 @@ def test_the_key_scores_are_of_three_tasks_and_the_first_under_attack() -> None:
     clean = [compared({"a": 0.5, "b": 0.6}, 0.02, task=task) for task in ("first", "second", "third", "fourth")]
     attacked = [compared({"a": 0.1, "b": 0.2}, 0.02, condition=PGD, task=task) for task in ("first", "second")]
     chosen = [(c.row.task, c.condition) for c in key_comparisons([*clean, *attacked])]
-    assert chosen == [("first", PGD.label), *((task, "clean") for task in ("first", "second", "third"))]
+    assert chosen == [("first", "clean"), ("first", PGD.label), ("second", "clean"), ("third", "clean")]

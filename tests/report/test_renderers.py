@@ -25,7 +25,10 @@ def test_arms_are_rows_and_sets_columns(tmp_path):
     text = latex(make_folder(tmp_path))
     assert text.startswith("% \\usepackage{booktabs}\n")
     assert r"    Condition & Model & digits, n = 4 & crops, n = 4 & average, n = 8 \\" in text
-    assert r"    clean & frozen & 50.0 $\pm$ 41.1 & 50.0 $\pm$ 41.1 $\approx$ & 50.0 $\pm$ 22.3 $\approx$ \\" in text
+    assert (
+        r"    clean & frozen & 50.0 $\pm$ 41.1 $\approx$ & 50.0 $\pm$ 41.1 $\approx$ & 50.0 $\pm$ 22.3 $\approx$ \\"
+        in text
+    )
     assert (
         r"     & adapted & \textbf{60.0 [18.9, 100.0]} & \textbf{52.5 $\pm$ 37.0} & \textbf{56.2 $\pm$ 21.3} \\" in text
     )

@@ -95,7 +95,7 @@ class Page(HTMLParser):
 
 
 def test_the_report_of_two_sets_and_two_arms_is_the_kept_one(reported):
-    """The score of `adapted` is better by exactly 10 points on digits: ★, no ±, and its difference has no width."""
+    """The score of `adapted` is better by exactly 10 points on digits: its difference has no width, and shows nothing."""
     check_report(reported, "two_arms")
 
 
@@ -138,7 +138,7 @@ def test_page_stands_alone(reported):
         assert text in page.text
     # from the files it comes as text, not as tags
     assert "Digits <script>alert(1)</script> & crops" in page.text and "onerror=alert(2)" in page.text
-    assert page.cells[:5] == ["digits", "clean", "50.0 ± 41.1", "60.0 [18.9, 100.0] ★", "4"]
+    assert page.cells[:5] == ["digits", "clean", "50.0 ± 41.1 ≈", "60.0 [18.9, 100.0] ★", "4"]
 
 
 def test_names_are_escaped_everywhere(folder):
@@ -184,7 +184,7 @@ def test_it_writes_nothing_but_its_own_files_and_the_same_twice(folder):
 def test_models_have_a_line_and_no_name_of_a_condition(tmp_path):
     folder = tmp_path / "run"
     for arm, shift in (("clean", 0.0), ("robust", 0.1)):
-        values = [value + shift for value in FROZEN]
+        values = [0.4 + shift + 0.01 * value * (1 + shift) for value in FROZEN]
         add_arm(folder, "digits", arm, values, values)
     (folder / "run.json").write_text(sealed({"config_hash": HASH}))
     results, values = read_results(folder / "results.jsonl"), ValuesByExample(folder)
@@ -233,7 +233,7 @@ def test_a_broken_row_stops_the_report(folder):
 
 
 def test_key_figures_come_first(folder):
-    """The average of the first task under its strongest attack and clean, then the other task."""
+    """The average of the first task clean and under its strongest attack, then the other task."""
     for arm in ("frozen", "adapted"):
         for data in ("digits", "crops"):
             weak = Score("few-shot", data, "5-way 1-shot", measure([0.9] * 4), Condition("weak", "attack", "weak", 0.1))
@@ -243,9 +243,9 @@ def test_key_figures_come_first(folder):
     page = written(folder).read_text()
     keys = page[: page.index("<h2")].split('<div class="headline">')[1:]
     assert len(keys) == 3
-    assert PGD.label in keys[0] and "weak" not in keys[0] and "RMSE in m, depth, rooms" in keys[2]
-    assert "<strong>50.0 ± 22.3 %</strong>frozen" in keys[1] and "<strong>56.2 ± 21.3 %</strong>adapted" in keys[1]
-    assert "average, 5-way 1-shot, clean; n = 8 episodes; 95 % over new examples" in keys[1]
+    assert PGD.label in keys[1] and "weak" not in keys[1] and "RMSE in m, depth, rooms" in keys[2]
+    assert "<strong>50.0 ± 22.3 %</strong>frozen" in keys[0] and "<strong>56.2 ± 21.3 %</strong>adapted" in keys[0]
+    assert "average, 5-way 1-shot, clean; n = 8 episodes; 95 % over new examples" in keys[0]
     text = (folder / "report.md").read_text()
     assert text.index("adapted **56.2 ± 21.3 %**") < text.index("## Results") < text.index("| Command |")
 
@@ -255,5 +255,12 @@ def test_of_many_arms_the_key_figure_has_the_first_and_the_best(tmp_path):
     for number in range(5):
         add_arm(folder, "digits", f"arm{number}", [0.5 + 0.1 * number] * 4, FROZEN)
     page = written(folder).read_text()
-    key = page[: page.index("<dl>")]
-    assert key.count("<strong>") == 4 and "frozen</div>" in key and "arm4</div>" in key and "arm3</div>" not in key
+    key = page[: page.index("<dl>")]  # digits and crops, which have other models, clean and attacked
+    assert key.count("<strong>") == 8 and "frozen</div>" in key and "arm4</div>" in key and "arm3</div>" not in key
+
+
+def test_the_answer_as_data(folder):
+    written(folder, formats=["json"])
+    answer = json.loads((folder / "report.json").read_text())
+    assert [finding["condition"] for finding in answer["answers"][0]["findings"]] == ["clean", PGD.label]
+    assert answer["answers"][0]["take"] == "adapted" and answer["differences"] == 2

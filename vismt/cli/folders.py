@@ -71,7 +71,7 @@ def add_format(parser: argparse.ArgumentParser, more: str = "") -> None:
 
     more: Help on further formats.
     """
-    known = "html, md, csv, latex (tables of a paper), pdf and png (every figure also as such a file; svg is always written)"
+    known = "html, md, csv, latex (tables of a paper), json (the answer), pdf and png (each figure as such a file beside its svg)"
     parser.add_argument("--format", default="html,md", help=f"comma-separated: {known}{more} (html,md)")
 
 

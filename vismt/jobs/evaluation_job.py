@@ -112,6 +112,10 @@ class EvaluationJob(ABC, Generic[Config]):
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Raise UserError, before any evaluation, for what cannot be evaluated. By default do nothing."""
 
+    def is_untrained(self, arm: str, data: str) -> bool:
+        """Return whether an arm is trained on other tasks than the task with the name `data`."""
+        return False
+
     def views(self, arm: str) -> Mapping[str, View]:
         """Return the first training of a model on its sets, by their names, for features with a line for each of them."""
         return {}
@@ -320,7 +324,7 @@ class EvaluationJob(ABC, Generic[Config]):
             if not self.names_tasks:
                 self._print(arm, averages[arm], len(scores[arm]))
         rows = [
-            (result_of(score, arm, seed, self.split, self.hash), score.measure)
+            (result_of(score, arm, seed, self.split, self.hash, self.is_untrained(arm, score.data)), score.measure)
             for seed, by_arm in groups.items()
             for arm, arm_scores in by_arm.items()
             for score in (*arm_scores, *derived.get(seed, {}).get(arm, ()))
@@ -410,7 +414,7 @@ class EvaluationJob(ABC, Generic[Config]):
             cost_section(self.folder, comparisons, costs),
             class_section(self.folder, taken),
             training[0],
-            Section("What to do next", commands=self.commands(taken)),
+            Section("What to do next", commands=self.commands(taken) if conclusion.take else []),
             Section("Models", pairs=[(name, text) for name, arm in arms.items() if (text := self.described(arm))]),
             *result_sections(comparisons),
             *score_sections(

@@ -1,7 +1,12 @@
 """Comparison of rows of results.jsonl: which arm is best, and which arms are statistical ties.
 
 Two arms are compared on the same examples if both left records that reproduce their numbers. A tie then means that the interval
-of the paired difference contains zero. Without such records, a tie means that the two intervals overlap.
+of the paired difference contains zero. Without such records, a tie means that the two intervals overlap. Differences without any
+spread over two or more examples say nothing about other examples, and are ties too.
+
+A report has one rule of correction. Its criteria are the scores of `key_comparisons`. With K_c models, criterion c has
+k_c = K_c (K_c - 1) / 2 differences, k = sum_c k_c. Each difference by which models are told apart has the level 0.95^(1/k) (Sidak
+1967, doi:10.2307/2283989), so that all k intervals hold together with a probability of at least 95 %.
 
 Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate). So
 have their differences and their averages over sets. Seeds are paired if two arms have the same seeds. A seed moves all sets
@@ -22,7 +27,7 @@ import torch
 from torch import Tensor
 
 from vismt.engine.study import FROZEN
-from vismt.report.results import Result
+from vismt.report.results import ROUNDING, Result
 from vismt.uncertainty.intervals import (
     LOWER,
     UNSTATED,
@@ -38,6 +43,8 @@ from vismt.uncertainty.intervals import (
 
 AVERAGE = "average"
 CONSTANT = "constant"  # the best constant predictions, which come from no training
+JOINT = 0.95  # probability that all intervals of the criteria of a report hold together
+_MOST_TASKS = 3  # with criteria
 MANY_CORRUPTIONS = 4  # from so many on, corruptions have a table of their own and a mean among the other conditions
 _CORRUPTIONS = "corruptions"  # kind of this mean
 Values = dict[str, float]
@@ -125,7 +132,8 @@ class Cell:
     """One number: mean, 95 % interval, n and mark. The mark is "best", "tie" or "" (also if there is nothing to compare).
 
     seeds: Number of trainings whose spread the interval has, 0 for a single training. covers: What the interval covers. units:
-    Independent units of the examples, "379 signs", for one set whose examples are not independent.
+    Independent units of the examples, "379 signs", for one set whose examples are not independent. trained: Whether the arm was
+    trained on the task.
     """
 
     value: float
@@ -136,6 +144,7 @@ class Cell:
     seeds: int = 0
     covers: Covers = "examples"
     units: str = ""
+    trained: bool = True
 
 
 @dataclass(frozen=True)
@@ -146,7 +155,7 @@ class Comparison:
     to, "" for none. differences: Differences arm - base on the same examples, by arm. Arms without records of them are left
     out. paired: Whether all marks come from paired differences. pair: Function that returns the difference of two arms, first -
     second on the same examples. None without records. shares: Function that returns the share of each independent unit in this
-    difference (`Evidence.unit_differences`).
+    difference (`Evidence.unit_differences`). level: Level of the interval of each difference by which arms are told apart.
     """
 
     row: Result
@@ -157,6 +166,7 @@ class Comparison:
     paired: bool
     pair: Callable[[str, str], Estimate | None] = field(default=lambda *_: None, repr=False, compare=False)
     shares: Callable[[str, str], Tensor] = field(default=lambda *_: torch.empty(0), repr=False, compare=False)
+    level: float = JOINT
 
     @property
     def condition(self) -> str:
@@ -167,6 +177,83 @@ class Comparison:
     def block(self) -> tuple[str, str, str, str]:
         """Task, protocol, metric and unit, which all numbers of one table share."""
         return block_key(self.row)
+
+    @property
+    def models(self) -> list[str]:
+        """Arms that were trained on the task, best first. The constant answer is left out, unless it is alone."""
+        trained = [name for name, cell in self.cells.items() if cell.trained]
+        return by_score(self, [name for name in trained if name != CONSTANT] or trained or self.cells)
+
+    def tells(self, first: str, second: str) -> bool:
+        """Return whether two arms are shown to differ. Scores without any spread show nothing."""
+        found, one, other = self.pair(first, second), self.cells[first], self.cells[second]
+        step = abs(one.value - other.value)
+        if found is None:  # there are no records of the same examples, so these are two separate intervals
+            spread = one.high - one.low + other.high - other.low
+            return (one.low > other.high or other.low > one.high) and spread > ROUNDING * step
+        return abs(found.mean) > found.half_at(self.level) > ROUNDING * step
+
+
+def by_score(c: Comparison, names: Iterable[str]) -> list[str]:
+    """Return models in the order of their scores, the best model first."""
+    sign = 1 if c.row.better == LOWER else -1
+    return sorted(names, key=lambda name: sign * c.cells[name].value)
+
+
+def first_of_tasks(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the first score of each task in each protocol, such as each number of shots.
+
+    Of several sets it is their average if it has every model, otherwise each set that compares models.
+    """
+    firsts: dict[str, Comparison] = {}
+    groups: dict[tuple[str, str], list[Comparison]] = {}
+    for c in comparisons:
+        first = firsts.setdefault(c.row.task, c)
+        if (c.row.metric, c.row.unit, c.condition) == (first.row.metric, first.row.unit, first.condition):
+            groups.setdefault((c.row.task, c.row.protocol), []).append(c)
+    found: list[Comparison] = []
+    for group in groups.values():
+        most = max(group, key=lambda c: (len(c.models), c.data == AVERAGE))
+        whole = most.data == AVERAGE and {*most.models} == {name for c in group for name in c.models}
+        several = [c for c in group if c.data != AVERAGE and len(c.models) > 1]
+        found += [most] if whole or not several else several
+    return found
+
+
+def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
+    """Return the criteria of a report: the first scores of up to three tasks, and of the first task the strongest attack too.
+
+    A score of one model is no criterion beside scores that compare models, nor is one without a better side beside others. The
+    level of each holds for all of them together.
+    """
+    chosen = first_of_tasks([c for c in comparisons if c.row.better != UNSTATED] or comparisons)
+    tasks = list(dict.fromkeys(c.row.task for c in chosen))[:_MOST_TASKS]
+    found: list[Comparison] = []
+    for first in (c for c in chosen if c.row.task in tasks):
+        found.append(first)
+        column = [c for c in comparisons if (c.block, c.data) == (first.block, first.data) and c is not first]
+        strongest = strongest_attack(column)
+        found += [c for c in column if c.condition == strongest and first.row.task == tasks[0]]
+    found = [c for c in found if len(c.models) > 1] or found
+    level = JOINT ** (1 / max(1, count_differences(found)))
+    return [replace(c, level=level) for c in found]
+
+
+def count_differences(criteria: Sequence[Comparison]) -> int:
+    """Return the number of differences of two models in some criteria."""
+    return sum(math.comb(len(c.models), 2) for c in criteria)
+
+
+def strongest_attack(comparisons: Sequence[Comparison]) -> str:
+    """Return the attack that leaves the best arm the least, by the first measure it has a row of. Return "" without an attack.
+
+    If several break everything, it is the last, because the worst case over the other attacks follows them.
+    """
+    attacks = [c for c in comparisons if c.row.kind == "attack"]
+    column = [c for c in attacks if (c.block, c.data) == (attacks[0].block, attacks[0].data)]
+    sign = -1 if column and column[0].row.better == LOWER else 1
+    left = {c.condition: max(sign * c.cells[name].value for name in c.models) for c in reversed(column)}
+    return min(left, key=left.__getitem__, default="")
 
 
 def arm_title(arm: str, conditions: Iterable[str]) -> str:
@@ -224,7 +311,18 @@ def compare_results(
         arms = list(dict.fromkeys(row.arm for group in groups for row in group))
         found = [_compare(data, rows, *pairs(group, arms), evidence) for data, group, rows in columns]
         comparisons += [_with_shown_names(c, conditions) for c in found]
-    return comparisons
+    levels = [c.level for c in key_comparisons(comparisons)]
+    return [_marked(replace(c, level=levels[0])) for c in comparisons]
+
+
+def _marked(c: Comparison) -> Comparison:
+    """Return a comparison with the best arm and its ties marked. A tie is an arm that is not told from the best."""
+    best, *others = by_score(c, c.cells)
+    # If a value is outside its own interval, which is corrected for a bias, nobody can say that it is the best.
+    if not others or c.row.better == UNSTATED or not c.cells[best].low <= c.cells[best].value <= c.cells[best].high:
+        return c
+    marks = {best: "best", **{name: "" if c.tells(best, name) else "tie" for name in others}}
+    return replace(c, cells={name: replace(cell, mark=marks[name]) for name, cell in c.cells.items()})
 
 
 def _with_shown_names(c: Comparison, conditions: Sequence[str]) -> Comparison:
@@ -289,13 +387,16 @@ class _WithMeans:
 def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Result], list[Sequence[Result]]]]:
     """Yield, for each condition that two or more sets have, the rows of one set and the rows of each arm in all sets.
 
-    Every set has the same weight in their mean.
+    Every set has the same weight in their mean. Arms that were not trained on all sets are left out.
     """
     sets = len({group[0].data for group in groups})
     for condition in dict.fromkeys(group[0].condition for group in groups):
-        chosen = [group for group in groups if group[0].condition == condition]
+        of_sets = [group for group in groups if group[0].condition == condition]
+        out = {row.arm for group in of_sets for row in group if row.untrained}
+        chosen = [[row for row in group if row.arm not in out] for group in of_sets]
         arms = [row.arm for row in chosen[0]]
-        if sets > 1 and len(chosen) == sets and all([row.arm for row in group] == arms for group in chosen):
+        alike = len(chosen) == sets and all([row.arm for row in group] == arms for group in chosen)
+        if sets > 1 and alike and {*arms} > {*arms} & {CONSTANT}:
             yield chosen[0], list(zip(*chosen, strict=True))
 
 
@@ -306,17 +407,6 @@ def _compare(
 
     columns: Rows of each arm, one for each set.
     """
-    values = [math.fsum(row.value for row in rows) / len(rows) for rows in columns]
-    intervals = [evidence.interval(rows) for rows in columns]
-    choose = min if columns[0][0].better == LOWER else max
-    best = choose(range(len(values)), key=values.__getitem__)
-    # If a value is outside its own interval, which is corrected for a bias, nobody can say that it is the best.
-    several = (
-        len(columns) > 1
-        and columns[0][0].better != UNSTATED
-        and intervals[best][0] <= values[best] <= intervals[best][1]
-    )
-    paired = len(columns) > 1
     by_arm = {rows[0].arm: rows for rows in columns}
 
     @cache
@@ -324,21 +414,17 @@ def _compare(
         return evidence.difference(by_arm[first], by_arm[second])
 
     cells = {}
-    for number, rows in enumerate(columns):
-        low, high, covers = intervals[number]
-        mark = "best" if several else ""
-        if number != best:
-            lead = pair(columns[best][0].arm, rows[0].arm)
-            paired = paired and lead is not None
-            overlap = low <= intervals[best][1] and intervals[best][0] <= high
-            tied = overlap if lead is None else lead.bounds[0] <= 0 <= lead.bounds[1]
-            mark = "tie" if tied and several else ""
+    for arm, rows in by_arm.items():
+        value = math.fsum(row.value for row in rows) / len(rows)
         n, seeds = sum(row.n for row in rows), len(evidence.seeds(rows))
         units = rows[0].units if len(rows) == 1 else ""
-        cells[rows[0].arm] = Cell(values[number], low, high, n, mark, seeds, covers, units)
+        low, high, covers = evidence.interval(rows)
+        cells[arm] = Cell(value, low, high, n, "", seeds, covers, units, not any(row.untrained for row in rows))
     differences = {arm: found for arm in compared if (found := pair(arm, base)) is not None}
 
     def shares(first: str, second: str) -> Tensor:
         return evidence.unit_differences(by_arm[first], by_arm[second])
 
-    return Comparison(columns[0][0], data, cells, base, differences, paired, pair, shares)
+    c = Comparison(columns[0][0], data, cells, base, differences, False, pair, shares)
+    best, *others = by_score(c, cells)
+    return replace(c, paired=bool(others) and all(pair(best, name) is not None for name in others))

@@ -1,14 +1,16 @@
 """The answer of a report: which model to take, why, and how many examples would tell the other models apart.
 
-The criteria are the first measure under its strongest attack, if there is one, and the first clean measure of each task. With K
-models and C criteria, the k = C K (K - 1) / 2 paired differences have joint intervals: each at the level 0.95^(1/k) (Sidak
-1967, doi:10.2307/2283989), so that all of them hold together with a probability of at least 95 %.
+A conclusion is computed from numbers alone (`conclude`), and its texts are functions of the finished conclusion. The criteria and
+the level at which their intervals hold together come from `vismt.report.comparison.key_comparisons`.
 
 1. A model whose difference to the best model of a criterion excludes 0 is shown to be worse.
-2. Of the other models, all models within one standard error of the best model in every criterion are equally good choices
+2. A model that is not told from a constant answer (the most frequent class, a guess) is not taken. A criterion in which no model
+  is told from a constant answer decides nothing.
+3. Of the other models, all models within one standard error of the best model in every criterion are equally good choices
   (Breiman et al. 1984). The model with the fewest trained parameters among them is taken, without known numbers of parameters
   the best one.
-3. n' examples show a true difference d with a power of 80 %, if the differences of n examples have the mean's variance V:
+4. Models are compared on what all of them were trained and scored on. If some lack a task, each task has its own answer.
+5. n' examples show a true difference d with a power of 80 %, if the differences of n examples have the mean's variance V:
 
        n' = n V (z(1 - a/2) + z(0.8))^2 / d^2 + u z(1 - a/2)^2 / 2        u: examples per independent unit
 
@@ -21,56 +23,163 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 from statistics import NormalDist
 
-from vismt.report.comparison import AVERAGE, CONSTANT, Cell, Comparison
-from vismt.report.tables import (
-    bounds_text,
-    cell_text,
-    counts_text,
-    kinds_text,
-    number_text,
-    scale_text,
-    strongest_attack,
-)
-from vismt.uncertainty.intervals import LOWER, SHARE, Estimate
+from vismt.report.comparison import CONSTANT, Cell, Comparison, by_score, count_differences, key_comparisons
+from vismt.report.tables import bounds_text, counts_text, interval_text, kinds_text, number_text, scale_text
+from vismt.uncertainty.intervals import HIGHER, SHARE, UNSTATED, Estimate, Scale
 
-JOINT, POWER = 0.95, 0.8
+POWER = 0.8
 _LEAST = 0.03  # smallest difference that is asked for: three points, or three per cent of the score
 _MOST_EXAMPLES, _MOST_SEEDS = 1_000_000, 1_000  # larger numbers are not told apart
 MOST_NAMES = 4
 
 
 @dataclass(frozen=True)
+class Finding:
+    """What one criterion says.
+
+    Args:
+        name: Measure and condition, with what else tells it from the other criteria: "accuracy under PGD of signs".
+        task, data, protocol, condition, metric, scale: Fields of its rows.
+        scores: Value and ends of the 95 % interval by model, the best model first.
+        lead: Difference of the best model to the next with the ends of its joint interval. None without paired examples.
+        worse: Models that are shown to be worse than the best model.
+        constant: Models that are not told from a constant answer.
+        missing: Models of the report that have no score, or were not trained on this task.
+    """
+
+    name: str
+    task: str
+    data: str
+    protocol: str
+    condition: str
+    metric: str
+    scale: Scale
+    scores: dict[str, tuple[float, float, float]]
+    lead: tuple[float, float, float] | None
+    worse: Sequence[str]
+    constant: Sequence[str]
+    missing: Sequence[str]
+
+    @property
+    def decides(self) -> bool:
+        """Whether a model is told from a constant answer."""
+        return len(self.constant) < len(self.scores)
+
+
+@dataclass(frozen=True)
+class Needed:
+    """Numbers of examples and training seeds that would show a difference of the taken model to its rival.
+
+    seen: Whether the difference is the one of the scores. n: Examples of the report. seeds: 0 if its seeds are enough.
+    """
+
+    rival: str
+    difference: float
+    seen: bool
+    unit: str
+    n: int
+    examples: int
+    seeds: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The model to take by the criteria that the same models have.
+
+    Args:
+        subject: Task or set of the answer, "" for a whole report.
+        findings: What each criterion says.
+        take: Model to take. "" if no model is among the best in everything, or none is told from a constant answer.
+        good: Models that are not shown to be worse in any criterion, and are told from a constant answer.
+        near: Good models within one standard error of the best model in every criterion.
+        size: Number of trained parameters of the model, None if the numbers of the near models are not known.
+        needed: What would tell the model from its rival.
+    """
+
+    subject: str
+    findings: Sequence[Finding]
+    take: str
+    good: Sequence[str]
+    near: Sequence[str]
+    size: float | None
+    needed: Needed | None
+
+
+@dataclass(frozen=True)
 class Conclusion:
     """The answer of a report.
 
-    model: Model to take. text: Answer. basis: What the answer follows from.
+    Args:
+        answers: One answer, or one for each task if the models have other tasks.
+        differences: Number of differences whose intervals hold jointly (Sidak). 0 for a single model.
+        level: Level of each of them.
+        unstated: Metrics of which nobody said which values are better, if there are no others. There is no answer then.
     """
 
-    model: str
-    text: str
-    basis: str
+    answers: Sequence[Answer]
+    differences: int
+    level: float
+    unstated: Sequence[str] = ()
+
+    @property
+    def take(self) -> str:
+        """The first model to take, "" if there is none."""
+        return next((answer.take for answer in self.answers if answer.take), "")
+
+    @property
+    def model(self) -> str:
+        """The model to take, otherwise the best model of the first criterion."""
+        return self.take or next((next(iter(answer.findings[0].scores)) for answer in self.answers), "")
+
+    @property
+    def text(self) -> str:
+        """The answer in sentences."""
+        if self.unstated:
+            return f"Name the better values of {', '.join(self.unstated)} by --higher or --lower."
+        if self.differences:
+            return " ".join(map(_answer_text, self.answers))
+        findings = [finding for answer in self.answers for finding in answer.findings]
+        several = len({name for finding in findings for name in finding.scores}) > 1
+        scores = [
+            f"{name}: {of.name}{' in %' * (of.scale == SHARE)} {interval_text(*score, of.scale)}."
+            for of in findings
+            for name, score in of.scores.items()
+        ]
+        start = "The models have no measure in common." if several else "There is one model."
+        return " ".join([start, *scores, *_constant_texts(findings)])
+
+    @property
+    def basis(self) -> str:
+        """What the answer follows from."""
+        if not self.differences:
+            return ""
+        more = [of.needed for of in self.answers if of.needed and (of.needed.examples > of.needed.n or of.needed.seeds)]
+        units = " or ".join(dict.fromkeys(of.unit for of in more))
+        count = f"{self.differences} differences" if self.differences > 1 else "one difference"
+        basis = f"Differences are paired by example, with joint 95 % intervals of {count} (Šidák)."
+        return basis + f" That many {units} have a power of 80 %." * bool(units)
 
 
-def key_comparisons(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the first measure of the first task under its strongest attack, then the clean scores of up to three tasks."""
-    chosen = first_of_tasks(comparisons)[:3]
-    column = [c for c in comparisons if chosen and (c.block, c.data) == (chosen[0].block, chosen[0].data)]
-    strongest = strongest_attack(column)
-    return [*(c for c in column if c.condition == strongest), *chosen]
+def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> Conclusion:
+    """Return the answer that follows from the key comparisons, of which there is one or more.
 
-
-def first_of_tasks(comparisons: Sequence[Comparison]) -> list[Comparison]:
-    """Return the first score of each task: of its sets and their average the one with the most models, then the average."""
-    firsts: dict[str, list[Comparison]] = {}
-    for c in comparisons:
-        of_task = firsts.setdefault(c.row.task, [c])
-        if (c.block, c.condition) == (of_task[0].block, of_task[0].condition):
-            of_task.append(c)
-    return [max(of_task, key=lambda c: (len(c.cells), c.data == AVERAGE)) for of_task in firsts.values()]
+    sizes: Number of trained parameters by model, as far as it is known.
+    """
+    criteria = key_comparisons(comparisons)
+    if criteria[0].row.better == UNSTATED:
+        return Conclusion([], 0, criteria[0].level, list(dict.fromkeys(c.row.metric for c in comparisons)))
+    everyone = dict.fromkeys(name for c in [*criteria, *comparisons] for name in c.models if name != CONSTANT)
+    alike = len({frozenset(c.models) for c in criteria}) == 1
+    several = len({c.row.task for c in criteria}) > 1
+    groups: dict[str, list[tuple[Comparison, Finding]]] = {}
+    for c, name in zip(criteria, criterion_names(criteria), strict=True):
+        subject = "" if alike else c.row.task if several else c.data
+        groups.setdefault(subject, []).append((c, _finding(c, name, everyone)))
+    answers = [_answer(subject, group, sizes) for subject, group in groups.items()]
+    return Conclusion(answers, count_differences(criteria), criteria[0].level)
 
 
 def about(c: Comparison) -> str:
@@ -80,162 +189,77 @@ def about(c: Comparison) -> str:
     return f"{', '.join(words)}; n = {counts_text([c])} {row.unit}; {kinds_text([c])}"
 
 
-def by_score(c: Comparison, names: Iterable[str]) -> list[str]:
-    """Return models in the order of their scores, the best model first."""
-    sign = 1 if c.row.better == LOWER else -1
-    return sorted(names, key=lambda name: sign * c.cells[name].value)
-
-
-def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> Conclusion:
-    """Return the answer that follows from the key comparisons, of which there is one or more.
-
-    sizes: Number of trained parameters by model, as far as it is known.
-    """
-    comparisons = [
-        replace(c, cells={name: of for name, of in c.cells.items() if name != CONSTANT or len(c.cells) == 1})
-        for c in comparisons
-    ]
-    criteria = key_comparisons(comparisons)
-    first = criteria[0]
-    shared = [name for name in first.cells if all(name in c.cells for c in criteria)]
-    if len(shared) < 2:  # each task has models of its own
-        criteria, shared = criteria[:1], list(first.cells)
-    if len(shared) == 1:
-        (model,) = shared
-        score = f"{scale_text(first.row.metric, first.row.scale)} {cell_text(first.cells[model], first.row)}"
-        several = len({name for c in comparisons for name in c.cells}) > 1
-        start = "The models have no measure in common." if several else "There is one model."
-        return Conclusion(model, f"{start} {model}: {score}.", "")
-    pairs = len(criteria) * len(shared) * (len(shared) - 1) // 2
-    ranked = [_Ranking(c, by_score(c, shared), JOINT ** (1 / pairs)) for c in criteria]
-    good = [name for name in shared if not any(name in ranking.worse for ranking in ranked)]
-    names = _names(criteria)
-    evidence = [ranking.text(name) for ranking, name in zip(ranked, names, strict=True) if ranking.worse]
-    alike = [name for ranking, name in zip(ranked, names, strict=True) if not ranking.worse]
-    if alike:
-        start = "No model is shown to be better than another in"
-        if len(shared) == 2:
-            start = f"{' and '.join(shared)} are not shown to differ in"
-        evidence.append(f"{start} {' or in '.join(alike)}.")
-    model, reason = _taken(good, ranked, sizes) if good else (ranked[0].best, "")
-    more = _needed_text(model, good, ranked)
-    take = f"Take {model}." if good else f"Take {model} for {names[0]}: no model is among the best in everything."
-    basis = f"Differences are paired by example, with joint 95 % intervals of {pairs} differences (Šidák)."
-    if " would show " in more:
-        basis += f" That many {first.row.unit} have a power of 80 %."
-    return Conclusion(model, " ".join(filter(None, [take, *evidence, reason, more])), basis)
-
-
-def _names(criteria: Sequence[Comparison]) -> list[str]:
-    """Return what each criterion measures, with the task and the condition if they differ."""
-    tasks, conditions = {c.row.task for c in criteria}, {c.condition for c in criteria}
+def criterion_names(criteria: Sequence[Comparison]) -> list[str]:
+    """Return what each criterion measures, with the condition, protocol, set and task as far as they differ."""
     names = []
     for c in criteria:
+        alike = [of for of in criteria if of.row.task == c.row.task]
         name = c.row.metric.partition(" in ")[0]
-        if len(conditions) > 1:
+        if {of.condition for of in criteria} != {"clean"}:
             name = f"{name} under {c.condition}" if c.row.kind == "attack" else f"{c.condition} {name}"
-        names.append(f"{name} of {c.row.task}" if len(tasks) > 1 else name)
+        if len({of.data for of in alike}) > 1:
+            name += f" on {c.data}"
+        elif len({of.row.protocol for of in alike}) > 1:
+            name += f" in {c.row.protocol}"
+        names.append(name if len(alike) == len(criteria) else f"{name} of {c.row.task}")
     return names
 
 
-@dataclass(frozen=True)
-class _Ranking:
-    """The models under one criterion, the best model first.
-
-    level: Level of the interval of each difference.
-    """
-
-    c: Comparison
-    names: Sequence[str]
-    level: float
-
-    @property
-    def best(self) -> str:
-        """Model with the best score."""
-        return self.names[0]
-
-    @cached_property
-    def worse(self) -> list[str]:
-        """Models that are shown to be worse than the best model."""
-        return [name for name in self.names[1:] if self._is_worse(name)]
-
-    def _is_worse(self, name: str) -> bool:
-        found = self.c.pair(self.best, name)
-        if found is None:  # there are no records of the same examples, so these are two separate intervals
-            one, other = self.c.cells[self.best], self.c.cells[name]
-            return not (one.low <= other.high and other.low <= one.high)
-        return abs(found.mean) > found.half_at(self.level)
-
-    def is_near(self, name: str) -> bool:
-        """Return whether a model is within one standard error of the best model."""
-        found, (one, other) = self.c.pair(self.best, name), (self.c.cells[of] for of in (self.best, name))
-        z = NormalDist().inv_cdf(0.975)
-        error = math.hypot(one.high - one.low, other.high - other.low) / (2 * z)  # of the two separate intervals
-        return abs(one.value - other.value) <= (error if found is None else math.sqrt(found.variance))
-
-    def text(self, measure: str) -> str:
-        """Return the sentence about the models that are shown to be worse."""
-        best, *others = self.names
-        if len(self.worse) < len(others):
-            rest = _listed([name for name in others if name not in self.worse])
-            return f"{_listed(self.worse)} shown to be worse than {best} in {measure}, {rest} not."
-        than = others[0] if len(others) == 1 else "every other model"
-        return f"{best} is shown to be better than {than} in {measure}{self._lead(others[0], len(others) > 1)}."
-
-    def _lead(self, runner: str, named: bool) -> str:
-        found = self.c.pair(self.best, runner)
-        if found is None:
-            return ""
-        half = found.half_at(self.level)
-        text = bounds_text(found.mean, found.mean - half, found.mean + half, self.c.row.scale, sign=True)
-        return f": {text} {unit_of(self.c)}" + (f" against {runner}, the next" if named else "")
+def _finding(c: Comparison, name: str, everyone: Iterable[str]) -> Finding:
+    best, *others = c.models
+    row, lead = c.row, None
+    if others and (found := c.pair(best, others[0])) is not None:
+        half = found.half_at(c.level)
+        lead = (found.mean, found.mean - half, found.mean + half)
+    scores = {of: (c.cells[of].value, c.cells[of].low, c.cells[of].high) for of in c.models}
+    worse, constant = [of for of in others if c.tells(best, of)], [of for of in scores if not _beats_constant(c, of)]
+    place = (row.task, c.data, row.protocol, c.condition, row.metric, row.scale)
+    return Finding(name, *place, scores, lead, worse, constant, [of for of in everyone if of not in scores])
 
 
-def _listed(names: Sequence[str]) -> str:
-    if len(names) > MOST_NAMES:
-        return f"{len(names)} models are"
-    return f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
+def _beats_constant(c: Comparison, name: str) -> bool:
+    """Return whether a model is shown to be better than the constant answer or a guess. True if neither is known."""
+    if CONSTANT in c.cells and name != CONSTANT:
+        return name == by_score(c, [CONSTANT, name])[0] and c.tells(name, CONSTANT)
+    return c.row.chance is None or c.row.better != HIGHER or c.cells[name].low > c.row.chance
 
 
-def unit_of(c: Comparison) -> str:
-    """Return the unit of differences: "points" of a share, the metric's unit of a number."""
-    return "points" if c.row.scale == SHARE else c.row.metric.partition(" in ")[2]
+def _answer(subject: str, group: Sequence[tuple[Comparison, Finding]], sizes: Mapping[str, float]) -> Answer:
+    findings = [finding for _, finding in group]
+    decide = [(c, finding) for c, finding in group if finding.decides]
+    out = {name for _, of in decide for name in of.worse}
+    out |= {name for c, of in decide if c.row.kind != "attack" for name in of.constant}
+    good = [
+        of
+        for of in (decide or group)[0][1].scores
+        if decide and of not in out and all(of in one.scores for one in findings)
+    ]
+    near = [name for name in good if all(_is_near(c, name) for c, _ in decide)]
+    take, size = next(iter(near or good), ""), None
+    if near and all(name in sizes for name in near):
+        take = min(near, key=sizes.__getitem__)
+        size = sizes[take]
+    return Answer(subject, findings, take, good, near, size, _needed(decide[0][0], take, good) if take else None)
 
 
-def _taken(good: Sequence[str], ranked: Sequence[_Ranking], sizes: Mapping[str, float]) -> tuple[str, str]:
-    """Return the model to take among the models that are not shown to be worse, and the reason."""
-    if len(good) == 1:
-        return good[0], ""
-    near = by_score(ranked[0].c, [name for name in good if all(ranking.is_near(name) for ranking in ranked)] or good)
-    if not all(name in sizes for name in near):
-        return near[0], f"{near[0]} has the best score, which may be chance."
-    model = min(near, key=sizes.__getitem__)
-    scores = "score" if len(ranked) == 1 else "score in each of these"
-    size = f"{sizes[model]:,.0f} trained parameters" if sizes[model] else "nothing is trained"
-    if len(near) == 1:
-        return model, f"Only {model} lies within one standard error of the best {scores} ({size})."
-    return model, f"{model} is the smallest model within one standard error of the best {scores} ({size})."
+def _is_near(c: Comparison, name: str) -> bool:
+    """Return whether a model is within one standard error of the best model."""
+    best = c.models[0]
+    found, one, other = c.pair(best, name), c.cells[best], c.cells[name]
+    error = math.hypot(one.high - one.low, other.high - other.low) / (2 * NormalDist().inv_cdf(0.975))
+    return abs(one.value - other.value) <= (error if found is None else math.sqrt(found.variance))
 
 
-def _needed_text(model: str, good: Sequence[str], ranked: Sequence[_Ranking]) -> str:
-    """Return how many examples would show the difference of the taken model to its rival. Return "" if that is not known."""
-    ranking = ranked[0]
-    c, rivals = ranking.c, [name for name in ranking.names if name in good and name != model]
-    found = c.pair(model, rivals[0]) if rivals else None
-    cell = c.cells[model]
+def _needed(c: Comparison, model: str, good: Sequence[str]) -> Needed | None:
+    """Return what would tell the taken model from the best of the other good models. Return None if it is not known."""
+    rival, cell = next((name for name in c.models if name in good and name != model), ""), c.cells[model]
+    found = c.pair(model, rival) if rival else None
     difference = max(abs(found.mean), _LEAST * (1 if c.row.scale == SHARE else abs(cell.value))) if found else 0.0
     if found is None or found.variance == 0 or difference == 0:
-        return ""
-    examples, trainings = needed(found, cell, difference, ranking.level)
-    size = f"{number_text(difference, c.row.scale, half=difference).removesuffix('.0')} {unit_of(c)}".strip()
-    between = f" between {model} and {rivals[0]}"
-    if examples <= cell.n and trainings <= cell.seeds:
-        return f"These {cell.n:,} {c.row.unit} would have shown a difference of {size}{between}."
-    more = "at least " * (trainings == _MOST_SEEDS)
-    seeds = f" and {more}{trainings:,} training seeds" if trainings > cell.seeds else ""
-    seen = ", the one seen here" if difference == abs(found.mean) else ""
-    count = f"{'About' if examples < _MOST_EXAMPLES else 'At least'} {float(f'{examples:.2g}'):,.0f} {c.row.unit}"
-    return f"{count}{seeds} would show a difference of {size}{between}{seen}."
+        return None
+    examples, seeds = needed(found, cell, difference, c.level)
+    seen = difference == abs(found.mean)
+    return Needed(rival, difference, seen, c.row.unit, cell.n, examples, seeds if seeds > cell.seeds else 0)
 
 
 def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tuple[int, int]:
@@ -260,3 +284,99 @@ def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tupl
     per_unit = cell.n / (freedom + 1) if math.isfinite(freedom) else 1.0
     examples = cell.n * variance / (allowed - of_seeds) + per_unit * quantile**2 / 2
     return math.ceil(min(examples, _MOST_EXAMPLES)), trainings
+
+
+# ---- texts of a conclusion ------------------------------------------------------------------------------------------------
+
+
+def _answer_text(answer: Answer) -> str:
+    findings = answer.findings
+    decide = [finding for finding in findings if finding.decides]
+    take, why = answer.take, ""
+    if not decide:
+        take, why = "no model", f": none is told from a constant answer in {_either(of.name for of in findings)}"
+    elif not take:
+        best = (f"{next(name for name in of.scores if name not in of.constant)} for {of.name}" for of in decide)
+        told = " and told from a constant answer" * any(of.constant for of in decide)
+        take, why = _either(best), f": no model is among the best{told} in everything"
+    start = f"For {answer.subject}, take" if answer.subject else "Take"
+    texts = [f"{start} {take}{why}.", *(_worse_text(finding) for finding in findings if finding.worse)]
+    alike = [finding.name for finding in decide if not finding.worse]
+    if alike:
+        names = list(findings[0].scores)
+        told = f"{' and '.join(names)} are not shown to differ in"
+        texts.append(
+            f"{told if len(names) == 2 else 'No model is shown to be better than another in'} {_either(alike)}."
+        )
+    texts += [f"{_listed(of.missing)} not trained for {of.name}, or not scored." for of in findings if of.missing]
+    texts += _constant_texts(findings) if decide else []
+    if len(answer.good) > 1:
+        texts.append(_reason_text(answer, decide))
+    if answer.needed:
+        texts.append(_needed_text(answer.take, answer.needed, decide[0]))
+    return " ".join(texts)
+
+
+def _either(names: Iterable[str]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
+
+
+def _listed(names: Sequence[str]) -> str:
+    if len(names) > MOST_NAMES:
+        return f"{len(names)} models are"
+    return f"{', '.join(names[:-1])} and {names[-1]} are" if len(names) > 1 else f"{names[0]} is"
+
+
+def _constant_texts(findings: Sequence[Finding]) -> list[str]:
+    """Return sentences on the models that are not told from a constant answer."""
+    some = [
+        f"{_listed(of.constant)} not told from a constant answer in {of.name}."
+        for of in findings
+        if of.decides and of.constant
+    ]
+    none = [of.name for of in findings if not of.decides]
+    return [*some, f"No model is told from a constant answer in {_either(none)}."] if none else some
+
+
+def _worse_text(finding: Finding) -> str:
+    """Return the sentence about the models that are shown to be worse."""
+    best, *others = finding.scores
+    if len(finding.worse) < len(others):
+        rest = _listed([name for name in others if name not in finding.worse])
+        return f"{_listed(finding.worse)} shown to be worse than {best} in {finding.name}, {rest} not."
+    than, lead = others[0] if len(others) == 1 else "every other model", ""
+    if finding.lead is not None:
+        lead = f": {bounds_text(*finding.lead, finding.scale, sign=True)} {_unit(finding)}"
+        lead += f" against {others[0]}, the next" if len(others) > 1 else ""
+    return f"{best} is shown to be better than {than} in {finding.name}{lead}."
+
+
+def _unit(finding: Finding) -> str:
+    """Return the unit of differences: "points" of a share, the metric's unit of a number."""
+    return "points" if finding.scale == SHARE else finding.metric.partition(" in ")[2]
+
+
+def _reason_text(answer: Answer, decide: Sequence[Finding]) -> str:
+    """Return why a model is taken among several good ones."""
+    scores, take = "score" if len(decide) == 1 else "score in each of these", answer.take
+    if not answer.near:
+        return f"No model lies within one standard error of the best {scores}. {take} is the best of these in {decide[0].name}."
+    if answer.size is None:
+        return f"{take} has the best score, which may be chance."
+    start = f"Only {take} lies" if len(answer.near) == 1 else f"{take} is the smallest model"
+    size = f"{answer.size:,.0f} trained parameters" if answer.size else "nothing is trained"
+    return f"{start} within one standard error of the best {scores} ({size})."
+
+
+def _needed_text(model: str, more: Needed, finding: Finding) -> str:
+    size = number_text(more.difference, finding.scale, half=more.difference).removesuffix(".0")
+    what = f"a difference of {f'{size} {_unit(finding)}'.strip()} between {model} and {more.rival}"
+    if more.examples <= more.n and not more.seeds:
+        return f"These {more.n:,} {more.unit} would have shown {what}."
+    least = "at least " * (more.seeds == _MOST_SEEDS)
+    seeds = f" and {least}{more.seeds:,} training seeds" if more.seeds else ""
+    count = (
+        f"{'About' if more.examples < _MOST_EXAMPLES else 'At least'} {float(f'{more.examples:.2g}'):,.0f} {more.unit}"
+    )
+    return f"{count}{seeds} would show {what}{', the one seen here' * more.seen}."

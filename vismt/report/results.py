@@ -60,6 +60,7 @@ class Result:
         variance: Variance of the value over the examples alone, without the training seeds.
         freedom: Degrees of freedom of the variance, at most KNOWN.
         further: Whether the number is reported beside the score of its task (`vismt.uncertainty.intervals.Measure`).
+        untrained: Whether the arm was trained, but on other tasks than this one.
     """
 
     task: str
@@ -90,6 +91,7 @@ class Result:
     variance: float = 0.0
     freedom: float = 0.0
     further: bool = False
+    untrained: bool = False
 
     @property
     def units(self) -> str:
@@ -117,7 +119,9 @@ class Result:
         return record_stem("-".join((self.task, self.data)), self.protocol, f"{self.arm}-{self.metric}")
 
 
-def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash: str) -> Result:
+def result_of(
+    score: Score, arm: str, seed: int | None, split: str, config_hash: str, untrained: bool = False
+) -> Result:
     """Return the row of a score."""
     measure, condition = score.measure, score.condition
     low, high = measure.interval()
@@ -152,6 +156,7 @@ def result_of(score: Score, arm: str, seed: int | None, split: str, config_hash:
         variance=variance,
         freedom=min(freedom, KNOWN),
         further=measure.further,
+        untrained=untrained,
     )
 
 

@@ -118,7 +118,8 @@ def score_sections(
 def arm_scores(results: Sequence[Result], names: Mapping[str, str]) -> list[ArmScore]:
     """Return the scores of arms under their shown names, block by block, with the average over several sets.
 
-    A condition that some of the sets lack has no average. names: Shown name of each arm.
+    A condition that some of the sets lack has no average. An average has the arms that were trained on all sets. names: Shown
+    name of each arm.
     """
     rows = [row for row in results if row.arm in names]
     scores: list[ArmScore] = []
@@ -129,8 +130,10 @@ def arm_scores(results: Sequence[Result], names: Mapping[str, str]) -> list[ArmS
             under = [row for row in in_block if row.condition == condition]
             found = list(dict.fromkeys(row.data for row in under))
             scores += [_arm_score(data, [row for row in under if row.data == data], rows, names) for data in found]
-            if 1 < len(found) == len(sets):
-                scores.append(_arm_score(AVERAGE, under, rows, names))
+            out = {row.arm for row in under if row.untrained}
+            whole = [row for row in under if row.arm not in out]
+            if 1 < len(found) == len(sets) and whole:
+                scores.append(_arm_score(AVERAGE, whole, rows, names))
     return [score for score in scores if score.arms]
 
 

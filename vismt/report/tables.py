@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison
+from vismt.report.comparison import AVERAGE, MANY_CORRUPTIONS, Cell, Comparison, strongest_attack
 from vismt.report.results import ROUNDING, Result
 from vismt.uncertainty.intervals import HIGHER, LOWER, SHARE, Better, interval_kind_text, over_domains
 
@@ -181,20 +181,6 @@ def ranked(comparisons: Sequence[Comparison]) -> list[Comparison]:
         return 0 if c.condition == strongest[c.block] else 1 if c.condition == "clean" else 2
 
     return sorted(kept, key=rank)
-
-
-def strongest_attack(comparisons: Sequence[Comparison]) -> str:
-    """Return the attack that leaves the best arm the least, by the first measure it has a row of. Return "" without an attack.
-
-    If several break everything, it is the last, because the worst case over the other attacks follows them.
-    """
-    attacks = [c for c in comparisons if c.row.kind == "attack"]
-    if not attacks:
-        return ""
-    column = [c for c in attacks if (c.block, c.data) == (attacks[0].block, attacks[0].data)]
-    sign = -1 if attacks[0].row.better == LOWER else 1
-    left = {c.condition: max(sign * cell.value for cell in c.cells.values()) for c in reversed(column)}
-    return min(left, key=left.__getitem__)
 
 
 def paper_tables(comparisons: Sequence[Comparison]) -> list[tuple[Table, str]]:

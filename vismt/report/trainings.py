@@ -11,8 +11,8 @@ from vismt.engine.log import METRICS
 from vismt.engine.study import ARMS, CHOSEN, chosen_trainings, read_choice
 from vismt.engine.training_files import DONE, MERGE, VALIDATION_FILE
 from vismt.report import arm_figures
-from vismt.report.comparison import Comparison
-from vismt.report.conclusion import key_comparisons
+from vismt.report.comparison import Comparison, key_comparisons
+from vismt.report.conclusion import criterion_names
 from vismt.report.tables import Picture, Section, Table, cell_text, scale_text
 from vismt.report.weight_changes import changes_section
 from vismt.storage.files import JsonObject, read_sealed
@@ -108,12 +108,10 @@ def cost_section(folder: Path, comparisons: Sequence[Comparison], costs: Mapping
     columns = {name: values for name, values in columns.items() if values}
     if not keys or not columns:
         return Section("Scores and costs")
-    several = len({c.row.task for c in keys}) > 1
-    heads = []
-    for c in keys:
-        measure = scale_text(c.row.metric, c.row.scale, c.row.better)
-        where = [c.row.task] * several + [c.condition] * (len({c.condition for c in keys}) > 1)
-        heads.append(" ".join([*where, measure]))
+    named = zip(criterion_names(keys), keys, strict=True)
+    heads = [
+        scale_text("".join([name, *c.row.metric.partition(" in ")[1:]]), c.row.scale, c.row.better) for name, c in named
+    ]
     rows = []
     for name in names:
         cost = costs.get(name)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.sections import RESOLVED
-from vismt.report.comparison import AVERAGE, Comparison
-from vismt.report.conclusion import Conclusion, about, by_score, first_of_tasks, key_comparisons
+from vismt.report.comparison import AVERAGE, Comparison, by_score, first_of_tasks, key_comparisons
+from vismt.report.conclusion import Conclusion, about
 from vismt.report.renderers import render_csv, render_html, render_latex, render_markdown
 from vismt.report.results import FACTS, Result
 from vismt.report.tables import (
@@ -35,13 +36,13 @@ from vismt.storage.paths import read_bytes
 from vismt.uncertainty.intervals import SHARE, interval_kind_text
 
 LEGEND = (
-    "★ best of the models, ≈ statistical tie with the best: the 95 % interval of the paired difference contains zero, or, where "
-    "a row has no records of the same examples (marked “unpaired”), the two intervals overlap. The average gives every set "
-    "the same weight."
+    "★ best of the models, ≈ statistical tie with the best: the interval of the paired difference contains zero, at the level at "
+    "which the intervals of the answer hold jointly, or has no width. Where a row has no records of the same examples (marked "
+    "“unpaired”), the two intervals overlap. The average gives every set the same weight."
 )
 ZERO_WIDTH_NOTE = " A width of 0.0 means that all n gave the same value, not that the number is certain."
 # Format -> ending of its file.
-FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex"}
+FORMATS = {"html": "html", "md": "md", "csv": "csv", "latex": "tex", "json": "json"}
 DEFAULT_FORMATS = ("html", "md")
 MOST_KEYS = 4  # number of models in a key figure
 # Types of what the report reads of run.json. A run that has just begun may lack any of them.
@@ -160,6 +161,7 @@ def write_report(
         "md": lambda: render_markdown(report, folder),
         "csv": lambda: render_csv(results),
         "latex": lambda: render_latex([*paper_tables(comparisons), *of_measures]),
+        "json": lambda: json.dumps(conclusion and asdict(conclusion), indent=1, ensure_ascii=False) + "\n",
         "html": lambda: render_html(report),
     }
     paths = []

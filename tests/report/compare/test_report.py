@@ -35,12 +35,12 @@ def clean(folders, arms=()):
 
 def test_arms_of_two_runs_are_paired_on_the_same_examples(tmp_path):
     a = run(tmp_path, "a", {"frozen": FROZEN, "lora": [v + 0.1 for v in FROZEN]})
-    b = run(tmp_path, "b", {"frozen": FROZEN, "polar": [v + 0.2 for v in FROZEN]})
+    b = run(tmp_path, "b", {"frozen": FROZEN, "polar": [v + 0.2 + 0.01 * (v < 0.5) for v in FROZEN]})
     c = clean([a, b])
     assert list(c.cells) == ["a: frozen", "lora", "b: frozen", "polar"] and c.paired
-    # every episode differs by exactly 0.1, so overlapping intervals are no tie
+    # every episode differs by about 0.1, so overlapping intervals are no tie
     assert [cell.mark for cell in c.cells.values()] == ["", "", "", "best"]
-    assert clean([a, b], ["lora", "polar"]).differences["polar"].bounds == pytest.approx((0.1, 0.1))
+    assert clean([a, b], ["lora", "polar"]).differences["polar"].mean == pytest.approx(0.105)
 
 
 def test_episodes_of_another_seed_have_the_same_numbers_and_are_not_paired(tmp_path):

@@ -162,6 +162,10 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         net, records = partial(self.final, training), self.records(training, split, attacks)
         return self.evaluation.scores(net, training, split, records, self.inputs(), features)
 
+    def is_untrained(self, arm: str, data: str) -> bool:
+        tasks = self.validated_tasks(self.study.arms[arm]) if arm in self.study.arms else [data]
+        return data in self.validated_tasks(self.config) and data not in tasks
+
     def validated_tasks(self, config: MultitaskConfig) -> Sequence[str]:
         return config.trained_tasks or [entry_name(spec) for spec in config.tasks]
 

@@ -25,7 +25,7 @@ from vismt.report.compare.score_tables import (
     read_table,
 )
 from vismt.report.comparison import ExampleValues, Values, compare_results
-from vismt.report.conclusion import Conclusion, conclude
+from vismt.report.conclusion import conclude
 from vismt.report.plotting import figure_formats
 from vismt.report.results import FACTS, RESULTS, Result, ValuesByExample, read_results
 from vismt.report.score_sections import score_sections
@@ -33,7 +33,7 @@ from vismt.report.tables import Picture, Section, Table, scale_text
 from vismt.report.trainings import Cost, cost_section, read_costs
 from vismt.report.writer import DEFAULT_FORMATS, Heading, result_sections, run_heading, write_report
 from vismt.storage.outputs import note_outputs
-from vismt.uncertainty.intervals import CLEAN, UNSTATED
+from vismt.uncertainty.intervals import CLEAN
 
 T = TypeVar("T")
 SHOWN_FACTS = ("Command", "Git revision", "Config hash", "Hardware", "Processes of a training", "Seeds")
@@ -214,11 +214,7 @@ def compare_inputs(
     for label, (of_run, arm) in (values.sources if isinstance(values, Joined) else {}).items():
         if cost := read_costs(of_run.folder, [arm]).get(arm):
             costs[label] = cost
-    stated = [c for c in comparisons if c.row.better != UNSTATED]
-    unsaid = ", ".join(dict.fromkeys(c.row.metric for c in comparisons))
-    conclusion = Conclusion("", f"Name the better values of {unsaid} by --higher or --lower.", "")
-    if stated:
-        conclusion = conclude(stated, {label: cost.trained for label, cost in costs.items()})
+    conclusion = conclude(comparisons, {label: cost.trained for label, cost in costs.items()})
     note_outputs("compare", target)
     with figure_formats(formats):
         sections = [
