@@ -66,6 +66,9 @@ class PoolJob(FewShotJob):
         self.objectives.append(super().objective(config, net, balanced))
         return self.objectives[-1]
 
+    def training_sets(self) -> dict[str, str]:
+        return {}
+
     def batches(self, config: FewShotConfig) -> Callable[[int], dict[str, Tensor]]:
         seed = config.training_seed
 

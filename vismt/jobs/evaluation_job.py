@@ -183,6 +183,9 @@ class EvaluationJob(ABC, Generic[Config]):
         """Train what is not trained yet, and return the entry "adapt" of run.json."""
         return {}
 
+    def check_sets(self) -> None:
+        """Raise UserError if training examples changed after the trainings of this run began."""
+
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm ("arm" or "arm:seed") with its adapter.
 

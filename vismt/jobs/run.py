@@ -76,6 +76,7 @@ class Run:
             console.stage("train", "nothing to train: the configuration has no train or no adapt section")
         elif "adapt" in self.facts:
             console.stage("train", f"done before: {self.folder}")
+            self.job.check_sets()
         else:
             with ranks.shared():
                 self._note(adapt=self.job.train())

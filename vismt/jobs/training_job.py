@@ -37,6 +37,7 @@ from vismt.storage.lines import write_lines
 from vismt.uncertainty.features import View
 
 PROCESSES = "processes.json"  # of the run's trainings; beside the folders of the arms
+SETS = "sets.json"  # digests of what they are trained on
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -74,6 +75,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
     @abstractmethod
     def loaded(self, training: Training) -> Net:
         """Return a trained net, not merged."""
+
+    def training_sets(self) -> dict[str, str]:
+        """Return a digest of the training examples of each set by its name, "" if the content is not known."""
+        return {}
 
     def stock(self, net: Net) -> nn.Module:
         """Return the model of a net that is adapted, merged and exported."""
@@ -129,6 +134,18 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         self.check_data()
         self._each_arm(self.check_arm)
         ranks.on_first(self.check_processes)
+        ranks.on_first(self.check_sets)
+
+    def check_sets(self) -> None:
+        """Raise UserError if training examples changed after the trainings of this run began."""
+        path = self.folder / ARMS / SETS
+        recorded = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
+        changed = [name for name, digest in self.training_sets().items() if recorded.get(name, digest) != digest]
+        if changed:
+            raise UserError(
+                f"run '{self.folder}': the training examples of {', '.join(changed)} are not those with which its trainings "
+                "began. Put them back, or give another --out for a new run."
+            )
 
     def check_processes(self, begins: bool = False) -> None:
         """Raise UserError if another number of processes began the trainings of this run, because a step takes a batch of each.
@@ -143,6 +160,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 f"batches of all processes. Continue the run with {recorded}, or give another --out."
             )
         if begins and recorded is None:
+            atomic_write(self.folder / ARMS / SETS, sealed({**self.training_sets()}))
             atomic_write(path, sealed({"processes": count}))
 
     def train_one(self, training: Training) -> None:

@@ -16,7 +16,8 @@ from vismt.backbones import timm_models
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
-from vismt.data.set_entries import shown_name
+from vismt.data.pixels import Pixels
+from vismt.data.set_entries import row_name, shown_name
 from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import FROZEN, Study, Training
@@ -177,6 +178,11 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
     def step(self, objective: nn.Module, number: int) -> None:
         if number % 10 == 0 and isinstance(objective, AdversarialObjective):
             objective.collapsed(number)
+
+    def training_sets(self) -> dict[str, str]:
+        names = dict.fromkeys(name for config in self.study.arms.values() for name in config.source.data)
+        opened = {row_name(name): self.data.open(name) for name in names}
+        return {name: pixels.content if isinstance(pixels, Pixels) else "" for name, pixels in opened.items()}
 
     def batches(self, config: FewShotConfig) -> Batches:
         return self.data.batches(config)

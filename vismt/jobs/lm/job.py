@@ -216,6 +216,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
             return LmObjective(net, data.tasks[data.trained])
         return AlternatingObjective(net, data.classes, **asdict(config.head.alternate))
 
+    def training_sets(self) -> dict[str, str]:
+        data = self.data
+        return {name: data.content(data.trained, "train", name) for name in data.names(data.trained, "train")}
+
     def batches(self, config: LmConfig) -> ItemBatches:
         data = self.fold(config.seed).data
         task = data.tasks[data.trained]

@@ -136,6 +136,9 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         sets = config.calibration.data if config.calibration is not None else ()
         return self.data.outside(*sets) if sets else self.data.training(config.trained_tasks)
 
+    def training_sets(self) -> dict[str, str]:
+        return {task: self.data.training([task]).content for task in self.data.union.tasks}
+
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
         crop = (settings.crop, 1.0) if settings.crop < 1 else None

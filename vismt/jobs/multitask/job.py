@@ -152,6 +152,10 @@ class MapsJob(MultitaskJob[DenseNet]):
         rows = self.data.rows(*sets) if sets else self.batches(config).rows
         return FittedImages(rows, (config.size[0], config.size[1]))
 
+    def training_sets(self) -> dict[str, str]:
+        rows = self.data.part("train")
+        return {rows.name: rows.files}
+
     def batches(self, config: MultitaskConfig) -> DenseBatches:
         return DenseBatches(self.data.parts["train"], self.data.size, config)
 

@@ -14,13 +14,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.config.sections import RESOLVED
 from vismt.storage.files import JsonObject, parse_json
 from vismt.storage.paths import regular_file
-from vismt.uncertainty.intervals import Better
+
+if TYPE_CHECKING:
+    from vismt.uncertainty.intervals import Better
 
 ENDINGS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 _SAMPLES = re.compile(r"samples_(?P<task>.+?)(?:_(?P<time>\d{4}-\d\d-\d\dT[\d.-]+))?\.jsonl")
