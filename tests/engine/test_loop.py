@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from helpers.checkpoints import saved_tensors
-from helpers.error_ranks import rows_of, weighed
+from helpers.error_ranks import Weighed, rows_of, weighed
 from helpers.toy_training import logged, train
 from torch import Tensor, nn
 
@@ -201,6 +201,33 @@ def test_batches_of_a_step_weigh_by_their_examples(tmp_path: Path, sizes: tuple[
     assert torch.allclose(several, one, rtol=1e-5) and one.abs().min() > 0.01
     logged = [read_lines(tmp_path / name / "metrics.jsonl")[0]["loss"] for name in ("several", "one")]
     assert logged[0] == pytest.approx(logged[1], rel=1e-5)
+
+
+def test_batches_of_two_processes_weigh_by_the_examples_of_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shares = (rows_of(2, 3), rows_of(40, 9))
+    mean_count = torch.tensor([5.0, 49.0]).mean()
+    trained = []
+    with monkeypatch.context() as patched:
+        # The processes run one after the other. The count is all that the forward passes share.
+        patched.setattr(Accelerator, "reduce", lambda self, value, how: mean_count if value.numel() == 1 else value)
+        for process, parts in enumerate(shares):
+            objective = Weighed()
+            training = loop._Training(
+                objective,
+                parts.__getitem__,
+                TrainConfig(steps=1, lr=0.1, optimizer="sgd", momentum=0, clip=None, warmup=0, accumulate=2),
+                tmp_path / str(process),
+                "hash",
+                runtime.accelerator(),
+                None,
+            )
+            training._update()
+            trained.append(objective.weight.detach())
+    one = weighed(tmp_path / "one", [torch.cat(sum(shares, []))])
+    # SGD takes the mean of the gradients over the processes, so the mean of the weights.
+    assert torch.allclose(sum(trained) / 2, one, rtol=1e-5) and one.abs().min() > 0.01
 
 
 class Shared(nn.Module):
