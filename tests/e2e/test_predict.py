@@ -114,7 +114,10 @@ def test_checkpoints_of_classifiers_predict(folder: Path, tmp_path: Path) -> Non
     [
         (["images"], "model 'adapted' of the run 'RUN' has no classes of its own; give support, a folder"),
         (["images", "--support", "support/one"], "support ROOT/support/one"),
-        (["images", "--support", "support", "--flip"], "flip is for dense runs, and this is a run of fewshot"),
+        (
+            ["images", "--support", "support", "--flip"],
+            "flip is for dense runs, and this run of fewshot does not use it; leave it out. Known: arm, ",
+        ),
         (["images", "--support", "support", "--arm", "adaptd"], "no evaluated model 'adaptd'. Near: 'adapted'"),
         (["images", "--support", "support", "--arm", "adapted:7"], "no evaluated model 'adapted:7'"),
         (["images", "--support", "support", "--top", "0"], "top 0; it must be at least 1"),

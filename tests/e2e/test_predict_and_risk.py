@@ -219,7 +219,10 @@ def test_predict_names_what_is_for_maps(classes: Path, room: Path, capsys) -> No
     image = str(room / "data/tones/test/bright")
     for option in ("--own-size", "--flip"):
         assert main(["predict", str(classes), image, option, "--quiet"]) == 2
-        wanted = f"error: predict: {option[2:]} is for dense runs, and this is a run of multitask; leave it out.\n"
+        wanted = (
+            f"error: predict: {option[2:]} is for dense runs, and this run of multitask does not use it; leave it out. "
+        )
+        wanted += "Known: arm, maps, sheet, top.\n"
         assert capsys.readouterr().err == wanted
 
 

@@ -99,6 +99,18 @@ def test_every_arm_and_both_references_answer_the_same_rows(study: Path) -> None
     assert "(unpaired)" not in report and "HitRatio@1" in report
 
 
+def test_the_rank_of_the_right_candidate_follows_from_the_records(study: Path) -> None:
+    """HitRatio@k, MRR and NDCG@k are functions of the rank."""
+    rows = read_results(study / "results.jsonl", open_run(study).hash)
+    for seed in (0, 1):
+        (path,) = (study / "arms" / "lora").glob(f"*-seed-{seed}/records/test-ranked*.jsonl")
+        records = read_lines(path)[1:]
+        ranks_of = [1 + sum(p > line["log_p"][line["label"]] for p in line["log_p"]) for line in records]
+        assert len(records) == 30 and {len(line["log_p"]) for line in records} == {4} and max(ranks_of) > 1
+        (hits,) = (r for r in rows if (r.arm, r.seed, r.task, r.metric) == ("lora", seed, "ranked", "HitRatio@1"))
+        assert sum(rank == 1 for rank in ranks_of) / 30 == pytest.approx(hits.value)
+
+
 def test_shares_have_wilsons_interval(study: Path) -> None:
     """Of single trainings; that of a mean over trainings ends at 0 and 1, and that of the NLL is symmetric."""
     rows = read_results(study / "results.jsonl")

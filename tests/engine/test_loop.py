@@ -225,7 +225,7 @@ def test_batches_of_two_processes_weigh_by_the_examples_of_both(
             )
             training._update()
             trained.append(objective.weight.detach())
-    one = weighed(tmp_path / "one", [torch.cat(sum(shares, []))])
+    one = weighed(tmp_path / "one", [torch.cat([*shares[0], *shares[1]])])
     # SGD takes the mean of the gradients over the processes, so the mean of the weights.
     assert torch.allclose(sum(trained) / 2, one, rtol=1e-5) and one.abs().min() > 0.01
 

@@ -125,3 +125,29 @@ def test_users_are_divided_as_before() -> None:
         "test": [7, 8],
         "validation": [9],
     }
+
+
+def test_rows_that_are_cut_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    long = [{"text": "film " * n, "answer": "good " * m} for n, m in ((1, 1), (9, 1), (2, 1), (9, 9))]
+    path = tmp_path / "films.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in long))
+    options = {"answer": " {answer}", "length": 8}
+    data = opened(str(path), kind="causal", prompt="{text}", options=options)
+    data.all_rows("train")
+    message = (
+        "2 of 4 rows of train 'films' lose the beginning of the prompt, 1 the end of the answer; length 8 cuts them"
+    )
+    assert message in capsys.readouterr().out
+    options["length"] = 64
+    opened(str(path), kind="causal", prompt="{text}", options=options).all_rows("train")
+    assert "lose the beginning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("shares", [{}, SHARES])
+def test_an_error_of_a_row_names_the_row(tmp_path: Path, shares: dict[str, float]) -> None:
+    path = tmp_path / "films.jsonl"
+    rows = [{"text": f"film {n}", "label": str(n % 2)} for n in range(12)]
+    del rows[7]["label"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError, match=r"row 'films:all:7': tasks: label '\{label\}': no field 'label'"):
+        opened(str(path), **shares).all_rows("train")

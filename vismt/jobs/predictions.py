@@ -79,7 +79,10 @@ class Options:
         for item in fields(self):
             if item.name not in taken and getattr(self, item.name) != item.default:
                 name = item.name.replace("_", "-")
-                raise UserError(f"predict: {name} is for {USED_BY[item.name]}, and this is {what}; leave it out.")
+                known = ", ".join(sorted(key.replace("_", "-") for key in taken))
+                raise UserError(
+                    f"predict: {name} is for {USED_BY[item.name]}, and {what} does not use it; leave it out. Known: {known}."
+                )
 
 
 CLASSES = frozenset({"arm", "top", "sheet", "maps"})  # options of everything that classifies images

@@ -169,7 +169,7 @@ class Run:
 
     def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
         """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
-        options.check(self.job.predict_options, f"a run of {self.config.task}")
+        options.check(self.job.predict_options, f"this run of {self.config.task}")
         options = replace(options, arm=self.job.chosen_arm(options.arm))
         return self.job.predict(inputs, target or self.folder / PREDICTIONS, options)
 

@@ -34,7 +34,7 @@ from vismt.llm.tasks.base import (
 from vismt.llm.tasks.classes import AlternatingObjective
 from vismt.llm.tasks.generation import normalised, prompts_of
 from vismt.llm.tasks.harness import Harness
-from vismt.llm.tasks.pieces import IGNORED, Piece, collate_pieces, pack, piece, stem, windows
+from vismt.llm.tasks.pieces import IGNORED, Piece, collate_pieces, pack, piece, stem, tree, windows
 from vismt.methods import adapt
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.last_layers import LinearAnswerHead, log_predictive, make_head
@@ -522,7 +522,7 @@ def test_an_answer_that_is_null_is_not_a_choice():
 
 def test_generated_answers_are_read_and_compared():
     task = make_text_task(
-        "generation", "{q}", {"answer": "{a}", "gold": "a", "pattern": r"#### ?(\S+)", "stop": "Question"}
+        "generation", "{q}", {"answer": "{a[0]}", "gold": "a", "pattern": r"#### ?(\S+)", "stop": "Question"}
     )
     assert task.read("1 #### 4 and #### 1,250.00 Question #### 9") == "1,250.00" and task.read("none") == ""
     assert normalised("1,250.00") == normalised("$1250.") == "1250" and normalised("100") == "100"
@@ -717,7 +717,7 @@ def test_rows_that_do_not_fit():
             "a", row, words
         )
     with pytest.raises(UserError, match="has no token that is counted"):
-        make_text_task("causal", "{text}", {"answer": "{empty}", "end": False}).encode("a", {**row, "empty": ""}, words)
+        make_text_task("causal", "", {"answer": "{one}", "end": False}).encode("a", {"one": "good"}, words)
 
 
 def test_an_lm_that_caps_its_logits_is_refused():
@@ -768,3 +768,34 @@ def test_an_objective_gives_the_loss_of_its_task():
     assert (
         len(packed) == 2 and len(make_text_task("causal", "{q}", {"answer": " {a}", "pack": True}).training(items)) == 1
     )
+
+
+# ---- rows that do not fit -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("causal", {"answer": " {answer}"}), ("answers", {"answers": {"0": " {answer}", "1": " two"}})],
+)
+def test_a_list_has_no_text_of_its_own_and_a_place_in_it_has(kind, options):
+    words, row = tokenizer(), {"question": "what is one", "answer": ["one", "two"], "label": "0"}
+    options = {"label": "{label}", **options} if kind == "answers" else options
+    with pytest.raises(UserError, match=r"it cannot be filled \(.*'one'.* is a list; name a place in it, such as"):
+        make_text_task(kind, "Question: {question}", options).encode("a", row, words)
+    place = make_text_task("causal", "Question: {question}", {"answer": " {answer[1]}", "end": False})
+    (part,) = place.encode("a", row, words).pieces
+    assert words.decode([token for token in part.labels if token != IGNORED]) == " two"
+
+
+@pytest.mark.parametrize("answer", ["", "  "])
+def test_an_empty_answer_is_refused(answer):
+    task = make_text_task("causal", "Question: {question}", {"answer": " {answer}"})
+    with pytest.raises(UserError, match="row 'a' has an empty answer; leave the row out"):
+        task.encode("a", {"question": "what", "answer": answer}, tokenizer())
+
+
+def test_a_piece_knows_what_did_not_fit():
+    assert piece([1, 2, 3, 4], [5, 6], 4).cut == (2, 0) and piece([1, 2], [3, 4, 5, 6], 4).cut == (1, 1)
+    assert piece([1, 2], [3, 4], 4).cut == (0, 0) and piece([], [1, 2, 3], 2).cut == (0, 1)
+    branches = tree([1, 2, 3], [[4], [5, 6]], 4)
+    assert branches.cut == (1, 0) and stem(branches, 1).cut == (1, 0)

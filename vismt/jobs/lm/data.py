@@ -20,7 +20,7 @@ from vismt.data.texts.text_set import TextRow, TextSet, open_texts
 from vismt.engine.parts import shares
 from vismt.jobs.lm.config import KIND, RECOMMENDER, LmCalibrationConfig, LmConfig, LmTaskConfig, task_of, trained_task
 from vismt.llm.net import LmNet, stored_lower_states
-from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather_items
+from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather_items, naming
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import collate_pieces, piece
 from vismt.llm.tasks.recommendation import listed_of
@@ -61,7 +61,7 @@ class LmData:
                     sizes = [f"{sum(map(len, sets)):,}" for sets in named_sets.values()]
                     counts.append(f"{part} {' + '.join(sizes)}")
                 for title, sets in named_sets.items():
-                    classes = {self.tasks[name].class_of(row) for texts in sets for row in texts.rows}
+                    classes = {of for texts in sets for of in _classes(texts, self.tasks[name])}
                     if len(classes) == 1 and "" not in classes:
                         text = f"every row of {part} '{title}' has the label '{classes.pop()}'"
                         console.stage("data", f"{name}   {text}; scores say nothing of the others")
@@ -82,12 +82,20 @@ class LmData:
                 users = numbered([row["user"] for _, row in rows]) if encoder.by_user else [0] * len(rows)
                 kept = limited(torch.tensor(users), [row_id for row_id, _ in rows], limit)
                 rows = [rows[i] for i in kept.tolist()]
-            items = [encoder.encode(row_id, row, self.tokenizer) for row_id, row in rows]
+            items = []
+            for row_id, row in rows:
+                with naming(row_id):
+                    items.append(encoder.encode(row_id, row, self.tokenizer))
             if limit is not None and encoder.labelled:
                 kept = limited(torch.tensor([item.label for item in items]), [item.id for item in items], limit)
                 items = [items[i] for i in kept.tolist()]
             if len(items) < 2:
                 raise UserError(f"tasks: {task}: {part} '{name}' has {len(items)} rows; an interval needs two or more.")
+            prompts, answers = (sum(any(piece.cut[of] for piece in item.pieces) for item in items) for of in (0, 1))
+            if prompts or answers:
+                text = f"{prompts:,} of {len(items):,} rows of {part} '{name}' lose the beginning of the prompt"
+                text += f", {answers:,} the end of the answer" if answers else ""
+                console.stage("data", f"{task}   {text}; length {encoder.length} cuts them")
             self._items[key] = items
         return self._items[key]
 
@@ -252,6 +260,15 @@ def _named_rows(sets: Sequence[TextSet]) -> list[tuple[str, TextRow]]:
     return [(f"{texts.name}:{i}", row) for texts in sets for i, row in zip(texts.ids, texts.rows)]
 
 
+def _classes(texts: TextSet, task: LmTask) -> list[str]:
+    """Return the class of each row."""
+    classes = []
+    for row_id, row in zip(texts.ids, texts.rows):
+        with naming(f"{texts.name}:{row_id}"):
+            classes.append(task.class_of(row))
+    return classes
+
+
 def _check_names(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
     """Raise UserError if two rows of joined sets have the same name, because records are kept by names."""
     for part, named_sets in parts.items():
@@ -271,7 +288,7 @@ def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task:
         parts = divide(torch.zeros(int(users.max()) + 1, dtype=torch.int64), split_shares, name)
         parts = {part: torch.isin(users, chosen).nonzero().flatten() for part, chosen in parts.items()}
     else:
-        classes = [task.class_of(row) for row in texts.rows]
+        classes = _classes(texts, task)
         labels = torch.tensor(numbered(classes), dtype=torch.int64)
         parts = divide(labels, split_shares, name, classes=list(dict.fromkeys(classes)))
     return {part: texts.take(index.tolist()) for part, index in parts.items()}

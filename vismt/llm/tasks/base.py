@@ -14,7 +14,8 @@ from __future__ import annotations
 import math
 import string
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -243,14 +244,36 @@ class LmTask(ABC):
         return math.exp(-self.measures(records)["NLL in nats"].score)
 
 
+@contextmanager
+def naming(row: str) -> Iterator[None]:
+    """Name the row in a UserError that does not name it."""
+    try:
+        yield
+    except UserError as error:
+        if row in str(error):
+            raise
+        raise UserError(f"row '{row}': {error}") from error
+
+
+class _Filler(string.Formatter):
+    """Fills a template with texts and numbers. A list or an object has no text of its own."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if isinstance(value, (list, dict)):
+            raise TypeError(
+                f"{shown_value(value)} is a {type(value).__name__}; name a place in it, such as {{field[0]}}"
+            )
+        return str(super().format_field(value, format_spec))
+
+
 def fill_template(template: str, row: Mapping[str, object], what: str) -> str:
-    """Return the template filled with the fields of a row. Raise UserError for a field that is missing or null."""
+    """Return the template filled with the fields of a row. Raise UserError for a field that is missing, null or a list."""
     fields = fields_of(template, what)
     null = next((field for field in fields if row.get(field, "") is None), None)
     if null is not None:
         raise UserError(f"{what} '{template}': field '{null}' of a row is null; give it a text, or leave the row out.")
     try:
-        return template.format_map(row)
+        return _Filler().vformat(template, (), row)
     except (KeyError, IndexError, ValueError, AttributeError, TypeError) as error:
         missing = [field for field in fields if field and field not in row]
         reason = (

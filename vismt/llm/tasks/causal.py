@@ -80,7 +80,10 @@ class Causal(LmTask):
 
     def encode(self, name: str, row: TextRow, tokenizer: Tokenizer) -> Item:
         context, before, spaces = self.context(row, tokenizer)
-        answer = answer_tokens(tokenizer, spaces + fill_template(self.answer, row, "tasks: answer"), before)
+        text = fill_template(self.answer, row, "tasks: answer")
+        if not text.strip():
+            raise UserError(f"tasks: row '{name}' has an empty answer; leave the row out.")
+        answer = answer_tokens(tokenizer, spaces + text, before)
         if self.end:
             answer += self._end(tokenizer)
         pieces = (

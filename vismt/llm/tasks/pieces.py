@@ -9,7 +9,7 @@ that the prompt runs once.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,8 @@ class Piece:
 
     ids, labels: Numbers and labels of the tokens. documents: Document number of each token if several documents are packed,
     otherwise None. shared: Number of tokens at the start (document 0) that all documents of a tree attend to. items: Number of
-    the item whose vector replaces each token, -1 for none.
+    the item whose vector replaces each token, -1 for none. cut: Number of tokens that did not fit: of the prompt's beginning and
+    of the answer's end.
     """
 
     ids: tuple[int, ...]
@@ -35,6 +36,7 @@ class Piece:
     documents: tuple[int, ...] | None = None
     shared: int = 0
     items: tuple[int, ...] | None = None
+    cut: tuple[int, int] = field(default=(0, 0), compare=False)
 
     @property
     def counted(self) -> int:
@@ -47,9 +49,10 @@ def piece(context: Sequence[int], answer: Sequence[int], length: int) -> Piece:
 
     If the two exceed `length`, the context loses its beginning. An answer that is too long loses its end.
     """
-    answer = list(answer)[: length - 1] if context else list(answer)[:length]
-    context = list(context)[max(0, len(context) + len(answer) - length) :]
-    return Piece((*context, *answer), (*[IGNORED] * len(context), *answer))
+    kept_answer = list(answer)[: length - 1] if context else list(answer)[:length]
+    kept = list(context)[max(0, len(context) + len(kept_answer) - length) :]
+    cut = (len(context) - len(kept), len(answer) - len(kept_answer))
+    return Piece((*kept, *kept_answer), (*[IGNORED] * len(kept), *kept_answer), cut=cut)
 
 
 def windows(context: Sequence[int], text: Sequence[int], length: int) -> list[Piece]:
@@ -114,6 +117,7 @@ def tree(
         documents=tuple(documents),
         shared=len(prompt),
         items=None if items is None else (*list(items)[-room:], *within),
+        cut=(len(context) - len(prompt), 0),
     )
 
 
@@ -139,6 +143,7 @@ def select_tokens(piece: Piece, positions: Sequence[int]) -> Piece:
         ids=tuple(piece.ids[position] for position in positions),
         labels=tuple(piece.labels[position] for position in positions),
         items=None if piece.items is None else tuple(piece.items[position] for position in positions),
+        cut=piece.cut,
     )
 
 
