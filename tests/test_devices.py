@@ -108,23 +108,6 @@ def test_recomputed_gradients_are_the_stored_ones(device: str) -> None:
     assert all(near(ours, theirs) for ours, theirs in zip(again, stored, strict=True))
 
 
-def test_a_mixed_batch_is_each_adapter_alone(device: str) -> None:
-    model, x = tiny_vit().to(device), images().to(device)
-    for seed, name in enumerate("ab"):
-        vismt.adapt(model, "lora", seed=seed, name=name)
-        for parameter_name, parameter in model.named_parameters():
-            if parameter.requires_grad and "lora" in parameter_name:
-                nn.init.normal_(parameter, std=0.1)
-    alone = []
-    for name in "ab":
-        vismt.activate(model, name)
-        alone.append(model(x))
-    vismt.activate(model, ["a", "b"])
-    with vismt.adapters_per_sample(["a", "b", "a"]):
-        mixed = model(x)
-    assert near(mixed, torch.stack([alone[0][0], alone[1][1], alone[0][2]])) and not near(alone[0], alone[1])
-
-
 def test_gates_of_samples_are_where_the_model_lies(device: str) -> None:
     model, x = tiny_vit().to(device), images().to(device)
     vismt.adapt(model, "ilora", n_experts=2, gate=None)

@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from vismt.lowrank.files.save_load import load_adapter as load_adapter
     from vismt.lowrank.files.save_load import save_adapter as save_adapter
     from vismt.lowrank.model.merge import merge as merge
-    from vismt.lowrank.model.mixed import adapters_per_sample as adapters_per_sample
     from vismt.lowrank.model.named import activate as activate
     from vismt.lowrank.model.named import disabled as disabled
     from vismt.lowrank.model.named import remove as remove

@@ -17,7 +17,7 @@ from vismt.base.errors import UserError
 from vismt.storage.files import atomic_write
 
 # A file of the name for each.
-BENCHES = ("core", "floor", "lowrank", "attacks", "memory", "fewshot", "multitask", "scale", "serve", "tasks")
+BENCHES = ("core", "floor", "lowrank", "attacks", "memory", "fewshot", "multitask", "scale", "tasks")
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:

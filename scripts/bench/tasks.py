@@ -1,8 +1,8 @@
 """`scripts.bench tasks`: Four tasks on one frozen backbone of random weights, 224 px, against a model for each task.
 
-"forward", what four tasks take of an image, on DINOv3's ViT-S/16 and a Swin-T: a pass through a merged model for each task; a
-mixed batch, the image four times with a LoRA adapter for each row; and MTLoRA's one pass, its shared pairs merged where they can
-be. All ranks are 16, those of MTLoRA's tasks 4. Heads are left out: every way has the same.
+"forward", what four tasks take of an image, on DINOv3's ViT-S/16 and a Swin-T: a pass through a merged model for each task, and
+MTLoRA's one pass, its shared pairs merged where they can be. The shared rank is 16, the rank of each task 4. Heads are left out:
+every way has the same.
 
 "step", a training step of the Swin-T with linear heads on the last block of each stage, AdamW. "separate": a model for each
 task, whole, one after the other; its peak is that of one. "as LibMTL": one whole backbone for all tasks, one backward pass of
@@ -18,15 +18,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from torch import Tensor, nn
 
 from scripts.bench.accounting import peak_bytes, weight_bytes
 from scripts.bench.core import Step, training_step
 from scripts.bench.timing import PEAK, Ratios, interleave
-from vismt.base.errors import UserError
-from vismt.lowrank.model.mixed import adapters_per_sample
-from vismt.lowrank.model.named import activate
 from vismt.lowrank.recompute import recompute
 from vismt.methods import adapt
 from vismt.multitask.mtlora.method import merge_shared
@@ -36,7 +33,7 @@ from vismt.testing.method_contract import shake
 VIT, SWIN = "vit_small_patch16_dinov3", "swin_tiny_patch4_window7_224"
 SIZE, BATCH, RANK, TASK_RANK, OUTPUTS = 224, 2, 16, 4, 8
 TASKS = ("semseg", "parts", "saliency", "normals")
-MTLORA, MIXED, PASSES = "vismt mtlora", "vismt mixed batch", f"{len(TASKS)} passes"
+MTLORA, PASSES = "vismt mtlora", f"{len(TASKS)} passes"
 LESS = f"{MTLORA}, recompute"
 SEPARATE, PEER, WEIGHTS = "separate", "as LibMTL", "weights"
 
@@ -56,35 +53,19 @@ def run(rounds: int = 9, device: str = "cpu") -> list[Ratios]:
 @torch.no_grad()
 def forward(title: str, model: nn.Module, x: Tensor, rounds: int) -> Ratios:
     """Time the features of all tasks. model: a stock ViT or Swin in eval mode."""
-    shared, mixed = with_pairs(model), copy.deepcopy(model)
-    for seed, name in enumerate(TASKS):
-        adapt(mixed, "lora", rank=RANK, seed=seed, name=name)
-        shake(mixed, 0.02, seed)
-    alone = torch.cat([activate(mixed, name)(x) for name in TASKS])
-    activate(mixed, TASKS)
+    shared = with_pairs(model)
     shake(shared, 0.02)
     merge_shared(shared)
-    rows = repeat(x, "b ... -> (t b) ...", t=len(TASKS))
-    names = [name for name in TASKS for _ in x]
-
-    def as_rows() -> Tensor:
-        with adapters_per_sample(names):
-            return mixed(rows)
-
-    if not (as_rows() - alone).abs().max() < 1e-3 * alone.abs().max():
-        raise UserError(f"bench tasks: the {MIXED} has other features than its adapters; the ratio means nothing.")
     ways: dict[str, Callable[[], object]] = {
         MTLORA: lambda: task_maps(shared, x),
-        MIXED: as_rows,
         PASSES: lambda: [model(x) for _ in TASKS],
     }
     timing = interleave(ways, rounds, label="forward", device=x.device)
-    targets = [(MTLORA, PASSES, 0.40), (MIXED, PASSES, 1.15)]
-    weights = {MTLORA: weight_bytes(shared), MIXED: weight_bytes(mixed), PASSES: len(TASKS) * weight_bytes(model)}
+    weights = {MTLORA: weight_bytes(shared), PASSES: len(TASKS) * weight_bytes(model)}
     return Ratios(
         f"{title}, {len(x)} x {x.shape[-1]} px, {len(TASKS)} tasks, forward",
         timing,
-        targets,
+        [(MTLORA, PASSES, 0.40)],
         sizes={WEIGHTS: weights},
         size_targets=[(WEIGHTS, MTLORA, PASSES, 0.30)],
     )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import pickle
 
 import pytest
 from helpers.tiny import tiny_vit
 
 import vismt
-from vismt.base.errors import SHOWN, UserError, shown_value
+from vismt.base.errors import GONE, SHOWN, UserError, shown_value
 from vismt.multitask import RouterFade
 
 
@@ -32,3 +33,11 @@ def test_values_and_quoted_names_are_cut() -> None:
     cut = long[:SHOWN] + "…"
     assert str(error) == f"the run's model '{cut}' is not an arm's; name 'a' or '{cut}'."
     assert str(pickle.loads(pickle.dumps(error))) == str(error)
+
+
+@pytest.mark.parametrize("name", [name for name in GONE if name.startswith("vismt.")])
+def test_a_name_that_is_gone_says_what_to_do(name: str) -> None:
+    package, _, attribute = name.rpartition(".")
+    with pytest.raises(UserError, match="is gone") as caught:
+        getattr(importlib.import_module(package), attribute)
+    assert str(caught.value) == f"{name} is gone. {GONE[name]}"

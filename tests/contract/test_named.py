@@ -1,4 +1,4 @@
-"""Every method as one of several named adapters: switching, files, removal, training, and mixed batches."""
+"""Every method as one of several named adapters: switching, files, removal and training."""
 
 from __future__ import annotations
 
@@ -114,18 +114,6 @@ def test_copies_conversions_and_state_dicts_reach_parked_adapters(case) -> None:
     fresh.load_state_dict(model.state_dict(), strict=True)
     for name in ("a", "other", "b"):
         assert torch.equal(vismt.activate(fresh, name)(images()), expected[name])
-
-
-def test_a_batch_with_an_adapter_for_each_sample(case) -> None:
-    model, expected = case
-    vismt.activate(model, ["other", "a", "b"])
-    for names in (["a", "b", "other"], ["b", None, "a"], ["a", "a", "a"], [None, None, "b"]):
-        with vismt.adapters_per_sample(names):
-            out = model(images())
-        wanted = torch.stack([expected[name][number] for number, name in enumerate(names)])
-        assert torch.allclose(out, wanted, atol=1e-5), names
-    vismt.activate(model, "b")
-    assert torch.equal(model(images()), expected["b"])
 
 
 def test_a_block_without_adapters_may_stand_between_a_forward_and_its_backward(case) -> None:

@@ -351,9 +351,8 @@ def test_damaged_adapters_do_no_harm(cases: int, folders: Folders, stock: nn.Mod
         folder = copied(folders[method], tmp_path / "a")
         damage(folder, kind, random)
         assert unharmed(vismt.load_adapter, stock, folder)
-        for read in (lambda: vismt.lowrank.combine([folder], [0.5]), lambda: vismt.llm.read_slices(folder)):
-            with contextlib.suppress(UserError), vismt.llm.instance_gates(torch.tensor([0.5, 0.5])):
-                read()
+        with contextlib.suppress(UserError), vismt.llm.instance_gates(torch.tensor([0.5, 0.5])):
+            vismt.lowrank.combine([folder], [0.5])
 
     check()
 

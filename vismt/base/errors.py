@@ -13,6 +13,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SHOWN = 200  # number of characters of a value in an error
+# What to do without a public name or a configuration key that is gone. The error keeps an entry for one release.
+GONE = {
+    "vismt.adapters_per_sample": "Run each adapter's samples after vismt.activate, or serve what export_peft writes.",
+    "vismt.llm.read_slices": "Load each adapter by name, with vismt.load_adapter(model, folder, name=...).",
+    "vismt.llm.switch": "Load each adapter by name, and switch with vismt.activate(model, name).",
+}
 QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")
 
 

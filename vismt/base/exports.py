@@ -17,6 +17,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vismt.base.errors import GONE, UserError
+
 
 def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], object], Callable[[], list[str]]]:
     """Return `__getattr__` and `__dir__` of a package for the names that it imports under `if TYPE_CHECKING:`.
@@ -36,6 +38,8 @@ def exports(package: str, *, classes: bool = True) -> tuple[Callable[[str], obje
     setattr(module, "__all__", sorted(name for name in places if classes or not name[0].isupper()))  # noqa: B010 - of a module, which has no such attribute for a type checker
 
     def getattr_(name: str) -> object:
+        if instead := GONE.get(f"{package}.{name}"):
+            raise UserError(f"{package}.{name} is gone. {instead}")
         if name not in places:
             raise AttributeError(f"module '{package}' has no attribute '{name}'")
         if places[name] == package:

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from vismt.llm.s2ft.method import check_slices as check_slices
     from vismt.llm.s2ft.selection import UnitSelection as UnitSelection
     from vismt.llm.s2ft.selection import select_units as select_units
-    from vismt.llm.s2ft.slices import read_slices as read_slices
-    from vismt.llm.s2ft.slices import switch as switch
     from vismt.uncertainty.laplace import Laplace as Laplace
     from vismt.uncertainty.laplace import fit_laplace as fit_laplace
     from vismt.uncertainty.temperature import fit_temperature as fit_temperature

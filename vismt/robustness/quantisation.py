@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import Placed
+from vismt.lowrank.layers.base import AdapterModule
 
 SCHEMES = ("int8",)
 _LEVELS = 127
@@ -27,7 +27,7 @@ def quantise(model: nn.Module, what: str) -> None:
 
     what: Name of the model in errors. Raises UserError for an adapter that is not merged, and for a model without such layers.
     """
-    if any(isinstance(module, Placed) for module in model.modules()):
+    if any(isinstance(module, AdapterModule) for module in model.modules()):
         raise UserError(f"quantise: {what} has an adapter that is not merged; only a merged model is stored in 8 bits.")
     layers = [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
     if not layers:

@@ -18,7 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import vismt
 from scripts.bench.accounting import optimizer_bytes, saved_activation_bytes
 from vismt.base.errors import UserError
-from vismt.llm import UnitSelection, check_slices, read_slices, switch
+from vismt.llm import UnitSelection, check_slices
 from vismt.llm.s2ft.structures import structures
 from vismt.lowrank.layers.base import adapter_layers
 
@@ -483,11 +483,8 @@ def test_files_of_several_broken_groups_are_exact(tmp_path: Path) -> None:
     folder = vismt.save_adapter(model, tmp_path)
     assert torch.equal(outputs(model), expected)
     assert torch.equal(outputs(vismt.load_adapter(broken_groups(), folder)), expected)
-    switched = switch(broken_groups(), read_slices(folder))
     merged = vismt.merge(vismt.load_adapter(broken_groups(), folder))
-    assert torch.allclose(outputs(switched), expected, atol=near) and torch.allclose(
-        outputs(merged), expected, atol=near
-    )
+    assert torch.allclose(outputs(merged), expected, atol=near)
     for name, value in merged.state_dict().items():
         changed = (value != stock[name]).any(0).nonzero()[:, 0].tolist() if value.ndim == 2 else []
         if name.endswith("o_proj.weight"):

@@ -129,20 +129,6 @@ def test_fused_kernels_do_not_bypass_the_update(targets: list[str] | None, padde
     assert torch.backends.mha.get_fastpath_enabled()
 
 
-def test_fused_kernels_do_not_bypass_adapters_together() -> None:
-    model, x = reader("encoder"), torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1))
-    for name, seed in (("a", 1), ("b", 2)):
-        vismt.adapt(model, "lora", ["linear1", "linear2"], rank=2, name=name)
-        shake(model, 0.3, seed)
-    vismt.activate(model, ["a", "b"])
-    with torch.no_grad():
-        fused = model(x)
-    assert torch.allclose(fused, model(x.requires_grad_()), atol=1e-5)
-    assert not torch.allclose(fused, reader("encoder")(x), atol=1e-2)
-    vismt.activate(model, None)
-    assert hooks(model) == 0
-
-
 def test_a_module_of_experts_by_itself(tmp_path) -> None:
     class Experts(nn.Module):
         def __init__(self) -> None:
@@ -232,8 +218,6 @@ def test_named_adapters(kind: str) -> None:
     with vismt.disabled(model):
         # Without gradients torch takes its fused attention.
         assert torch.allclose(run(model, kind), expected, atol=1e-5)
-    with pytest.raises(UserError, match="cannot be mixed"):
-        vismt.activate(model, ["a", "b"])
     assert torch.equal(run(model, kind), outputs["a"])
     vismt.unadapt(model)
     assert list(model.state_dict()) == list(stock) and hooks(model) == hooks(reader(kind))

@@ -1,4 +1,4 @@
-"""Convolutional backbones: the named sets of targets, what is left out, frozen statistics, mixed batches, and memory."""
+"""Convolutional backbones: the named sets of targets, what is left out, frozen statistics, and memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import vismt
 from vismt.base.errors import UserError
 from vismt.llm import collect_covariance
-from vismt.lowrank import combine
 from vismt.lowrank.layers.base import adapter_layers
 from vismt.testing.method_contract import (
     Case,
@@ -139,23 +138,6 @@ def test_the_statistics_of_batch_norms_are_frozen_with_the_base(tmp_path: Path) 
     assert model.norm.training and "train" not in vars(model.norm)
     model(x)
     assert not torch.equal(model.norm.running_mean, net().norm.running_mean)
-
-
-def test_a_mixed_batch_is_each_sample_with_its_own_adapter(tmp_path: Path) -> None:
-    model, x = net(), pixels(6)
-    alone: dict[str | None, Tensor] = {None: model(x)}
-    for seed, (name, method) in enumerate((("a", "lora"), ("b", "pissa"))):
-        vismt.adapt(model, method, "all-linear+conv", rank=2 + seed, name=name)
-        shake(model, seed=seed)
-        alone[name] = model(x)
-        vismt.save_adapter(model, tmp_path / name)
-    vismt.activate(model, ["a", "b"])
-    entries = ["a", "a", "b", "b", None, {"a": 0.7, "b": 0.3}]
-    with vismt.adapters_per_sample(entries):
-        mixed = model(x)
-    both = combine([tmp_path / "a", tmp_path / "b"], [0.7, 0.3]).put_on(net())(x)
-    expected = torch.stack([both[5] if row == 5 else alone[name][row] for row, name in enumerate(entries)])
-    assert torch.allclose(mixed, expected, atol=1e-5) and not torch.allclose(mixed, alone["a"], atol=1e-3)
 
 
 class Storages(TorchDispatchMode):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers.amt_parts import adapted, backbone, episode, same, saved
+from helpers.amt_parts import adapted, backbone, same, saved
 from helpers.tiny import shake, snapshot
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from vismt.lowrank.files.combining import combine
 from vismt.lowrank.files.save_load import load_adapter, save_adapter
 from vismt.metatune.amt import pool as pool_file
 from vismt.metatune.amt.pool import Expert, ExpertPool, assemble, read_pool
-from vismt.metatune.functional import WithWeights
 from vismt.storage.files import sealed
 
 SITES = [f"vit.blocks.{k}.{site}.weight" for k in (0, 1) for site in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -66,23 +65,6 @@ def test_mixtures_are_convex_combinations_of_whole_weights(tmp_path: Path, optio
         for name, weight in spread(pool, *zeta).items():
             expected = sum(part * weights[name] for part, weights in zip(zeta, singles))
             assert torch.allclose(weight, expected, rtol=0, atol=5e-6), name
-
-
-@pytest.mark.parametrize("options", [{}, {"init": "lora"}])
-def test_images_of_several_tasks_in_one_batch_each_under_its_own_mixture(tmp_path: Path, options: dict) -> None:
-    net, pool = backbone(), ExpertPool(backbone(), saved(tmp_path, (3, 4, 5), **options))
-    for index, label in enumerate(pool.labels):
-        pool.mixture(torch.eye(3)[index]).put_on(net.vit, name=label)
-    vismt.activate(net.vit, pool.labels)
-    mixtures = torch.tensor([[0.2, 0.5, 0.3], [0.0, 1.0, 0.0], [1.5, -0.25, -0.25]])
-    tasks = [episode(number)["query"][:4] for number in range(3)]
-    entries = [dict(zip(pool.labels, zeta.tolist())) for zeta in mixtures for _ in range(4)]
-    with torch.no_grad(), vismt.adapters_per_sample(entries):
-        features = net(torch.cat(tasks)).split(4)
-    for zeta, images, found in zip(mixtures, tasks, features):
-        expected = WithWeights(pool.backbone, pool.weights(zeta))(images).detach()
-        assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
-        assert not torch.allclose(expected, pool.backbone(images), atol=1e-2 * float(expected.abs().max()))
 
 
 def test_a_core_between_the_factors_is_mixed_along(tmp_path: Path) -> None:

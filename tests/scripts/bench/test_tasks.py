@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from scripts.bench import tasks
-from scripts.bench.tasks import LESS, MIXED, MTLORA, PASSES, PEER, SEPARATE
+from scripts.bench.tasks import LESS, MTLORA, PASSES, PEER, SEPARATE
 from scripts.bench.timing import PEAK
-from vismt.base.errors import UserError
 
 timm = pytest.importorskip("timm")
 
@@ -40,15 +39,8 @@ def test_at_the_start_the_maps_of_every_task_are_those_of_the_stock_model(model:
 
 def test_rows_and_ratios(model: nn.Module, x: Tensor) -> None:
     passes = tasks.forward("tiny", model.eval(), x, 1)
-    assert list(passes.timing.seconds) == [MTLORA, MIXED, PASSES] and "target at most 0.40" in str(passes)
+    assert list(passes.timing.seconds) == [MTLORA, PASSES] and "target at most 0.40" in str(passes)
     steps = tasks.step("tiny", model.train(), x, 1)
     assert list(steps.timing.seconds) == [MTLORA, LESS, PEER, SEPARATE] == list(steps.sizes[PEAK])
     assert steps.sizes[PEAK][LESS] < steps.sizes[PEAK][MTLORA]
     assert steps.sizes[tasks.WEIGHTS][SEPARATE] > 3.5 * steps.sizes[tasks.WEIGHTS][PEER]
-
-
-def test_other_features_end_the_benchmark(model: nn.Module, x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
-    chosen = tasks.adapters_per_sample
-    monkeypatch.setattr(tasks, "adapters_per_sample", lambda names: chosen(names[::-1]))
-    with pytest.raises(UserError, match="has other features than its adapters"):
-        tasks.forward("tiny", model.eval(), x, 1)

@@ -121,7 +121,10 @@ class SliceLinear(AdapterLayer):
     @torch.no_grad()
     def fill(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy in the change and its features. For an earlier file, the change is the difference of its values."""
-        change = saved_change(tensors)
+        change = tensors["slice_values"]
+        change = change.to(torch.promote_types(change.dtype, torch.float32))
+        if "slice_start" in tensors:
+            change = change - tensors["slice_start"].to(change)
         self.slice_index.copy_(tensors["slice_index"])
         self.slice_values.copy_(change)
 
@@ -172,13 +175,6 @@ class SliceLinear(AdapterLayer):
     def extra_repr(self) -> str:
         side, count = ("rows", "columns")[self.dim], len(self.slice_index)
         return f"{type(self.shell).__name__}({self.in_features}, {self.out_features}), {count} {side}"
-
-
-def saved_change(tensors: Mapping[str, Tensor]) -> Tensor:
-    """Return the change that the tensors of an adapter file hold, in fp32 or the finer dtype of the file."""
-    values = tensors["slice_values"]
-    values = values.to(torch.promote_types(values.dtype, torch.float32))
-    return values - tensors["slice_start"].to(values) if "slice_start" in tensors else values
 
 
 class SlicedLinear(PositionalFunction):

@@ -13,12 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vismt.lowrank.layers.stock_modules import is_conv1d, kind_of, matrix_shape
+from vismt.lowrank.layers.stock_modules import kind_of, matrix_shape
 from vismt.lowrank.model.targets import READ_DIRECTLY, head_paths, read_directly
 
 _HEADS = (
@@ -167,9 +166,3 @@ def _channels(path: str, module: nn.Module) -> Structure | None:
         return None
     up, down = UnitBlock(prefix + inputs[-1], 0, start, units, 1), UnitBlock(prefix + last, 1, 0, units, 1)
     return Structure({"u": up, "d": down})
-
-
-def weight_matrix(module: Any) -> Tensor:
-    """Return a view (o, i) of the weight of a stock linear or Conv1D."""
-    weight = module.weight.detach()
-    return weight.t() if is_conv1d(module) else weight

@@ -42,7 +42,6 @@ from vismt.lowrank.model.record import (
     need_record,
     record_of,
     refuse_offloaded,
-    refuse_switched,
     unchanged_tensors,
     was_trained,
 )
@@ -185,7 +184,6 @@ def load_adapter(
 
 
 def _load(model: nn.Module, folder: Path, on_other_base: str) -> nn.Module:
-    refuse_switched(model, "load_adapter")
     refuse_offloaded(model, "load_adapter", whole=True)
     what = f"adapter '{folder}'"
     description, specs, tensors = read_adapter(folder)

@@ -28,14 +28,16 @@ M = TypeVar("M", bound="AdapterModule")
 _HOOKS = [name for name in nn.Module().__dict__ if "hook" in name and "state_dict" not in name]
 
 
-class Placed(nn.Module):
-    """A module that can be put in the place of a stock module, or at a path of its own, and taken out again.
+class AdapterModule(nn.Module, ABC):
+    """A part of an adapter in a model. A subclass adds its forward and its tensors, and overrides defaults.
 
     In the place of a stock module it has the children, hooks and mode of that module. It keeps the rest of the stock module as
     `shell`, so that every path and key below stays the same. At a new path it has no shell. It never writes into a stock
     weight.
     """
 
+    Settings: ClassVar[type]
+    name: ClassVar[str]  # name in adapter files
     shell: nn.Module | None
     lent: tuple[str, ...]  # names of the children that it borrows from the stock module
 
@@ -78,62 +80,6 @@ class Placed(nn.Module):
         module._modules = {name: self._modules[name] for name in self.lent}
         module.training = self.training
         return module
-
-
-class PlacedWeight(Placed):
-    """A module in the place of a stock module with a weight."""
-
-    shell: Any  # the stock module: its attributes follow its kind
-
-    def adopt(self, base: nn.Module | None) -> None:
-        """Take the weight and the bias, and everything that every adapter module takes."""
-        super().adopt(base)
-        stock: Any = base
-        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
-        self.shell._parameters = dict.fromkeys(self.shell._parameters)
-
-    def detach(self, model: nn.Module) -> nn.Module | None:
-        """Return the stock module with its own weight, bit for bit."""
-        stock = super().detach(model)
-        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
-        return stock
-
-    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
-        """Return the stock module with its own weight, or with `weight` instead."""
-        module: Any = super().stock()
-        module._parameters = dict(module._parameters)
-        module.weight = self.weight if weight is None else weight
-        if "bias" in module._parameters:  # an embedding has none
-            module.bias = self.bias
-        return module
-
-    # ---- its weight
-    def matrix(self, weight: Tensor) -> Tensor:
-        """Return the stock weight as a matrix (o, i). It is a view if the layout allows."""
-        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
-
-    def stored(self, matrix: Tensor) -> Tensor:
-        """Return a matrix (o, i) in the shape of the stock weight, the inverse of `matrix`."""
-        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
-
-    def stock_weight(self) -> Tensor:
-        """Return the stock weight as numbers."""
-        return self.weight.detach()
-
-    @property
-    def in_features(self) -> int:
-        return self.matrix(self.weight).shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self.matrix(self.weight).shape[0]
-
-
-class AdapterModule(Placed, ABC):
-    """A part of an adapter in a model. A subclass adds its forward and its tensors, and overrides defaults."""
-
-    Settings: ClassVar[type]
-    name: ClassVar[str]  # name in adapter files
 
     # ---- the module as data
     @classmethod
@@ -219,7 +165,7 @@ class AdapterModule(Placed, ABC):
 Finish = Callable[[Mapping[str, AdapterModule]], None]  # takes the placed modules by path
 
 
-class AdapterLayer(PlacedWeight, AdapterModule):
+class AdapterLayer(AdapterModule):
     """An adapter module in the place of a stock module with a weight. It carries the update of that weight."""
 
     # Text that completes "'<method>' ..." in the error of export_peft and combine. Empty if the layer can be exported and
@@ -232,6 +178,50 @@ class AdapterLayer(PlacedWeight, AdapterModule):
     # Whether `adapted_weight` returns W + DeltaW, for modules that read a weight instead of calling its layer.
     weight_readable: ClassVar[bool] = False
     of_parameter: ClassVar[bool] = False  # whether the layer stands in the place of a parameter
+    shell: Any  # the stock module: its attributes follow its kind
+
+    def adopt(self, base: nn.Module | None) -> None:
+        """Take the weight and the bias, and everything that every adapter module takes."""
+        super().adopt(base)
+        stock: Any = base
+        self.weight, self.bias = stock.weight, getattr(stock, "bias", None)
+        self.shell._parameters = dict.fromkeys(self.shell._parameters)
+
+    def detach(self, model: nn.Module) -> nn.Module | None:
+        """Return the stock module with its own weight, bit for bit."""
+        stock = super().detach(model)
+        self._parameters.update(dict.fromkeys({"weight", "bias"} & self._parameters.keys()))
+        return stock
+
+    def stock(self, weight: nn.Parameter | None = None) -> nn.Module:
+        """Return the stock module with its own weight, or with `weight` instead."""
+        module: Any = super().stock()
+        module._parameters = dict(module._parameters)
+        module.weight = self.weight if weight is None else weight
+        if "bias" in module._parameters:  # an embedding has none
+            module.bias = self.bias
+        return module
+
+    # ---- its weight
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return the stock weight as a matrix (o, i). It is a view if the layout allows."""
+        return weight.t() if type(self.shell).__name__ == "Conv1D" else weight
+
+    def stored(self, matrix: Tensor) -> Tensor:
+        """Return a matrix (o, i) in the shape of the stock weight, the inverse of `matrix`."""
+        return matrix.t() if type(self.shell).__name__ == "Conv1D" else matrix
+
+    def stock_weight(self) -> Tensor:
+        """Return the stock weight as numbers."""
+        return self.weight.detach()
+
+    @property
+    def in_features(self) -> int:
+        return self.matrix(self.weight).shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self.matrix(self.weight).shape[0]
 
     # ---- its update
     @abstractmethod

@@ -133,7 +133,7 @@ def by_sample(hidden: Tensor, gate: Tensor) -> Tensor:
 def recompute_gates() -> tuple[AbstractContextManager, AbstractContextManager]:
     """Return the contexts that torch.utils.checkpoint (not reentrant) takes as `context_fn`.
 
-    Blocks that are recomputed in the backward pass then see the gates and adapters of their forward pass. This holds on any
+    Blocks that are recomputed in the backward pass then see the gates and tasks of their forward pass. This holds on any
     thread, and after the `with` block has ended.
     """
     in_force = [kind.scope() for kind in PerSample.__subclasses__()]

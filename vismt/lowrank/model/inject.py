@@ -32,7 +32,6 @@ from vismt.lowrank.model.record import (
     need_record,
     refuse_adapted,
     refuse_offloaded,
-    refuse_switched,
     sample,
 )
 from vismt.lowrank.model.starts import Initialiser, start_layers
@@ -153,7 +152,6 @@ def install(
 
     On an error the model is left as it was.
     """
-    refuse_switched(model)
     refuse_offloaded(model, "adapt")
     required = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     stock = {id(parameter) for parameter in model.parameters()}

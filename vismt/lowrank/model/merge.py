@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterLayer, Placed, adapter_layers
+from vismt.lowrank.layers.base import AdapterLayer, AdapterModule, adapter_layers
 from vismt.lowrank.layers.parameter_modules import to_parameters
 from vismt.lowrank.layers.stock_modules import is_prequantized, use_cpu_kernel
 from vismt.lowrank.model.modules import check_mergeable, detach_all
@@ -139,7 +139,7 @@ class MergedSave:
         records = [record_of(part) for part in adapted]
         to_resume = "state_dict" in options and re.fullmatch(r"checkpoint-\d+", Path(save_directory).name)
         has_others = any(SHELF in part._modules for part in adapted)
-        if to_resume or not (has_others or any(isinstance(part, Placed) for part in module.modules())):
+        if to_resume or not (has_others or any(isinstance(part, AdapterModule) for part in module.modules())):
             stock = self.stock or type(module).save_pretrained
             return stock(module, save_directory, *args, **options)  # the weights hold everything
         merged: Any = copy.deepcopy(module)
@@ -151,10 +151,10 @@ class MergedSave:
                 part._modules.pop(SHELF, None)
                 if record is not None and record.specs:
                     merge(part)
-            if any(isinstance(part, Placed) for part in merged.modules()):
+            if any(isinstance(part, AdapterModule) for part in merged.modules()):
                 raise UserError(
-                    f"this {type(module).__name__} is a part of an adapted model, or several adapters are active; call "
-                    "vismt.merge(model) on the whole model first, or vismt.activate(model, name)."
+                    f"this {type(module).__name__} is a part of an adapted model; call vismt.merge(model) on the whole model "
+                    "first."
                 )
         except (UserError, RuntimeError) as error:
             reason = " ".join(str(error).split())

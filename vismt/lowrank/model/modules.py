@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.prune import BasePruningMethod
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, Placed, adapter_modules
+from vismt.lowrank.layers.base import AdapterModule, Finish, LayerSpec, adapter_modules
 
 
 def prepare_modules(model: nn.Module, specs: Sequence[LayerSpec]) -> Finish:
@@ -40,7 +40,7 @@ def attach_modules(
     return placed
 
 
-def attach_all(model: nn.Module, modules: Mapping[str, Placed]) -> None:
+def attach_all(model: nn.Module, modules: Mapping[str, AdapterModule]) -> None:
     """Put each module at its path, under every name that the module there has."""
     names: dict[int, list[str]] = {}
     paths: dict[str, int] = {}
@@ -58,7 +58,7 @@ def detach_all(model: nn.Module, merged: Mapping[str, nn.Module] | None = None) 
     """
     stock: dict[int, nn.Module | None] = {}
     for name, module in [*model.named_modules(remove_duplicate=False)]:
-        if not isinstance(module, Placed):
+        if not isinstance(module, AdapterModule):
             continue
         if id(module) not in stock:
             stock[id(module)] = merged[name] if merged and name in merged else module.detach(model)

@@ -1,4 +1,4 @@
-"""Several named adapters on one model. One is active at a time, or several together (mixed.py). The others are on the shelf.
+"""Several named adapters on one model. One is active at a time. The others are on the shelf.
 
 Every update is relative to the stock weights, even with a principal start, so a model can carry adapters of any methods
 together. With one active adapter the model is the same as with that adapter alone. It has the same layers, and compiled code
@@ -12,7 +12,7 @@ the model reach shelved tensors. The tensors of active adapters keep their names
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vismt.base.errors import UserError, require_known, shown_value
 from vismt.lowrank.layers.base import AdapterModule, LayerSpec, adapter_modules
 from vismt.lowrank.layers.parameter_modules import to_modules
-from vismt.lowrank.model.merge import freeze, undo, unfreeze, unwatch_saving, watch_saving
+from vismt.lowrank.model.merge import freeze, undo, unfreeze, watch_saving
 from vismt.lowrank.model.modules import attach_modules, prepare_modules
 from vismt.lowrank.model.record import (
     RECORD,
@@ -35,20 +35,18 @@ from vismt.lowrank.model.record import (
 )
 
 
-def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
-    """Choose the adapters that the model computes with. The others stay on the model, at no cost.
+def activate(model: nn.Module, name: str | None) -> nn.Module:
+    """Choose the adapter that the model computes with. The others stay on the model, at no cost.
 
     Args:
         model: Model with adapters, changed in place.
-        names: Name of the adapter that trains, or a list of names, or None for the stock model. The updates of a list are
-            added, or chosen for each sample inside `adapters_per_sample`. A list does not train.
+        name: Name of the adapter. None for the stock model.
 
     Returns:
         The model.
 
     Raises:
-        UserError: If a name is unknown, or an adapter of a list cannot be mixed (a router that routes, quantised weights,
-            parameters outside of linears that were trained whole). The model is then unchanged.
+        UserError: If the name is unknown. The model is then unchanged.
 
     Example:
         model = timm.create_model("vit_small_patch16_224.dino", pretrained=True, num_classes=10)
@@ -58,16 +56,17 @@ def activate(model: nn.Module, names: str | Sequence[str] | None) -> nn.Module:
     """
     if not adapter_names(model):
         need_record(model, "activate")
-    wanted = names if isinstance(names, str) else list(names or []) or None
-    _need(model, [wanted] if isinstance(wanted, str) else wanted or [], "activate")
-    if isinstance(wanted, list) and len(set(wanted)) < len(wanted):
-        raise UserError(f"activate: {', '.join(wanted)}: a name is given twice.")
+    if name is not None and not isinstance(name, str):
+        raise UserError(
+            f"activate: {shown_value(name)}; give one name, or None. vismt.lowrank.combine adds the updates of several adapters."
+        )
+    if name is not None:
+        _need(model, name, "activate")
     before = active(model)
-    if wanted != before:
+    if name != before:
         refuse_offloaded(model, "activate")
-        _deactivate(model)
         try:
-            _start(model, wanted)
+            _start(model, name)
         except BaseException:
             _start(model, before)
             raise
@@ -122,7 +121,7 @@ def disabled(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def remove(model: nn.Module, name: str) -> nn.Module:
-    """Take an adapter off the model. The other adapters stay, and those of them that were active stay active.
+    """Take an adapter off the model. The other adapters stay.
 
     Args:
         model: Model, changed in place. Without its last adapter it is the stock model again, with its gradient flags.
@@ -139,11 +138,10 @@ def remove(model: nn.Module, name: str) -> nn.Module:
         vismt.adapt(model, "lora", targets=["qkv"], name="birds")
         vismt.remove(model, "birds")
     """
-    _need(model, [name], "remove")
+    _need(model, name, "remove")
     refuse_offloaded(model, "remove")
-    before = active(model)
-    if before is not None and name in ([before] if isinstance(before, str) else before):
-        activate(model, [other for other in before if other != name] if isinstance(before, list) else None)
+    if name == active(model):
+        activate(model, None)
     record = _take(model, name).record
     if not adapter_names(model):
         unfreeze(model, record)
@@ -175,10 +173,10 @@ def unadapt(model: nn.Module) -> nn.Module:
     return model
 
 
-def active(model: nn.Module) -> str | list[str] | None:
-    """Return the last argument of `activate`."""
+def active(model: nn.Module) -> str | None:
+    """Return the name of the active adapter."""
     record = record_of(model)
-    return record.name if record is not None else list(mixed_names(model)) or None
+    return record.name if record is not None else None
 
 
 @contextmanager
@@ -186,7 +184,7 @@ def active_adapter(model: nn.Module, name: str | None, what: str) -> Iterator[No
     """Make the adapter `name` the active one inside the block. None leaves the active adapter."""
     before = active(model)
     if name is not None:
-        _need(model, [name], what)
+        _need(model, name, what)
         activate(model, name)
     try:
         yield
@@ -207,7 +205,7 @@ def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
         raise UserError(
             f"{what}: the model already carries '{record.method}' as adapter '{same}'; remove it first, or give another name."
         )
-    _deactivate(model)
+    _start(model, None)
     others, shelf = list(shelved(model).values()), model._modules.pop(SHELF, None)
     try:
         if others:
@@ -226,39 +224,16 @@ def new_adapter(model: nn.Module, name: str, what: str) -> Iterator[None]:
         model._modules[SHELF] = shelf
 
 
-def _need(model: nn.Module, names: Sequence[str], what: str) -> None:
-    require_known(f"{what}: the model has no adapter", names, adapter_names(model))
+def _need(model: nn.Module, name: str, what: str) -> None:
+    require_known(f"{what}: the model has no adapter", [name], adapter_names(model))
 
 
-def _deactivate(model: nn.Module) -> None:
-    """Shelve the active adapter, or take out the layers of several active adapters."""
+def _start(model: nn.Module, name: str | None) -> None:
+    """Shelve the active adapter, and make another one active."""
     if record_of(model) is not None:
         shelve(model)
-    elif mixed_names(model):
-        from vismt.lowrank.model.mixed import unmix
-
-        unmix(model)
-        _shelf(model).mixed = ()
-        unwatch_saving(model)
-
-
-def _start(model: nn.Module, names: str | list[str] | None) -> None:
-    """Activate shelved adapters of a model without active adapters."""
-    if isinstance(names, str):
-        unshelve(model, names)
-    elif names:
-        from vismt.lowrank.model.mixed import mix, updates_of  # loaded only if adapters are mixed
-
-        updates = []
-        for name in names:
-            unshelve(model, name)
-            try:
-                updates.append(updates_of(model, name))
-            finally:
-                shelve(model)
-        mix(model, names, updates)
-        _shelf(model).mixed = tuple(names)
-        watch_saving(model)
+    if name is not None:
+        unshelve(model, name)
 
 
 # ---- the shelf
@@ -284,13 +259,8 @@ class ShelvedAdapter(nn.Module):
 class Shelf(nn.Module):
     """The shelved adapters of a model, by name.
 
-    mixed: Names of the adapters that are active together (mixed.py). The forward returns its input, because an nn.Sequential
-    calls every child.
+    The forward returns its input, because an nn.Sequential calls every child.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mixed: tuple[str, ...] = ()
 
     def forward(self, x: object) -> object:
         return x
@@ -353,25 +323,14 @@ def unshelve(model: nn.Module, name: str) -> None:
 
 def _take(model: nn.Module, name: str) -> ShelvedAdapter:
     """Take an adapter off the shelf. Take an empty shelf off the model."""
-    shelf = _shelf(model)
+    shelf: Any = model._modules[SHELF]
     adapter = shelf._modules.pop(key(name))
     if not shelf._modules:
         del model._modules[SHELF]
     return adapter
 
 
-def _shelf(model: nn.Module) -> Any:
-    """Return the shelf of the model, None without one."""
-    return model._modules.get(SHELF)
-
-
 def shelved(model: nn.Module) -> dict[str, ShelvedAdapter]:
     """Return the adapters on the shelf by name."""
-    shelf = _shelf(model)
+    shelf: Any = model._modules.get(SHELF)
     return {} if shelf is None else {adapter.record.name: adapter for adapter in shelf.children()}
-
-
-def mixed_names(model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the adapters that are active together."""
-    shelf = _shelf(model)
-    return shelf.mixed if shelf is not None else ()

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from vismt.base.errors import UserError
-from vismt.lowrank.layers.base import LayerSpec, Placed
+from vismt.lowrank.layers.base import AdapterModule, LayerSpec
 from vismt.storage.files import JsonObject
 
 RECORD = "vismt_record"  # attribute of an adapted model
@@ -61,21 +61,10 @@ def refuse_adapted(model: nn.Module, what: str = "adapt") -> None:
             raise UserError(f"{what}: {part} belongs to peft; call merge_and_unload() of the PeftModel first.")
         record = record_of(module)
         carried = [record.method] if record else adapter_names(module)
-        if carried or isinstance(module, Placed):
+        if carried or isinstance(module, AdapterModule):
             where = f"its part '{path}' already carries" if path else "the model already carries"
             update = "', '".join(carried) or "an update"
             raise UserError(f"{what}: {where} '{update}'; merge or unadapt it first.")
-
-
-def refuse_switched(model: nn.Module, what: str = "adapt") -> None:
-    """Raise UserError if the model is switched to slices. Undoing the switch would overwrite later changes."""
-    for path, module in model.named_modules():
-        if getattr(module, "vismt_switched", None):
-            where = f"its part '{path}'" if path else "the model"
-            raise UserError(
-                f"{what}: {where} is switched to S2FT slices; call vismt.llm.switch(..., None) first, or load_adapter and "
-                "merge to keep them."
-            )
 
 
 def refuse_offloaded(model: nn.Module, what: str, *, whole: bool = False) -> None:

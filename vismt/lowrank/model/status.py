@@ -9,7 +9,7 @@ from torch import nn
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.lowrank.model.modules import check_mergeable
-from vismt.lowrank.model.named import mixed_names, shelved
+from vismt.lowrank.model.named import shelved
 from vismt.lowrank.model.record import AdaptRecord, adapter_names, count_parameters, record_of, refuse_others
 
 
@@ -87,8 +87,8 @@ def status(model: nn.Module) -> ModelStatus:
         trains = any(parameter.requires_grad for parameter in part.parameters())
         if record is not None:
             adapters.append(_adapter(path, record, True, trains))
-        for name, shelf in shelved(part).items():
-            adapters.append(_adapter(path, shelf.record, name in mixed_names(part), False))
+        for shelf in shelved(part).values():
+            adapters.append(_adapter(path, shelf.record, False, False))
         try:
             if record is None:
                 raise UserError("needs one active adapter; call vismt.activate(model, name) first.")
