@@ -25,7 +25,6 @@ def main(
         attacks=[{"name": "pgd", "epsilon": "1/255"}, {"name": "strong", "epsilon": "1/255"}],
         corruptions=[{"name": "gaussian_noise", "severities": [1, 3, 5]}],
         images=count,
-        masking=True,
         folder=out,
     )
     print(results)

@@ -67,7 +67,6 @@ Every arm has the same steps, batches, seeds and number of rates. It chooses its
 | ≈ | ties with the best: the 95 % interval of their difference contains 0, which means "not shown to differ", not "equal" |
 | trained | numbers that are trained, with the head |
 | MiB, ms | peak memory of a training step, and its CPU time on one thread |
-| k-NN | accuracy on a set that no arm is trained on: what is kept of the frozen model (`head`) |
 """
 FOOTER = """
 ## What this does not show

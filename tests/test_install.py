@@ -273,7 +273,6 @@ QUICK = {
         "evaluate.images=8",
         "evaluate.attacks=[]",
         "evaluate.corruptions=[]",
-        "evaluate.masking=false",
     ),
 }
 

@@ -252,7 +252,6 @@ def audit(
     epsilon: float | str = _EPSILON,
     images: int | None = None,
     batch: int = 32,
-    masking: bool = False,
     img_size: int | None = None,
     seed: int = 0,
     folder: str | Path | None = None,
@@ -268,8 +267,6 @@ def audit(
         epsilon: Radius of attacks that are given by name, as for `evaluate_fewshot`.
         images: Number of images of each data set, drawn with `seed`. None takes all images.
         batch: Number of images in a batch.
-        masking: Whether to check for gradient masking: the first attack also runs at growing radii, which shows whether its
-            result can be trusted.
         img_size: Side of the images in pixels. A module that timm did not make needs it.
         seed: Seed of the drawn images and of the attacks.
         folder: Run folder, as for `train`.
@@ -297,7 +294,6 @@ def audit(
         "evaluate": {
             "images": images,
             "batch": batch,
-            "masking": masking,
             **_conditions(attacks, corruptions, epsilon),
         },
     }

@@ -1,4 +1,4 @@
-"""Attacks and corruptions of dense and multi-task runs, their own and in the robustness job, merged and quantised."""
+"""Attacks and corruptions of dense and multi-task runs, their own and in the robustness job, and merged."""
 
 from __future__ import annotations
 
@@ -23,7 +23,6 @@ from vismt.jobs.robustness.models import TrainedArm
 from vismt.lowrank.model.merge import merge
 from vismt.report.results import Result, read_results
 from vismt.robustness.attacks.attacks import AttackSpec, robust_accuracy
-from vismt.robustness.evaluate import evaluate_classifier
 from vismt.storage.lines import read_lines
 
 ALL, DEPTH = "PGD-2 linf 4/255 on all tasks", "PGD-2 linf 4/255 on depth"
@@ -86,7 +85,6 @@ def compared(tmp_path_factory, dense: Path, multitask: Path) -> Path:
         "depth": {"classifier.run": str(dense), "classifier.arm": "depth"},
         "lora": {"classifier.run": str(dense), "classifier.arm": "lora"},
         "classes": {"classifier.run": str(multitask)},
-        "int8": {"classifier.run": str(multitask), "classifier.quantise": "int8"},
     }
     evaluate = {"attacks": [PGD], "corruptions": CORRUPTIONS, "baseline": "classes"}
     folder = tmp_path_factory.mktemp("compared")
@@ -168,8 +166,7 @@ def test_the_robustness_job_has_the_runs_own_numbers(compared: Path, dense: Path
         shared = {key for key in here if key[2] != "all corruptions"}
         assert {key[2] for key in shared} == {"clean", CONTRAST, ALL if folder is dense else "PGD-2 linf 4/255"}
         assert {key: here[key] for key in shared} == {key: there[key] for key in shared}
-    classes, int8 = values(compared, "classes"), values(compared, "int8")
-    assert set(classes) == set(int8)
+    classes = values(compared, "classes")
     key = ("classification", "photos", "all corruptions")
     assert classes[key] == pytest.approx(1 - classes["classification", "photos", CONTRAST])
     assert not any(name == "all corruptions" for _, _, name in values(compared, "lora"))
@@ -179,26 +176,6 @@ def test_the_robustness_job_has_the_runs_own_numbers(compared: Path, dense: Path
     assert not [
         path for path in multitask.rglob("records/*") if path.stat().st_mtime > (compared / "run.json").stat().st_mtime
     ]
-
-
-def test_the_quantised_arm_is_attacked_through_itself(compared: Path) -> None:
-    job = open_run(compared).job
-    arm = job.trained["int8"]
-    net, data = arm.net(), arm.job.data
-    whole = {
-        name: value for name, value in arm.job.final(arm.training).named_parameters() if name.endswith("head.weight")
-    }
-    ((name, weight),) = whole.items()
-    step = weight.abs().amax(1, keepdim=True) / 127
-    assert torch.allclose(net.get_parameter(name), (weight / step).round() * step)
-    assert not torch.equal(net.get_parameter(name), weight)
-    (path,) = (compared / "classifiers" / "int8" / "records").glob("test-digits.jsonl")
-    recorded = {row["id"]: row["PGD-2 linf 4/255"] for row in read_lines(path) if "id" in row}
-    part = data.part(0, "test")
-    batches = [(part[torch.arange(len(part))], part.labels, part.ids)]
-    rows = path.parent / "again.jsonl"
-    evaluate_classifier(net, batches, [AttackSpec("pgd", 4 / 255, steps=2)], num_classes=28, records=rows)
-    assert {row["id"]: row["PGD-2 linf 4/255"] for row in read_lines(rows) if "id" in row} == recorded
 
 
 def test_merged_and_unmerged_are_attacked_alike(multitask: Path) -> None:
@@ -305,8 +282,6 @@ def test_errors_of_a_dense_run(tmp_path: Path, capsys, changes: dict, words: str
         ({"arms": {"a": {"classifier.name": "test_vit"}}}, "data: []; name at least one card"),
         ({"arms": {"a": {"classifier.run": "DENSE", "classifier.size": 32}}}, "of their own size"),
         ({"evaluate": {"images": 5}}, "leave out what is for cards: evaluate.images"),
-        ({"evaluate": {"attacks": [PGD], "masking": True}}, "leave out what is for cards: evaluate.masking"),
-        ({"arms": {"a": {"classifier.run": "DENSE", "classifier.quantise": "int4"}}}, "quantise: 'int4'"),
         (
             {"arms": {"a": {"classifier.run": "DENSE", "classifier.img_size": 32}}},
             "classifier.img_size: it is for a timm",

@@ -1,8 +1,7 @@
-"""Attacks, transfer, corruptions and the masking check of the few-shot job, from configuration to report."""
+"""Attacks, transfer and corruptions of the few-shot job, from configuration to report."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -71,15 +70,13 @@ def test_a_targeted_attack_on_three_ways_says_what_to_take(tmp_path: Path, capsy
 
 
 @pytest.mark.slow
-def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsys) -> None:
+def test_transfer_and_corruptions_reach_the_report(tmp_path: Path, capsys) -> None:
     pgd = {"name": "pgd", "epsilon": "8/255", "steps": 2}
     folder = run(
         tmp_path,
         data=["digits", "photo_crops:test"],
         ways=3,
         episodes=3,
-        masking=True,
-        masking_episodes=2,
         attacks=[pgd, {**pgd, "source": "frozen"}, {**pgd, "source": "adapted"}],
         corruptions=[{"name": "fog", "severities": [1, 5]}, {"name": "contrast"}],
     )
@@ -97,24 +94,13 @@ def test_transfer_corruptions_and_masking_reach_the_report(tmp_path: Path, capsy
     attacks = header["settings"]["attacks"]
     by_source = {spec["source"]: spec["source_fingerprint"] for spec in attacks if "source" in spec}
     assert len(set(by_source.values())) == 2 and by_source["adapted"] == header["weights"]
-    # console and folder: one line per model and set; report: one table
-    twice = ["frozen", "frozen", "adapted", "adapted"]
-    assert [line.split()[1] for line in out.splitlines() if line.startswith("masking ")] == twice
-    lines = read_lines(folder / "masking.jsonl")
-    assert [(line["arm"], line["data"].partition(",")[0]) for line in lines] == [
-        (model, data) for model in ("frozen", "adapted") for data in ("digits", "photo_crops-test")
-    ]
-    assert all(len(line["accuracies"]) == 7 and line["n"] == 2 and line["verdict"] for line in lines)
     text = (folder / "report.md").read_text()
-    assert "## Gradient masking" in text and "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
+    assert "corruptions, accuracy in %" in text and "mean of 7 corruptions" in out
     averages = {line.split("|")[2].strip() for line in text.splitlines() if line.startswith("| average |")}
     assert {"clean", white, "mean of 7 corruptions", *corrupted} <= averages
     assert len(list((folder / "figures").glob("corruption-levels-average-*.svg"))) == 1
-    # a second evaluation and a later attack leave the records and the check unchanged
-    kept = {path: path.read_text() for path in (folder / "episodes" / "seed-0").glob("*.jsonl")} | {
-        path: path.read_text() for path in (folder / "masking").iterdir()
-    }
+    # a second evaluation and a later attack leave the records unchanged
+    kept = {path: path.read_text() for path in (folder / "episodes" / "seed-0").glob("*.jsonl")}
     assert main(["evaluate", str(folder), "--quiet"]) == 0
     assert main(["attack", str(folder), "--attack", "fgsm", "--quiet"]) == 0
     assert all(path.read_text() == content for path, content in kept.items())
-    assert json.loads((folder / "masking.jsonl").read_text().splitlines()[0])["arm"] == "frozen"

@@ -27,14 +27,14 @@ FITTED = {"risk": True, "temperature": True}
 
 
 def fewshot(folder: Path, room: Path) -> dict[str, Any]:
-    evaluate = {**FEWSHOT["evaluate"], "models": ["frozen"], "episodes": 5, "masking": True, "masking_episodes": 2}
+    evaluate = {**FEWSHOT["evaluate"], "models": ["frozen"], "episodes": 5}
     evaluate |= {**CONDITIONS, "certify": CERTIFY, "ood": [f"{room}/reds:test"]}
     return {"model": FEWSHOT["model"], "adapt": None, "train": None, "evaluate": evaluate}
 
 
 def multitask(folder: Path, room: Path) -> dict[str, Any]:
     reds = [f"{room}/reds:test"]
-    evaluate = {**CONDITIONS, **FITTED, "certify": CERTIFY, "ood": reds, "neighbours": reds, "laplace": True}
+    evaluate = {**CONDITIONS, **FITTED, "certify": CERTIFY, "ood": reds, "laplace": True}
     task = {"name": "digits", "train": ["digits"], "test_share": 0.02, "validation_share": 0.02, "limit": 20}
     return {
         "task": "multitask",
@@ -67,7 +67,7 @@ def lm(folder: Path, room: Path) -> dict[str, Any]:
 
 def robustness(folder: Path, room: Path) -> dict[str, Any]:
     save_classifier(folder)
-    evaluate = {"images": 12, "threshold_images": 40, "masking": True, "ood": [f"{room}/reds:test"]}
+    evaluate = {"images": 12, "threshold_images": 40, "ood": [f"{room}/reds:test"]}
     return {
         "task": "robustness",
         "arms": {"adapted": {"classifier.name": str(folder / "model.safetensors")}},
@@ -127,12 +127,6 @@ def corruptions(run: Run) -> None:
     assert found == {1.0, 5.0}
 
 
-def masking(run: Run) -> None:
-    (line,) = read_lines(run.folder / "masking.jsonl")
-    assert line["n"] == (2 if run.job is fewshot else 12) and line["accuracies"][0] >= line["accuracies"][-1] - 0.02
-    assert "## Gradient masking" in (run.folder / "report.md").read_text()
-
-
 def certify(run: Run) -> None:
     radii = {row.level: row.value for row in run.rows.values() if row.kind == "certified" and row.metric == "accuracy"}
     assert [*radii] == [0.0, 0.25, 0.5]
@@ -185,11 +179,6 @@ def laplace(run: Run) -> None:
     assert run.row("Laplace", "NLL in nats").n == run.row("clean", "NLL in nats").n
 
 
-def neighbours(run: Run) -> None:
-    rows = [row for (_, metric), row in run.rows.items() if metric == "k-NN accuracy"]
-    assert [(row.data, row.n) for row in rows] == [("reds:test", 12)]
-
-
 def adjust_logits(run: Run) -> None:
     tasks = {"classification"} if run.job is multitask else {"semseg", "classify"}
     assert {row.task for row in run.adjusted} == tasks and len(
@@ -197,13 +186,13 @@ def adjust_logits(run: Run) -> None:
     ) == len(tasks)
 
 
-CHECKS = (attacks, corruptions, masking, certify, ood, risk, temperature, laplace, neighbours, adjust_logits)
+CHECKS = (attacks, corruptions, certify, ood, risk, temperature, laplace, adjust_logits)
 JOBS = {
-    fewshot: (attacks, corruptions, masking, certify, ood),
-    multitask: (attacks, corruptions, certify, ood, risk, temperature, laplace, neighbours, adjust_logits),
+    fewshot: (attacks, corruptions, certify, ood),
+    multitask: (attacks, corruptions, certify, ood, risk, temperature, laplace, adjust_logits),
     maps: (attacks, corruptions, certify, ood, risk, temperature, adjust_logits),
     lm: (temperature, laplace),
-    robustness: (attacks, corruptions, masking, certify, ood, risk, temperature),
+    robustness: (attacks, corruptions, certify, ood, risk, temperature),
 }
 
 

@@ -158,7 +158,7 @@ def test_heads_of_a_pool(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offline, capsys) -> None:
     models = ["frozen", "frozen+ridge", "frozen+logistic"]
-    settings = {"models": models, "data": ["digits"], "ways": 3, "ways_of": {}, "masking": True, "masking_episodes": 2}
+    settings = {"models": models, "data": ["digits"], "ways": 3, "ways_of": {}}
     folder = run(tmp_path, adapt=None, train=None, arms=ARMS, evaluate=settings)
     out = capsys.readouterr().out
     lines = [line for line in out.splitlines() if line.startswith("skip")]
@@ -168,7 +168,6 @@ def test_backbones_as_arms_and_those_out_of_reach_left_out(tmp_path: Path, offli
     evaluated = [row["arm"] for row in rows if (row["data"], row["condition"]) == ("digits", "clean")]
     assert evaluated == [f"{arm}{head}" for arm in ("small", "wide") for head in ("", "+ridge", "+logistic")]
     assert len({row["value"] for row in rows}) > 3
-    assert len(read_lines(folder / "masking.jsonl")) == 6
     facts = json.loads((folder / "run.json").read_text())
     assert set(facts["skipped"]) == {"gone", "hidden"}
     report = (folder / "report.md").read_text().replace("\\", "")

@@ -43,7 +43,7 @@ def test_own_images(job: str, tmp_path: Path, monkeypatch, capsys) -> None:
     assert f"cd '{where}' && vismt run {job}.yaml" in capsys.readouterr().out.replace("\n", "")
     monkeypatch.chdir(where)  # where classifier.py is found
     monkeypatch.setitem(attacks.QUERIES, "strong", 20)
-    cut = {"fewshot": ["evaluate.episodes=2"], "robustness": ["evaluate.images=4", "evaluate.masking=false"]}
+    cut = {"fewshot": ["evaluate.episodes=2"], "robustness": ["evaluate.images=4"]}
     rows = run(where, job, *cut.get(job, ["tune=null"]), *([] if job == "robustness" else [*TINY, "train.warmup=0"]))
     assert {row.data for row in rows} == {"2024"}
     if job == "classification":  # in the folder of the first job, whose card serves both

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +17,6 @@ from helpers.tiny_runs import SHORT, VIT, interrupted, refused, run_config, run_
 
 from vismt.base.errors import Diverged, UserError
 from vismt.cli import main
-from vismt.data.images import open_images
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.study import Study
 from vismt.evaluation.adjust_logits import ADJUSTED, TAUS
@@ -355,36 +353,6 @@ def test_a_rate_that_diverges_is_reported_and_not_chosen(tmp_path: Path, monkeyp
     bound = 0.0
     error = refused(capsys, "train", path, "--out", tmp_path / "none")
     assert "diverged at every rate of tune.rates (0.003 to 0.01)" in error
-
-
-@pytest.mark.slow
-def test_neighbours_in_the_features_show_what_is_kept(tmp_path: Path) -> None:
-    arms = {"head": {"adapt": None, "fade": None, "retain": None}, "full": {"adapt": {"method": "lisa"}, "fade": None}}
-    changes = {"arms": arms, "tune": None, "evaluate": {"neighbours": ["photo_crops:test"]}}
-    path = write(tmp_path, tasks=TASKS[:1], train={"steps": 4, "lr": 3.0e-2}, **changes)
-    folder = run_config(path)
-    rows = [row for row in read_results(folder / "results.jsonl") if row.metric == "k-NN accuracy"]
-    assert {row.data for row in rows} == {"photo_crops:test"} and {row.n for row in rows} == {
-        len(open_images("photo_crops", "test"))
-    }
-    by_arm = {arm: {row.seed: row.value for row in rows if row.arm == arm} for arm in arms}
-    assert by_arm["head"][0] != by_arm["full"][0]
-    job = open_run(folder).job
-    images = job.data.outside("photo_crops:test")
-    kept = [read_lines(path)[0]["examples"] for path in folder.rglob("neighbours-*.jsonl")]
-    assert kept == [images.content] * 4 and images.content
-    with torch.no_grad():
-        features = F.normalize(
-            job.final(job.study.trainings("head")[0]).features(images[torch.arange(len(images))]), dim=1
-        )
-    right = 0
-    for i, cosines in enumerate(features @ features.T):
-        near = sorted((j for j in range(len(images)) if j != i), key=lambda j: -float(cosines[j]))[:20]
-        votes = [0.0] * 18
-        for j in near:
-            votes[int(images.labels[j])] += math.exp(float(cosines[j]) / 0.07)
-        right += votes.index(max(votes)) == int(images.labels[i])
-    assert by_arm["head"][0] == pytest.approx(right / len(images))
 
 
 def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:

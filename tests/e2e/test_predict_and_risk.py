@@ -64,7 +64,7 @@ def test_the_probabilities_are_those_of_the_net(mixed: Path, tmp_path: Path) -> 
     assert len(nlls) == 24
     quantile = read_sealed(training.folder / "records" / "risk-classify.json", "risk")["quantile"]
     assert quantile == pytest.approx(sorted(nlls)[math.ceil(25 * 0.9) - 1], abs=1e-5)
-    # Another version of the net, such as a quantised one, has thresholds of its own beside its records.
+    # Another version of the net has thresholds of its own beside its records.
     other = copy.deepcopy(net)
     for parameter in other.parameters():
         parameter.data *= 1.5

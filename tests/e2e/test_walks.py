@@ -128,7 +128,7 @@ def test_an_evaluator_of_robustness(program: Path, tmp_path: Path) -> None:
         f"{code}    return Sequential(AdaptiveAvgPool2d(1), Flatten(), Linear(3, 3))\n"
     )
     torch.save({"state_dict": {"2.weight": torch.eye(3), "2.bias": torch.zeros(3)}}, tmp_path / "my_weights.pt")
-    less = ["evaluate.images=4", "evaluate.masking=false", "evaluate.attacks=[{name: fgsm, epsilon: 4/255}]"]
+    less = ["evaluate.images=4", "evaluate.attacks=[{name: fgsm, epsilon: 4/255}]"]
     more = {"attack": ["--attack", "fgsm", "--img-size", "32"], "run": less}
     page = "guides/robustness.md"
     walk(page, "Your own model and images", program, tmp_path, more, vit_small_patch16_224="test_vit")

@@ -14,21 +14,19 @@ from vismt.jobs.multitask import evaluation, maps_evaluation
 from vismt.jobs.multitask.config import MultitaskEvaluateConfig
 from vismt.jobs.robustness.config import RobustnessEvaluateConfig
 from vismt.jobs.robustness.evaluation import CardView
-from vismt.uncertainty.features import COUNTS, EMBEDDING, HEAD, RADII, REASONS, VALIDATION, View
+from vismt.uncertainty.features import COUNTS, HEAD, REASONS, VALIDATION, View
 
 # The methods of a view of what not every job provides.
 METHODS = {
     VALIDATION: ("fitted", "validation"),
-    EMBEDDING: ("embedded",),
     HEAD: ("head_shape", "with_head"),
-    RADII: ("by_radius",),
     COUNTS: ("class_counts",),
 }
 VIEWS = {
     "fewshot": (EpisodeView, EvaluateConfig.PROVIDES),
     "lm": (SetView, LmEvaluateConfig.PROVIDES),
     "squares": (evaluation.TaskView, MultitaskEvaluateConfig.PROVIDES),
-    "maps": (maps_evaluation.TaskView, MultitaskEvaluateConfig.PROVIDES - {EMBEDDING, HEAD}),
+    "maps": (maps_evaluation.TaskView, MultitaskEvaluateConfig.PROVIDES - {HEAD}),
     "robustness": (CardView, RobustnessEvaluateConfig.PROVIDES),
 }
 

@@ -223,6 +223,6 @@ def evaluated_configs(folder: Path) -> dict[str, dict[str, Any]]:
             "task": "robustness",
             "arms": {"vit": {"classifier.name": str(folder / "model.safetensors")}},
             "data": ["digits"],
-            "evaluate": {"images": 11, "batch": 4, **conditions, "masking": True},
+            "evaluate": {"images": 11, "batch": 4, **conditions},
         },
     }

@@ -27,7 +27,6 @@ ROBUSTNESS = {
         "batch": 6,
         "attacks": [{"name": "pgd", "epsilon": epsilon, "steps": 2} for epsilon in ("2/255", "8/255")],
         "corruptions": [{"name": name, "severities": [1, 3]} for name in ("fog", "contrast")],
-        "masking": True,
     },
 }
 PAGES = (*CONFIGS, "robustness", "unfinished", "compared")

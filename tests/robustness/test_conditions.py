@@ -88,7 +88,6 @@ def config(evaluate, **sections):
         ({"attacks": [{"source": "logits+finetune"}]}, {"pool": {}}, "no weights to tune"),
         ({"attacks": [{"source": "clean"}]}, {"pool": {}}, "needs pool.clean"),
         ({"attacks": [{"source": "adapted"}], "models": ["frozen"]}, {"train": None}, "'adapted' needs a training"),
-        ({"masking_episodes": 1}, {}, "evaluate.masking_episodes is 1"),
         ({}, {"pool": {}, "select": {"data": ["dtd10"], "attack": {"source": "frozen"}}}, "select.attack"),
         (
             {"ways": 3},

@@ -9,12 +9,10 @@ from torch import nn
 
 from vismt.base.errors import UserError
 from vismt.evaluation.quality import Quality
-from vismt.robustness import masking
 from vismt.robustness.attacks import attacks
 from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import CorruptionSpec
 from vismt.robustness.evaluate import accuracies, evaluate_classifier, evaluate_examples
-from vismt.robustness.masking import check_masking
 from vismt.uncertainty.features import PROBABILITIES, Feature
 from vismt.uncertainty.intervals import Condition, wilson
 
@@ -199,58 +197,6 @@ def test_ids_default_to_running_numbers(tmp_path):
     path = tmp_path / "records.jsonl"
     evaluate_classifier(Linear(), batches(ids=False), [], num_classes=3, records=path)
     assert [json.loads(line)["id"] for line in path.read_text().splitlines()[1:]] == [str(i) for i in range(60)]
-
-
-def test_honest_gradients_pass_and_masked_ones_are_caught(monkeypatch):
-    honest = check_masking(Linear(), batches(size=60), PGD, num_classes=3)
-    assert honest.passed and honest.epsilons[0] == 0 and honest.epsilons[-1] == 64 / 255 and honest.n == 60
-    assert honest.accuracies[0] == 0.9 and honest.accuracies[-1] == 0
-    assert honest.gap == 0 and honest.verdict() == "pass; +0.0 points against strong at 8/255"
-    masked = check_masking(Misleading(), batches(size=60), PGD, num_classes=3)
-    assert not masked.reaches_chance and not masked.passed
-    with pytest.raises(UserError, match="gradients of zero on every image"):
-        check_masking(Rounded(), batches(size=60), PGD, num_classes=3)
-    monkeypatch.setattr(masking, "SLACK", -1.0)
-    assert not check_masking(Linear(), batches(size=60), PGD, num_classes=3, epsilons=[0.0, 64 / 255]).monotone
-
-
-@pytest.mark.parametrize(
-    ("name", "norm", "epsilon", "end"),
-    [
-        ("pgd", "l2", 0.5, 4.34711),
-        ("apgd_ce", "l2", 0.5, 4.34711),
-        pytest.param("pgd", "l1", 3, 75.2941, marks=pytest.mark.slow),
-        pytest.param("apgd_ce", "l1", 3, 75.2941, marks=pytest.mark.slow),
-    ],
-)
-def test_honest_attacks_of_other_norms_pass_at_radii_of_their_norm(name, norm, epsilon, end):
-    """64/255 in each of 300 numbers has l2 norm 64/255 sqrt(300) and l1 norm 64/255 * 300."""
-    spec = AttackSpec(name, epsilon, norm=norm, steps=10)
-    result = check_masking(Linear(), batches(size=60), spec, num_classes=3)
-    assert result.passed and result.epsilons[:4] == (0, epsilon / 2, epsilon, 2 * epsilon)
-    assert result.epsilons[4] == pytest.approx(end, abs=1e-4) and result.accuracies[-1] == 0
-    assert result.verdict().endswith(f"points against strong at {epsilon}")
-    masked = check_masking(Misleading(), batches(size=60), spec, num_classes=3)
-    assert f"at {end:.6g}, chance is 33.3 %" in masked.verdict() and "/255" not in masked.verdict()
-
-
-def test_radii_of_the_check_stay_in_the_range_of_pixels():
-    assert check_masking(Linear(), batches(size=60), AttackSpec(epsilon=0.6), num_classes=3).epsilons[-1] == 1
-
-
-def test_an_attack_without_a_radius_has_the_default_step_at_the_others():
-    result = check_masking(Linear(), batches(size=60), AttackSpec(epsilon=0, step_size=1 / 255), num_classes=3)
-    assert result.passed and result.epsilons == (0, 64 / 255) and result.gap == 0
-
-
-def test_steps_that_cannot_cross_the_ball_fail_the_check():
-    paper = check_masking(Linear(), batches(size=60), AttackSpec("pgd_paper", 8 / 255), num_classes=3)
-    assert paper.reach == pytest.approx(1.0) and not paper.passed
-    assert "its steps add up to 1 radii, and crossing the ball takes 2" in paper.verdict()
-    # Starts are uniform in the ball, so some images stay right that the default steps and strong break.
-    assert (
-        paper.gap > 0 and check_masking(Linear(), batches(size=60), AttackSpec("pgd", 8 / 255), num_classes=3).gap == 0
-    )
 
 
 def test_attacks_of_one_budget_get_a_worst_case(tmp_path):

@@ -180,7 +180,6 @@ def test_the_cheapest_rows_are_reproduced(tmp_path: Path) -> None:
         "seeds=[7]",
         "tune=null",
         "evaluate.corruptions=[]",
-        "evaluate.neighbours=[]",
     ]
     assert main(["run", str(config), *changes, "--out", str(tmp_path), "--quiet"]) == 0
     rows = [r for r in of.rows if r.arm in arms and not r.minus and (r.metric, r.condition) == ("accuracy", "clean")]

@@ -17,6 +17,12 @@ SHOWN = 200  # number of characters of a value in an error
 GONE = {
     "vismt.adapters_per_sample": "Run each adapter's samples after vismt.activate, or serve what export_peft writes.",
     "vismt.llm.read_slices": "Load each adapter by name, with vismt.load_adapter(model, folder, name=...).",
+    "vismt.robustness.check_masking": "Attack with `strong` or `autoattack`, and compare the accuracy with `pgd`.",
+    "vismt.robustness.quantise": "Quantise with a library such as torchao, and give the model as classifier.function.",
+    "evaluate.masking": "Leave it out, and add the attack `strong`.",
+    "evaluate.masking_episodes": "Leave it out, and add the attack `strong`.",
+    "evaluate.neighbours": "Leave it out.",
+    "classifier.quantise": "Leave it out. A classifier.function may return a quantised model.",
     "vismt.llm.switch": "Load each adapter by name, and switch with vismt.activate(model, name).",
 }
 QUOTED = re.compile(r"(?<!\w)'([^']*)'(?!\w)")

@@ -25,7 +25,6 @@ MODEL_OPTIONS = {
     "batch": 32,
     "seed": 0,
     "random_weights": False,
-    "masking": False,
     "corruption": None,
     "severity": None,
     "keep_images": False,
@@ -71,7 +70,6 @@ def add_commands(commands: Commands) -> None:
     parser.add_argument("--norm", default="linf", help="linf, l2 or l1")
     parser.add_argument("--task", action="append", help="of a dense run, whose loss is raised (all tasks)")
     parser.add_argument("--seed", type=int, help="of the drawn images and the attack, with --model")
-    parser.add_argument("--masking", action="store_true", help="also check the accuracy at growing radii")
     parser.add_argument(
         "--keep-images", action="store_true", help="also write the attacked images to adversarial/ of the run folder"
     )
@@ -150,7 +148,6 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
                 for name in options.corruption or ()
             ],
             "keep_images": options.keep_images,
-            "masking": options.masking,
         },
     }
     config = typed_config(raw, "attack")

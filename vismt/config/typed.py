@@ -21,7 +21,7 @@ from functools import cache
 from numbers import Real
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from vismt.base.errors import UserError, near, shown_value
+from vismt.base.errors import GONE, UserError, near, shown_value
 from vismt.storage.paths import stays_inside
 
 T = TypeVar("T")
@@ -219,7 +219,7 @@ def unknown_key(cls: type, name: str, source: str, key: str, known: Iterable[str
     A class may have a dictionary ELSEWHERE: {name: where that is set}.
     """
     choices = list(known)
-    elsewhere = getattr(cls, "ELSEWHERE", {}).get(name)
+    elsewhere = getattr(cls, "ELSEWHERE", {}).get(name) or GONE.get(key)
     hint = f" {elsewhere}" if elsewhere else near(name, choices) or f" Known: {', '.join(map(repr, sorted(choices)))}."
     return UserError(f"{source}: unknown key '{key}'.{hint}")
 

@@ -18,7 +18,6 @@ from vismt.base.errors import UserError
 from vismt.base.seeds import digest
 from vismt.config.sections import flat
 from vismt.engine.study import FROZEN, Study, StudyConfig, Training
-from vismt.evaluation.sections import asked_features
 from vismt.jobs.graphs import Graph
 from vismt.jobs.predictions import Options, Predictions
 from vismt.report.comparison import Comparison, arm_title, compare_results
@@ -35,7 +34,7 @@ from vismt.report.results import (
     write_results,
     write_values,
 )
-from vismt.report.score_sections import line_sections, score_sections, summary_sections
+from vismt.report.score_sections import score_sections, summary_sections
 from vismt.report.tables import (
     Section,
     measure_tables,
@@ -49,9 +48,7 @@ from vismt.report.trainings import cost_section, progress_section, read_costs, t
 from vismt.report.writer import DEFAULT_FORMATS, result_sections, run_heading, write_report
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
-from vismt.storage.lines import write_lines
 from vismt.storage.paths import file_name
-from vismt.uncertainty.features import Lines, View
 from vismt.uncertainty.intervals import averaged, interval_kind_text, over_seeds
 
 Config = TypeVar("Config", bound=StudyConfig)
@@ -115,10 +112,6 @@ class EvaluationJob(ABC, Generic[Config]):
     def is_untrained(self, arm: str, data: str) -> bool:
         """Return whether an arm is trained on other tasks than the task with the name `data`."""
         return False
-
-    def views(self, arm: str) -> Mapping[str, View]:
-        """Return the first training of a model on its sets, by their names, for features with a line for each of them."""
-        return {}
 
     def finished(self, training: Training) -> None:
         """Run after the evaluation of a training. By default do nothing."""
@@ -260,18 +253,6 @@ class EvaluationJob(ABC, Generic[Config]):
             ) from reason
         if attacks is None:
             ranks.on_first(self.write_panels)
-            for feature in asked_features(getattr(self.config, "evaluate", None)):
-                if feature.lines is not None:
-                    self._write_lines(feature.key, feature.lines)
-
-    def _write_lines(self, key: str, of: Lines) -> None:
-        """Write a feature's file with a line for each model and set."""
-        lines = []
-        for arm in self.evaluated():
-            for data, view in self.views(arm).items():
-                lines.append({"arm": arm, "data": data, **of.line(view)})
-                console.stage(key, f"{arm}   {data}   {lines[-1]['verdict']}")
-        ranks.on_first(lambda: write_lines(self.folder / f"{key}.jsonl", lines))
 
     def evaluate_references(self) -> None:
         """Score models that no arm trains before the trainings, so that there are numbers soon. `evaluate` reads the records."""
@@ -429,7 +410,6 @@ class EvaluationJob(ABC, Generic[Config]):
             ),
             *training[1:],
             *summary_sections(results),
-            *line_sections(self.folder),
             *self.sections(results),
         ]
 

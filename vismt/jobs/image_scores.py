@@ -98,6 +98,6 @@ class ImageView(View):
             columns = [of for of in features if any(one.outside == entry for one in of.quantities())]
             return other.rows(ImageQuestions(self.num_classes, features=columns, data=name))
 
-    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
-        protocol = about if data else ", ".join(filter(None, (self.part, about or self.choice)))
-        return Score(self.task, data or self.data, protocol, measure, condition, examples=examples)
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "") -> Score:
+        protocol = ", ".join(filter(None, (self.part, about or self.choice)))
+        return Score(self.task, self.data, protocol, measure, condition, examples=examples)

@@ -28,7 +28,6 @@ from vismt.report.tables import (
     split_corruptions,
     without_further,
 )
-from vismt.storage.lines import read_lines
 from vismt.uncertainty.features import Summary
 from vismt.uncertainty.intervals import LOWER, SHARE, interval_kind_text, mean_interval
 
@@ -314,22 +313,6 @@ def summary_sections(results: Sequence[Result]) -> list[Section]:
     """Return the tables that features of the evaluation declare; corruptions of a set share a row with their extremes."""
     summaries = [FEATURES[name].summary for name in FEATURES]
     return [_summary_section(summary, results) for summary in summaries if summary is not None]
-
-
-def line_sections(folder: Path) -> list[Section]:
-    """Return the tables of the files with a line for each model and set that features of the evaluation declare."""
-    sections = []
-    for feature, about in ((feature, feature.lines) for feature in FEATURES.values()):
-        if about is None:
-            continue
-        rows: dict[tuple[str, ...], list[list[str]]] = {}  # by the heads of their table
-        types = {"arm": str, "data": str, **about.types}
-        for line in read_lines(folder / f"{feature.key}.jsonl", types, whole=True):
-            cells = about.cells(line)
-            rows.setdefault((*cells,), []).append([arm_title(line["arm"], ["clean"]), line["data"], *cells.values()])
-        tables = [Table(about.caption, ["Arm", "Data", *heads], of, set()) for heads, of in rows.items()]
-        sections.append(Section(about.title, [(table, about.note) for table in tables]))
-    return sections
 
 
 def _summary_section(summary: Summary, results: Sequence[Result]) -> Section:

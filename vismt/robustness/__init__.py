@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from vismt.robustness.evaluate import ConditionAccuracy as ConditionAccuracy
     from vismt.robustness.evaluate import evaluate_classifier as evaluate_classifier
     from vismt.robustness.evaluate import evaluate_examples as evaluate_examples
-    from vismt.robustness.masking import check_masking as check_masking
-    from vismt.robustness.quantisation import quantise as quantise
     from vismt.robustness.smoothing import Smoothing as Smoothing
 
 __getattr__, __dir__ = exports(__name__)

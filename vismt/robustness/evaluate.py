@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,14 +34,6 @@ from vismt.uncertainty.intervals import CLEAN, Condition, wilson
 
 Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Sequence[str]]
 Keep = Callable[[str, int, Mapping[str, np.ndarray]], object]
-
-
-class RepeatableBatches(Protocol):
-    """Batches that can be iterated several times: a list, or `vismt.data.batching.InOrder`."""
-
-    def __len__(self) -> int: ...
-
-    def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)

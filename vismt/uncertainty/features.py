@@ -21,15 +21,13 @@ from vismt.uncertainty.intervals import CLEAN, HIGHER, SHARE, Better, Condition,
 
 # What a job may provide, with the reason for which a job without it has no feature that needs it.
 PROBABILITIES, PIXELS, OUTSIDE = "probabilities", "pixels", "outside"
-VALIDATION, EMBEDDING, HEAD, RADII, COUNTS = "validation", "embedding", "head", "radii", "counts"
+VALIDATION, HEAD, COUNTS = "validation", "head", "counts"
 REASONS = {
     PROBABILITIES: "no answer of this job is a choice among classes",
     PIXELS: "the answers of this job do not come from pixels",
     OUTSIDE: "this job opens no sets of other classes",
     VALIDATION: "this job has no validation examples of the evaluated classes",
-    EMBEDDING: "the nets of this job have no features of images",
     HEAD: "the answers of this job do not come from a head over features",
-    RADII: "this job runs no attack at growing radii",
     COUNTS: "this job counts no training examples of classes",
 }
 Fitted = TypeVar("Fitted")
@@ -167,27 +165,6 @@ class Summary:
 
 
 @dataclass(frozen=True)
-class Lines:
-    """A file KEY.jsonl of a run with a line for each model and set, and its table in a report.
-
-    Args:
-        title: Title of the section.
-        caption: Title of the table.
-        types: Types of the values of a line.
-        note: Text below the table.
-        line: Function that returns the line of a net on a set. The console prints its value `verdict`.
-        cells: Function that returns the cells of a line in the table, by their heads.
-    """
-
-    title: str
-    caption: str
-    types: Mapping[str, Any]
-    note: str
-    line: Callable[[View], dict[str, Any]]
-    cells: Callable[[Mapping[str, Any]], dict[str, str]]
-
-
-@dataclass(frozen=True)
 class Validation:
     """The answers of a net to validation examples.
 
@@ -207,18 +184,15 @@ class View(ABC):
 
     Attributes:
         number: Place of the task of the set among the tasks of the net.
-        unit: What an example is, in the plural.
     """
 
     number: int = 0
-    unit: ClassVar[str] = "images"
 
     @abstractmethod
-    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "") -> Score:
         """Return a score of the net.
 
-        examples: Text that tells its examples from others of the same names. about: Field of `Feature`. data: Name of another
-        set, if the score belongs to it.
+        examples: Text that tells its examples from others of the same names. about: Field of `Feature`.
         """
 
     def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
@@ -260,15 +234,6 @@ class View(ABC):
         """The number of training examples of each class (COUNTS)."""
         raise NotImplementedError
 
-    def embedded(
-        self, entry: str, name: str, fields: Mapping[str, Field], columns: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    ) -> Rows:
-        """Return columns of the images of a set of other classes, from their features (n, d) and labels (n,) (EMBEDDING).
-
-        name: Name of the columns, for the name of their record.
-        """
-        raise NotImplementedError
-
     @property
     def head_shape(self) -> tuple[str, int, int]:
         """The name of the head, its classes and the width of its input (HEAD)."""
@@ -279,10 +244,6 @@ class View(ABC):
 
         name: Name of the head, for the names of records. Several views of one net make the head once.
         """
-        raise NotImplementedError
-
-    def by_radius(self) -> Any:
-        """Return the check of the net by an attack at growing radii (RADII), of `vismt.robustness.masking`."""
         raise NotImplementedError
 
 
@@ -304,7 +265,6 @@ class Feature:
         exported: Whether it writes `files` beside exported weights.
         holds_out: Whether it is fitted on validation examples that choose no learning rate.
         summary: Table of the report with its metrics, None for none.
-        lines: File with a line for each model and set, None for none.
         section: Value of the key.
     """
 
@@ -322,7 +282,6 @@ class Feature:
     exported: ClassVar[bool] = False
     holds_out: ClassVar[bool] = False
     summary: ClassVar[Summary | None] = None
-    lines: ClassVar[Lines | None] = None
 
     def __init__(self, section: Any) -> None:
         self.section = section

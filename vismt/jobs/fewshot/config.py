@@ -17,7 +17,7 @@ from vismt.metatune.amt.selection_rules import SELECT
 from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
-from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, RADII
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
 from vismt.uncertainty.last_layers import check_head, is_variational
 
 EXPERT = "expert:"
@@ -115,7 +115,7 @@ class FewShotHeadConfig:
             raise UserError(f"head: '{self.name}' has no options; finetune has its own section, the others have none.")
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, RADII)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE)
 @dataclass
 class EvaluateConfig:
     """Test episodes.
@@ -135,7 +135,6 @@ class EvaluateConfig:
         max_ways: largest number of classes of the variable rule.
         max_contribution: largest number of support images of a class of the variable rule. With min_ways = max_ways = 5, a
             value of 1 is the AMT paper's 5-way 1-shot.
-        masking_episodes: number of episodes of each set for `masking`.
         probabilities: whether the ECE, NLL and Brier score of the probabilities after each model's temperature are reported.
             The temperature is fitted on the validation episodes of the select section.
         ways_of: ways of sets that have other ways than `ways`, by their entry in data or select.data.
@@ -159,7 +158,6 @@ class EvaluateConfig:
     min_ways: int = 5
     max_ways: int = 50
     max_contribution: int = 100
-    masking_episodes: Episodes = 10
     probabilities: bool = False
     ways_of: dict[str, Annotated[int, within(2)]] = field(default_factory=dict)
     sampling: Annotated[str, Names(("parts", "with_replacement", "without_replacement"), only=True)] = field(

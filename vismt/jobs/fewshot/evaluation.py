@@ -35,7 +35,6 @@ from vismt.metatune.protocol.episode_outcome import SCALED, UNSCALED
 from vismt.metatune.protocol.episodes import EpisodeSampler, VariableSampler
 from vismt.metatune.protocol.protocol import EpisodeQuestions, clean_logits, run_protocol
 from vismt.robustness.conditions import AttackConfig, Perturbation, TransferSource, condition_of, worst_cases
-from vismt.robustness.masking import MaskingCheck, check_episodes
 from vismt.storage.fitted import fitted_once
 from vismt.uncertainty.features import Feature, Inputs, View
 from vismt.uncertainty.intervals import CLEAN, Condition, Measure, Score
@@ -117,15 +116,14 @@ class Evaluation:
 class EpisodeView(View):
     """A model on the episodes of one set and protocol."""
 
-    unit = "episodes"
     evaluation: Evaluation
     models: Models
     arm: str
     name: str
     sampler: Sampler
 
-    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
-        return Score(_TASK, shown_name(self.name), str(self.sampler), measure, condition, self.unit, examples)
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "") -> Score:
+        return Score(_TASK, shown_name(self.name), str(self.sampler), measure, condition, "episodes", examples)
 
     def scores(
         self,
@@ -173,22 +171,6 @@ class EpisodeView(View):
             measures.append((quantity.condition, quantity.measure(values, counts=False)))
         measures = [(label, over_episodes(measure, sampler)) for label, measure in measures] + usual
         return [self.score(measure, label, drawn) for label, measure in measures]
-
-    def by_radius(self) -> MaskingCheck:
-        """Return the check on the first episodes."""
-        of, shown = self.evaluation, shown_name(self.name)
-        pixels, title = of.data.open(self.name), f"{shown} {self.sampler} {self.arm}"
-        return check_episodes(
-            self.models.task(self.arm),
-            pixels,
-            self.sampler,
-            episodes=of.config.evaluate.masking_episodes,
-            records=of.folder / "masking" / f"{record_stem(shown, str(self.sampler), self.arm)}.jsonl",
-            examples=pixels.content,
-            data=self.name,
-            fingerprint=self.models.fingerprint(self.arm),
-            label=f"{title} by radius",
-        )
 
 
 def over_episodes(measure: Measure, sampler: Sampler) -> Measure:

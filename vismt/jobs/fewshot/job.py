@@ -17,7 +17,7 @@ from vismt.base import console, ranks
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.base.objects import object_named
 from vismt.data.pixels import Pixels
-from vismt.data.set_entries import row_name, shown_name
+from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.stream import Batches
 from vismt.engine.study import FROZEN, Study, Training
@@ -36,7 +36,7 @@ from vismt.jobs.fewshot.arms import (
 from vismt.jobs.fewshot.config import CLEAN_EXPERT, EXPERT, MERGED, ExpertConfig, FewShotConfig
 from vismt.jobs.fewshot.config_checks import check, check_sets
 from vismt.jobs.fewshot.data import FewShotData, draw_corruption
-from vismt.jobs.fewshot.evaluation import EpisodeView, Evaluation
+from vismt.jobs.fewshot.evaluation import Evaluation
 from vismt.jobs.fewshot.models import OWN_FILE, Models, make_net, read_scale
 from vismt.jobs.fewshot.report import sections
 from vismt.jobs.graphs import Graph, Named, image_graph
@@ -248,12 +248,6 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
             feature.models for feature in asked_features(self.config.evaluate)
         ):  # else trained models make the attacks
             super().evaluate_references()
-
-    def views(self, arm: str) -> dict[str, EpisodeView]:
-        """Return a model on the episodes of the first protocol of every set."""
-        views = self._evaluation(arm).views(self.models(self.study.seeds[0], arm), arm)
-        first = {view.name: view for view in reversed(views)}
-        return {f"{shown_name(name)}, {first[name].sampler}": first[name] for name in self.config.evaluate.data}
 
     def check_evaluation(self, attacks: Sequence[AttackConfig] | None) -> None:
         """Leave out untrained arms whose weights cannot be loaded, with a line for each."""

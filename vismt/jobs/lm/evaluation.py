@@ -287,7 +287,7 @@ class SetView(View):
         measures = self.evaluation.data.tasks[self.task].measures(records)
         return [self.score(measure, condition, self.content) for measure in measures.values()]
 
-    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "", data: str = "") -> Score:
+    def score(self, measure: Measure, condition: Condition, examples: str, about: str = "") -> Score:
         tokens = sum(record.get("tokens", 0) for record in self.records)
         users = len(measure.values) < len(self.records)  # and not rows, which are several of a user
         rows = f"{len(self.records):,} {self.split} rows" if users else f"{self.split} rows"
@@ -298,7 +298,7 @@ class SetView(View):
             rows = f"{self.split} rows of {folds} folds"
         protocol = f"{self.evaluation.data.tasks[self.task].about}, {about or rows}"
         unit = "users" if users else "rows"
-        return Score(self.task, data or self.name, protocol, measure, condition, unit, examples)
+        return Score(self.task, self.name, protocol, measure, condition, unit, examples)
 
     def rows(self, features: Sequence[Feature]) -> Rows:
         """Return the columns of features."""

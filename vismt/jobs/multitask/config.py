@@ -49,7 +49,7 @@ from vismt.multitask.heads import MAP_HEADS, check_map_head
 from vismt.multitask.tasks import TASKS, MapTask, Task, loss_options, make_task
 from vismt.multitask.tasks.classes import Classification, unite
 from vismt.storage.files import JsonObject
-from vismt.uncertainty.features import COUNTS, EMBEDDING, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION, Inputs
+from vismt.uncertainty.features import COUNTS, HEAD, OUTSIDE, PIXELS, PROBABILITIES, VALIDATION, Inputs
 from vismt.uncertainty.last_layers import HEADS as CLASSIFIERS
 from vismt.uncertainty.last_layers import check_head, is_variational
 
@@ -119,7 +119,7 @@ class AugmentConfig(MapAugmentation):
     jitter: Jitter = 0.0
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, EMBEDDING, HEAD, COUNTS)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, HEAD, COUNTS)
 @dataclass
 class MultitaskEvaluateConfig:
     """Evaluation.
@@ -491,9 +491,9 @@ def _check_fitted_tasks(config: MultitaskConfig) -> None:
             raise UserError(f"{where} no task has classes; leave it out.")
         if COUNTS in feature.needs and len(whole) > 1 and config.head_section.labels == "union":
             raise UserError(f"{where} its prior is over the classes of one task; set head.labels to separate.")
-        if feature.needs & {PROBABILITIES, EMBEDDING, HEAD} and not whole:
+        if feature.needs & {PROBABILITIES, HEAD} and not whole:
             raise UserError(f"evaluate.{feature.key}: no task is of whole images; add one, or leave the key out.")
-        if feature.needs & {EMBEDDING, HEAD}:
+        if HEAD in feature.needs:
             raise UserError(
                 f"evaluate.{feature.key}: it stands on the input of a stock classifier; leave it or size out."
             )

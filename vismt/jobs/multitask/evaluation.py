@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,9 +16,7 @@ from torch import Tensor
 from vismt.base import console, ranks
 from vismt.data.batching import Gathered, InOrder, joint_content, names_digest
 from vismt.data.division import validation_parts
-from vismt.data.set_entries import row_name
 from vismt.engine import runtime
-from vismt.engine.log import record_stem
 from vismt.engine.study import Study, Training
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, divides, perturbations, shown_quantile
@@ -30,9 +28,8 @@ from vismt.jobs.predictions import Softmax
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import RECORDS
 from vismt.storage.fitted import fitted_once
-from vismt.storage.records import Field, Header, Records, Row
-from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Rows, Validation, in_condition
-from vismt.uncertainty.intervals import CLEAN, Score
+from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Validation
+from vismt.uncertainty.intervals import Score
 
 _TASK = "classification"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
@@ -230,28 +227,6 @@ class TaskView(ImageView):
     @property
     def class_counts(self) -> list[int]:
         return self.evaluation.data.class_counts()
-
-    def embedded(
-        self, entry: str, name: str, fields: Mapping[str, Field], columns: Callable[[Tensor, Tensor], dict[str, Tensor]]
-    ) -> Rows:
-        images = self.evaluation.data.outside(entry)
-        header = Header(self.fingerprint, images.content, {"data": row_name(entry), "images": names_digest(images)})
-        path = self.records.with_name(f"{record_stem(name, row_name(entry), self.training.arm)}.jsonl")
-        log, label = (
-            Records(path, header, in_condition(CLEAN.label, fields)),
-            f"{name} in {row_name(entry)}, {self.training.arm}",
-        )
-
-        @torch.no_grad()
-        def rows() -> list[Row]:
-            features = torch.cat(self.evaluation.features(self.pixels, images, label)).cpu()
-            found = {key: values.tolist() for key, values in columns(features, images.labels).items()}
-            found = {"id": images.ids, **in_condition(CLEAN.label, found)}
-            return [dict(zip(found, row, strict=True)) for row in zip(*found.values(), strict=True)]
-
-        computed = [] if all(image in log for image in images.ids) else ranks.on_first(rows)
-        complete = log.complete([images.ids], [computed].__getitem__, label)  # one batch
-        return Rows(complete, *images.groups(torch.arange(len(images))), log.examples)
 
     @property
     def head_shape(self) -> tuple[str, int, int]:

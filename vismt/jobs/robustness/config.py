@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 from vismt.base.errors import UserError, near
 from vismt.config.sections import AdaptConfig, Count, ModelConfig, OnBadSample, TrainConfig
-from vismt.config.typed import Names, within
+from vismt.config.typed import within
 from vismt.data.set_entries import check_row_names
 from vismt.engine.study import StudyConfig, check_arms
 from vismt.evaluation.sections import asked_features, check_other_sets, evaluate_section, fitted_keys, perturbations
-from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, RADII, VALIDATION, Inputs
+from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES, VALIDATION, Inputs
 
 if TYPE_CHECKING:
     from vismt.robustness.attacks.attacks import AttackSpec
@@ -32,7 +32,6 @@ class ClassifierConfig:
         function: module:function, which returns an nn.Module from images in [0, 1] to logits, alone or with its number of
             classes.
         size: size in pixels to which images are decoded. null means the classifier's own. A function needs it.
-        quantise: rounding of the weights (vismt.robustness.quantisation). null leaves them.
         img_size: size of the images of a model in pixels. null means the size in its config.json or of timm.
         task: task of a multi-task classifier whose classes the cards have. null lets the cards decide.
     """
@@ -44,12 +43,11 @@ class ClassifierConfig:
     arm: str | None = None
     function: str | None = None
     size: int | None = None
-    quantise: Annotated[str | None, Names("vismt.robustness.quantisation:SCHEMES", only=True)] = None
     img_size: int | None = None
     task: str | None = None
 
 
-@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION, RADII)
+@evaluate_section(PROBABILITIES, PIXELS, OUTSIDE, VALIDATION)
 @dataclass
 class RobustnessEvaluateConfig:
     """Evaluation.
@@ -122,9 +120,7 @@ def _check_data(config: RobustnessConfig) -> None:
     check_row_names(config.data, "data")
     check_other_sets(settings, {"data": config.data})
     if config.data:
-        attack, features = first_attack(config), asked_features(settings)
-        for feature in (of for of in features if RADII in of.needs and attack is None):
-            raise UserError(f"evaluate.{feature.key}: checks the first attack, and there is none; add one.")
+        first_attack(config)
         return
     of_cards = {"images": settings.images is not None, "keep_images": settings.keep_images}
     asked = [key for key, used in of_cards.items() if used]

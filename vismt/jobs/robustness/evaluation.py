@@ -16,9 +16,7 @@ from vismt.evaluation.quality import ACCURACY
 from vismt.jobs.image_scores import ImageView
 from vismt.jobs.robustness.models import Classifier
 from vismt.metatune.functional import answers
-from vismt.robustness.attacks.attacks import AttackSpec
 from vismt.robustness.corruptions import error_under_corruptions
-from vismt.robustness.masking import MaskingCheck, check_masking
 from vismt.storage.fitted import fitted_once
 from vismt.uncertainty.features import Fitted, Validation
 from vismt.uncertainty.intervals import LOWER, Condition, Measure, Score
@@ -37,11 +35,10 @@ def records_path(folder: Path, data: str) -> Path:
 class CardView(ImageView):
     """The images of a card.
 
-    folder: Folder of the classifier. attack: First attack, None for none. fitting: Images on which features are fitted.
+    folder: Folder of the classifier. fitting: Images on which features are fitted.
     """
 
     folder: Path
-    attack: AttackSpec | None
     fitting: InOrder | None
 
     def fitted(self, name: str, kind: type[Fitted], fit: Callable[[], Fitted], *, of_net: bool = False) -> Fitted:
@@ -57,20 +54,6 @@ class CardView(ImageView):
         logits, labels = (torch.cat(part) for part in zip(*parts))
         return [Validation(logits, labels, torch.ones_like(labels, dtype=torch.bool))]
 
-    def by_radius(self) -> MaskingCheck:
-        assert self.attack is not None  # the configuration asks for it
-        return check_masking(
-            self.net,
-            self.batches,
-            self.attack,
-            num_classes=self.num_classes,
-            records=self.records.with_name(f"{record_stem('masking', self.data, 'images')}.jsonl"),
-            data=self.source,
-            fingerprint=self.fingerprint,
-            examples=self.batches.images.content,
-            label=f"{self.label} by radius",
-        )
-
 
 def card_view(
     classifier: Classifier,
@@ -80,7 +63,6 @@ def card_view(
     data: str,
     arm: str,
     opened: Callable[[str], AbstractContextManager[Images]],
-    attack: AttackSpec | None = None,
     fitting: InOrder | None = None,
 ) -> CardView:
     """Return a classifier on the images of a card."""
@@ -100,7 +82,6 @@ def card_view(
         opened=opened,
         chance=1 / classes,
         folder=folder,
-        attack=attack,
         fitting=fitting,
     )
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vismt.data.set_entries import card_and_split, row_name, shown_name
+from vismt.data.set_entries import card_and_split, shown_name
 from vismt.engine.study import Training
 from vismt.evaluation.quality import Quality
 from vismt.evaluation.sections import asked_features, check_split, fitted_keys, perturbations
@@ -100,10 +100,6 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
     def derived(self, scores: Mapping[str, Sequence[Score]], seeds: Sequence[int]) -> dict[str, list[Score]]:
         return corruption_errors(scores)
 
-    def views(self, arm: str) -> dict[str, CardView]:
-        (training,) = self.trainings(arm)
-        return {row_name(data): self._view(arm, data, training.folder) for data in self.config.data}
-
     def _view(self, arm: str, data: str, folder: Path) -> CardView:
         classifier = self.classifier_of(arm, data)
         return card_view(
@@ -113,7 +109,6 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
             data=data,
             arm=arm,
             opened=partial(self.cards.opened, classifier=classifier),
-            attack=first_attack(self.config),
             fitting=self.cards.for_fitting(data, classifier) if fitted_keys(self.config.evaluate) else None,
         )
 

@@ -29,7 +29,6 @@ from vismt.robustness.classifier import (
     load_classifier,
     load_robustbench,
 )
-from vismt.robustness.quantisation import quantise
 
 
 @dataclass(frozen=True)
@@ -66,11 +65,8 @@ def check_exists(config: ClassifierConfig) -> None:
 
 
 def make_classifier(config: ClassifierConfig) -> Classifier:
-    """Return the classifier of a configuration on the device of this process. `config.quantise` quantises its weights."""
-    classifier = replace(_load(config), task=config.task)
-    if config.quantise is not None:
-        quantise(classifier.net, f"'{config.run or config.function or config.name}'")
-    return classifier
+    """Return the classifier of a configuration on the device of this process."""
+    return replace(_load(config), task=config.task)
 
 
 def _load(config: ClassifierConfig) -> Classifier:
@@ -117,11 +113,4 @@ class TrainedArm:
             )
         self.job = run.job
         self.training = run.job.study.find(config.arm)
-        self.scheme = config.quantise
-        self.net = cache(self._load)  # kept like the classifiers of cards
-
-    def _load(self) -> nn.Module:
-        net = self.job.final(self.training)
-        if self.scheme is not None:
-            quantise(net, f"run '{self.training.folder}'")
-        return net
+        self.net = cache(lambda: self.job.final(self.training))  # kept like the classifiers of cards
