@@ -210,14 +210,18 @@ def evaluate_fewshot(
         print(results)
     """
     from vismt.engine.study import FROZEN
-    from vismt.jobs.fewshot.config import PROTOTYPES, TASK_HEADS
+    from vismt.jobs.fewshot.config import PROTOTYPES, head_names
 
     objects: dict[str, object] = {}
     arms = _models(model, objects, "model.name")
+    if isinstance(head, type):
+        raise UserError(
+            f"head: {head.__name__} is a class; register it, HEADS.add('mine', {head.__name__}), and give its name."
+        )
     heads = [head] if isinstance(head, str) else list(head)
     if not heads:
         raise UserError("head: []; name at least one, such as 'prototypes'.")
-    require_known("head: no head", heads, (PROTOTYPES, *TASK_HEADS))
+    require_known("head: no head", heads, head_names())
     config = {
         "task": "fewshot",
         "title": f"Few-shot evaluation of {', '.join(arms)}",

@@ -23,7 +23,11 @@ from vismt.config.sections import find_config
 from vismt.config.yaml_text import read_yaml
 from vismt.data.cards import load_card
 from vismt.jobs import JOBS, load_config, make_job
+from vismt.metatune.amt.selection_rules import RULES
+from vismt.metatune.settings import HEADS
+from vismt.multitask.balancing.base import BALANCERS
 from vismt.multitask.tasks import TASKS
+from vismt.robustness.attacks import ATTACKS
 
 ASSERTED = {
     "README.md",
@@ -76,6 +80,13 @@ def tiny_models(monkeypatch, tmp_path):
     methods.METHODS._items.pop("orthogonal", None)
     for name in ("close_depth", "near"):
         TASKS._items.pop(name, None)
+    for table, name in (
+        (BALANCERS, "geometric"),
+        (HEADS, "nearest"),
+        (ATTACKS, "corners"),
+        (RULES, "nearest_prototypes"),
+    ):
+        table._items.pop(name, None)
 
 
 def run(page: str, *changes: tuple[str, str], **names: Any) -> dict[str, Any]:

@@ -52,9 +52,10 @@ def test_an_installed_method_tracker_and_job_run_in_workers(tmp_path: Path) -> N
 @pytest.mark.slow
 def test_a_method_of_a_module_beside_the_configuration_runs_in_workers(tmp_path: Path) -> None:
     shutil.copy(PACKAGE / "own_vismt_parts" / "orthogonal.py", tmp_path / "mine.py")
-    adapt = {"method": "orthogonal", "module": "mine", "rank": 2}
+    adapt = {"method": "orthogonal", "rank": 2}
     config = {
         "task": "multitask",
+        "module": "mine",
         "model": {"name": "test_vit", "img_size": 32, "pretrained": False},
         "tasks": [{"name": "digits", "train": ["digits"], "test_share": 0.05, "validation_share": 0.03, "limit": 20}],
         "arms": {"own": {"adapt": adapt}, "lora": {}},

@@ -193,7 +193,7 @@ def test_an_author_of_recommenders_and_methods(program: Path, tmp_path: Path) ->
     (tmp_path / "mine.py").write_text(re.sub(r"^model = .*", "", code, flags=re.S | re.M))
     served(program.parent / "python", "-c", f"import mine\n{check}", folder=tmp_path)
     write_folder(tmp_path / "my_images", 12)
-    own = ["adapt={module: mine, method: orthogonal, rank: 4}", "arms={lora: {}}"]
+    own = ["module=mine", "adapt={method: orthogonal, rank: 4}", "arms={lora: {}}"]
     swaps = {"new_images": "my_images/red"}
     walk("guides/multitask.md", "Your own images", program, tmp_path, {"run": [*SMALL, *own]}, **swaps)
     adapters = [json.loads(path.read_text()) for path in tmp_path.rglob("classification-*/**/adapter.json")]

@@ -8,7 +8,8 @@ from helpers.run_folder import make_folder
 
 from vismt.base.errors import UserError
 from vismt.engine.log import record_stem
-from vismt.jobs.fewshot.config import POOLED, TASK_HEADS
+from vismt.jobs.fewshot.config import pooled_models
+from vismt.metatune.settings import HEADS
 from vismt.report.results import ValuesByExample, read_results, result_of, write_results, write_values
 from vismt.storage.lines import read_lines
 from vismt.uncertainty.intervals import CLEAN, Condition, Estimate, Score, averaged
@@ -184,7 +185,7 @@ def test_a_number_of_a_lone_example_has_no_interval():
 
 
 def test_two_models_of_a_run_have_two_files_of_records() -> None:
-    models = [f"{model}{head}" for model in POOLED for head in ("", *(f"+{head}" for head in TASK_HEADS))]
+    models = [f"{model}{head}" for model in pooled_models() for head in ("", *(f"+{head}" for head in HEADS))]
     stems = [record_stem("cub:test", "5-way 1-shot", model) for model in models]
     assert len(set(stems)) == len(models) and stems[models.index("merged:tsv+ridge")] == (
         "cub-test-5-way-1-shot-merged-tsv-ridge"

@@ -113,7 +113,6 @@ class AdaptConfig:
     """The arguments of vismt.adapt.
 
     Args:
-        module: Python module that registers `method`, for a method of your own. null for a method that is installed.
         method: Name of the adaptation method (`vismt list methods`).
         targets: Modules to adapt: a regular expression, names, "all-linear", "all-conv" or "all-linear+conv". null for the
             method's own choice.
@@ -124,6 +123,7 @@ class AdaptConfig:
 
     # Words of peft, in Python and in configurations.
     ELSEWHERE: ClassVar[dict[str, str]] = {
+        "module": "Name the module at the top of the file: module: mine.",
         "r": "It is rank here.",
         "target_modules": "It is targets here.",
         "lora_alpha": "It is alpha here.",
@@ -139,7 +139,6 @@ class AdaptConfig:
         "task_type": "It is not needed; leave it out.",
     }
 
-    module: Annotated[str, import_own] | None = field(default=None, metadata=UNHASHED)
     method: Annotated[str, Names("vismt.methods:METHODS", only=True)] = "lora"
     targets: str | list[str] | None = None
     rank: int = 8
@@ -220,6 +219,7 @@ class RunConfig:
 
     Args:
         task: Name of the job.
+        module: Python module of yours, which is imported before the other keys are read and registers what they name.
         title: Title of the report. It is not part of the run's hash.
         seed: Seed of start values, and of the training if `seeds` is empty.
         model: Model.
@@ -234,6 +234,7 @@ class RunConfig:
     }
 
     task: str = "fewshot"
+    module: Annotated[str, import_own] | None = field(default=None, metadata=UNHASHED)
     title: str = field(default="", metadata=UNHASHED)
     seed: Seed = 0
     model: ModelSection = field(default_factory=ModelConfig)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from vismt.metatune.protonet import ProtoNet as ProtoNet
     from vismt.metatune.protonet import cosine_logits as cosine_logits
     from vismt.metatune.protonet import prototypes as prototypes
+    from vismt.metatune.settings import HEADS as HEADS
     from vismt.metatune.settings import FineTuneSettings as FineTuneSettings
     from vismt.metatune.settings import MamlSettings as MamlSettings
     from vismt.uncertainty.intervals import mean_interval as mean_interval

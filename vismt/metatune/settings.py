@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from vismt.base.errors import UserError
+from vismt.base.registry import Registry
 from vismt.config.typed import Checked, Names, within
 from vismt.metatune.amt.input_attack import PYRAMID, PYRAMID_NORMS, Levels
 
@@ -15,6 +16,13 @@ PARAMETERS = ("all", "attention_scale")
 AUTO = "auto"
 ALGORITHMS = ("maml", "fomaml", "metasgd")
 ENGINES = ("func", "learn2learn")
+# Classes of few-shot models that are fitted to the support of a task, in place of its prototypes.
+HEADS: Registry[Any] = Registry(
+    "head: no head",
+    dict.fromkeys(("logistic", "ridge"), "vismt.metatune.probes.linear")
+    | dict.fromkeys(("laplace", "vbll"), "vismt.metatune.probes.bayesian")
+    | {"finetune": "vismt.metatune.finetuning.finetune"},
+)
 
 
 @dataclass(frozen=True)

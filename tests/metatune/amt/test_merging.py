@@ -369,7 +369,7 @@ def test_trimming_reaches_every_strategy_and_not_the_router(pool: ExpertPool, st
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"strategy": "merged"}, "merging.strategy: 'merged'. Near: 'average'"),
+        ({"strategy": "merged"}, "merging.strategy: 'merged' is not known. Near: 'average'"),
         ({"beta": -1.0}, "merging.beta is -1.0"),
         ({"beta": float("inf")}, "beta is inf; a number must be finite"),
         ({"balance": 1.1}, "balance is 1.1"),

@@ -10,6 +10,9 @@ import torch
 from helpers.pages import ROOT, blocks
 
 from vismt.base.errors import UserError
+from vismt.base.registry import import_own
+from vismt.config.typed import build
+from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.multitask.tasks import TASKS, make_task
 
 PAGE = ROOT / "docs" / "extending.md"
@@ -29,7 +32,8 @@ def mine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
 
 def test_the_page_shows_a_metric_and_a_task_that_are_right(mine: str) -> None:
-    near = make_task({"name": "near", "module": mine, "below": 1.5})
+    import_own(mine, "module")
+    near = make_task({"name": "near", "below": 1.5})
     metric = near.metric()
     target = torch.tensor([[[1.0, 1.0], [2.0, 0.0]]])  # the last pixel has no value
     near.update(metric, torch.tensor([[[[1.0, -1.0], [1.0, 5.0]]]]), target)
@@ -46,6 +50,10 @@ def test_the_page_shows_a_metric_and_a_task_that_are_right(mine: str) -> None:
     assert close.numbers["close"].name == "within 10 cm"
 
 
-def test_a_module_that_is_not_there_is_one_line() -> None:
-    with pytest.raises(UserError, match="task: module: cannot import 'no_such_module'"):
-        make_task({"name": "near", "module": "no_such_module"})
+def test_a_module_is_named_at_the_top_of_the_file() -> None:
+    with pytest.raises(UserError, match=r"mine\.yaml: module: cannot import 'no_such_module'"):
+        build(FewShotConfig, {"module": "no_such_module"}, "mine.yaml")
+    with pytest.raises(UserError, match="task: module: name the module at the top of the file"):
+        make_task({"name": "near", "module": "mine"})
+    with pytest.raises(UserError, match=r"unknown key 'adapt.module'. Name the module at the top of the file"):
+        build(FewShotConfig, {"adapt": {"module": "mine"}}, "mine.yaml")

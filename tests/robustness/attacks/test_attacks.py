@@ -435,7 +435,7 @@ def test_classes_of_torchattacks_run_by_name(case, name):
 def test_a_class_of_torchattacks_that_fails_is_one_clear_message(case):
     pytest.importorskip("torchattacks")
     net, images, labels = case
-    with pytest.raises(UserError, match=r"attack torchattacks:MultiAttack: torchattacks cannot run it here \("):
+    with pytest.raises(UserError, match=r"attack torchattacks:MultiAttack: it cannot run here \("):
         attack(net, images, labels, AttackSpec("torchattacks:MultiAttack", 0.1), num_classes=CLASSES)
 
 

@@ -12,13 +12,12 @@ from vismt.jobs.fewshot.config import (
     EXPERT,
     MERGED,
     PROTOTYPES,
-    TASK_HEADS,
     ExpertConfig,
     FewShotConfig,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT, ExpertSpec, PlannedExpert, level_text, plan_experts
 from vismt.metatune.amt.selection_rules import COMBINED
-from vismt.metatune.settings import AdversaryForm
+from vismt.metatune.settings import HEADS, AdversaryForm
 from vismt.robustness.attacks.attacks import radius_text
 
 # What a model that is made of a pool is, by its strategy.
@@ -124,7 +123,7 @@ def untrained_arms(config: FewShotConfig) -> dict[str, FewShotConfig]:
 def split_head(model: str) -> tuple[str, str]:
     """Return the stem of a model's name and its head, "" for prototypes."""
     stem, _, head = model.rpartition("+")
-    return (stem, head) if head in TASK_HEADS else (model, "")
+    return (stem, head) if head in HEADS else (model, "")
 
 
 def evaluated_models(config: FewShotConfig, arms: list[str]) -> list[str]:

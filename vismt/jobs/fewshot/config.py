@@ -13,8 +13,8 @@ from vismt.evaluation.sections import evaluate_section
 from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT, ExpertSpec
 from vismt.metatune.amt.input_attack import PYRAMID
-from vismt.metatune.amt.selection_rules import SELECT
-from vismt.metatune.settings import Adversary, AdversaryForm, FineTuneSettings, MamlSettings
+from vismt.metatune.amt.selection_rules import merging_rules
+from vismt.metatune.settings import HEADS, Adversary, AdversaryForm, FineTuneSettings, MamlSettings
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
 from vismt.uncertainty.features import OUTSIDE, PIXELS, PROBABILITIES
@@ -24,21 +24,27 @@ EXPERT = "expert:"
 MERGED = "merged"
 DEFAULT_MERGED = "merged:default"
 SINGLE = (FROZEN, ALONE)
-POOLED = (
-    FROZEN,
-    CLEAN_EXPERT,
-    MERGED,
-    DEFAULT_MERGED,
-    *(f"{MERGED}:{rule}" for rule in SELECT),
-    "average",
-    "logits",
-    "min_ce",
-)
 _LEVELS: list[float | list[float]] = [0.01, 0.1, 6.0, 8.0]
-# The model "STEM+HEAD" has one of these in place of the prototypes of "STEM".
-TASK_HEADS = ("finetune", "ridge", "logistic", "vbll", "laplace")
-PROTOTYPES = "prototypes"
+PROTOTYPES = (
+    "prototypes"  # the head of a model without an ending. The model "STEM+HEAD" has a head of HEADS in their place
+)
 COPY_SEED = 1_000_003  # difference of the training seeds of experts with one level
+
+
+def pooled_models() -> tuple[str, ...]:
+    """Return the models of a run with a pool, besides its experts."""
+    merged = (f"{MERGED}:{rule}" for rule in merging_rules())
+    return (FROZEN, CLEAN_EXPERT, MERGED, DEFAULT_MERGED, *merged, "average", "logits", "min_ce")
+
+
+def known_models() -> tuple[str, ...]:
+    """Return the evaluated models whose names do not follow from the run."""
+    return (*SINGLE, *pooled_models())
+
+
+def head_names() -> tuple[str, ...]:
+    """Return the names of heads."""
+    return (PROTOTYPES, *HEADS)
 
 
 @dataclass
@@ -86,7 +92,7 @@ class PoolConfig(AdversaryForm):
     clean: bool = False
     folder: str | None = None
     experts: list[ExpertSpec] = field(default_factory=list)
-    select: Annotated[str, Names(tuple(SELECT), only=True)] = "paper"
+    select: Annotated[str, Names("vismt.metatune.amt.selection_rules:merging_rules", only=True)] = "paper"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -101,11 +107,11 @@ class FewShotHeadConfig:
     """The head of evaluated models whose name has no ending.
 
     Args:
-        name: name of the head, prototypes, finetune, ridge, logistic, vbll or laplace, as in evaluate.models.
+        name: name of the head, prototypes, finetune, ridge, logistic, vbll, laplace or one of your own, as in evaluate.models.
         options: further arguments of vbll (vismt.uncertainty.vbll).
     """
 
-    name: Annotated[str, Names((PROTOTYPES, *TASK_HEADS), only=True)] = PROTOTYPES
+    name: Annotated[str, Names("vismt.jobs.fewshot.config:head_names", only=True)] = PROTOTYPES
     options: JsonObject = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -147,7 +153,9 @@ class EvaluateConfig:
     """
 
     data: list[str] = field(default_factory=list)
-    models: Annotated[list[str], Names((*SINGLE, *POOLED))] = field(default_factory=lambda: list(SINGLE))
+    models: Annotated[list[str], Names("vismt.jobs.fewshot.config:known_models")] = field(
+        default_factory=lambda: list(SINGLE)
+    )
     rule: Annotated[str, Names(("uniform", "variable"), only=True)] = "uniform"
     ways: int = 5
     shots: list[int] = field(default_factory=lambda: [1, 5])

@@ -15,11 +15,11 @@ from vismt.jobs.fewshot.arms import evaluated_models, planned_experts, resolve_e
 from vismt.jobs.fewshot.config import (
     DEFAULT_MERGED,
     EXPERT,
-    POOLED,
     PROTOTYPES,
     SINGLE,
     ExpertConfig,
     FewShotConfig,
+    pooled_models,
 )
 from vismt.jobs.fewshot.pool_experts import CLEAN_EXPERT
 from vismt.robustness.conditions import TransferSource
@@ -158,7 +158,7 @@ def _check_models(config: FewShotConfig, trains: bool, arms: Collection[str]) ->
     assembled = pool is not None and bool(pool.folder)
     planned = planned_experts(config)
     experts = [] if assembled else [f"{EXPERT}{label}" for label in planned]
-    known = [*(SINGLE if pool is None else POOLED), *experts, *arms]
+    known = [*(SINGLE if pool is None else pooled_models()), *experts, *arms]
     if pool is not None and not (trains and (pool.clean or CLEAN_EXPERT in (*planned, *arms))):
         known.remove(CLEAN_EXPERT)
     sources = [(model, f"evaluate.{of.key}: source") for of in asked_features(config.evaluate) for model in of.models]

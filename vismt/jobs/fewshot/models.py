@@ -24,11 +24,10 @@ from vismt.metatune.amt.pool import POOL_FILE, Expert, ExpertPool, read_pool
 from vismt.metatune.amt.selection_rules import MergeSettings
 from vismt.metatune.finetuning.finetune import FineTuned
 from vismt.metatune.maml import LinearLearner, MamlNet
-from vismt.metatune.probes.bayesian import LaplaceProbe, VBLLProbe
-from vismt.metatune.probes.linear import LinearProbe, LogisticProbe, RidgeProbe
+from vismt.metatune.probes.linear import LinearProbe
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import ProtoNet
-from vismt.metatune.settings import FineTuneSettings
+from vismt.metatune.settings import HEADS, FineTuneSettings
 from vismt.storage.files import read_sealed, read_tensors
 
 SELECTION = "selection.json"  # in the folder of a pool, by scripts/merge_settings.py
@@ -36,12 +35,6 @@ SELECTION = "selection.json"  # in the folder of a pool, by scripts/merge_settin
 SELECTED_SETTINGS, SELECTED_FOR = "all", ":pool"
 OWN_FILE = "classifier.safetensors"  # the classifier's trained tensors besides the adapter
 EvaluatedModel = ProtoNet | MamlNet | PoolNet | FineTuned | LinearProbe
-PROBES: dict[str, type[LinearProbe]] = {
-    "ridge": RidgeProbe,
-    "logistic": LogisticProbe,
-    "vbll": VBLLProbe,
-    "laplace": LaplaceProbe,
-}
 
 
 def make_net(backbone: PixelBackbone, config: FewShotConfig) -> ProtoNet | MamlNet:
@@ -75,7 +68,8 @@ class Models:
             if head:
                 net = self.task(stem)
                 options = self.config.head.options if head == self.config.head.name else {}
-                model = PROBES[head](net, **options) if head in PROBES else FineTuned(net, chosen[1])
+                kind = HEADS[head]
+                model = FineTuned(net, chosen[1]) if kind is FineTuned else kind(net, **options)
             elif self.config.pool is None or stem in (FROZEN, CLEAN_EXPERT, *self.config.arms):
                 model = self._single(stem)
             else:
@@ -146,7 +140,9 @@ def _describe(model: FewShotModel) -> str:
         return f"{model.settings} {weights_digest(model.learner)} {Identity(sorted(model.own_tensors().items()))}"
     if isinstance(model, ProtoNet):
         return f"{float(model.scale):.6g}"
-    raise TypeError(f"{type(model).__name__} has no fingerprint.")
+    raise UserError(
+        f"head: {type(model).__name__} is no vismt.metatune.probes.linear.LinearProbe; derive it from this class."
+    )
 
 
 def read_scale(folder: Path) -> float:

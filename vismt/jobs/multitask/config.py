@@ -175,7 +175,7 @@ class MultitaskConfig(StudyConfig):
             with classes.
         tasks: the tasks. A task of whole images is a mapping with any name and its sets: train, validation, test,
             validation_share, test_share and limit as in `data`. A task of maps is its name, or a mapping with the name and its
-            options, and for a task of your own the module that registers it. Arms may differ in options of losses:
+            options. Arms may differ in options of losses:
             `tasks.semseg.class_weights: sqrt`.
         trained_tasks: names of the tasks on which an arm is trained. Images without a label of these tasks are left out. [] means
             all tasks.
@@ -208,7 +208,7 @@ class MultitaskConfig(StudyConfig):
     model: ModelConfig = field(default_factory=ModelConfig)
     data: PartsConfig = field(default_factory=PartsConfig)
     tasks: Annotated[list[str | JsonObject], Names("vismt.multitask.tasks:TASKS", options=True)] = field(
-        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent", "module")}
+        default_factory=list, metadata={UNHASHED_OPTIONS: ("absent",)}
     )
     trained_tasks: list[str] = field(default_factory=list)
     size: list[int] = field(default_factory=list)

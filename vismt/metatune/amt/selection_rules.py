@@ -21,9 +21,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vismt.base.errors import UserError, require_known
+from vismt.base.errors import UserError
+from vismt.base.registry import Registry
 from vismt.config.typed import Checked, Names, within
 from vismt.lowrank.cores import CORE_RULES
+
+# cosines (P, s, N) of the experts on a support, its labels (s,), scale of the cosines in logits, settings -> zeta (P,)
+Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
+RULES: Registry[Rule] = Registry("merging.strategy: no rule")
+# Rules of `combine`, one merge for all tasks. regmean needs inputs.
+COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")
+
+
+def merging_rules() -> tuple[str, ...]:
+    """Return the strategies of the model "merged", as configurations name them."""
+    return (*RULES, "average", *COMBINED)
+
+
+def strategies() -> tuple[str, ...]:
+    """Return the names of `MergeSettings.strategy`."""
+    return (*merging_rules(), "logits", "expert")
 
 
 def expert_scores(cosines: Tensor, labels: Tensor, balance: float = 0.6) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,24 +88,17 @@ def mixture_weights(scores: Tensor, beta: float = 1.0, top_k: int = 2) -> Tensor
     return zeta
 
 
+@RULES.register("paper")
 def paper(cosines: Tensor, labels: Tensor, scale: float, settings: MergeSettings) -> Tensor:
     """Return zeta by compactness and divergence."""
     return mixture_weights(expert_scores(cosines, labels, settings.balance)[0], settings.beta, settings.top_k)
 
 
+@RULES.register("min_ce")
 def min_ce(cosines: Tensor, labels: Tensor, scale: float, settings: MergeSettings) -> Tensor:
     """Return the one-hot zeta of the expert with the least cross-entropy on the support."""
     losses = torch.stack([F.cross_entropy(scale * by_expert, labels) for by_expert in cosines])
     return F.one_hot(losses.argmin(), len(losses)).float()
-
-
-# cosines (P, s, N) of the experts on a support, its labels (s,), scale of the cosines in logits, settings -> zeta (P,)
-_Rule = Callable[[Tensor, Tensor, float, "MergeSettings"], Tensor]
-RULES: dict[str, _Rule] = {"paper": paper, "min_ce": min_ce}
-# Rules of `combine`, one merge for all tasks. regmean needs inputs.
-COMBINED = tuple(rule for rule in CORE_RULES if rule != "regmean")
-STRATEGIES = (*RULES, "average", *COMBINED, "logits", "expert")
-SELECT = (*RULES, "average", *COMBINED)  # strategies of the model "merged", as configurations name them
 
 
 @dataclass(frozen=True)
@@ -96,7 +106,7 @@ class MergeSettings(Checked):
     """Settings of merging.
 
     Args:
-        strategy: a rule of selection_rules.py (paper, min_ce), average, a rule of `combine` (core_ties, knots_ties, core_dare,
+        strategy: a rule of RULES (paper, min_ce, or your own), average, a rule of `combine` (core_ties, knots_ties, core_dare,
             tsv), logits (mean of the experts' logits) or expert (the expert with the label `expert`).
         beta: sharpness of the mixture, at least 0.
         balance: weight of compactness in [0, 1] (the paper's lambda).
@@ -106,13 +116,9 @@ class MergeSettings(Checked):
     """
 
     KEY: ClassVar = "merging"
-    strategy: Annotated[str, Names(STRATEGIES)] = "paper"
+    strategy: Annotated[str, Names("vismt.metatune.amt.selection_rules:strategies", only=True)] = "paper"
     beta: Annotated[float, within(0)] = 1.0
     balance: Annotated[float, within(0, 1)] = 0.6
     top_k: Annotated[int, within(1)] = 2
     trim: Mapping[str, Annotated[float, within(above=0, most=1)]] = field(default_factory=dict)
     expert: str | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        require_known("merging.strategy:", [self.strategy], STRATEGIES)

@@ -53,7 +53,7 @@ from vismt.metatune.finetuning.diffaugment import diff_augment
 from vismt.metatune.functional import WithWeights, check_named_weights
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, cosine_logits, prototypes
-from vismt.metatune.settings import AUTO, FineTuneSettings
+from vismt.metatune.settings import AUTO, HEADS, FineTuneSettings
 
 RATES = (0.0, 1e-4, 1e-3, 1e-2)  # of which auto chooses
 _SEED = 0  # of the augmentation and the crops, the same for every task
@@ -136,6 +136,7 @@ def finetune(
         return start | {name: tensor.detach().clone() for name, tensor in tuned.weights().items()}
 
 
+@HEADS.register("finetune")
 class FineTuned(nn.Module):
     """A few-shot model with a classifier that is fine-tuned on the support of a task.
 

@@ -55,6 +55,7 @@ from torch import Tensor, nn
 from vismt.metatune.features import features
 from vismt.metatune.probes.linear import ITERATIONS, C, LinearProbe, fit_logistic
 from vismt.metatune.protocol.episode_runner import FewShotModel
+from vismt.metatune.settings import HEADS
 from vismt.uncertainty.laplace import Curvature, FullCurvature, KroneckerCurvature, Laplace
 from vismt.uncertainty.vbll import VBLLClassifier
 
@@ -108,6 +109,7 @@ def with_ones(inputs: Tensor) -> Tensor:
     return torch.cat([inputs, inputs.new_ones(len(inputs), 1)], 1)
 
 
+@HEADS.register("vbll")
 class VBLLProbe(BayesianProbe):
     """A Bayesian last layer in place of prototypes. options: Further options of the head."""
 
@@ -143,6 +145,7 @@ class VBLLProbe(BayesianProbe):
         return f"vbll probit {_STEPS} {RATE} {sorted(self.options.items())}"
 
 
+@HEADS.register("laplace")
 class LaplaceProbe(BayesianProbe):
     """Logistic regression with a posterior in place of prototypes."""
 

@@ -48,6 +48,7 @@ from vismt.base.errors import UserError
 from vismt.metatune.features import features
 from vismt.metatune.protocol.episode_runner import FewShotModel
 from vismt.metatune.protonet import PrototypeClassifier, prototypes
+from vismt.metatune.settings import HEADS
 
 STRENGTHS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)  # lambda of the ridge probe
 DEFAULT_STRENGTH = 1.0
@@ -137,6 +138,7 @@ def class_weights(labels: Tensor, ways: int) -> Tensor:
     return len(labels) / (ways * labels.bincount(minlength=ways)[labels].double())
 
 
+@HEADS.register("ridge")
 class RidgeProbe(LinearProbe):
     """Ridge regression in place of prototypes."""
 
@@ -170,6 +172,7 @@ def choose_strength(U: Tensor, T: Tensor, labels: Tensor, weights: Tensor) -> fl
     return STRENGTHS[min(range(len(errors)), key=errors.__getitem__)]
 
 
+@HEADS.register("logistic")
 class LogisticProbe(LinearProbe):
     """Logistic regression in place of prototypes."""
 

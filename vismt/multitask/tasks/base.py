@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vismt.base.errors import UserError, require_known, shown_value
-from vismt.base.registry import Registry, import_own
+from vismt.base.registry import Registry
 from vismt.data.maps.dense_sample import IGNORE
 from vismt.multitask.heads import resize_logits
 from vismt.storage.files import JsonObject
@@ -326,7 +326,7 @@ def make_task(spec: str | Mapping[str, object]) -> Task:
 
     Args:
         spec: Name of the task, or {"name": ..., option: value, ...} with the options of its class. A task of whole images may
-            have another name, with kind: classify. A task of your own may name the module that registers it, with module.
+            have another name, with kind: classify.
 
     Raises:
         UserError: If a name or option is unknown, an option is missing, or a value is out of range.
@@ -334,8 +334,8 @@ def make_task(spec: str | Mapping[str, object]) -> Task:
     if not isinstance(spec, str | Mapping):
         raise UserError(f"task: {shown_value(spec)}; give its name, or its options with the name as 'name'.")
     options = {"name": spec} if isinstance(spec, str) else dict(spec)
-    if (module := options.pop("module", None)) is not None:
-        import_own(str(module), "task: module")
+    if "module" in options:
+        raise UserError("task: module: name the module at the top of the file, module: mine.")
     kind = str(options.pop("kind", options.get("name")))
     task, name = TASKS[kind], options.pop("name", kind)
     if name != kind:

@@ -30,7 +30,7 @@ from vismt.metatune.functional import answers
 from vismt.robustness.attack_settings import AttackSettings
 from vismt.robustness.attacks.active_set import Outcome, Round, waves
 from vismt.robustness.attacks.fab import fab
-from vismt.robustness.attacks.foreign import L2_ENDING, PREFIX, attack_class, foreign
+from vismt.robustness.attacks.foreign import ATTACKS, L2_ENDING, PREFIX, foreign
 from vismt.robustness.attacks.losses import cross_entropy, dlr, targeted_dlr
 from vismt.robustness.attacks.pgd import apgd, pgd
 from vismt.robustness.attacks.square import square
@@ -62,7 +62,7 @@ KINDS = {
     "strong": _Kind("strong", 20),
 }
 ENSEMBLES = ("autoattack", "strong")
-FOREIGN = _Kind("torchattacks", 10, has_step=True)
+FOREIGN = _Kind("", 10, has_step=True)  # an attack of ATTACKS
 FOREIGN_L2 = replace(FOREIGN, norms=("l2",))
 TARGETS = 9
 FEW_WAYS = 4  # below this number of classes the ensembles have other parts
@@ -86,7 +86,7 @@ class AttackSpec(AttackSettings, Checked):
 
     Args:
         name: pgd, pgd_paper (step epsilon / 10 and one restart, the protocol of the few-shot papers), fgsm, apgd_ce, apgd_dlr,
-            apgd_t, fab, square, autoattack, strong, or torchattacks:NAME.
+            apgd_t, fab, square, autoattack, strong, torchattacks:NAME, or a name of ATTACKS.
         epsilon: Radius in pixel units of [0, 1], as a number or as text such as "8/255".
         step_size: Step in the same units. None means 2.5 epsilon / steps. Only PGD and torchattacks use it.
         steps: Number of steps. None means 10 (FGSM always 1, APGD and FAB 100, Square 5000 queries, strong 20).
@@ -112,8 +112,8 @@ class AttackSpec(AttackSettings, Checked):
             if isinstance(value, str):
                 object.__setattr__(self, key, fraction(value, f"attack.{key}"))
         super().__post_init__()
-        if self.name not in KINDS and not self.name.startswith(PREFIX):
-            raise UserError(f"attack '{self.name}' is not known.{near(self.name, (*KINDS, PREFIX))}")
+        if self.name not in KINDS and self.name not in ATTACKS:
+            raise UserError(f"attack '{self.name}' is not known.{near(self.name, (*KINDS, *ATTACKS, PREFIX))}")
         if self.norm not in self._kind.norms:
             raise UserError(
                 f"attack {self.name}: no {self.norm} form, it has {' and '.join(self._kind.norms)}; change the norm, or "
@@ -133,7 +133,8 @@ class AttackSpec(AttackSettings, Checked):
 
     @property
     def _kind(self) -> _Kind:
-        return KINDS.get(self.name, FOREIGN_L2 if self.name.endswith(L2_ENDING) else FOREIGN)
+        l2 = self.name.startswith(PREFIX) and self.name.endswith(L2_ENDING)
+        return KINDS.get(self.name, FOREIGN_L2 if l2 else FOREIGN)
 
     @property
     def length(self) -> int:
@@ -152,14 +153,14 @@ class AttackSpec(AttackSettings, Checked):
     @property
     def packs(self) -> bool:
         """Whether one run may attack the images of several few-shot tasks."""
-        return not self.name.startswith(PREFIX)
+        return self.name in KINDS
 
     @property
     def family(self) -> str:
         """The attack's name in tables, without its settings."""
         if self.name.startswith(PREFIX):
             return f"{self.name.removeprefix(PREFIX)} (torchattacks)"
-        return self._kind.text
+        return self._kind.text if self.name in KINDS else self.name
 
     @property
     def label(self) -> str:
@@ -325,7 +326,7 @@ def _parts(spec: AttackSpec, num_classes: int) -> Iterator[AttackSpec]:
 def _rounds(spec: AttackSpec, num_classes: int) -> list[Round]:
     """Return the restarts of an attack, for each target class if the attack has targets."""
     restarts = range(spec.restarts or 1)
-    if spec.name.startswith(PREFIX):
+    if spec.name not in KINDS:
         return [Round(0)]  # with all of its restarts
     if spec.name not in ("apgd_t", "fab"):
         return [Round(restart) for restart in restarts]
@@ -347,10 +348,8 @@ def _trial(spec: AttackSpec) -> Callable[..., None]:
     by_name["pgd_paper"] = by_name["pgd"]
     if spec.name in by_name:
         return partial(by_name[spec.name], **budget)
-    name = spec.name.removeprefix(PREFIX)
-    attack_class(name)
     options: dict[str, Any] = {"steps": spec.length, "seed": spec.seed, "restarts": spec.restarts or 1}
-    return partial(foreign, name=name, step=spec.step, **options, **budget)
+    return partial(foreign, name=spec.name, step=spec.step, **options, **budget)
 
 
 def _check_input(images: Tensor, labels: Tensor, what: str, num_classes: int) -> None:

@@ -1,4 +1,6 @@
-"""Any attack of torchattacks by its class name (Kim, arXiv 2010.01950), as `torchattacks:NAME`.
+"""Attacks in the form of torchattacks (Kim, arXiv 2010.01950): its classes, as `torchattacks:NAME`, and what others register.
+
+Such an attack is a class: kind(model, eps=..., steps=...)(images, labels) -> adversarial images.
 
 Such a class draws random numbers for a whole batch. Every restart therefore takes all images that are right when clean, and
 these images get the same draws if they are for another model. Budget, step and length are passed if the class takes them. An
@@ -15,6 +17,7 @@ from torch import Tensor, nn
 
 from vismt.base.errors import UserError, require_known
 from vismt.base.norm_balls import column, rounding, size
+from vismt.base.registry import Registry
 from vismt.robustness.attacks.active_set import Wave, restart_seed
 from vismt.robustness.attacks.victim import Victim
 
@@ -47,11 +50,11 @@ def foreign(
     seed: int,
     restarts: int,
 ) -> None:
-    """Run the class `name` of torchattacks on a wave. Raises UserError for an unknown class or values that it refuses."""
-    kind = attack_class(name)
-    takes = inspect.signature(kind.__init__).parameters
+    """Run the attack `name` of ATTACKS on a wave. Raises UserError for an unknown class or values that it refuses."""
+    kind = ATTACKS[name]
+    takes = inspect.signature(kind).parameters
     if norm != "linf" and "eps" in takes and "norm" not in takes and not name.endswith(L2_ENDING):
-        raise UserError(f"attack {PREFIX}{name}: no {norm} form, its radius is of linf; give norm: linf, or take pgd.")
+        raise UserError(f"attack {name}: no {norm} form, its radius is of linf; give norm: linf, or take pgd.")
     offered = {"eps": epsilon, "alpha": step, "steps": steps, "norm": norm.capitalize()}
     offered |= {"n_classes": victim.num_classes, "n_queries": steps}
     for restart in range(restarts):
@@ -76,7 +79,7 @@ def _attacked(victim: Victim, wave: Wave, kind: Any, options: dict[str, Any], na
             return kind(model, **options)(wave.clean, wave.labels).detach().float()
         except (TypeError, ValueError, IndexError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UserError(f"attack {PREFIX}{name}: torchattacks cannot run it here ({reason}).") from error
+            raise UserError(f"attack {name}: it cannot run here ({reason}).") from error
 
 
 def attack_class(name: str) -> Any:
@@ -91,3 +94,7 @@ def attack_class(name: str) -> Any:
     names = [key for key, value in vars(torchattacks).items() if inspect.isclass(value)]
     require_known(f"attack {PREFIX}{name}: torchattacks has no", [name], names)
     return getattr(torchattacks, name)
+
+
+ATTACKS: Registry[Any] = Registry("attack: no attack")
+ATTACKS.family(PREFIX.removesuffix(":"), attack_class)
