@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import copy
-from functools import partial
+import math
+from collections.abc import Mapping
+from functools import cache, partial
 
+import torch
 from torch import Tensor, nn
 
 from vismt.backbones.pyramid import Pyramid, image_size
 from vismt.backbones.timm_models import as_backbone, check_stages, forward_runs
 from vismt.backbones.vit import PixelBackbone
+from vismt.base import console
 from vismt.base.errors import UserError
 
 UNKNOWN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of a model that normalises its images itself
@@ -18,7 +22,7 @@ UNKNOWN = ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0))  # mean and deviation of a model th
 class ModuleBackbone(PixelBackbone):
     """Features (b, d) of images (b, 3, h, w), floating point in [0, 1], by any module.
 
-    The features are the module's output, flattened.
+    The features are the module's output, pooled as `pooled` says.
 
     Args:
         model: Module that gets the images as they are.
@@ -29,7 +33,60 @@ class ModuleBackbone(PixelBackbone):
         super().__init__(model, (img_size, img_size), *UNKNOWN)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.vit(images).flatten(1)
+        features = pooled(self.vit(images), type(self.vit).__name__)
+        if not torch.is_grad_enabled() and not bool(features.isfinite().all()):
+            bad = int((~features.isfinite().all(1)).sum())
+            raise UserError(
+                f"model: {type(self.vit).__name__} gives features that are not finite for {bad} of {len(features)} images."
+            )
+        return features
+
+
+def pooled(output: object, name: str) -> Tensor:
+    """Return features (b, d) from the output of a module.
+
+    An output (b, d) is taken as it is, and (b, c, h, w) is averaged over h and w. Of tokens (b, n, d), the first one is taken if
+    n - 1 is a square number, as in a ViT with a class token, and otherwise their mean. Of the outputs of Hugging Face models,
+    `pooler_output` is taken, or else `last_hidden_state`, and of a tuple the first entry. A line says what was pooled.
+
+    Args:
+        output: Output of the module.
+        name: Name of the module in messages.
+
+    Raises:
+        UserError: If the output has another form.
+    """
+    if isinstance(output, Mapping):
+        known = [key for key in ("pooler_output", "last_hidden_state") if output.get(key) is not None]
+        if not known:
+            raise UserError(
+                f"model: {name} gives a mapping with {', '.join(map(str, output))}; features need pooler_output or "
+                "last_hidden_state. Wrap the model in a module that returns features (b, d)."
+            )
+        _say(f"{name}   features are '{known[0]}' of its outputs")
+        output = output[known[0]]
+    elif isinstance(output, tuple | list) and output:
+        _say(f"{name}   features are the first of its {len(output)} outputs")
+        output = output[0]
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        found = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise UserError(f"model: {name} gives {found}; features need (b, d), tokens (b, n, d) or maps (b, c, h, w).")
+    shape = ", ".join(map(str, output.shape[1:]))
+    if output.ndim == 4:
+        if output[0, 0].numel() > 1:
+            _say(f"{name}   features are the mean of its maps (b, {shape}) over the pixels")
+        return output.mean((2, 3))
+    if output.ndim == 2:
+        return output
+    first = math.isqrt(output.shape[1] - 1) ** 2 == output.shape[1] - 1
+    _say(f"{name}   features are {'the first' if first else 'the mean'} of its tokens (b, {shape})")
+    return output[:, 0] if first else output.mean(1)
+
+
+@cache
+def _say(text: str) -> None:
+    """Print a line once in a process."""
+    console.stage("model", text)
 
 
 def backbone_of(
