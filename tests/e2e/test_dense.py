@@ -128,7 +128,7 @@ def test_rows_of_every_arm_and_task(study: Path) -> None:
 
 def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -> None:
     job = open_run(study).job
-    panel, rows = read_panel(study / "dense_panels.npz", "maps"), job.data.part("test")
+    panel, rows = read_panel(study / "dense_panels.npz"), job.data.part("test")
     numbers = [0, 2, 3, 5]
     assert panel["ids"].tolist() == [rows.ids[i] for i in numbers]
     arms, tasks = panel["arms"].tolist(), panel["tasks"].tolist()
@@ -160,7 +160,7 @@ def test_panels_show_the_first_seed_on_images_evenly_over_the_set(study: Path) -
                 expected = scored[task.name].alone(rows.ids[numbers[number]])
                 assert panel["scores"][place, at, number] == pytest.approx(expected, nan_ok=True)
     assert other_colors  # depth in the colours of its own range would have been another picture
-    routers = read_panel(study / "routers" / "emtal.npz", "routers")
+    routers = read_panel(study / "routers" / "emtal.npz")
     assert [path.name for path in (study / "routers").iterdir()] == ["emtal.npz"]
     assert (
         routers["omega"].shape[1:] == (4, 4, 2, 3) and np.ptp(routers["omega"]) > 0
@@ -184,7 +184,7 @@ def test_panels_are_predicted_again_only_for_other_trainings(study: Path, tmp_pa
         job.write_panels()
         assert predicted == [f"{arm}   lr 0.003   seed 0" for arm in ("emtal", "full", "depth", "others")]
         predicted.clear()
-    again = read_panel(path, "maps")
+    again = read_panel(path)
     assert all(np.array_equal(again[name], panel[name], equal_nan=name == "scores") for name in panel)
 
 

@@ -135,7 +135,7 @@ def test_an_image_without_a_valid_pixel_of_a_task(rooms: Path, tmp_path: Path) -
     change, base_change = psi["fast", "depth"][names[1]] - score, psi["slow", "depth"][names[1]] - base
     effect = psi["fast", "delta_m"][names[1]] - rows["fast", "delta_m"].value
     assert effect == pytest.approx(-100 / 2 * 4 / 3 * (change / base - score * base_change / base**2))
-    panel = read_panel(folder / "dense_panels.npz", "maps")
+    panel = read_panel(folder / "dense_panels.npz")
     assert panel["ids"].tolist() == names and panel["tasks"].tolist() == ["semseg", "depth"]
     lacking = {(0, 1), (1, 2)}
     for task in (0, 1):

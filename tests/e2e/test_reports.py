@@ -48,7 +48,7 @@ def test_the_next_commands_run_as_they_stand(run: Path, capsys: pytest.CaptureFi
 
 
 def test_the_counts_of_the_classes_give_the_accuracy(run: Path) -> None:
-    panel = read_panel(run / "classes" / "digits.npz", "confusion")
+    panel = read_panel(run / "classes" / "digits.npz")
     rows = {
         row.arm: row for row in read_results(run / "results.jsonl") if row.seed is None and row.metric == "accuracy"
     }

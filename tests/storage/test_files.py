@@ -165,7 +165,7 @@ def test_files_that_have_no_end_are_not_read(tmp_path: Path, kind: str) -> None:
     readers: list[Callable[[Path], object]] = [
         read_lines,
         lambda p: read_sealed(p, "run"),
-        lambda p: read_panel(p, "maps"),
+        read_panel,
     ]
     for read in readers:
         with no_hang(kind), pytest.raises(UserError, match=r"a named pipe|a device|68,719,476,736 bytes"):

@@ -18,7 +18,7 @@ from vismt.jobs.evaluation_job import records_folder
 from vismt.jobs.training_job import Config, Net, TrainingJob
 from vismt.multitask.emtal.router_maps import has_routers, router_maps
 from vismt.multitask.objectives import MultitaskObjective
-from vismt.report.panels import to_bytes, write_panel
+from vismt.report.panels import to_bytes, write_arrays
 from vismt.report.results import RECORDS
 from vismt.report.routers import ROUTERS
 from vismt.robustness.conditions import AttackConfig
@@ -80,4 +80,4 @@ class ImageJob(TrainingJob[Config, Net], Generic[Config, Net]):
             if isinstance(trained.backbone, Backbone):  # one grid of patches
                 shown = images()
                 arrays = {"images": to_bytes(shown), **router_maps(trained, shown)}
-                write_panel(self.folder / ROUTERS / f"{arm}.npz", "routers", arrays)
+                write_arrays(self.folder / ROUTERS / f"{arm}.npz", arrays)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vismt.report.panels import read_panel, write_panel
+from vismt.report.panels import read_panel, write_arrays
 from vismt.report.plotting import INK, MUTED, SMALL, axes_at, dress, new_figure, save_figure, short
 from vismt.report.tables import Picture, Section, Table, interval_text
 from vismt.storage.paths import file_name
@@ -49,7 +49,7 @@ def write_confusion(
     }
     path = folder / CLASSES_FOLDER / f"{file_name(name)}.npz"
     path.parent.mkdir(exist_ok=True)
-    return write_panel(path, "confusion", arrays)
+    return write_arrays(path, arrays)
 
 
 def class_section(folder: Path, first: str) -> Section:
@@ -59,7 +59,7 @@ def class_section(folder: Path, first: str) -> Section:
     """
     section = Section("Classes", folded=True)
     for path in sorted((folder / CLASSES_FOLDER).glob("*.npz")):
-        panel = read_panel(path, "confusion")
+        panel = read_panel(path)
         arms = panel["arms"].tolist()
         order = sorted(range(len(arms)), key=lambda at: arms[at] != first)
         name, classes, answers = str(panel["name"][0]), panel["classes"].tolist(), panel["answers"].tolist()

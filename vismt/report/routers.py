@@ -35,7 +35,7 @@ def routers_figure(panel: Path, path: Path) -> Path:
     """
     from matplotlib.colors import ListedColormap
 
-    arrays = read_panel(panel, "routers")
+    arrays = read_panel(panel)
     images, omega = arrays["images"], arrays["omega"].astype(np.float32)
     blocks, depth = arrays["blocks"].tolist(), int(arrays["depth"])
     best, most = omega.argmax(2), omega.max(2)

@@ -15,7 +15,7 @@ from vismt.jobs.fewshot.config import FewShotConfig
 from vismt.jobs.fewshot.evaluation import episodes_file
 from vismt.jobs.fewshot.figures import episode_grid, mixture_bars
 from vismt.metatune.amt.pool import read_pool
-from vismt.report.panels import DAMAGE, read_arrays
+from vismt.report.panels import read_panel
 from vismt.report.results import Result
 from vismt.report.tables import Picture, Section, Table
 from vismt.storage.lines import read_lines
@@ -44,15 +44,8 @@ def _left_out(config: FewShotConfig, results: Sequence[Result]) -> list[tuple[Ta
 def _panels(folder: Path) -> list[Picture]:
     pictures = []
     for path in sorted((folder / "panels").glob("*.npz")):
-        try:
-            panel = read_arrays(path)
-            drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.svg")
-        except UserError:  # the figure cannot be written
-            raise
-        except (*DAMAGE, IndexError) as error:
-            raise UserError(
-                f"report: '{path}' is not a panel of an episode ({error}); delete it and run `vismt evaluate {folder}`."
-            ) from error
+        panel = read_panel(path)
+        drawn = episode_grid(panel, folder / "figures" / f"episode-{path.stem}.svg")
         pictures.append(Picture(drawn, f"{path.stem}, {panel['model']}", _panel_caption(panel)))
     return pictures
 

@@ -28,7 +28,7 @@ from vismt.multitask.tasks import MapTask
 from vismt.multitask.tasks.base import DARK
 from vismt.report.arm_figures import LETTER
 from vismt.report.confusion import confusion_figure, write_confusion
-from vismt.report.panels import read_panel, spread, to_bytes, write_panel
+from vismt.report.panels import read_panel, spread, to_bytes, write_arrays
 from vismt.report.plotting import (
     MUTED,
     axes_at,
@@ -108,7 +108,7 @@ def write_examples(
         "arms": np.array(list(predictions), dtype=str),
     }
     answers = np.array([list(names) for names in predictions.values()], dtype=str)
-    return write_panel(path, "examples", {**arrays, "predictions": answers})
+    return write_arrays(path, {**arrays, "predictions": answers})
 
 
 def _answers(folder: Path, training: Training, stem: str, ids: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -129,7 +129,7 @@ def examples_figure(panel: Path, path: Path) -> Path:
     An answer that is a class of another task is shown with the name of that task. At most 8 images of a task are drawn. panel:
     File of `write_examples`.
     """
-    arrays = read_panel(panel, "examples")
+    arrays = read_panel(panel)
     arms, truth = arrays["arms"].tolist(), arrays["truth"].tolist()
     rows = []
     for task in dict.fromkeys(arrays["tasks"].tolist()):
@@ -213,9 +213,8 @@ def write_predictions(
                 for task in tasks
             ]
         )
-    return write_panel(
+    return write_arrays(
         path,
-        "maps",
         {
             **about,
             "images": to_bytes(sample["image"]),
@@ -235,10 +234,10 @@ def write_predictions(
 
 def _known(path: Path, about: dict[str, np.ndarray]) -> bool:
     try:
-        arrays = read_panel(path, "maps")
+        arrays = read_panel(path)
     except UserError:
         return False
-    return all(arrays[name].tolist() == expected.tolist() for name, expected in about.items())
+    return all(name in arrays and arrays[name].tolist() == expected.tolist() for name, expected in about.items())
 
 
 def _pictures(task: MapTask, maps: Tensor | None, images: Tensor, like: Tensor | None = None) -> np.ndarray:
@@ -254,7 +253,7 @@ def predictions_figure(panel: Path, path: Path) -> Path:
 
     Narrow blocks are side by side. An arm that does not train a task leaves its place empty. panel: File of `write_predictions`.
     """
-    arrays = read_panel(panel, "maps")
+    arrays = read_panel(panel)
     count, _, rows, columns = arrays["images"].shape
     pictures = 2 + len(arrays["arms"])
     width = min(_SIDE * math.sqrt(columns / rows), (_WIDEST - 0.2) / pictures - GAP)

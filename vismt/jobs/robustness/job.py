@@ -18,7 +18,7 @@ from vismt.jobs.robustness.data import Cards
 from vismt.jobs.robustness.evaluation import CardView, card_view, corruption_errors, records_path
 from vismt.jobs.robustness.models import Classifier, TrainedArm, check_exists, make_classifier
 from vismt.jobs.robustness.report import BROKEN, sections
-from vismt.report.panels import to_bytes, write_arrays, write_panel
+from vismt.report.panels import to_bytes, write_arrays
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.attacks.attacks import AttackSpec
@@ -148,9 +148,7 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
                 for key, column in (("truth", "label"), ("clean_answers", "clean"), ("attacked_answers", label))
             }
             path = self.folder / BROKEN / f"{arm}-{shown_name(data)}.npz"
-            write_panel(
-                path, "broken", {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers}
-            )
+            write_arrays(path, {"images": to_bytes(images[broken]), "attacked": to_bytes(attacked[broken]), **answers})
             return
 
     next_steps = ("attack {run} --attack autoattack --epsilon 8/255",)

@@ -76,7 +76,7 @@ def _normalised(config: RobustnessConfig, results: Sequence[Result]) -> list[tup
 
 def broken_figure(panel: Path, path: Path) -> Path:
     """Draw a column for each image: clean with its answer, attacked with its answer, and the change enlarged."""
-    arrays = read_panel(panel, "broken")
+    arrays = read_panel(panel)
     gain, change = enlarged_change(arrays["images"], arrays["attacked"])
     truth = arrays["truth"].tolist()
 
