@@ -144,7 +144,7 @@ def test_another_backbone_needs_no_other_change(model: str, tmp_path: Path) -> N
     assert main(["init", "classification", "--images", str(images), "--to", str(tmp_path), "--quiet"]) == 0
     words = ["train.steps=2", "train.warmup=0", "tune=null"]
     rows = run(tmp_path, "classification", f"model={{name: {model}, img_size: 32, pretrained: false}}", *words)
-    assert {row.arm for row in rows} == {"head", "lora", "full"}
+    assert {row.arm for row in rows} == {"constant", "head", "lora", "full"}
 
 
 def test_classes_of_one_set_are_named_alone(tmp_path: Path, monkeypatch) -> None:

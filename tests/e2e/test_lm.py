@@ -118,7 +118,7 @@ def test_the_validation_curve_ends_at_the_score_that_chose_the_rate(study: Path)
 def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> None:
     results = read_results(study / "results.jsonl", open_run(study).hash)
     rows = [row for row in results if row.seed is None]
-    assert list(dict.fromkeys(row.arm for row in rows)) == ["frozen", "lora", "head", "polar-vbll"]
+    assert list(dict.fromkeys(row.arm for row in rows)) == ["frozen", "constant", "lora", "head", "polar-vbll"]
     sets = ["films:test", "other"]
     plain, bayes = {"clean", "temperature of validation"}, {"Laplace", "means of the head"}
     for arm, extra in (("frozen", set()), ("lora", {"Laplace"}), ("head", {"Laplace"}), ("polar-vbll", bayes)):
@@ -131,12 +131,19 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path, home) -> Non
             ),
             *(("stories", metric, "clean") for metric in ("NLL in nats a token", "perplexity")),
         }
+    data = open_run(study).job.data
+    labels = [item.label for item in data.all_rows("train")]
+    for name in sets:
+        tested = [item.label for item in data.rows(data.trained, "test", name)]
+        (row,) = [row for row in rows if (row.arm, row.data) == ("constant", name)]
+        assert row.metric == "accuracy"
+        assert row.value == pytest.approx(tested.count(max((0, 1), key=labels.count)) / len(tested))
     value = {row.key: row.value for row in results}
     for row in rows:
         assert {other.seed for other in results if other.key[:-1] == row.key[:-1]} == (
-            {None} if row.arm == "frozen" else {None, 0, 1}
+            {None} if row.arm in ("frozen", "constant") else {None, 0, 1}
         )
-        if row.arm != "frozen":
+        if row.arm not in ("frozen", "constant"):
             assert row.value == pytest.approx(sum(value[(*row.key[:-1], seed)] for seed in (0, 1)) / 2)
         path = study / RECORDS / f"{row.stem}.jsonl"
         assert path.exists() == (row.metric != "ECE-15")  # which is compared by its own interval, not row by row
@@ -242,7 +249,7 @@ def test_a_hosted_arm_is_compared_merged_and_exported(home, tmp_path: Path) -> N
     oft = {"adapt.method": "peft:oft", "adapt.options": {"oft_block_size": 4}}
     path = write(tmp_path, settings(home, arms={"lora": {}, "oft": oft}))
     run = run_config(path)
-    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "lora", "oft"}
+    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "constant", "lora", "oft"}
     net = (job := open_run(run).job).loaded(job.study.find("oft"))
     assert "0" not in {path.split(".")[2] for path in adapter_layers(net.lm)}  # first_block is 1
     ids = torch.arange(40, 60)[None]
@@ -272,9 +279,9 @@ def test_a_run_that_is_killed_keeps_the_time_of_every_evaluated_training(study: 
     run, noted = open_run(study), []
     run.job.part_done = lambda: noted.append(1)
     run.job.evaluate_references()
-    assert len(noted) == 1  # the LM before training
+    assert len(noted) == 2  # the LM before training, and the constant answer
     run.job.evaluate()
-    assert len(noted) == 2 + 3 * 2  # arms, seeds
+    assert len(noted) == 2 * 2 + 3 * 2  # arms, seeds
 
 
 def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:

@@ -23,6 +23,7 @@ from vismt.evaluation.adjust_logits import ADJUSTED, TAUS
 from vismt.evaluation.temperature import TEMPERED
 from vismt.jobs import load_config, make_job, open_run
 from vismt.multitask.class_loss import adjusted
+from vismt.report.comparison import CONSTANT
 from vismt.report.results import EXAMPLE, GROUP, RECORDS, Result, read_results
 from vismt.storage.files import read_sealed, sealed
 from vismt.storage.lines import read_lines
@@ -63,9 +64,9 @@ def write(folder: Path, **changes: object) -> Path:
 
 
 def accuracies(path: Path, config_hash: str | None = None) -> list[Result]:
-    """Return the rows of accuracy but for those of an adjusted prior."""
-    rows = read_results(path, config_hash)
-    return [row for row in rows if row.metric == "accuracy" and row.condition != ADJUSTED.label]
+    """Return the rows of accuracy but for those of an adjusted prior and of the constant answer."""
+    rows = [row for row in read_results(path, config_hash) if row.metric == "accuracy"]
+    return [row for row in rows if row.condition != ADJUSTED.label and row.arm != CONSTANT]
 
 
 def over_seeds(results: list[Result]) -> list[Result]:
@@ -115,6 +116,17 @@ def test_every_arm_has_its_rate_its_seeds_and_its_rows(study: Path) -> None:
         *(f"confusion-digits-{number}" for number in range(3)),
     }
     assert all(f"\n| {arm} | " in report for arm in ("head", "lora", "emtal"))  # the legend of the models
+
+
+def test_the_constant_answer_is_the_class_that_training_has_most(study: Path) -> None:
+    data, rows = open_run(study).job.data, read_results(study / "results.jsonl")
+    found = {(row.data, row.protocol): (row.value, row.n) for row in rows if row.arm == CONSTANT}
+    for number, task in enumerate(("digits", "photos")):
+        labels, tested = data.training([task]).labels.tolist(), data.part(number, "test").labels.tolist()
+        most = max(sorted({*labels}), key=labels.count)
+        right = found.pop((task, "test images, one of 28 classes"))
+        assert right == (pytest.approx(tested.count(most) / len(tested)), len(tested))
+    assert not found and "\n| constant | " in (study / "report.md").read_text()
 
 
 def test_the_paired_table_is_what_the_records_say(study: Path) -> None:

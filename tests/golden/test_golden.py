@@ -104,7 +104,7 @@ def test_evaluating_a_run_without_its_records_gives_its_numbers_and_report(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     assert main(["evaluate", str(run), "--quiet"]) == 0
     before, after = rows(GOLDEN / "runs" / name), rows(run)
-    assert before.keys() == after.keys()
+    assert before.keys() <= after.keys()  # some of the runs are older than the answer that is always the same class
     for key, row in before.items():
         new = after[key]
         # A confidence at the edge of a bin can round into the other one, and a pixel at a threshold to its other side.

@@ -166,6 +166,18 @@ def test_a_model_is_not_taken_if_it_is_not_told_from_a_constant_answer() -> None
     )
 
 
+def test_no_model_is_taken_if_all_are_at_chance() -> None:
+    """Ten classes, of which a model that answers one class always finds a tenth."""
+    clean = compared({CONSTANT: 0.1, "head": 0.099, "lora": 0.101}, 0.034)
+    attacked = compared({"head": 0.02, "lora": 0.09}, 0.02, condition=PGD)  # of which nobody has a constant answer
+    for found in (conclude([clean], {"head": 1, "lora": 2}), conclude([clean, attacked], {"head": 1, "lora": 2})):
+        assert found.take == "" and found.answers[0].needed is None
+        assert found.text.startswith("Take no model: none is told from a constant answer in ")
+    assert found.text.startswith("Take no model: none is told from a constant answer in clean accuracy.")
+    worse = conclude([compared({CONSTANT: 0.5, "head": 0.1, "lora": 0.2}, 0.01)], {})
+    assert worse.take == ""
+
+
 def test_scores_without_spread_show_nothing() -> None:
     told = text(compared({"a": 0.5, "b": 0.6}, 0.0))
     assert told == "Take b. b and a are not shown to differ in accuracy. b has the best score, which may be chance."

@@ -5,7 +5,7 @@ the level at which their intervals hold together come from `vismt.report.compari
 
 1. A model whose difference to the best model of a criterion excludes 0 is shown to be worse.
 2. A model that is not told from a constant answer (the most frequent class, a guess) is not taken. A criterion in which no model
-  is told from a constant answer decides nothing.
+  is told from a constant answer decides nothing. If all criteria with a known constant answer are such, no model is taken.
 3. Of the other models, all models within one standard error of the best model in every criterion are equally good choices
   (Breiman et al. 1984). The model with the fewest trained parameters among them is taken, without known numbers of parameters
   the best one.
@@ -47,6 +47,7 @@ class Finding:
         lead: Difference of the best model to the next with the ends of its joint interval. None without paired examples.
         worse: Models that are shown to be worse than the best model.
         constant: Models that are not told from a constant answer.
+        known: Whether a constant answer is known.
         missing: Models of the report that have no score, or were not trained on this task.
     """
 
@@ -61,6 +62,7 @@ class Finding:
     lead: tuple[float, float, float] | None
     worse: Sequence[str]
     constant: Sequence[str]
+    known: bool
     missing: Sequence[str]
 
     @property
@@ -212,21 +214,30 @@ def _finding(c: Comparison, name: str, everyone: Iterable[str]) -> Finding:
         half = found.half_at(c.level)
         lead = (found.mean, found.mean - half, found.mean + half)
     scores = {of: (c.cells[of].value, c.cells[of].low, c.cells[of].high) for of in c.models}
-    worse, constant = [of for of in others if c.tells(best, of)], [of for of in scores if not _beats_constant(c, of)]
+    known = CONSTANT in c.cells or (row.chance is not None and row.better == HIGHER)
+    worse = [of for of in others if c.tells(best, of)]
+    constant = [of for of in scores if known and not _beats_constant(c, of)]
     place = (row.task, c.data, row.protocol, c.condition, row.metric, row.scale)
-    return Finding(name, *place, scores, lead, worse, constant, [of for of in everyone if of not in scores])
+    return Finding(name, *place, scores, lead, worse, constant, known, [of for of in everyone if of not in scores])
 
 
 def _beats_constant(c: Comparison, name: str) -> bool:
-    """Return whether a model is shown to be better than the constant answer or a guess. True if neither is known."""
+    """Return whether a model is shown to be better than the constant answer, or than a guess."""
     if CONSTANT in c.cells and name != CONSTANT:
         return name == by_score(c, [CONSTANT, name])[0] and c.tells(name, CONSTANT)
-    return c.row.chance is None or c.row.better != HIGHER or c.cells[name].low > c.row.chance
+    return c.row.chance is None or c.cells[name].low > c.row.chance
+
+
+def _deciding(findings: Sequence[Finding]) -> list[Finding]:
+    """Return the criteria that decide. There are none if no model is told from any constant answer that is known."""
+    told = [of for of in findings if of.decides]
+    return told if any(of.known for of in told) or not any(of.known for of in findings) else []
 
 
 def _answer(subject: str, group: Sequence[tuple[Comparison, Finding]], sizes: Mapping[str, float]) -> Answer:
     findings = [finding for _, finding in group]
-    decide = [(c, finding) for c, finding in group if finding.decides]
+    deciding = _deciding(findings)
+    decide = [(c, finding) for c, finding in group if finding in deciding]
     out = {name for _, of in decide for name in of.worse}
     out |= {name for c, of in decide if c.row.kind != "attack" for name in of.constant}
     good = [
@@ -291,10 +302,13 @@ def needed(found: Estimate, cell: Cell, difference: float, level: float) -> tupl
 
 def _answer_text(answer: Answer) -> str:
     findings = answer.findings
-    decide = [finding for finding in findings if finding.decides]
+    decide = _deciding(findings)
     take, why = answer.take, ""
     if not decide:
-        take, why = "no model", f": none is told from a constant answer in {_either(of.name for of in findings)}"
+        take, why = (
+            "no model",
+            f": none is told from a constant answer in {_either(of.name for of in findings if of.constant)}",
+        )
     elif not take:
         best = (f"{next(name for name in of.scores if name not in of.constant)} for {of.name}" for of in decide)
         told = " and told from a constant answer" * any(of.constant for of in decide)

@@ -7,6 +7,7 @@ Nets are evaluated unmerged. The merge check compares the logits of the last tok
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from vismt.data.set_entries import row_name
 from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import FROZEN, Study, Training
+from vismt.evaluation.quality import ACCURACY
 from vismt.evaluation.sections import asked_features, asked_scores, divides, shown_quantile
 from vismt.jobs.lm.config import ENSEMBLE, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
@@ -33,6 +35,7 @@ from vismt.llm.tasks.base import (
     Item,
     Record,
     averaged_records,
+    by_row,
     choices,
     gather_items,
     in_form,
@@ -79,6 +82,18 @@ class Evaluation:
                 views.append(SetView(self, training, task, split, name, records, examples))
         scores = [score for view in views for at, records in self._conditions(view) for score in view.of(records, at)]
         return scores + self._asked(training, [view for view in views if "log_p" in view.records[0]])
+
+    def constant_scores(self, training: Training, split: str) -> list[Score]:
+        """Return the accuracy of the class that is most frequent in the training rows, on each set of the trained task."""
+        most = Counter(item.label for item in self.data.all_rows("train")).most_common(1)[0][0]
+        task, scores = self.data.trained, []
+        for name in self.data.names(task, split):
+            records = [{"id": item.id, "label": item.label} for item in self.data.rows(task, split, name)]
+            measure = Measure(ACCURACY, by_row(records, [float(row["label"] == most) for row in records]))
+            content = self.data.content(task, split, name)
+            view = SetView(self, training, task, split, name, records, content)
+            scores.append(view.score(measure, CLEAN, content))
+        return scores
 
     def _asked(self, training: Training, views: Sequence[SetView]) -> list[Score]:
         """Return the scores of features on sets with choices. Fitted features score only the trained task."""

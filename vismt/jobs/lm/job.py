@@ -49,11 +49,12 @@ from vismt.llm.net import LmNet, blocks
 from vismt.llm.tasks.answers import right_answer
 from vismt.llm.tasks.base import Item, LmObjective, Writing, item_names
 from vismt.llm.tasks.causal import Causal
-from vismt.llm.tasks.classes import AlternatingObjective
+from vismt.llm.tasks.classes import AlternatingObjective, Classes
 from vismt.llm.tasks.recommendation import Recommendation
 from vismt.lowrank.model.merge import merge
 from vismt.lowrank.model.modules import is_mergeable
 from vismt.methods import METHODS
+from vismt.report.comparison import CONSTANT
 from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
@@ -96,6 +97,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         check(config)
         super().__init__(config, folder, config_hash)
         references = [FROZEN] if config.evaluate.frozen else []
+        if isinstance(task_of(trained_task(config)), Classes) and CONSTANT not in config.arms:
+            references.append(CONSTANT)
         if recommends(config):
             baselines = [] if config.recommender is None else config.recommender.baselines
             references += [RECOMMENDER, *dict.fromkeys(baselines)]
@@ -142,6 +145,8 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         return [replace(found[0], seed=seed, folder=found[0].folder / f"seed-{seed}") for seed in self.study.seeds]
 
     def described(self, arm: str) -> str:
+        if arm in self.references and arm == CONSTANT:
+            return "the same answer for every row: the class that is most frequent in training"
         if arm.endswith(ENSEMBLE):
             count, of = len(self.study.seeds), arm.removesuffix(ENSEMBLE)
             return f"the mean probability of {count} trainings of {of}; {count} passes for an answer"
@@ -250,7 +255,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         if attacks:
             raise UserError("attack: attacks are on images; a language-model run has none. Leave it out.")
-        return self.fold(training.seed).evaluation.scores(training, split)
+        evaluation = self.fold(training.seed).evaluation
+        if training.arm in self.references and training.arm == CONSTANT:
+            return evaluation.constant_scores(training, split)
+        return evaluation.scores(training, split)
 
     def validate(self, training: Training) -> float:
         return self.fold(training.seed).evaluation.quality(training)

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Generic
 
 from torch import Tensor
 
+from vismt.engine.study import Training
 from vismt.jobs.calibration import Calibrations
 from vismt.jobs.image_job import ImageJob
 from vismt.jobs.multitask.config import MultitaskConfig, check, class_loss, entry_name, inputs_of, own_parts
@@ -19,7 +21,10 @@ from vismt.multitask.emtal.retain import QualityRetaining
 from vismt.multitask.nets import SEGMENTATION, Union
 from vismt.multitask.objectives import WHOLE_IMAGES, MultitaskObjective, VariationalObjective
 from vismt.multitask.tasks import Task
-from vismt.uncertainty.features import Inputs
+from vismt.report.comparison import CONSTANT
+from vismt.robustness.conditions import AttackConfig
+from vismt.uncertainty.features import Feature, Inputs
+from vismt.uncertainty.intervals import Score
 from vismt.uncertainty.last_layers import is_variational
 
 
@@ -30,6 +35,7 @@ class MultitaskJob(ImageJob[MultitaskConfig, Net], Generic[Net]):
         check(config)
         super().__init__(config, folder, config_hash)
         self.calibrations = Calibrations(folder)
+        self.references = () if CONSTANT in config.arms else (CONSTANT,)
 
     @abstractmethod
     def trained(self, config: MultitaskConfig) -> tuple[Sequence[Task], Union, Sequence[float]]:
@@ -43,8 +49,25 @@ class MultitaskJob(ImageJob[MultitaskConfig, Net], Generic[Net]):
     def calibration_images(self, config: MultitaskConfig) -> Any:
         """Return the images that the section `calibration` of an arm names, of the size that the backbone takes."""
 
+    @abstractmethod
+    def features(self, split: str, attacks: Sequence[AttackConfig] | None) -> list[Feature]:
+        """Return the features that are evaluated on a split."""
+
     def inputs(self, seed: int = 0) -> Inputs:
         return inputs_of(self.config, seed)
+
+    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
+        if training.arm in self.references:
+            return self.evaluation.constant_scores(training, split) if attacks is None else []
+        net, records = cache(lambda: self.final(training)), self.records(training, split, attacks)
+        return self.evaluation.scores(net, training, split, records, self.inputs(), self.features(split, attacks))
+
+    def described(self, arm: str) -> str:
+        if arm in self.references:
+            return (
+                "the same answer for every image: the class that is most frequent in training, or the mean of the maps"
+            )
+        return super().described(arm)
 
     def trained_on(self, config: MultitaskConfig) -> str:
         if config.merge is not None:

@@ -45,8 +45,8 @@ from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject
-from vismt.uncertainty.features import View
-from vismt.uncertainty.intervals import CLEAN, Score
+from vismt.uncertainty.features import Feature, View
+from vismt.uncertainty.intervals import CLEAN
 from vismt.uncertainty.last_layers import is_variational
 from vismt.uncertainty.predictive import GaussianHead
 
@@ -158,12 +158,9 @@ class ClassifierJob(MultitaskJob[PixelNet]):
     def loaded(self, training: Training) -> PixelNet:
         return load_head(self.fresh(self.study.config_of(training)), training)
 
-    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
-        settings = self.config.evaluate
+    def features(self, split: str, attacks: Sequence[AttackConfig] | None) -> list[Feature]:
         validated = split != "validation" and self.evaluation.validated
-        features = [Quality(None), *asked_features(settings, attacks, validated=validated)]
-        net, records = partial(self.final, training), self.records(training, split, attacks)
-        return self.evaluation.scores(net, training, split, records, self.inputs(), features)
+        return [Quality(None), *asked_features(self.config.evaluate, attacks, validated=validated)]
 
     def is_untrained(self, arm: str, data: str) -> bool:
         tasks = self.validated_tasks(self.study.arms[arm]) if arm in self.study.arms else [data]

@@ -18,7 +18,7 @@ from vismt.data.batching import Gathered, InOrder, joint_content, names_digest
 from vismt.data.division import validation_parts
 from vismt.engine import runtime
 from vismt.engine.study import Study, Training
-from vismt.evaluation.quality import Quality
+from vismt.evaluation.quality import ACCURACY, Quality
 from vismt.evaluation.sections import asked_features, divides, perturbations, shown_quantile
 from vismt.jobs.image_scores import ImageView
 from vismt.jobs.multitask.config import MultitaskConfig
@@ -28,8 +28,8 @@ from vismt.jobs.predictions import Softmax
 from vismt.multitask.nets import TaskClassifier
 from vismt.report.results import RECORDS
 from vismt.storage.fitted import fitted_once
-from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Validation
-from vismt.uncertainty.intervals import Score
+from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Rows, Validation
+from vismt.uncertainty.intervals import CLEAN, Measure, Score
 
 _TASK = "classification"
 Outputs = list[tuple[Tensor, Tensor]]  # of each task: logits (n, C) and labels (n,)
@@ -48,6 +48,11 @@ class Evaluation:
     def separate(self, training: Training) -> bool:
         """Return whether a training's net chooses among the classes of the image's task only."""
         return self.study.config_of(training).head_section.labels == "separate"
+
+    def choice(self, config: MultitaskConfig) -> str:
+        """Return among which classes the net of an arm chooses, as a phrase."""
+        known = config.head_section.labels == "separate"
+        return "task known" if known else f"one of {self.data.union.num_classes} classes"
 
     def classifier(self, net: PixelNet, training: Training, number: int) -> TaskClassifier:
         return TaskClassifier(net, self.data.union, number, self.separate(training)).eval()
@@ -74,6 +79,19 @@ class Evaluation:
                 views.append(view)
             return scores + [score for feature in features for score in feature.net_scores(views)]
 
+    def constant_scores(self, training: Training, split: str) -> list[Score]:
+        """Return the accuracy of the class that is most frequent in the training images of each task, as the arms are asked."""
+        union, counts, scores = self.data.union, self.data.class_counts(), []
+        for number, task in enumerate(union.tasks):
+            images, of_task = self.data.part(number, split), union.span(number)
+            right = images.labels == max(range(of_task.start, of_task.stop), key=counts.__getitem__)
+            measure = Measure(ACCURACY, dict(zip(images.ids, right.double().tolist(), strict=True)), counts=True)
+            measure = Rows((), *images.groups(torch.arange(len(images)))).grouped(measure)
+            for choice in dict.fromkeys(self.choice(config) for config in self.study.arms.values()):
+                protocol = f"{split} images, {choice}"
+                scores.append(Score(_TASK, task, protocol, measure, CLEAN, examples=images.content))
+        return scores
+
     def view(
         self, net: PixelNet, training: Training, split: str, number: int, records: Path, images: Gathered | None = None
     ) -> TaskView:
@@ -88,7 +106,7 @@ class Evaluation:
             task=_TASK,
             data=task,
             part=f"{split} images",
-            choice="task known" if self.separate(training) else f"one of {union.num_classes} classes",
+            choice=self.choice(self.study.config_of(training)),
             records=records / f"{split}-{task}.jsonl",
             source=f"{task}:{split}",
             fingerprint=net.fingerprint(),

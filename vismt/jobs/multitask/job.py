@@ -52,13 +52,12 @@ from vismt.multitask.nets import DenseNet, Union
 from vismt.multitask.tasks import MapTask, Task
 from vismt.multitask.tasks.classes import Classification
 from vismt.multitask.tasks.maps import Depth
-from vismt.report.comparison import CONSTANT
 from vismt.report.panels import spread
 from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject, atomic_write
-from vismt.uncertainty.features import COUNTS, PROBABILITIES, VALIDATION
+from vismt.uncertainty.features import COUNTS, PROBABILITIES, VALIDATION, Feature
 from vismt.uncertainty.intervals import CLEAN, Score
 
 _FITTED = (
@@ -81,7 +80,6 @@ class MapsJob(MultitaskJob[DenseNet]):
     def __init__(self, config: MultitaskConfig, folder: Path, config_hash: str) -> None:
         super().__init__(config, folder, config_hash)
         losses = {task.name: f"{task.name}: training loss" for task in all_tasks(config)}
-        self.references = () if CONSTANT in config.arms else (CONSTANT,)
         self.logged = {"loss": "Training loss of all tasks", **losses, "fade": "Router fade"}
 
     @cached_property
@@ -171,21 +169,8 @@ class MapsJob(MultitaskJob[DenseNet]):
         net, records = cache(lambda: self.final(training)), training.folder / RECORDS
         return self.evaluation.pooled(net, training, split, records, self.inputs(), features)[CLEAN]
 
-    def described(self, arm: str) -> str:
-        if arm in self.references:
-            return (
-                "the same prediction for every image: the frequencies of the classes, the mean depth and the mean normal of the "
-                "training part"
-            )
-        return super().described(arm)
-
-    def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
-        if training.arm in self.references:
-            return self.evaluation.constant_scores(training, split) if attacks is None else []
-        net = cache(lambda: self.final(training))
-        records = self.records(training, split, attacks)
-        features = asked_features(self.config.evaluate, attacks) if split == self.split else []
-        return self.evaluation.scores(net, training, split, records, self.inputs(), features)
+    def features(self, split: str, attacks: Sequence[AttackConfig] | None) -> list[Feature]:
+        return asked_features(self.config.evaluate, attacks) if split == self.split else []
 
     def check_features(self, evaluate: object) -> None:
         super().check_features(evaluate)
