@@ -1,4 +1,4 @@
-"""A method, a tracker and a job of an installed package, and a method of a module beside the configuration, in `vismt run`."""
+"""A method and a job of an installed package, and a method of a module beside the configuration, in `vismt run`."""
 
 from __future__ import annotations
 
@@ -27,20 +27,17 @@ def vismt(*words: str | Path, folder: Path, site: Path | None = None) -> subproc
 
 
 @pytest.mark.slow
-def test_an_installed_method_tracker_and_job_run_in_workers(tmp_path: Path) -> None:
+def test_an_installed_method_and_job_run_in_workers(tmp_path: Path) -> None:
     site = tmp_path / "site"
     shutil.copytree(PACKAGE, tmp_path / "own_package")  # a build writes into its folder
     pip("install", "--target", site, tmp_path / "own_package")
     config = CONFIG | {"adapt": {"method": "orthogonal", "rank": 2}}
-    config["train"] = config["train"] | {"trackers": ["lines"]}
     (tmp_path / "toy.yaml").write_text(yaml.safe_dump(config))
     ran = vismt("run", "toy.yaml", "--workers", "2", "--quiet", folder=tmp_path, site=site)
     assert ran.returncode == 0, ran.stderr
     (folder,) = (tmp_path / "runs").iterdir()
     adapters = [json.loads(path.read_text()) for path in folder.rglob("adapter.json")]
     assert len(adapters) == 6 and {about["method"] for about in adapters} == {"orthogonal"}
-    tracked = [path.read_text().splitlines() for path in folder.rglob("tracked.txt")]
-    assert len(tracked) == 6 and all(lines[-1].startswith(f"{config['train']['steps']} ") for lines in tracked)
     assert (folder / "report.html").exists()
     listed = vismt("list", folder=tmp_path, site=site).stdout
     assert "orthogonal" in listed and "toy" in listed

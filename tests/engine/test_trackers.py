@@ -1,125 +1,70 @@
-"""Trackers: which are known, what each gets of a training, and what becomes of one that is absent or fails."""
+"""Trackers of accelerate: which are known, and what they get of a training."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers.tiny_runs import CONFIGS, refused, write_config
-from helpers.toy_training import Toy, batches, logged, train
+from accelerate import Accelerator
+from accelerate.tracking import GeneralTracker
+from helpers.tiny_runs import refused, write_config
+from helpers.toy_training import Toy, batches, logged
 
-import vismt
-from vismt.base.errors import UserError
-from vismt.base.objects import registered
 from vismt.cli import main
 from vismt.config.sections import TrainConfig
-from vismt.engine import loop, trackers
-from vismt.engine.trackers import Tracker, Trackers
+from vismt.engine import loop
+from vismt.jobs import training_job
 
 
-class Listed(Tracker):
+class Listed(GeneralTracker):
     """Keeps what it is told."""
 
+    name, requires_logging_directory, tracker = "listed", False, None
+
     def __init__(self) -> None:
+        super().__init__()
         self.calls: list[Any] = []
 
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        self.calls.append(("start", training, folder, settings))
+    def start(self) -> None:
+        self.calls.append("start")
 
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.calls.append((step, dict(values)))
+    def store_init_configuration(self, values: dict[str, Any]) -> None:
+        self.calls.append(values)
+
+    def log(self, values: dict[str, Any], step: int | None = None, **_: Any) -> None:
+        self.calls.append({"step": step, **values})
 
     def finish(self) -> None:
         self.calls.append("finish")
 
 
-def test_an_object_gets_every_logged_step_of_every_training_and_the_run_stays_the_same(tmp_path: Path) -> None:
-    config = {**CONFIGS["multitask"], "arms": {"few": {"train.steps": 2}, "more": {}}}
-    own = [Listed(), Listed()]
-    results = vismt.train({**config, "train": {**config["train"], "trackers": own}}, tmp_path / "run")
-    assert own[0].calls == own[1].calls
-    calls = iter(own[0].calls)
-    for arm, steps in (("few", 2), ("more", 3)):
-        folder = tmp_path / "run" / "arms" / arm / "lr-0.01-seed-0"
-        begun, *rows = [next(calls) for _ in range(steps + 1)]
-        assert begun[:3] == ("start", f"run {arm} lr 0.01 seed 0", folder) and begun[3]["train"]["steps"] == steps
-        assert [{"step": step, **values} for step, values in rows] == [
-            row | {key: values[key] for key in ("elapsed_s", "memory_mb") if key in values}
-            for row, (_, values) in zip(logged(folder), rows)
-        ]
-        assert next(calls) == "finish"
-    assert not list(calls)
-    # Without trackers, or with other ones, it is the same run, whose trainings are finished.
-    again = vismt.train(config, tmp_path / "run")
-    assert again.rows == results.rows
-    vismt.train({**config, "train": {**config["train"], "trackers": [Listed()]}}, tmp_path / "run")
-
-
-class Failing(Listed):
-    """Fails in the method that is named."""
-
-    def __init__(self, method: str) -> None:
-        super().__init__()
-        self.method = method
-
-    def start(self, training: str, folder: Path, settings: Mapping[str, Any]) -> None:
-        super().start(training, folder, settings)
-        self.fail("start")
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        super().log(step, values)
-        self.fail("log" if step == 2 else "")
-
-    def finish(self) -> None:
-        super().finish()
-        self.fail("finish")
-
-    def fail(self, method: str) -> None:
-        if method == self.method:
-            raise ConnectionError("no network\nmore")
-
-
-@pytest.mark.parametrize("method", ["log", "finish"])
-def test_a_tracker_that_fails_is_named_and_the_training_and_the_other_tracker_go_on(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+@pytest.mark.parametrize("stop_after", [None, 3])
+def test_a_tracker_gets_every_logged_step_and_ends_also_if_the_training_is_interrupted(
+    tmp_path: Path, stop_after: int | None
 ) -> None:
-    objects = {"<Failing 00000000>": Failing(method), "<Listed 00000001>": Listed()}
-    with registered(objects):
-        running = Trackers(objects, "toy", tmp_path, {})
-        for step in (1, 2, 3):
-            running.log(step, {"loss": 1.0})
-        running.close()
-    failing, other = (tracker.calls for tracker in objects.values())
-    steps = [(step, {"loss": 1.0}) for step in (1, 2, 3)]
-    assert other[1:] == [*steps, "finish"] and failing[1:] == (steps[:2] if method == "log" else other[1:])
-    line = "track   Failing failed and is left out (ConnectionError: no network)\n"
-    assert capsys.readouterr().out == line
+    def after(_: object, step: int) -> None:
+        if step == stop_after:
+            raise KeyboardInterrupt
+
+    tracker, config = Listed(), TrainConfig(steps=4, log_every=2, trackers=["wandb"])
+    arguments = (Toy(), batches, config, tmp_path, "hash", Accelerator(log_with=[tracker]))
+    try:
+        loop.train(*arguments, seed=1, after_step=after, sections=config, name="toy")
+    except KeyboardInterrupt:
+        assert stop_after
+    start, settings, *rows, end = tracker.calls
+    assert (start, end) == ("start", "finish")
+    assert settings["steps"] == 4 and settings["trackers"] == "['wandb']"
+    assert [row["step"] for row in rows] == ([2] if stop_after else [2, 4])
+    times = ("elapsed_s", "memory_mb")
+    assert [{key: row[key] for key in row if key not in times} for row in rows] == logged(tmp_path)
 
 
-def test_a_tracker_that_cannot_start_is_an_error_that_ends_those_that_have_started(tmp_path: Path) -> None:
-    objects = {"<Listed 00000000>": Listed(), "<Failing 00000001>": Failing("start")}
-    with registered(objects), pytest.raises(UserError, match="Failing cannot start \\(ConnectionError: no network\\)"):
-        Trackers(objects, "toy", tmp_path, {})
-    assert objects["<Listed 00000000>"].calls[1:] == ["finish"]
-
-
-def test_trackers_of_an_interrupted_training_end(tmp_path: Path) -> None:
-    own = Listed()
-    name = "<Listed 00000000>"
-    with registered({name: own}), pytest.raises(KeyboardInterrupt):
-        train(Toy(), batches, tmp_path, 2, sections=TrainConfig(), steps=4, trackers=[name], log_every=2)
-    assert own.calls[1:] == ["finish"]  # before the second step was logged
-
-
-def test_an_absent_package_and_a_wrong_object_are_named_before_data(
+def test_absent_packages_are_named_before_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(trackers, "find_spec", lambda package: None)
+    monkeypatch.setattr(training_job, "find_spec", lambda package: None)
     monkeypatch.setattr(loop, "train", None)
     monkeypatch.setattr("vismt.jobs.multitask.classifier_job.ClassifierJob.check_data", None)
     command = ["run", write_config("multitask", tmp_path), "--out", tmp_path / "runs"]
@@ -128,58 +73,6 @@ def test_an_absent_package_and_a_wrong_object_are_named_before_data(
     assert not (tmp_path / "runs").exists()
     error = refused(capsys, *command, "train.trackers=[wandbb]")
     assert "'wandbb' is not known. Near: 'wandb'" in error
-    config = {**CONFIGS["multitask"], "train": {"trackers": [SimpleNamespace(log=print)]}}
-    with pytest.raises(
-        UserError, match=r"'SimpleNamespace' does not derive from vismt\.engine\.trackers\.Tracker; derive its class"
-    ):
-        vismt.train(config, tmp_path / "run")
-
-
-class Recorder(ModuleType):
-    """A module every function of which notes its calls and returns the module."""
-
-    def __init__(self, name: str, calls: list[Any]) -> None:
-        super().__init__(name)
-        self.__spec__ = ModuleSpec(name, None)
-        self._calls = calls
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return lambda *arguments, **options: self._calls.append((name, arguments, options)) or self
-
-
-def calls_of(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, module: str) -> list[Any]:
-    """Return the calls of a training's tracker to a module that stands for its library."""
-    calls: list[Any] = []
-    for part in {name, module}:
-        monkeypatch.setitem(sys.modules, part, Recorder(part, calls))
-    trackers.check_trackers([name])
-    running = Trackers([name], "run lora", tmp_path, {"train": {"steps": 2}, "arms": {}})
-    running.log(1, {"loss": 0.5, "lr": 0.1})
-    running.close()
-    return calls
-
-
-def test_the_calls_of_each_known_tracker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the documentation of the libraries has them; none of them has to be installed here."""
-    assert calls_of(monkeypatch, tmp_path, "tensorboard", "torch.utils.tensorboard") == [
-        ("SummaryWriter", (str(tmp_path / "tensorboard"),), {}),
-        ("add_scalar", ("loss", 0.5, 1), {}),
-        ("add_scalar", ("lr", 0.1, 1), {}),
-        ("close", (), {}),
-    ]
-    begun, *rest = calls_of(monkeypatch, tmp_path, "wandb", "wandb")
-    assert begun[2]["name"] == "run lora" and begun[2]["config"] == {"train": {"steps": 2}, "arms": {}}
-    assert begun[2]["dir"] == str(tmp_path)
-    assert rest == [("log", ({"loss": 0.5, "lr": 0.1},), {"step": 1}), ("finish", (), {})]
-    assert calls_of(monkeypatch, tmp_path, "mlflow", "mlflow") == [
-        ("set_experiment", ("vismt",), {}),
-        ("start_run", (), {"run_name": "run lora"}),
-        ("log_params", ({"train.steps": 2, "arms": {}},), {}),
-        ("log_metrics", ({"loss": 0.5, "lr": 0.1},), {"step": 1}),
-        ("end_run", (), {}),
-    ]
 
 
 @pytest.mark.slow
@@ -196,7 +89,7 @@ def test_the_libraries_themselves_take_a_training(tmp_path: Path, monkeypatch: p
     if name == "tensorboard":
         from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-        events = EventAccumulator(str(folder / "tensorboard"))
+        events = EventAccumulator(str(folder / "vismt"))
         events.Reload()
         assert [point.step for point in events.Scalars("loss")] == [1, 2, 3]
     elif name == "wandb":

@@ -52,15 +52,13 @@ def name_of(given: object, objects: dict[str, object], title: str | None = None)
     title: Title in reports. The default is the name of the type.
     """
     title = re.sub(r"[^\w.+-]+", "-", title or type(given).__name__)
-    name = f"<{title} {_digits(given, title, len(objects))}>"
+    name = f"<{title} {_digits(given, title)}>"
     objects[name] = given
     return name
 
 
-def _digits(given: object, title: str, number: int) -> str:
-    """Return eight digits of the identity of an object. For an object that changes no number of a run, return `number`."""
-    if not getattr(given, "changes_numbers", True):
-        return f"{number:08x}"
+def _digits(given: object, title: str) -> str:
+    """Return eight digits of the identity of an object."""
     identity = _identity(given, title)
     if not identity.unknown:
         return str(identity)[:8]

@@ -174,7 +174,7 @@ class TrainConfig:
         checkpoint_every: Number of steps between two checkpoints, from which a run resumes.
         validate: Whether the report has the curve of the validation score over the checkpoints, for the first seed of every arm.
             The weights of these steps are kept until the arm is trained.
-        trackers: Trackers that also get the content of metrics.jsonl.
+        trackers: Trackers of accelerate that also get the content of metrics.jsonl.
     """
 
     steps: Annotated[int, within(0)] = 100
@@ -196,7 +196,7 @@ class TrainConfig:
     log_every: Count = 1
     checkpoint_every: Count = 50
     validate: bool = field(default=False, metadata=UNHASHED)
-    trackers: Annotated[list[str], Names("vismt.engine.trackers:TRACKERS", only=True)] = field(
+    trackers: Annotated[list[str], Names(("mlflow", "tensorboard", "wandb"), only=True)] = field(
         default_factory=list, metadata=UNHASHED
     )
 

@@ -1,4 +1,4 @@
-"""metrics.jsonl has one line for each logged step, readable with `cat`. Trackers (trackers.py) get the same values."""
+"""metrics.jsonl has one line for each logged step, readable with `cat`. Trackers get the same values."""
 
 from __future__ import annotations
 

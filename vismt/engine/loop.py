@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from vismt.base import console
 from vismt.base.errors import Diverged, UserError
 from vismt.base.seeds import mix_seed
-from vismt.config.sections import TrainConfig
+from vismt.config.sections import TrainConfig, flat
 from vismt.engine import checkpoint, runtime
 from vismt.engine.blocks import running_blocks
 from vismt.engine.log import MetricsLog
@@ -36,7 +36,6 @@ from vismt.engine.optimizer import make_optimizer, make_schedule, rate, with_own
 from vismt.engine.sharding import Shards, check_sharded
 from vismt.engine.stopping import StopRequest
 from vismt.engine.stream import Batches, stream_batches
-from vismt.engine.trackers import Trackers
 from vismt.lowrank.recompute import recompute
 from vismt.lowrank.tensors import whole
 from vismt.methods import freezes, method_optimizer, schedules
@@ -67,7 +66,7 @@ def train(
         config: Section `train` of the run.
         folder: Folder for checkpoints and log.
         config_hash: Hash of the run. A checkpoint of another configuration is refused.
-        accelerator: Accelerator, see engine/runtime.py.
+        accelerator: Accelerator, see engine/runtime.py. Its trackers get the same values as metrics.jsonl.
         seed: Seed of dropout and other random draws, with one stream for each process. The outer random state is restored.
         after_step: Function that is called with the running objective and the number of finished steps after every optimiser
             step.
@@ -86,9 +85,16 @@ def train(
     with torch.random.fork_rng(), running_blocks(objective, config):
         torch.manual_seed(seed + accelerator.process_index)
         training = _Training(objective, batches, config, folder, config_hash, accelerator, sections)
-        names = config.trackers if accelerator.is_main_process else ()
-        with closing(Trackers(names, name, folder, asdict(sections) if names else {})) as trackers:
-            return training.run(after_step, after_save, trackers)
+        if config.trackers:
+            values = flat(asdict(sections))
+            settings = {key: value if isinstance(value, int | float) else str(value) for key, value in values.items()}
+            begun = {"mlflow": {"run_name": name}, "wandb": {"name": name, "dir": str(folder)}}
+            accelerator.init_trackers("vismt", settings, begun)
+        try:
+            return training.run(after_step, after_save)
+        finally:
+            for tracker in accelerator.trackers:
+                tracker.finish()
 
 
 @dataclass(eq=False)
@@ -153,7 +159,6 @@ class _Training:
         self,
         after_step: Callable[[nn.Module, int], None] | None,
         after_save: Callable[[int], object] | None,
-        trackers: Trackers,
     ) -> dict[str, float]:
         config = self.config
         last: dict[str, float] = {}
@@ -173,7 +178,7 @@ class _Training:
                     after_step(self.running, step)
                 if logs:
                     last = self._write_log(step, logged, {"lr": lr, "grad_norm": float(norm), **metrics})
-                    trackers.log(step, {name: value for name, value in last.items() if name != "step"})
+                    self.accelerator.log({name: value for name, value in last.items() if name != "step"}, step)
                     progress.note("  ".join(f"{name} {last[name]:.3g}" for name in logged))
                 stopping = stop.agreed()
                 if stopping and not logs:

@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
 from importlib import metadata
@@ -64,8 +65,10 @@ def net_device() -> torch.device:
     return torch.device("cpu") if sharded() else processes().device
 
 
-def accelerator(precision: str = "no") -> Accelerator:
+def accelerator(precision: str = "no", trackers: Sequence[str] = (), folder: Path | None = None) -> Accelerator:
     """Return the accelerator for a CPU, one GPU or several processes (torchrun, accelerate launch), as the environment says.
+
+    trackers: Names of accelerate's trackers. folder: Folder for their files.
 
     Raise UserError for an unknown precision, and for fp16 without a GPU.
     """
@@ -75,7 +78,7 @@ def accelerator(precision: str = "no") -> Accelerator:
     processes()
     # accelerate keeps the first precision for the life of the process, and a second run may need another.
     AcceleratorState._reset_state()
-    return Accelerator(cpu=_cpu_only(), mixed_precision=precision)
+    return Accelerator(cpu=_cpu_only(), mixed_precision=precision, log_with=[*trackers] or None, project_dir=folder)
 
 
 @cache

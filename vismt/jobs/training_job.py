@@ -11,6 +11,7 @@ import shutil
 from abc import abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Generic, TypeVar, cast
 
@@ -24,7 +25,6 @@ from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import ARMS, BEST, FROZEN, StudyConfig, Training, read_choice
-from vismt.engine.trackers import check_trackers
 from vismt.evaluation.sections import asked_features
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
@@ -195,7 +195,7 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
             settings,
             training.folder,
             self.hash,
-            runtime.accelerator(settings.precision),
+            runtime.accelerator(settings.precision, settings.trackers, training.folder),
             seed=config.training_seed,
             after_step=self.step,
             after_save=after_save,
@@ -289,7 +289,9 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def _check_names(self, config: Config) -> None:
         """Check the train section of an arm, its method and options, and its targets and rank on the bare modules."""
-        check_trackers(config.training.trackers)
+        absent = ", ".join(name for name in config.training.trackers if find_spec(name) is None)
+        if absent:
+            raise UserError(f'train.trackers: not installed: {absent}; pip install "vismt[log]".')
         if config.adapt is not None:
             settings = config.adapt
             arguments = (settings.method, settings.targets, settings.rank, settings.alpha, settings.options)
