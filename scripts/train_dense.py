@@ -32,7 +32,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--head", default="segformer", help="linear, conv, segformer or dpt (segformer)")
     parser.add_argument("--method", default="lora", help="see `vismt list`; full: whole backbone, head: heads alone")
     parser.add_argument("--rank", type=int, default=8)
-    parser.add_argument("--balancing", help="balancing of the task losses, for example pcgrad (the weighted sum)")
+    parser.add_argument("--balancing", help="balancing of the task losses, for example fairgrad (the weighted sum)")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--batch", type=int, default=8)

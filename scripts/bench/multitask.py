@@ -29,7 +29,7 @@ from vismt.multitask.nets import DenseNet
 from vismt.multitask.objectives import MultitaskObjective
 from vismt.multitask.tasks import Task, make_task
 
-MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "pcgrad"
+MODEL, SIZE, BATCH, CLASSES, RANK, BALANCER = "vit_small_patch16_224", 224, 4, 13, 16, "torchjd:PCGrad"
 VISMT, FULL, PEER = "vismt, adapters", "vismt, full", "as LibMTL, full"
 TARGET = 0.60  # of time and of memory
 

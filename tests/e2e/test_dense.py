@@ -609,8 +609,8 @@ def test_a_later_arm_is_built_before_the_first_one_is_trained(tmp_path: Path, ca
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"balancing": {"method": "pcgrad"}}, {"adapt": {"method": "mtlora", "rank": 2}, "fade": None}],
-    ids=["sum", "pcgrad", "mtlora"],
+    [{}, {"balancing": {"method": "fairgrad"}}, {"adapt": {"method": "mtlora", "rank": 2}, "fade": None}],
+    ids=["sum", "fairgrad", "mtlora"],
 )
 def test_two_processes_train_one_model(tmp_path: Path, changes: dict) -> None:
     """torchrun on two CPU processes: one model, evaluated once."""

@@ -351,7 +351,7 @@ def test_camvid_and_textures(tmp_path: Path) -> None:
         retain={},
         data={"train": ["camvid:train", "dtd10"], "test_share": 0.1, "limit": 60},
         batch=8,
-        balancing={"method": "pcgrad"},
+        balancing={"method": "fairgrad"},
     )
     folder = run_config(path)
     counts = {(row.task, row.metric): row.n for row in read_results(folder / "results.jsonl") if not row.further}

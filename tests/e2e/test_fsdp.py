@@ -144,7 +144,7 @@ def sliced() -> nn.Module:
 @pytest.mark.parametrize(
     ("part", "settings", "words"),
     [
-        (lambda: make_balancer("pcgrad", ["depth", "edge"]), {}, "balancing by the gradients of single tasks"),
+        (lambda: make_balancer("fairgrad", ["depth", "edge"]), {}, "balancing by the gradients of single tasks"),
         (lambda: make_balancer("famo", ["depth", "edge"]), {}, "'famo' computes losses again .* take 'uncertainty'"),
         (lambda: ProtoNet(tiny_vit(num_classes=0)), {}, "few-shot training .* take torchrun"),
         (tiny_vit, {"compile": True}, "train.compile"),

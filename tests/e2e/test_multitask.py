@@ -373,7 +373,7 @@ def test_separate_heads_balanced_tasks_and_validation(tmp_path: Path) -> None:
         head="separate",
         retain=None,
         fade=None,
-        balancing={"method": "pcgrad"},
+        balancing={"method": "fairgrad"},
         adapt={"method": "lora", "rank": 2},
         arms={"separate": {}, "union": {"head": "union"}},
         seeds=[],
@@ -447,7 +447,7 @@ def test_a_fixed_pattern_that_finds_a_part_of_the_adapter_is_refused(tmp_path: P
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("balancing", [None, {"method": "pcgrad"}, {"method": "uncertainty"}])
+@pytest.mark.parametrize("balancing", [None, {"method": "fairgrad"}, {"method": "uncertainty"}])
 def test_two_processes_train_one_model(tmp_path: Path, balancing: dict | None) -> None:
     """torchrun on two CPU processes: one bank, one fade, one set of factors, with and without gradients of single tasks."""
     path = write(tmp_path, model=VIT, balancing=balancing, arms={}, seeds=[], tune=None if balancing else SMALL["tune"])

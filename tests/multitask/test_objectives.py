@@ -149,7 +149,7 @@ def test_famo_sees_the_same_batch_before_and_after_the_step() -> None:
 
 def test_only_balancers_of_gradients_clip_the_balanced_parameters_alone() -> None:
     net = Fixed()
-    for name, alone in (("nash", True), ("pcgrad", True), ("ew", False), ("famo", False)):
+    for name, alone in (("nash", True), ("fairgrad", True), ("ew", False), ("famo", False)):
         objective = MultitaskObjective(net, (), UNION, balancer=make_balancer(name, UNION.tasks), balanced=[net.logits])
         assert (objective.clipped == (net.logits,)) if alone else objective.clipped is None
     assert MultitaskObjective(net, (), UNION).clipped is None

@@ -13,8 +13,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 SHOWN = 200  # number of characters of a value in an error
-# What to do without a public name or a configuration key that is gone. The error keeps an entry for one release.
+# What to do without a public name, a configuration key or a method that is gone. The error keeps an entry for one release.
 GONE = {
+    "pcgrad": 'Give torchjd:PCGrad (pip install "vismt[torchjd]"). With two tasks it has the same gradient.',
     "vismt.adapters_per_sample": "Run each adapter's samples after vismt.activate, or serve what export_peft writes.",
     "vismt.llm.read_slices": "Load each adapter by name, with vismt.load_adapter(model, folder, name=...).",
     "vismt.robustness.check_masking": "Attack with `strong` or `autoattack`, and compare the accuracy with `pgd`.",

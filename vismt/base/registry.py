@@ -16,7 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from vismt.base.errors import UserError, near, shown_value
+from vismt.base.errors import GONE, UserError, near, shown_value
 
 T = TypeVar("T")
 # What registries of the core find in packages above the core, by kind. vismt/__init__.py fills this table, since it runs first.
@@ -100,7 +100,9 @@ class Registry(Mapping[str, T]):
         self._families[prefix] = make
 
     def hint(self, name: str) -> str:
-        """Return a hint for an unknown name: the family that has it, or similar names."""
+        """Return a hint for an unknown name: what to do without it, the family that has it, or similar names."""
+        if name in GONE:
+            return f" {GONE[name]}"
         for prefix, make in self.families.items():
             try:
                 make(name)

@@ -41,7 +41,8 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[T
         net.heads["normals"].predict.weight[0].copy_(-net.heads["semseg"].predict.weight[0])
     other = copy.deepcopy(net)
     multitask.peer_gradients(net, tasks, batch, random.Random(0))
-    balancer = make_balancer("pcgrad", [task.name for task in tasks])
+    pytest.importorskip("torchjd")
+    balancer = make_balancer(multitask.BALANCER, [task.name for task in tasks])
     MultitaskObjective(other, tasks, balancer=balancer, balanced=list(other.stock.parameters()))(batch)[
         "loss"
     ].backward()
@@ -53,6 +54,7 @@ def test_the_peer_and_vismt_find_the_same_gradients(net: DenseNet, tasks: list[T
 
 
 def test_rows_and_ratios(net: DenseNet, tasks: list[Task]) -> None:
+    pytest.importorskip("torchjd")
     result = multitask.compare("tiny", net, tasks, made_batch(tasks, 2, (32, 32)), 2)
     assert list(result.timing.seconds) == [VISMT, FULL, PEER] == list(result.sizes[PEAK])
     assert result.sizes[PEAK][VISMT] < result.sizes[PEAK][PEER]

@@ -36,7 +36,7 @@ from vismt.base.registry import Registry
 BALANCERS: Registry[type[Balancer]] = Registry(
     "balancing: no method",
     dict.fromkeys(("dwa", "ew", "famo", "uncertainty"), "vismt.multitask.balancing.losses")
-    | dict.fromkeys(("fairgrad", "nash", "pcgrad"), "vismt.multitask.balancing.gradients")
+    | dict.fromkeys(("fairgrad", "nash"), "vismt.multitask.balancing.gradients")
     | {"torchjd:": "vismt.multitask.balancing.torchjd_methods"},
 )
 

@@ -7,8 +7,7 @@ formulas T is the number of these tasks.
 
 The methods here do something that the aggregators of torchjd 0.18 (torchjd_methods.py) do not. FairGrad and Nash-MTL are solved
 to the last digits for gradients of any lengths. torchjd misses FairGrad's equation if lengths differ by 10^4, and its Nash-MTL
-has state that no checkpoint would hold. PCGrad draws its order from (seed, number of the call), which every process knows and a
-resumed run repeats.
+has state that no checkpoint would hold.
 """
 
 from __future__ import annotations
@@ -18,7 +17,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -139,28 +137,6 @@ class _WithGradients(torch.autograd.Function):
         return None, None, *(slopes[0] * gradient for gradient in ctx.gradients)
 
 
-@BALANCERS.register("pcgrad")
-class PcGrad(GradientBalancer):
-    """sum_i g_i': from g_i' = g_i, g_i' -= <g_i', g_j> / |g_j|^2 g_j for every j, in random order, with <g_i', g_j> < 0.
-
-    Yu et al., arXiv 2001.06782. The order is a function of (seed, number of the call).
-    """
-
-    def __init__(self, tasks: Sequence[str], *, seed: int = 0, **common: Any) -> None:
-        super().__init__(tasks, **common)
-        check_range("seed", seed, seed >= 0, "0 or more")
-        self.seed = seed
-
-    def solve(self, gram: Tensor, tasks: Tensor, losses: Tensor) -> Tensor:
-        inners = gram.numpy()
-        mixed = np.eye(len(inners))  # row i has g_i' in terms of the g_j
-        for i, j in random_pairs(len(inners), self.seed, int(self.calls)):
-            inner = mixed[i] @ inners[:, j]
-            if inner < 0:
-                mixed[i, j] -= inner / inners[j, j]
-        return torch.from_numpy(mixed.sum(0))
-
-
 @BALANCERS.register("fairgrad")
 class FairGrad(GradientBalancer):
     """FairGrad: weights with M w = w^(-1/alpha), the alpha-fair share of the common decrease. Ban & Ji, arXiv 2402.15638.
@@ -232,12 +208,6 @@ def fair_weights(gram: Tensor, alpha: float) -> Tensor:
             size /= 2
         u = u - size * step
     return u / lengths * mean ** (-2 / (1 + power))
-
-
-def random_pairs(count: int, seed: int, call: int) -> list[tuple[int, int]]:
-    """Return every (i, j), i != j, sorted by i, with the j of each i in a random order."""
-    generator = np.random.default_rng([seed, call])
-    return [(i, int(j)) for i in range(count) for j in generator.permutation(count) if j != i]
 
 
 # ---- gradients
