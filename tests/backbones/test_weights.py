@@ -54,6 +54,15 @@ def test_wrapped_and_prefixed_checkpoints(tmp_path, state) -> None:
     wrapped = {"epoch": 3, "model": {f"module.vit.{key}": value for key, value in state.items()}}
     tensors = read_checkpoint(saved(tmp_path, wrapped, "run.pt"))
     assert tensors.keys() == state.keys() and torch.equal(tensors["norm.weight"], state["norm.weight"])
+    lightning = {"epoch": 3, "state_dict": {f"model.{key}": value for key, value in state.items()}}
+    assert read_checkpoint(saved(tmp_path, lightning, "last.pt")).keys() == state.keys()
+
+
+def test_a_classifier_of_the_users_checkpoint_that_is_left_out_is_said(tmp_path, state, capsys) -> None:
+    create(NAME, 112, pretrained=saved(tmp_path, state), num_classes=7, new_head=True)
+    assert "the classifier 'head' of 7 classes is left out; heads are trained anew" in capsys.readouterr().out
+    create(NAME, 112, pretrained=saved(tmp_path, state), num_classes=7)
+    assert "left out" not in capsys.readouterr().out
 
 
 def test_a_missing_head_is_fresh_and_said(tmp_path, state, capsys) -> None:

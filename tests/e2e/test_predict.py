@@ -14,6 +14,7 @@ from helpers import pyramids
 from PIL import Image
 
 import vismt
+from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.data.images import open_images
 from vismt.jobs import open_run
@@ -107,6 +108,17 @@ def test_checkpoints_of_classifiers_predict(folder: Path, tmp_path: Path) -> Non
     assert len(rows) == 12 and [row["task"] for row in rows[:2]] == ["a", "b"]
     assert rows[0]["label"] == ["a/x", "a/y"][int(logits[:2].argmax())] and rows[1]["label"] == "b/z"
     assert rows[0]["probability"] == pytest.approx(float(logits[:2].softmax(0).max()), abs=2e-3)
+
+
+def test_a_checkpoint_without_its_names_says_what_to_write(folder: Path, tmp_path: Path, capsys) -> None:
+    net = timm.create_model("test_vit", num_classes=3, img_size=32).eval()
+    torch.save(net.state_dict(), tmp_path / "mine.pth")
+    with pytest.raises(UserError, match=r"has no config\.json beside it that names its model; write one, such as"):
+        vismt.predict(tmp_path / "mine.pth", folder / "images", to=tmp_path)
+    (tmp_path / "config.json").write_text('{"architecture": "test_vit", "img_size": 32}')
+    vismt.predict(tmp_path / "mine.pth", folder / "support", to=tmp_path)
+    printed = capsys.readouterr().out
+    assert "are not counted: the model has no class" in printed and "Near: ''" not in printed
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,13 @@ def test_an_arm_of_a_run_folder_is_a_classifier(models: Path, tmp_path: Path, mo
     assert row["arm"] == "ours" and row["n"] == 12 and row["chance"] == 0.1
 
 
+def test_a_classifier_at_chance_is_told(models: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(models)
+    arms = {"vit": {"classifier.name": "model.safetensors"}}  # with random weights
+    assert main(["run", str(write(tmp_path, arms=arms, evaluate={"images": 12})), "--out", str(tmp_path / "runs")]) == 0
+    assert "is not told from chance" in capsys.readouterr().out
+
+
 def test_a_run_is_not_scored_on_the_images_that_it_trained_or_chose_on(finished, tmp_path: Path, capsys) -> None:
     own = finished("multitask")
     expected = {row["data"]: row for row in scores_of(own) if row["metric"] == "accuracy"}

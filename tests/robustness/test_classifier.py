@@ -259,3 +259,20 @@ def test_every_failure_of_a_function_is_one_line(user_module, name, words):
         classifier_from_function(name)
     assert words in str(caught.value) and "\n" not in str(caught.value)
     assert str(caught.value).startswith(f"model '{name}': ")
+
+
+def test_a_checkpoint_normalises_as_it_is_told_and_a_line_says_how(tmp_path, capsys):
+    path = tmp_path / "own.pth"
+    torch.save({"state_dict": {f"model.{key}": value for key, value in fresh().state_dict().items()}}, path)
+    given = load_classifier(path, architecture=NAME, mean=[0.1, 0.2, 0.3], std=[1, 1, 2])
+    assert given.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3]) and given.std.flatten().tolist() == [1, 1, 2]
+    assert capsys.readouterr().out == "model   own.pth   normalises by mean 0.1 0.2 0.3, std 1 1 2\n"
+    guessed = load_classifier(path, architecture=NAME)
+    assert guessed.mean.flatten().tolist() == list(guessed.net.pretrained_cfg["mean"])
+    assert "which timm's test_vit has. The checkpoint names none: set mean and std" in capsys.readouterr().out
+    about = {"architecture": "test_vit", "pretrained_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1]}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    named = load_classifier(path)
+    assert named.mean.flatten().tolist() == [0, 0, 0] and "names none" not in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"mean \[0.5\]; it needs 3 numbers"):
+        load_classifier(path, mean=[0.5])

@@ -17,6 +17,7 @@ from vismt.backbones.pyramid import Pyramid
 from vismt.backbones.vit import Backbone, check_size, classifiers, lacks_of_vit, widened
 from vismt.backbones.weight_sources import quiet_logger
 from vismt.backbones.weights import load_weights, read_checkpoint
+from vismt.base import console
 from vismt.base.errors import UserError, WeightsUnavailable, near
 from vismt.storage.wheels import one_line
 
@@ -77,7 +78,17 @@ def create(
         check_stages(backbone.img_size, name, partial(runs_at, architecture))
     if isinstance(pretrained, str | Path):
         origin = f"the weights of '{pretrained}'"
-        load_weights(vit, read_checkpoint(pretrained), position, origin, own_head=True, new_head=new_head)
+        state = read_checkpoint(pretrained)
+        load_weights(vit, state, position, origin, own_head=True, new_head=new_head)
+        named = vit.pretrained_cfg.get("classifier") or ()
+        head = next(
+            (name for name in ([named] if isinstance(named, str) else named) if f"{name}.weight" in state), None
+        )
+        if head and (new_head or not num_classes):
+            classes = len(state[f"{head}.weight"])
+            console.stage(
+                "model", f"{origin}   the classifier '{head}' of {classes} classes is left out; heads are trained anew"
+            )
     elif pretrained and not by_timm:
         state = from_hub(architecture).state_dict() if card is None else read_checkpoint(get_asset(name))
         load_weights(vit, state, position, f"the weights of '{name}'", new_head=new_head)

@@ -21,7 +21,7 @@ from vismt.base.errors import UserError
 from vismt.storage.wheels import one_line
 
 _WRAPPERS = ("state_dict", "model", "teacher")
-PREFIXES = ("module.", "_orig_mod.", "backbone.", "vit.")
+PREFIXES = ("module.", "_orig_mod.", "model.", "backbone.", "vit.")
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Tensor]:

@@ -22,6 +22,8 @@ MODEL_OPTIONS = {
     "architecture": None,
     "out": None,
     "img_size": None,
+    "mean": None,
+    "std": None,
     "batch": 32,
     "seed": 0,
     "random_weights": False,
@@ -45,6 +47,8 @@ def add_commands(commands: Commands) -> None:
         type=int,
         help="size of the model's images in pixels (by default from its config.json, or timm's); needed for a module of yours",
     )
+    parser.add_argument("--mean", type=float, nargs="+", help="of the channels, by which a checkpoint normalises")
+    parser.add_argument("--std", type=float, nargs="+", help="of the channels, as --mean")
     parser.add_argument("--random-weights", action="store_true", help="a timm name without its weights")
     parser.add_argument("--data", help="card or card:split for --model")
     parser.add_argument("--images", type=int, help="number of images (all)")
@@ -125,6 +129,8 @@ def _attack_model(options: argparse.Namespace, attacks: list[AttackConfig]) -> N
         "architecture": options.architecture,
         "pretrained": not options.random_weights,
         "img_size": options.img_size,
+        "mean": options.mean,
+        "std": options.std,
     }
     if FUNCTION.fullmatch(options.model) and not Path(options.model).exists():
         if options.architecture or options.random_weights or options.img_size is None:

@@ -69,6 +69,11 @@ def predict_checkpoint(path: Path, inputs: Sequence[Path], target: Path, options
         proto = ProtoNet(backbone, settings.get("scale", 10.0)).eval().to(runtime.processes().device)
         net, classes = fit_few_shot(proto, options.support, backbone.img_size[0], f"'{path.parent}'")
         return predict_classes(net, backbone.img_size[0], [classes], images, target, options, label=str(path))
+    if not about.get("architecture"):
+        raise UserError(
+            f"predict: '{path}' has no config.json beside it that names its model; write one, such as "
+            '{"architecture": "resnet18", "label_names": ["cat", "dog"]}.'
+        )
     options.check(taken, "a classifier")
     images = images_for(inputs, target, options)
     classifier = load_classifier(path)

@@ -321,7 +321,7 @@ def _accuracy(right: Mapping[str, float], folders: Sequence[str], labels: Sequen
         )
     if others:
         first = others[0]
-        text = f"{len(others):,} images are not counted: the model has no class '{first}'.{near(first, classes)}"
+        text = f"{len(others):,} images are not counted: the model has no class '{first}'.{near(first, classes - {''})}"
         console.stage("predict", text)
     return found
 

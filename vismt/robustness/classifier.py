@@ -8,7 +8,9 @@ its order. Weights are kept under the cache folder.
 from __future__ import annotations
 
 import copy
+import math
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from vismt.backbones.any_module import UNKNOWN
 from vismt.backbones.pyramid import image_size
 from vismt.backbones.timm_models import check_stages, forward_runs, runs_at, timm_model
 from vismt.backbones.weights import read_checkpoint, with_counts
+from vismt.base import console
 from vismt.base.errors import UserError, near, require_known, shown_value
 from vismt.base.registry import first_line, import_own, working_folder_on_path
 from vismt.storage.files import JsonObject, parse_json
@@ -48,8 +51,8 @@ class PixelClassifier(nn.Module):
         self,
         net: nn.Module,
         size: tuple[int, int],
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
+        mean: Sequence[float],
+        std: Sequence[float],
         labels: list[str] | None = None,
         num_classes: int | None = None,
     ) -> None:
@@ -76,6 +79,8 @@ def load_classifier(
     architecture: str | None = None,
     pretrained: bool = True,
     img_size: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> PixelClassifier:
     """Load a timm classifier on the CPU, in eval mode.
 
@@ -90,6 +95,10 @@ def load_classifier(
         pretrained: Whether timm fetches the weights of a name.
         img_size: Size of the model's images in pixels. By default, the size in config.json beside a file, or of the timm model.
             Your own module needs a size.
+        mean: Mean of each channel of images in [0, 1], for the normalisation. By default, the mean in `pretrained_cfg` of
+            config.json beside a file, or of the timm model. A line says which one a file gets. Your own
+            module gets images in [0, 1].
+        std: Standard deviation of each channel, as mean.
 
     Returns:
         The classifier, for images float (b, 3, h, w) in [0, 1] of any size.
@@ -105,7 +114,12 @@ def load_classifier(
         architecture = architecture or about.get("architecture")
         if FUNCTION.fullmatch(architecture or ""):
             own, _ = classifier_from_function(str(architecture), img_size)
-            return classifier_of(_filled(own, path, architecture), img_size)
+            found = classifier_of(_filled(own, path, architecture), img_size)
+            if mean is None and std is None:
+                return found
+            size = (found.size[0], found.size[1])
+            given = (mean or UNKNOWN[0], std or UNKNOWN[1])
+            return PixelClassifier(found.net, size, *given, num_classes=found.num_classes).eval()
         about = {**about, "model_args": {**about.get("model_args", {}), **asked}}
         net = _from_file(path, about, architecture, num_classes)
     else:
@@ -114,7 +128,18 @@ def load_classifier(
     if img_size:
         check_stages((img_size, img_size), str(name_or_checkpoint), partial(runs_at, architecture or ""))
     stock: Any = net.pretrained_cfg
-    config = {**stock, **about.get("pretrained_cfg", {})}
+    named = {**about.get("pretrained_cfg", {}), **({"mean": mean} if mean else {}), **({"std": std} if std else {})}
+    config = {**stock, **named}
+    for key in ("mean", "std"):
+        if len(config[key]) != len(stock["mean"]) or not all(map(math.isfinite, config[key])):
+            raise UserError(
+                f"model '{name_or_checkpoint}': {key} {list(config[key])}; it needs {len(stock['mean'])} numbers."
+            )
+    if path is not None:
+        values = ", ".join(f"{key} {' '.join(f'{value:.4g}' for value in config[key])}" for key in ("mean", "std"))
+        guessed = not {"mean", "std"} <= named.keys()
+        why = f", which timm's {architecture} has. The checkpoint names none: set mean and std if it was trained with others"
+        console.stage("model", f"{path.name}   normalises by {values}{why if guessed else ''}")
     pixels = (img_size, img_size) if img_size else config["input_size"][-2:]
     size = getattr(getattr(net, "patch_embed", None), "img_size", None) or pixels
     labels = about.get("label_names")

@@ -33,6 +33,9 @@ class ClassifierConfig:
             classes.
         size: size in pixels to which images are decoded. null means the classifier's own. A function needs it.
         img_size: size of the images of a model in pixels. null means the size in its config.json or of timm.
+        mean: mean of each channel of images in [0, 1], by which a checkpoint normalises. null means the value in its
+            config.json or of timm.
+        std: standard deviation of each channel, as mean.
         task: task of a multi-task classifier whose classes the cards have. null lets the cards decide.
     """
 
@@ -44,6 +47,8 @@ class ClassifierConfig:
     function: str | None = None
     size: int | None = None
     img_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
     task: str | None = None
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
+from vismt.base import console
 from vismt.data.set_entries import card_and_split, shown_name
 from vismt.engine.study import Training
-from vismt.evaluation.quality import Quality
+from vismt.evaluation.quality import ACCURACY, Quality
 from vismt.evaluation.sections import asked_features, check_split, fitted_keys, perturbations
 from vismt.jobs.evaluation_job import EvaluationJob, records_folder
 from vismt.jobs.robustness.config import RobustnessConfig, check, first_attack
@@ -28,7 +29,7 @@ from vismt.storage.files import JsonObject
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import file_name
 from vismt.uncertainty.features import Inputs
-from vismt.uncertainty.intervals import Score
+from vismt.uncertainty.intervals import CLEAN, Score
 
 _SHOWN = 6  # images of a panel
 ADVERSARIAL = "adversarial"  # a folder of the run folder
@@ -89,8 +90,20 @@ class RobustnessJob(EvaluationJob[RobustnessConfig]):
         for data in self.config.data:
             view = self._view(training.arm, data, folder)
             keep = partial(self._keep, training.arm, data) if self.config.evaluate.keep_images else None
-            scores += view.scores(specs, [Quality(None), *(of.fitted(view) for of in features)], keep)
+            found = view.scores(specs, [Quality(None), *(of.fitted(view) for of in features)], keep)
+            self._warn_at_chance(training.arm, found, view.chance or 0)
+            scores += found
         return scores
+
+    def _warn_at_chance(self, arm: str, scores: Sequence[Score], chance: float) -> None:
+        """Print a line if the clean accuracy is not told from chance, as with another normalisation or order of labels."""
+        clean = next(score for score in scores if score.condition == CLEAN and score.measure.metric == ACCURACY)
+        if clean.measure.interval()[0] <= chance:
+            console.stage(
+                "eval",
+                f"{arm} on {clean.data}   clean accuracy {100 * clean.measure.score:.1f} % is not told from chance "
+                f"({100 * chance:.1f} %): check mean, std, img_size and the order of the labels",
+            )
 
     def _keep(self, arm: str, data: str, condition: str, number: int, arrays: Mapping[str, np.ndarray]) -> None:
         """Write the attacked images of a batch in float32, because rounding to 8 bits would change some answers."""

@@ -88,7 +88,12 @@ def _load(config: ClassifierConfig) -> Classifier:
         net, classes, size = load_robustbench(config.name)
         return Classifier(net.to(device), classes, config.size or size)
     timm = load_classifier(
-        config.name or "", architecture=config.architecture, pretrained=config.pretrained, img_size=config.img_size
+        config.name or "",
+        architecture=config.architecture,
+        pretrained=config.pretrained,
+        img_size=config.img_size,
+        mean=config.mean,
+        std=config.std,
     )
     path = checkpoint_file(config.name or "")
     separate = path is not None and checkpoint_config(path).get("label_space") == "separate"
