@@ -28,7 +28,8 @@ def make_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         for what in ("rgb", "label", "depth"):
             (folder / what).mkdir(parents=True)
         for number in range(2):
-            Image.fromarray(np.zeros((*SIZE, 3), np.uint8)).save(folder / "rgb" / f"{number}.png")
+            grey = 16 * len([*(tmp_path / "data").iterdir()])  # of this set alone
+            Image.fromarray(np.full((*SIZE, 3), grey, np.uint8)).save(folder / "rgb" / f"{number}.png")
             Image.fromarray(np.full(SIZE, number, np.uint8)).save(folder / "label" / f"{number}.png")
             np.save(folder / "depth" / f"{number}.npy", np.full(SIZE, 2.0, np.float32))
         card.mkdir()
@@ -55,7 +56,8 @@ SEMSEG = {"name": "semseg", "classes": 2}
 
 def test_depth_and_inverse_depth_are_not_one_task(make_card) -> None:
     metric, inverse, other = make_card("metric"), make_card("inverse", inverse=True), make_card("other", inverse=True)
-    for cards in ((metric, metric, inverse), (inverse, metric, metric), (inverse, inverse, metric)):
+    more = make_card("more")
+    for cards in ((metric, metric, inverse), (inverse, metric, more), (inverse, inverse, metric)):
         with pytest.raises(UserError, match="data: 'inverse' has inverse depth, 'metric' depth; take sets of one kind"):
             joined(*cards, tasks=["depth"])
     assert (
@@ -63,7 +65,7 @@ def test_depth_and_inverse_depth_are_not_one_task(make_card) -> None:
     )  # nothing of them is mixed
     task = joined(inverse, other, tasks=[SEMSEG, {"name": "depth", "max_depth": 9.0}]).tasks["depth"]
     assert task.inverse and task.max_depth == 9.0 and task.name == "depth"
-    assert not joined(metric, metric, tasks=["depth"]).tasks["depth"].inverse
+    assert not joined(metric, more, tasks=["depth"]).tasks["depth"].inverse
 
 
 def test_one_class_of_maps_has_one_name(make_card) -> None:

@@ -93,6 +93,30 @@ def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bo
     return True
 
 
+def unseen(
+    training: Sequence[Hashable], others: Sequence[Hashable], name: str, groups: Sequence[Hashable] = ()
+) -> list[bool]:
+    """Return which training examples have a content that no validation or test example has.
+
+    Args:
+        training, others: Content of each example.
+        name: Name of the task or set, for messages.
+        groups: Group of each training example, None for no group. A group with such an example is left out.
+
+    Raises:
+        UserError: If no training example is left.
+    """
+    seen, of = {*others}, groups or [None] * len(training)
+    out = {group for group, content in zip(of, training) if content in seen} - {None}
+    kept = [content not in seen and group not in out for group, content in zip(of, training)]
+    if kept and not any(kept):
+        raise UserError(
+            f"{name}: all {len(kept):,} training examples are also in validation or test, by their content; name another set to "
+            "test on."
+        )
+    return kept
+
+
 def limited(labels: Tensor, ids: Sequence[str], limit: int) -> Tensor:
     """Return the indices (int64, ascending) of `limit` images, spread over the classes as evenly as possible.
 

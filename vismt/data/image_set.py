@@ -43,6 +43,7 @@ class ImageSet:
         groups: Group of each image by its id, which a division keeps in one part. Images without an entry are alone. None means
             that near-duplicates have to be found.
         group_unit: Name of a group, in the plural.
+        file: Function from i to the file that holds image i alone, or to None.
         cached: Whether `content` tells these images from all others, so that decoded images may be kept for later runs.
         timed: Whether `content` depends on the times of files, which a copy of the same images does not have.
     """
@@ -61,6 +62,7 @@ class ImageSet:
     nodes: list[list[int]] | None = None
     groups: Mapping[str, Hashable] | None = field(default_factory=dict)
     group_unit: str = "groups"
+    file: Callable[[int], Path | None] = lambda i: None
     cached: bool = True
     timed: bool = False
 
@@ -82,6 +84,7 @@ class ImageSet:
             labels=self.labels[indices],
             ids=[self.ids[i] for i in indices],
             read=lambda i: self.read(indices[i]),
+            file=lambda i: self.file(indices[i]),
             content=lambda: f"{self.content()}:{content}",
             skipped=list(skipped),
         )
@@ -178,6 +181,7 @@ class ImageSource(DataSource):
             labels=torch.tensor(labels, dtype=torch.int64),
             ids=ids,
             read=lambda i: read(images[i]),
+            file=lambda i: images[i] if isinstance(images[i], Path) else None,
             content=cache(found.content or (lambda: f"{digest_files(zip(ids, images)).sha256}:{labels}")),
             superclass=superclass,
             superclass_names=superclass_names,

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import Literal, TypeVar
 
 import torch
+import xxhash
 from torch import Tensor
 
+from vismt.base import console
 from vismt.base.objects import is_object
 from vismt.data.cards import load_card
-from vismt.data.division import divide, limited
+from vismt.data.decode import read_image_bytes
+from vismt.data.division import divide, limited, unseen
+from vismt.data.image_set import DECODED
 from vismt.data.images import ImageSet, open_images
 from vismt.data.maps.dense_sample import CLASS
 from vismt.data.maps.dense_set import DenseSet, DenseSource, classified, open_dense
-from vismt.data.near_duplicates import groups_of, with_groups
+from vismt.data.near_duplicates import groups_of, load_picture, with_groups
 from vismt.data.set_entries import card_and_split
 from vismt.data.texts.interactions import numbered
 from vismt.engine.parts import PartsConfig, shares
@@ -59,7 +63,7 @@ def divided(parts: PartsConfig, open_set: Callable[[str, bool], S]) -> dict[str,
     """Return {part: its sets, each with the indices (int64, ascending) of its images} for "train", "validation" and "test".
 
     Shares are taken of each class, and images without a class count as one class. The limit then takes equally many training
-    images of each class (`limited`), before any image is decoded.
+    images of each class (`limited`). Their content is in no other part (`unseen`).
 
     open_set: Function from an entry, and whether near-duplicates are found, to the set.
     """
@@ -74,9 +78,44 @@ def divided(parts: PartsConfig, open_set: Callable[[str, bool], S]) -> dict[str,
     for part in ("validation", "test"):
         named = [open_set(entry, True) for entry in getattr(parts, part)]
         found[part] += [(images, torch.arange(len(images))) for images in named]
+    if found["train"]:
+        found["train"] = _unseen(found)
     if parts.limit is not None:
         found["train"] = _limited(found["train"], parts.limit)
     return found
+
+
+def _unseen(found: Mapping[str, list[tuple[S, Tensor]]]) -> list[tuple[S, Tensor]]:
+    """Return the training sets without the images whose content is also in another part."""
+    entries = {part: [(images, int(i)) for images, index in sets for i in index] for part, sets in found.items()}
+    contents = {part: [content_of(*entry) for entry in of] for part, of in entries.items()}
+    groups = [
+        (images.name, group) if (group := (images.groups or {}).get(images.ids[i])) is not None else None
+        for images, i in entries["train"]
+    ]
+    name = "+".join(dict.fromkeys(images.name for images, _ in found["train"]))
+    kept = unseen(contents["train"], contents["validation"] + contents["test"], name, groups)
+    if not all(kept):
+        text = f"{name}   {kept.count(False):,} of {len(kept):,} training images left out"
+        console.stage(
+            "data", f"{text}: they, or images of their group, are also in validation or test, by their content"
+        )
+    masks = torch.tensor(kept).split([len(index) for _, index in found["train"]])
+    return [(images, index[mask]) for (images, index), mask in zip(found["train"], masks) if mask.any()]
+
+
+def content_of(images: ImageSet | DenseSet, i: int) -> Hashable:
+    """Return a digest of the file of an image, or of its pixels if several share a file.
+
+    The images of a set of more than DECODED are told apart by their names.
+    """
+    if len(images) > DECODED:
+        return images.name, images.ids[i]
+    path = images.file(i)
+    if path is not None:
+        return xxhash.xxh3_128_digest(read_image_bytes(path))
+    picture = images.read(i) if isinstance(images, ImageSet) else load_picture(images, i)
+    return xxhash.xxh3_128_digest(picture.numpy().tobytes())
 
 
 def _class_names(images: ImageSet | DenseSet) -> list[str]:

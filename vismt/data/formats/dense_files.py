@@ -147,6 +147,7 @@ class DenseFilesSource(RootedSource, DenseSource):
             ids=[pair["image"].relative_to(base).as_posix() for pair in paths],
             stored=lambda i: read_maps(paths[i], settings),
             content=content,
+            file=lambda i: paths[i]["image"],
             parts=list(PARTS) if "parts" in targets else [],
             inverse_depth=self.inverse_depth,
             where=shown_path(base),

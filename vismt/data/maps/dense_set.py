@@ -43,7 +43,7 @@ class DenseSet:
         content: Function from i to a text that differs for any other content of the files of image i, or for another set. "" if
             that is not known.
         edges: Target that edges are derived from, "semseg" or "depth". None if `stored` has all targets.
-        groups, group_unit: Groups of images, see ImageSet.
+        groups, group_unit, file: As in ImageSet.
     """
 
     name: str
@@ -61,6 +61,7 @@ class DenseSet:
     edges: str | None = None
     groups: Mapping[str, Hashable] | None = field(default_factory=dict)
     group_unit: str = "groups"
+    file: Callable[[int], Path | None] = lambda i: None
 
     def __post_init__(self) -> None:
         check_names(self.ids)
@@ -140,6 +141,7 @@ def classified(images: ImageSet, key: str = CLASS) -> DenseSet:
         labels=images.labels,
         groups=images.groups,
         group_unit=images.group_unit,
+        file=images.file,
     )
 
 

@@ -13,7 +13,7 @@ from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.base.seeds import digest, mix_seed
 from vismt.data.batching import Passes
-from vismt.data.division import divide, limited
+from vismt.data.division import divide, limited, unseen
 from vismt.data.set_entries import card_and_split, row_name
 from vismt.data.texts.interactions import Catalogue, InteractionSet, numbered
 from vismt.data.texts.text_set import TextRow, TextSet, open_texts
@@ -219,7 +219,10 @@ class LmData:
         own = self.tasks[task.name].own_rows()
         if own is not None:
             return {"train": {}, "validation": {}, "test": {own.name: [own]}}
-        return self._open_sets(task)
+        parts = self._open_sets(task)
+        if task.train and task.kind != KIND:
+            _note_repeats(task.name, parts)
+        return parts
 
     def _open_sets(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
         split_shares = shares(task)
@@ -292,6 +295,17 @@ def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task:
         labels = torch.tensor(numbered(classes), dtype=torch.int64)
         parts = divide(labels, split_shares, name, classes=list(dict.fromkeys(classes)))
     return {part: texts.take(index.tolist()) for part, index in parts.items()}
+
+
+def _note_repeats(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
+    """Print how many training rows are also in another part. Raise UserError if all are."""
+    contents = {
+        part: [repr(row) for sets in of.values() for texts in sets for row in texts.rows] for part, of in parts.items()
+    }
+    count = unseen(contents["train"], contents["validation"] + contents["test"], f"tasks: {task}").count(False)
+    if count:
+        text = f"{count:,} of {len(contents['train']):,} training rows are also in validation or test, with every field"
+        console.stage("data", f"{task}   {text}")
 
 
 def _rotated(texts: TextSet, split_shares: Mapping[str, float], name: str, folds: int, fold: int) -> dict[str, TextSet]:
