@@ -107,7 +107,7 @@ def test_classes_have_probabilities_and_sets_beside_the_fields_of_a_row(tmp_path
         assert row["predicted_label"] == str(int(p.argmax())) and row["predicted_probability"] == pytest.approx(
             float(p.max()), abs=1e-5
         )
-        quantile = job.fold(0).evaluation.quantile(training)
+        quantile = job.fitted(training)["quantiles"]["sentiment"]
         assert len(json.loads(row["predicted_set"])) == int((-p.log() <= quantile).sum())
 
 

@@ -54,7 +54,8 @@ def answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         net = SimpleNamespace(to=lambda device: None)
         options = Options(maps=True, **how)
         files = image_files(images, tmp_path / "to")
-        dense_predict.predict_images(config, net, "adapted", files, tmp_path, options, {})
+        named = dense_predict.named_tasks(config, dense_predict.names_in_sets(config))
+        dense_predict.predict_images(config, net, *named, "adapted", files, tmp_path, options, {})
         return [dict(np.load(path.with_suffix(".npz"))) for path in images]
 
     return SimpleNamespace(run=run, calls=calls)
@@ -98,25 +99,25 @@ def test_pictures_of_any_number_of_pixels_have_a_range() -> None:
 
 @pytest.mark.parametrize("names", [{"n01": "apple", "n02": "pear"}, ["apple", "pear"]])
 def test_classes_of_images_have_the_readable_names(names: object, monkeypatch: pytest.MonkeyPatch) -> None:
-    card = SimpleNamespace(sources=[object()], read_names=lambda: names)
+    card = SimpleNamespace(sources=[object()], read_names=lambda: names, sources_of=lambda kind: [])
     monkeypatch.setattr(dense_predict, "load_card", lambda _: card)
     monkeypatch.setattr(dense_predict, "open_samples", lambda *_: SimpleNamespace(image_classes=["apple", "pear"]))
     data = {"train": ["fruit:train"], "test": ["fruit:test"]}
     config = build(
         MultitaskConfig, {"tasks": [{"name": "classify", "classes": 2}], "size": list(CANVAS), "data": data}, "made"
     )
-    tasks = {"classify": make_task({"name": "classify", "classes": 2})}
-    assert dense_predict.class_names(config, tasks) == {"classify": ["apple", "pear"]}
+    assert dense_predict.names_in_sets(config)["classes"] == {"classify": ["apple", "pear"]}
 
 
 def test_parts_are_called_by_their_names(answers, tmp_path: Path) -> None:
     config = build(MultitaskConfig, {"tasks": ["parts"], "size": list(CANVAS)}, "made")
     tasks = {"parts": make_task("parts")}
-    names = dense_predict.class_names(config, tasks)
+    names = dense_predict.names_in_sets(config)["classes"]
     torso = torch.eye(7)[2].reshape(7, 1, 1).expand(7, *CANVAS)
     dense_predict.draw_predictions(torch.zeros(3, *CANVAS), {"parts": torso}, tasks, names, tmp_path / "a.png")
     assert "torso" in answers.calls["texts"] and not any(text.startswith("class ") for text in answers.calls["texts"])
-    assert dense_predict.class_names(config, {"parts": make_task({"name": "parts", "classes": 5})}) == {}
+    config.tasks = [{"name": "parts", "classes": 5}]
+    assert dense_predict.names_in_sets(config)["classes"] == {}
 
 
 def test_classes_of_pixels_and_of_the_image_are_named(answers, tmp_path: Path) -> None:

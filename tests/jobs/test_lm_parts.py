@@ -28,7 +28,9 @@ def table(folder: Path, labels: str) -> str:
 
 def opened(films: str, **changes: object) -> LmData:
     task = sentiment_task(films, **{"train": [films], "test": [], **changes})
-    return LmData(build(LmConfig, {"tasks": [task]}, "made"), tokenizer())
+    data = LmData(build(LmConfig, {"tasks": [task]}, "made"), tokenizer())
+    data.names("sentiment", "train")
+    return data
 
 
 def labels(data: LmData, part: str) -> list[str]:

@@ -274,17 +274,22 @@ def read_config_file(path: Path) -> JsonObject:
 
 
 def from_working_folder(value: object, folder: Path) -> Any:
-    """Return a configuration with paths that hold from the working folder.
+    """Return a configuration whose relative paths below `folder` are paths from the working folder.
 
-    They are the texts that begin with "./" or "../" and exist in `folder`, also with ":split" behind them.
+    They are the texts that have a "/" or a suffix and exist in `folder`, also with ":split" behind them. The name of a folder
+    without a "/" gets "./", because it may also be the name of a card.
     """
     if isinstance(value, dict):
         return {key: from_working_folder(item, folder) for key, item in value.items()}
     if isinstance(value, list):
         return [from_working_folder(item, folder) for item in value]
-    if isinstance(value, str) and value.startswith(("./", "../")):
-        exists = any((folder / path).exists() for path in {value, value.rpartition(":")[0] or value})
-        return os.path.relpath(folder / value) if exists else value
+    if isinstance(value, str) and set(value) & set("./") and not os.path.isabs(value):
+        path = os.path.normpath(value)
+        if path not in (".", "..") and any(
+            os.path.exists(folder / of) for of in (path, path.rpartition(":")[0] or path)
+        ):
+            found = os.path.relpath(folder / path)
+            return found if set(found) & set("./") else f"./{found}"
     return value
 
 
@@ -393,7 +398,7 @@ def _hashed(value: object, left_out: Sequence[str]) -> object:
         return differences(value)
     if isinstance(value, dict):
         return {name: item for name, item in value.items() if name not in left_out}
-    return value
+    return value.removeprefix("./") if isinstance(value, str) else value
 
 
 def fraction(value: float | str, name: str) -> float:

@@ -47,7 +47,7 @@ def _place(card: str) -> Path:
     """Return what a card is compared by: its file, or a folder or file without a card. Without either, return the text."""
     if is_object(card):
         return Path(card.rpartition(" ")[2])
-    found = shipped("datasets") / card if len(Path(card).parts) == 1 else Path(card)
+    found = Path(card) if "/" in card else shipped("datasets") / card
     path = found if os.path.exists(found) else Path(card).expanduser()
     return (path / "card.yaml" if os.path.isfile(path / "card.yaml") else path).resolve()
 
@@ -67,13 +67,14 @@ def row_name(entry: str) -> str:
         return title_of(entry)
     card, split = card_and_split(entry)
     path = Path(card)
-    if len(path.parts) < 2 and path.suffix not in FILES:
+    if "/" not in card and path.suffix not in FILES:
         return entry
     file = path / "card.yaml" if os.path.isfile(path / "card.yaml") else path
     if os.path.isfile(file) and file.suffix in CARDS:
         name = str(read_yaml(file, card).get("name", file.stem))
     else:  # also a set that is on another machine
-        name = path.stem if path.suffix in FILES else path.name
+        name = path.parent.name if path.name == "card.yaml" and path.parent.name else path.name
+        name = Path(name).stem if Path(name).suffix in FILES else name
     return name if split == "all" else f"{name}:{split}"
 
 

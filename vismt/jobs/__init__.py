@@ -88,7 +88,7 @@ def typed_config(raw: Mapping[str, Any], source: str) -> RunConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Return the typed configuration of a YAML file with dotted overrides.
 
-    A leading "./" in a value is the folder of the file.
+    Relative paths are relative to the folder of the file if they exist there, else to the working folder.
     """
     raw, source = read_config_file(path), str(path)
     if path.name != RESOLVED:

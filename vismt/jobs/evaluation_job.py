@@ -179,6 +179,9 @@ class EvaluationJob(ABC, Generic[Config]):
     def check_sets(self) -> None:
         """Raise UserError if training examples changed after the trainings of this run began."""
 
+    def check_kept(self) -> None:
+        """Raise UserError if predictions and exports need data that cannot be opened."""
+
     def adapted(self, arm: str | None = None) -> nn.Module:
         """Return the stock model of one arm ("arm" or "arm:seed") with its adapter.
 

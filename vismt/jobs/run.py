@@ -14,15 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, require_known
-from vismt.config.sections import RESOLVED, RunConfig, config_hash
+from vismt.config.sections import RESOLVED, RunConfig, config_hash, from_working_folder
 from vismt.engine import runtime
-from vismt.jobs import make_job
+from vismt.jobs import make_job, typed_config
 from vismt.jobs.graphs import NAMES, PREPROCESSING, SQUARE, write_graph
 from vismt.jobs.predictions import PREDICTIONS, Options, Predictions
 from vismt.lowrank.files.peft_folder import export_peft
@@ -43,10 +43,17 @@ class Run:
 
     def __init__(self, folder: Path, config: RunConfig) -> None:
         self.folder = folder
-        self.config = config
         self.hash = config_hash(config)
-        self.job = make_job(config, folder, self.hash)
+        self.config = self._located(config)
+        self.job = make_job(self.config, folder, self.hash)
         self.started, self.cpu = time.monotonic(), _cpu_seconds()
+
+    def _located(self, config: RunConfig) -> RunConfig:
+        """Return a configuration with paths from the working folder, if the run was started in another one."""
+        started_in = read_run_facts(self.folder).get("working_folder")
+        if started_in is None or (self.folder / started_in).resolve() == Path.cwd():
+            return config
+        return typed_config(from_working_folder(asdict(config), self.folder / started_in), f"run '{self.folder}'")
 
     @contextmanager
     def owned(self) -> Iterator[Run]:
@@ -112,10 +119,12 @@ class Run:
         return paths
 
     def _need_adapter(self) -> None:
+        """Raise UserError for a run without a trained adapter, and if its data is needed and gone."""
         if not any((self.folder / place).is_dir() for place in ("pool", "arms")):
             raise UserError(
                 f"run '{self.folder}': it holds no trained adapter; `vismt train` or `vismt run` makes one."
             )
+        self.job.check_kept()
 
     def merge(self, arm: str | None = None) -> Path:
         """Write the stock state dict with merged weights to merged-ARM-seed-SEED/model.safetensors. Return the folder."""
@@ -170,6 +179,7 @@ class Run:
     def predict(self, inputs: Sequence[Path], target: Path | None, options: Options) -> Predictions:
         """Write predictions on images or rows of text, by default under RUN/predictions, and return them."""
         options.check(self.job.predict_options, f"this run of {self.config.task}")
+        self.job.check_kept()
         options = replace(options, arm=self.job.chosen_arm(options.arm))
         return self.job.predict(inputs, target or self.folder / PREDICTIONS, options)
 
@@ -238,7 +248,9 @@ class Run:
         """Update run.json. Wall and CPU time add up over the sessions of a run."""
         now, cpu = time.monotonic(), _cpu_seconds()
         before = self.facts
+        place = {} if before else {"working_folder": os.path.relpath(Path.cwd(), self.folder)}
         facts = {
+            **place,
             "title": self.config.title or self.folder.name,
             "command": before.get("command") or _command(),
             "git_revision": runtime.git_revision(),

@@ -25,7 +25,7 @@ from vismt.engine import loop, runtime, training_files
 from vismt.engine.optimizer import make_optimizer
 from vismt.engine.stream import Batches
 from vismt.engine.study import ARMS, BEST, FROZEN, StudyConfig, Training, read_choice
-from vismt.evaluation.sections import asked_features
+from vismt.evaluation.sections import asked_features, shown_quantile
 from vismt.jobs.evaluation_job import EvaluationJob, settings_text
 from vismt.lowrank.layers.base import adapter_layers, factor_rank
 from vismt.lowrank.model.merge import erased_by_rounding, merge, undo
@@ -37,7 +37,8 @@ from vismt.storage.lines import write_lines
 from vismt.uncertainty.features import View
 
 PROCESSES = "processes.json"  # of the run's trainings; beside the folders of the arms
-SETS = "sets.json"  # digests of what they are trained on
+SETS = "sets.json"  # digests of what they are trained on, and what nets need of it
+FITTED = "fitted.json"  # of an evaluated training: what features that are fitted once give to predictions and exports
 
 Config = TypeVar("Config", bound=StudyConfig)
 Net = TypeVar("Net", bound=nn.Module)
@@ -80,6 +81,10 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return a digest of the training examples of each set by its name, "" if the content is not known."""
         return {}
 
+    def needed_of_data(self) -> JsonObject:
+        """Return the names and numbers that nets, predictions and exports need of the data. They are kept in the run folder."""
+        return {}
+
     def stock(self, net: Net) -> nn.Module:
         """Return the model of a net that is adapted, merged and exported."""
         return net.get_submodule("stock")
@@ -102,9 +107,13 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         """Return the files to write beside the merged or exported weights of a training, by name."""
         return {}
 
-    def exported_view(self, training: Training) -> View | None:
-        """Return what features are fitted to that write files beside exported weights, None if nothing is fitted."""
-        return None
+    def fitted_views(self, training: Training) -> Mapping[str, View]:
+        """Return what the features are fitted to whose values predictions show or exports carry, by task."""
+        return {}
+
+    def exports_fitted(self, training: Training) -> bool:
+        """Return whether exports of a training carry the values of fitted features."""
+        return False
 
     def facts(self) -> JsonObject:
         processes = recorded_processes(self.folder)
@@ -136,10 +145,24 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
         ranks.on_first(self.check_processes)
         ranks.on_first(self.check_sets)
 
+    @property
+    def kept(self) -> JsonObject | None:
+        """What the run folder keeps of `needed_of_data`. None before trainings begin, and in runs of earlier versions."""
+        return recorded_sets(self.folder).get("needed")
+
+    def check_kept(self) -> None:
+        if self.kept is None and self.trains:
+            try:
+                self.needed_of_data()
+            except UserError as error:
+                raise UserError(
+                    f"run '{self.folder}': it keeps no names and sizes of its data, as it was trained by an earlier version, and "
+                    f"its data cannot be opened; put the data back. ({error})"
+                ) from error
+
     def check_sets(self) -> None:
         """Raise UserError if training examples changed after the trainings of this run began."""
-        path = self.folder / ARMS / SETS
-        recorded = read_sealed(path, f"run '{self.folder}'") if path.exists() else {}
+        recorded = recorded_sets(self.folder).get("digests", {})
         changed = [name for name, digest in self.training_sets().items() if recorded.get(name, digest) != digest]
         if changed:
             raise UserError(
@@ -160,7 +183,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
                 f"batches of all processes. Continue the run with {recorded}, or give another --out."
             )
         if begins and recorded is None:
-            atomic_write(self.folder / ARMS / SETS, sealed({**self.training_sets()}))
+            sets = {"digests": self.training_sets(), "needed": self.needed_of_data()}
+            atomic_write(self.folder / ARMS / SETS, sealed(sets))
             atomic_write(path, sealed({"processes": count}))
 
     def train_one(self, training: Training) -> None:
@@ -373,6 +397,28 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def finished(self, training: Training) -> None:
         self.check_merge(training)
+        if not ranks.on_first((training.folder / FITTED).exists):
+            found = sealed(self.fitted(training))
+            ranks.on_first(lambda: atomic_write(training.folder / FITTED, found))
+
+    def fitted(self, training: Training) -> JsonObject:
+        """Return what features fitted on validation examples give to predictions and exports, on record after an evaluation.
+
+        "quantiles" has the largest -log p of a class in a conformal set by task, and "files" texts beside weights by file name.
+        """
+        path = training.folder / FITTED
+        if path.exists():
+            return read_sealed(path, f"run '{self.folder}'", {"quantiles": dict[str, float], "files": dict[str, str]})
+        features = asked_features(getattr(self.config, "evaluate", None))
+        shown = [of for of in features if of.holds_out]
+        written = [of for of in features if of.exported and self.exports_fitted(training)]
+        views = self.fitted_views(training) if shown or written else {}
+        found = {task: shown_quantile([of.fitted(view) for of in shown]) for task, view in views.items()}
+        files = [of.fitted(next(iter(views.values()))).files() for of in written] if views else []
+        return {
+            "quantiles": {task: quantile for task, quantile in found.items() if quantile is not None},
+            "files": {name: content.decode() for texts in files for name, content in texts.items()},
+        }
 
     def check_merge(self, training: Training) -> None:
         """Write merge.json, unless it exists: the distance of the merged from the unmerged net, and what training changed."""
@@ -452,13 +498,8 @@ class TrainingJob(EvaluationJob[Config], Generic[Config, Net]):
 
     def files_beside(self, arm: str | None = None) -> dict[str, bytes]:
         training = self.study.find(arm)
-        found, asked = self.beside(training), asked_features(getattr(self.config, "evaluate", None))
-        exported = [feature for feature in asked if feature.exported]
-        view = self.exported_view(training) if exported else None
-        if view is not None:
-            for feature in exported:
-                found |= feature.fitted(view).files()
-        return found
+        texts = self.fitted(training)["files"]
+        return {**self.beside(training), **{name: text.encode() for name, text in texts.items()}}
 
 
 def _compared(outputs: Iterable[tuple[str, Tensor, Tensor, bool]]) -> dict[str, dict[str, float]]:
@@ -519,6 +560,12 @@ def recorded_processes(folder: Path) -> int | None:
     """Return how many processes began the trainings of a run folder. None if it has no record."""
     path = folder / ARMS / PROCESSES
     return int(read_sealed(path, f"run '{folder}'", {"processes": int})["processes"]) if path.exists() else None
+
+
+def recorded_sets(folder: Path) -> JsonObject:
+    """Return what a run folder has about its training sets: "digests", and "needed" by nets and exports. {} before trainings."""
+    path = folder / ARMS / SETS
+    return read_sealed(path, f"run '{folder}'") if path.exists() else {}
 
 
 def check_trained_dtype(net: nn.Module) -> None:

@@ -49,6 +49,7 @@ MOST_KEYS = 4  # number of models in a key figure
 FACT_TYPES = {
     "title": str,
     "command": str,
+    "working_folder": str,
     "git_revision": str,
     "config_hash": str,
     "hardware": str,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,24 +24,26 @@ from vismt.llm.net import LmNet, stored_lower_states
 from vismt.llm.tasks.base import Item, LmTask, context_tokens, fill_template, gather_items, naming
 from vismt.llm.tasks.classes import Classes
 from vismt.llm.tasks.pieces import collate_pieces, piece
-from vismt.llm.tasks.recommendation import listed_of
+from vismt.llm.tasks.recommendation import Recommendation, listed_of
 from vismt.storage.files import JsonObject
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 CACHE_MB = 1024  # size of the stored output of frozen blocks
+OTHERS = 1024  # number of users that "shuffled-user" draws from
 
 
 class LmData:
-    """The rows of all tasks as tokens, the same for every arm. The constructor opens all sets. Rows are encoded on first use.
+    """The rows of all tasks as tokens, the same for every arm. Sets are opened, and rows are encoded, on first use.
 
-    fold: Fold that is tested, if the shares of a task rotate.
+    fold: Fold that is tested, if the shares of a task rotate. kept: What a run folder has of `needed`, so that nets are built
+    without the rows.
 
     Raises UserError for a card that does not exist or has no texts, and for rows that do not fit the task.
     """
 
-    def __init__(self, config: LmConfig, tokenizer: Any, fold: int = 0) -> None:
+    def __init__(self, config: LmConfig, tokenizer: Any, fold: int = 0, kept: JsonObject | None = None) -> None:
         self.config = config
         self.fold = fold
         self.tokenizer = tokenizer
@@ -51,10 +54,15 @@ class LmData:
         self.fitted = RECOMMENDER if cross_fits else "train"  # the part that the recommender is fitted to
         self._sections = {task.name: task for task in config.tasks}
         self._opened: dict[str, TextSet] = {}
-        self._sets = {task.name: self._open_task(task) for task in config.tasks}
         self._items: dict[tuple[str, str, str], list[Item]] = {}
         self._cached_bytes = 0
-        for name, parts in self._sets.items():
+        self._kept = kept
+
+    @cached_property
+    def _sets(self) -> dict[str, dict[str, dict[str, list[TextSet]]]]:
+        """The sets by task, part and the name under which they are reported."""
+        opened = {task.name: self._open_task(task) for task in self.config.tasks}
+        for name, parts in opened.items():
             counts = []
             for part, named_sets in parts.items():
                 if named_sets:
@@ -66,6 +74,21 @@ class LmData:
                         text = f"every row of {part} '{title}' has the label '{classes.pop()}'"
                         console.stage("data", f"{name}   {text}; scores say nothing of the others")
             console.stage("data", f"{name}   {'   '.join(counts)}")
+        return opened
+
+    @cached_property
+    def needed(self) -> JsonObject:
+        """What nets need of the rows: the number of training rows, or titles of items and histories of other users."""
+        if self._kept is not None:
+            return self._kept
+        task = self.tasks[self.trained]
+        if isinstance(task, Classes):
+            return {"rows": len(self.all_rows("train"))}
+        if not isinstance(task, Recommendation):
+            return {}
+        histories = [history[-task.history :] for history, _ in self.interactions()]
+        order = sorted(range(len(histories)), key=lambda i: mix_seed(self.config.seed, "other user", i))[:OTHERS]
+        return {"titles": list(self._catalogue.titles), "others": [histories[i] for i in order]}
 
     def names(self, task: str, part: str) -> list[str]:
         """Return the names of the sets under which a part of a task is reported."""
@@ -124,7 +147,7 @@ class LmData:
         return [form for item in self.training() for form in (item, item.hybrid) if form is not None]
 
     @property
-    def catalogue(self) -> Catalogue:
+    def _catalogue(self) -> Catalogue:
         """The items of a recommendation. Raises UserError if its sets are of several cards."""
         catalogues = {
             card_and_split(name)[0]: texts.catalogue

@@ -25,7 +25,7 @@ from vismt.engine import runtime
 from vismt.engine.log import record_stem
 from vismt.engine.study import FROZEN, Study, Training
 from vismt.evaluation.quality import ACCURACY
-from vismt.evaluation.sections import asked_features, asked_scores, divides, shown_quantile
+from vismt.evaluation.sections import asked_features, asked_scores, divides
 from vismt.jobs.lm.config import ENSEMBLE, RECOMMENDERS, REFERENCES, LmConfig, trained_task
 from vismt.jobs.lm.data import LmData, lm_of
 from vismt.jobs.lm.models import LmModels, fingerprint, load_trained
@@ -122,11 +122,6 @@ class Evaluation:
     def view(self, training: Training) -> SetView:
         """Return the trained task for what is fitted on its validation rows."""
         return SetView(self, training, self.data.trained, self.config.evaluate.split, "", [], "")
-
-    def quantile(self, training: Training) -> float | None:
-        """Return the largest -log p of a choice in the sets that predictions show, None for no sets."""
-        view = self.view(training)
-        return shown_quantile([of.fitted(view) for of in asked_features(self.config.evaluate) if of.holds_out])
 
     def validation(self, training: Training) -> tuple[list[Record], Tensor, Tensor]:
         """Return the validation records of the trained task, and masks: which choose rates, on which features are fitted."""

@@ -58,7 +58,7 @@ from vismt.report.comparison import CONSTANT
 from vismt.report.results import Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
-from vismt.storage.files import atomic_write, parse_json
+from vismt.storage.files import JsonObject, atomic_write, parse_json
 from vismt.storage.records import Row
 from vismt.uncertainty.features import View
 from vismt.uncertainty.intervals import Score
@@ -120,7 +120,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         folds = trained_task(self.config).folds
         number = seed % folds
         if number not in self._folds:
-            data = LmData(self.config, self.models.tokenizer, number)
+            data = LmData(self.config, self.models.tokenizer, number, (self.kept or {}).get(str(number)))
             folder = self.folder if folds == 1 else self.folder / f"fold-{number}"
             recommender = Recommender(folder, self.hash, data) if recommends(self.config) else None
             evaluation = Evaluation(self.study, data, self.models, recommender)
@@ -225,6 +225,10 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         data = self.data
         return {name: data.content(data.trained, "train", name) for name in data.names(data.trained, "train")}
 
+    def needed_of_data(self) -> JsonObject:
+        folds = {self.fold(seed).data.fold: self.fold(seed).data for seed in self.study.seeds}
+        return {str(number): data.needed for number, data in folds.items()}
+
     def batches(self, config: LmConfig) -> ItemBatches:
         data = self.fold(config.seed).data
         task = data.tasks[data.trained]
@@ -263,8 +267,11 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
     def validate(self, training: Training) -> float:
         return self.fold(training.seed).evaluation.quality(training)
 
-    def exported_view(self, training: Training) -> View | None:
-        return self.fold(training.seed).evaluation.view(training) if self.data.tasks[self.data.trained].head else None
+    def fitted_views(self, training: Training) -> Mapping[str, View]:
+        return {self.data.trained: self.fold(training.seed).evaluation.view(training)}
+
+    def exports_fitted(self, training: Training) -> bool:
+        return self.data.tasks[self.data.trained].head
 
     def check_merge(self, training: Training) -> None:
         """Compare the unmerged LM with a merged copy, because all nets share it. Write the files of `write_merge_check` once."""
@@ -316,7 +323,7 @@ class LmJob(TrainingJob[LmConfig, LmNet]):
         if failed and not items:
             raise UserError(failed[0])
         evaluation = self.fold(training.seed).evaluation
-        quantile = evaluation.quantile(training)
+        quantile = self.fitted(training)["quantiles"].get(self.data.trained)
         net, step = evaluation.net(training), self.config.evaluate.batch
         for start in console.track(range(0, len(items), step), "predict", str(training), -(-len(items) // step)):
             numbers = [*items][start : start + step]

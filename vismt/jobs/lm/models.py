@@ -94,8 +94,7 @@ class LmModels:
         net = LmNet(lm, first=config.model.first_block)
         if isinstance(task, Classes):
             rows, bias = net.answer_rows(task.tokens(self.tokenizer))
-            count = len(data.all_rows("train"))
-            net.head = make_head(config.head.name, rows, bias, count, config.seed, config.head.options)
+            net.head = make_head(config.head.name, rows, bias, data.needed["rows"], config.seed, config.head.options)
         if isinstance(task, Recommendation):
             inner = lm.config.hidden_size
             if task.items and net.first and self.width != inner:
@@ -103,8 +102,7 @@ class LmModels:
                     f"model.first_block: {net.first}; the embeddings of {type(lm).__name__} are {self.width} wide and its blocks "
                     f"{inner}, so that item vectors do not fit between blocks; set it to 0, or options.items to false."
                 )
-            titles = data.catalogue.titles
-            texts = title_vectors(lm, self.tokenizer, titles) if config.gates == "text" else None
+            texts = title_vectors(lm, self.tokenizer, data.needed["titles"]) if config.gates == "text" else None
             net.head = self._recommender(data.fold).head(self.width, config, texts)
         return net
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from vismt.base import console, ranks
-from vismt.base.seeds import digest, mix_seed
+from vismt.base.seeds import digest
 from vismt.config.sections import TrainConfig
 from vismt.data.batching import Passes
 from vismt.engine import loop, runtime, training_files
@@ -48,7 +48,6 @@ from vismt.storage.locks import is_locked, locked
 # Folder and file of each trained recommender.
 _FILES = {RECOMMENDER: ("recommender", "sasrec.safetensors"), GRU: ("gru4rec", "gru4rec.safetensors")}
 Net = TypeVar("Net", bound=ItemRecommender)
-OTHERS = 1024  # number of users that "shuffled-user" draws from
 
 
 class Recommender:
@@ -65,13 +64,13 @@ class Recommender:
     @cached_property
     def net(self) -> SASRec:
         """SASRec, frozen and in evaluation mode, on the CPU."""
-        net = SASRec(len(self.data.catalogue), self.history, self.settings.width, seed=self.config.seed)
+        net = SASRec(len(self.data.needed["titles"]), self.history, self.settings.width, seed=self.config.seed)
         return self._trained(RECOMMENDER, net)
 
     @cached_property
     def gru(self) -> GRU4Rec:
         """GRU4Rec, frozen and in evaluation mode, on the CPU."""
-        return self._trained(GRU, GRU4Rec(len(self.data.catalogue), self.settings.width, seed=self.config.seed))
+        return self._trained(GRU, GRU4Rec(len(self.data.needed["titles"]), self.settings.width, seed=self.config.seed))
 
     def _trained(self, name: str, net: Net) -> Net:
         folder, file = (self.folder / _FILES[name][0], _FILES[name][1])
@@ -114,7 +113,7 @@ class Recommender:
         """Return the scores (b, c) of candidates int64 (b, c) after histories int64 (b, n)."""
         if arm == "popularity":
             targets = [target for _, target in self.data.interactions(self.data.fitted)]
-            return popularity_scores(targets, candidates, len(self.data.catalogue))
+            return popularity_scores(targets, candidates, len(self.data.needed["titles"]))
         if arm in ("recency", "mean-item"):
             return cosine_scores(self.net.item.weight, histories, candidates, last=arm == "recency")
         net = self.gru if arm == GRU else self.net
@@ -123,15 +122,12 @@ class Recommender:
     @torch.no_grad()
     def _others(self) -> Tensor:
         """Return representations (n, d) of users of training rows, drawn with the run's seed."""
-        rows = self.data.interactions()
-        order = sorted(range(len(rows)), key=lambda i: mix_seed(self.config.seed, "other user", i))[:OTHERS]
-        net = self.net
-        return net(pad_histories([rows[i][0][-self.history :] for i in order]))
+        return self.net(pad_histories(self.data.needed["others"]))
 
     def _train(self, net: ItemRecommender, folder: Path, file: str) -> None:
         settings = self.settings
         rows = self.data.interactions(self.data.fitted)
-        console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.catalogue):,} items")
+        console.stage("train", f"{type(net).__name__}   {len(rows):,} rows   {len(self.data.needed['titles']):,} items")
         config = TrainConfig(steps=settings.steps, lr=settings.lr, log_every=50, checkpoint_every=500)
         loop.train(
             NextItem(net),

@@ -72,9 +72,8 @@ class ClassifierJob(MultitaskJob[PixelNet]):
 
     @cached_property
     def data(self) -> TaskData:
-        return TaskData(
-            self.config, self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
-        )
+        size = self.config.model.img_size or timm_models.create(self.config.model.name).img_size[0]
+        return TaskData(self.config, size, self.kept)
 
     @cached_property
     def evaluation(self) -> Evaluation:
@@ -139,6 +138,9 @@ class ClassifierJob(MultitaskJob[PixelNet]):
     def training_sets(self) -> dict[str, str]:
         return {task: self.data.training([task]).content for task in self.data.union.tasks}
 
+    def needed_of_data(self) -> JsonObject:
+        return self.data.needed
+
     def batches(self, config: MultitaskConfig) -> ShuffledBatches:
         settings = config.augment
         crop = (settings.crop, 1.0) if settings.crop < 1 else None
@@ -182,11 +184,14 @@ class ClassifierJob(MultitaskJob[PixelNet]):
                 values.append(math.fsum(score.measure.values[name] for name in names) / len(names))
         return sum(values) / len(values)
 
-    def exported_view(self, training: Training) -> View | None:
+    def fitted_views(self, training: Training) -> Mapping[str, View]:
+        net, records = self.final(training), training.folder / RECORDS
+        tasks = enumerate(self.data.union.tasks)
+        return {task: self.evaluation.view(net, training, self.split, number, records) for number, task in tasks}
+
+    def exports_fitted(self, training: Training) -> bool:
         # Merged weights have the means of a Bayesian head, while fitted values belong to its probabilities.
-        if is_variational(self.study.config_of(training).head_name):
-            return None
-        return self.evaluation.view(self.final(training), training, self.split, 0, training.folder / RECORDS)
+        return not is_variational(self.study.config_of(training).head_name)
 
     def write_panels(self) -> None:
         first = [self.study.trainings(arm)[0] for arm in self.study.arms]
@@ -233,7 +238,7 @@ class ClassifierJob(MultitaskJob[PixelNet]):
         training = self.study.find(options.arm)
         images = images_for(inputs, target, options)
         net, size, batch = self.final(training), self.data.size, self.config.evaluate.batch
-        groups = self.evaluation.softmaxes(net, training)
+        groups = self.evaluation.softmaxes(training, self.fitted(training)["quantiles"])
         found = predict_classes(net, size, groups, images, target, options, label=str(training), batch=batch)
         trained_on = self._training_folders() if found.accuracy is not None else ()
         for folder in trained_on:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from vismt.engine.parts import PartsConfig
 from vismt.jobs.multitask.config import MultitaskConfig, entry_name, own_parts
 from vismt.jobs.sets import Sets, divided
 from vismt.multitask.nets import Union
+from vismt.storage.files import JsonObject
 
 Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
 
@@ -24,30 +26,61 @@ Chosen = tuple[ImageSet, Tensor]  # images, their labels within the task
 class TaskData:
     """The parts "train", "validation" and "test" of every task, of images of `size` x `size` pixels.
 
-    The classes of a task are the classes of its training sets, in the order of their cards. union: Label space. classes: Names
-    of the classes, task by task. Raises UserError for a card that is not available, a class without a training image, and
-    validation or test images of a class that training does not have.
+    The classes of a task are the classes of its training sets, in the order of their cards. kept: What a run folder has of
+    `needed`, so that the label space is known without the images. They are opened on first use.
+
+    Raises UserError for a card that is not available, a class without a training image, validation or test images of a class
+    that training does not have, and other classes than are kept.
     """
 
-    def __init__(self, config: MultitaskConfig, size: int) -> None:
+    def __init__(self, config: MultitaskConfig, size: int, kept: JsonObject | None = None) -> None:
         self.size = size
         self._sets = Sets(config.on_bad_sample, config.download)
-        self._parts: list[dict[str, list[Chosen]]] = []
         self._gathered: dict[tuple[int, str], Gathered] = {}
-        self.classes: list[list[str]] = []
         self._named = own_parts(config)
-        given = {entry_name(spec): spec.get("classes") for spec in config.tasks if not isinstance(spec, str)}
-        for task, named in self._named.items():
+        self._given = {entry_name(spec): spec.get("classes") for spec in config.tasks if not isinstance(spec, str)}
+        self._kept = kept
+
+    @cached_property
+    def _opened(self) -> list[tuple[list[str], dict[str, list[Chosen]]]]:
+        """The classes and the parts of each task."""
+        opened = []
+        for number, (task, named) in enumerate(self._named.items()):
             classes, parts = self._open_task(task, named)
-            if given[task] not in (None, len(classes)):
-                raise UserError(f"tasks: {task}: classes {given[task]}, '{', '.join(named.train)}' has {len(classes)}.")
-            self.classes.append(classes)
-            self._parts.append(parts)
+            expected = self._given[task] if self._kept is None else len(self._kept["classes"][number])
+            if expected not in (None, len(classes)):
+                raise UserError(f"tasks: {task}: classes {expected}, '{', '.join(named.train)}' has {len(classes)}.")
+            opened.append((classes, parts))
             counts = "   ".join(
                 f"{part} {sum(len(y) for _, y in chosen):,}" for part, chosen in parts.items() if chosen
             )
             console.stage("data", f"{task}   {len(classes)} classes   {counts}")
-        self.union = Union(tuple(self._named), tuple(len(names) for names in self.classes))
+        return opened
+
+    @property
+    def _parts(self) -> list[dict[str, list[Chosen]]]:
+        return [parts for _, parts in self._opened]
+
+    @cached_property
+    def needed(self) -> JsonObject:
+        """The classes of each task, and the number of training images of each class of the union."""
+        if self._kept is not None:
+            return self._kept
+        classes, counts = [names for names, _ in self._opened], list[int]()
+        for names, parts in self._opened:
+            labels = torch.cat([y for _, y in parts["train"]])
+            counts += labels.bincount(minlength=len(names)).tolist()
+        return {"classes": classes, "counts": counts}
+
+    @property
+    def classes(self) -> list[list[str]]:
+        """The names of the classes, task by task."""
+        return self.needed["classes"]
+
+    @cached_property
+    def union(self) -> Union:
+        """The label space."""
+        return Union(tuple(self._named), tuple(len(names) for names in self.classes))
 
     @property
     def label_names(self) -> list[str]:
@@ -62,8 +95,8 @@ class TaskData:
 
     def class_counts(self, tasks: Sequence[str] = ()) -> list[int]:
         """Return the number of training images of each class of the union, of the named tasks, by default of all."""
-        labels = [y + self.union.offset(task) for task in self._numbers(tasks) for _, y in self._parts[task]["train"]]
-        return torch.cat(labels).bincount(minlength=self.union.num_classes).tolist()
+        numbers, counts = self._numbers(tasks), self.needed["counts"]
+        return [n if of in numbers else 0 for n, of in zip(counts, self.union.task_of_class().tolist())]
 
     def has_part(self, task: int, part: str) -> bool:
         return bool(self._parts[task][part])

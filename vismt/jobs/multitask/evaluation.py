@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from itertools import chain
 from pathlib import Path
 from typing import cast
 
@@ -19,14 +18,13 @@ from vismt.data.division import validation_parts
 from vismt.engine import runtime
 from vismt.engine.study import Study, Training
 from vismt.evaluation.quality import ACCURACY, Quality
-from vismt.evaluation.sections import asked_features, divides, perturbations, shown_quantile
+from vismt.evaluation.sections import divides, perturbations
 from vismt.jobs.image_scores import ImageView
 from vismt.jobs.multitask.config import MultitaskConfig
 from vismt.jobs.multitask.data import TaskData
 from vismt.jobs.multitask.models import PixelNet, replace_head, stored
 from vismt.jobs.predictions import Softmax
 from vismt.multitask.nets import TaskClassifier
-from vismt.report.results import RECORDS
 from vismt.storage.fitted import fitted_once
 from vismt.uncertainty.features import Feature, Fitted, Inputs, MakeHead, Rows, Validation
 from vismt.uncertainty.intervals import CLEAN, Measure, Score
@@ -168,20 +166,19 @@ class Evaluation:
 
     # ---- images of the user ---------------------------------------------------------------------------------------------
 
-    def softmaxes(self, net: PixelNet, training: Training) -> list[Softmax]:
+    def softmaxes(self, training: Training, quantiles: Mapping[str, float]) -> list[Softmax]:
         """Return the softmaxes of a net for images of the user: one over all classes, or one for each task.
 
         A softmax over all classes takes the largest threshold of a task for its conformal sets, which covers every task's images.
+
+        quantiles: Largest -log p of a class in a conformal set, by task.
         """
         union, names, separate = self.data.union, self.data.label_names, self.separate(training)
         tasks = [union.tasks[task] for task in union.task_of_class().tolist()]
-        numbers = range(len(union.tasks))
-        spans = [union.span(task) for task in numbers] if separate else [slice(0, union.num_classes)]
-        features, records = asked_features(self.config.evaluate), training.folder / RECORDS
-        views = [self.view(net, training, self.config.evaluate.split, task, records) for task in numbers]
-        fitted = [[feature.fitted(view) for feature in features if feature.holds_out] for view in views]
-        quantiles = [shown_quantile(of) for of in (fitted if separate else [[*chain(*fitted)]])]
-        return [Softmax(span, names[span], tasks[span], quantile) for span, quantile in zip(spans, quantiles)]
+        if not separate:
+            return [Softmax(slice(0, union.num_classes), names, tasks, max(quantiles.values(), default=None))]
+        spans = {task: union.span(number) for number, task in enumerate(union.tasks)}
+        return [Softmax(span, names[span], tasks[span], quantiles.get(task)) for task, span in spans.items()]
 
     def with_head(self, net: PixelNet, training: Training, make: MakeHead) -> PixelNet:
         """Return a copy of a net with another head, made from the images of the arm's tasks. The latest copy is kept."""

@@ -17,7 +17,7 @@ from vismt.backbones import timm_models
 from vismt.base.errors import UserError, need_names
 from vismt.engine import training_files
 from vismt.engine.study import Training, validates
-from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys, shown_quantile
+from vismt.evaluation.sections import asked_features, check_held_out, fitted_keys
 from vismt.jobs.graphs import Graph, Named, image_graph
 from vismt.jobs.image_job import MAPPED_IMAGES
 from vismt.jobs.multitask import models
@@ -39,13 +39,14 @@ from vismt.jobs.multitask.figures import confusions, sections, write_predictions
 from vismt.jobs.multitask.maps_data import DenseBatches, DenseData, FittedImages
 from vismt.jobs.multitask.maps_evaluation import Evaluation
 from vismt.jobs.multitask.maps_predict import (
-    class_names,
     named_tasks,
+    names_in_sets,
     output_names,
     predict_images,
 )
 from vismt.jobs.multitask.pooled_score import PooledScore
 from vismt.jobs.predictions import Options, Predictions, check_target, image_files
+from vismt.jobs.training_job import recorded_sets
 from vismt.methods import METHODS, needs
 from vismt.multitask.mtlora.method import merge_shared
 from vismt.multitask.nets import DenseNet, Union
@@ -57,7 +58,7 @@ from vismt.report.results import RECORDS, Result
 from vismt.report.tables import Section
 from vismt.robustness.conditions import AttackConfig
 from vismt.storage.files import JsonObject, atomic_write
-from vismt.uncertainty.features import COUNTS, PROBABILITIES, VALIDATION, Feature
+from vismt.uncertainty.features import COUNTS, PROBABILITIES, VALIDATION, Feature, View
 from vismt.uncertainty.intervals import CLEAN, Score
 
 _FITTED = (
@@ -236,25 +237,31 @@ class MapsJob(MultitaskJob[DenseNet]):
         images = image_files(inputs, target)
         training = self.study.find(options.arm)
         config = self.study.config_of(training)
-        check_target(target, output_names(images.places, named_tasks(config), options.maps), images.places)
+        tasks, classes = self._named(config)
+        check_target(target, output_names(images.places, tasks, options.maps), images.places)
         size = (config.size[0], config.size[1]) if options.own_size else window_of(self.config)
         net = models.loaded_maps(config, training, size)
         training_files.fold(net.stock, training)
-        quantiles = {}
         # Fitted values hold for images that are predicted like the validation images.
-        if not (options.own_size or options.flip):
-            views = self.evaluation.views(lambda: self.final(training), training, self.split, training.folder / RECORDS)
-            features = [of for of in asked_features(self.config.evaluate) if of.holds_out]
-            found = {task: shown_quantile([of.fitted(view) for of in features]) for task, view in views.items()}
-            quantiles = {task: quantile for task, quantile in found.items() if quantile is not None}
-        return predict_images(config, net, str(training), images, target, options, quantiles)
+        quantiles = {} if options.own_size or options.flip else self.fitted(training)["quantiles"]
+        return predict_images(config, net, tasks, classes, str(training), images, target, options, quantiles)
+
+    def fitted_views(self, training: Training) -> Mapping[str, View]:
+        net = cache(lambda: self.final(training))
+        return self.evaluation.views(net, training, self.split, training.folder / RECORDS)
+
+    def _named(self, config: MultitaskConfig) -> tuple[dict[str, Task], dict[str, list[str]]]:
+        """Return the trained tasks of an arm by name, and the names of their classes."""
+        return named_tasks(config, self.kept or self.needed_of_data())
+
+    def needed_of_data(self) -> JsonObject:
+        return names_in_sets(self.config)
 
     def graph(self, arm: str | None, form: str) -> Graph:
         """Return the merged net, with the maps of all tasks at the size of the images. Pairs of tasks stay beside the weights."""
         training = self.study.find(arm)
         config, size = self.study.config_of(training), window_of(self.config)
-        tasks = named_tasks(config)
-        classes = class_names(config, tasks)
+        tasks, classes = self._named(config)
         outputs = {
             name: {
                 "shape": ["batch", *([task.outputs] if isinstance(task, Classification) else [task.channels, *size])],
@@ -291,4 +298,11 @@ def _unread(net: DenseNet) -> list[str]:
 
 def JOB(config: MultitaskConfig, folder: Path, config_hash: str) -> MultitaskJob[Any]:
     """Return the job of a configuration: of images fitted into `size`, or of squares with one stock classifier."""
-    return (MapsJob if config.size else ClassifierJob)(config, folder, config_hash)
+    if not config.size:
+        return ClassifierJob(config, folder, config_hash)
+    counted = recorded_sets(folder).get("needed", {}).get("counted", {})
+    tasks = [
+        {**spec, "classes": counted[spec["name"]]} if isinstance(spec, dict) and spec.get("name") in counted else spec
+        for spec in config.tasks
+    ]
+    return MapsJob(replace(config, tasks=tasks) if counted else config, folder, config_hash)

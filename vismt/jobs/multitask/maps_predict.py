@@ -32,7 +32,7 @@ from vismt.data.maps.dense_set import DenseSource, open_samples
 from vismt.data.maps.dense_transforms import fitting, resize
 from vismt.data.set_entries import card_and_split
 from vismt.engine import runtime
-from vismt.jobs.multitask.config import MultitaskConfig, canvas_of, own_parts, trained_tasks
+from vismt.jobs.multitask.config import MultitaskConfig, all_tasks, canvas_of, own_parts, trained_tasks
 from vismt.jobs.predictions import (
     TABLE,
     ImageFiles,
@@ -50,7 +50,7 @@ from vismt.multitask.tasks.classes import Classification, UnionClassification
 from vismt.multitask.tasks.maps import Depth, InverseDepth
 from vismt.report.panels import write_arrays
 from vismt.report.plotting import INK, MUTED, axes_at, new_figure, save_figure, short, show_image, write
-from vismt.storage.files import atomic_write
+from vismt.storage.files import JsonObject, atomic_write
 from vismt.storage.records import Row
 
 THIN = 16  # a picture's height is in proportion to that of the image: at 1 x 300 pixels it took 4 GB
@@ -118,6 +118,8 @@ def drawable(path: Path, most: int | None = None) -> Tensor | Row:
 def predict_images(
     config: MultitaskConfig,
     net: DenseNet,
+    tasks: Mapping[str, Task],
+    classes: Mapping[str, Sequence[str]],
     label: str,
     images: ImageFiles,
     target: Path,
@@ -129,6 +131,8 @@ def predict_images(
     A row has the class of an image in each task of whole images. Without such a task it has the name of the picture.
 
     Args:
+        tasks: Trained tasks by name.
+        classes: Names of the classes by task.
         label: Name of the training for the progress bar.
         options: Options of the prediction. own_size takes windows over the image at its own size. flip averages with the mirrored
             image, also if evaluate.flip is false. maps also writes <stem>.npz, with the answer of each task (Task.answer) at
@@ -138,8 +142,8 @@ def predict_images(
     """
     device = runtime.processes().device
     net = net.to(device)
-    tasks, settings = named_tasks(config), config.evaluate
-    classes, flip = class_names(config, tasks), options.flip or settings.flip
+    settings = config.evaluate
+    flip = options.flip or settings.flip
     written: list[Path] = []
     rows: list[Row] = []
     most = most_pixels(config) if options.own_size else None
@@ -222,18 +226,22 @@ def _write_maps(
                 atomic_write(target / f"{begin}{ending}", buffer.getvalue())
 
 
-def class_names(config: MultitaskConfig, tasks: Mapping[str, Task]) -> dict[str, list[str]]:
-    """Return the class names of each task: its own, the names on the cards of its training sets, or of classified images on disk.
+def names_in_sets(config: MultitaskConfig) -> JsonObject:
+    """Return what predictions need of the training sets.
 
-    The names of a union are task/class, for all of its tasks.
+    "classes" has the names of the classes of each task: its own, the names on the cards, or of classified images on disk.
+    "inverse_depth" says whether depth is inverse depth in all sets. "counted" has the number of classes of tasks with own sets.
     """
+    tasks = {task.name: task for task in all_tasks(config)}
     own = {name: getattr(task, "class_names", None) or task.default_class_names for name, task in tasks.items()}
     classes = {name: list(names) for name, names in own.items() if names}
+    inverse = False
     entries = [("", entry) for entry in config.data.train]
     entries += [(name, entry) for name, parts in own_parts(config).items() for entry in parts.train]
     for task, entry in entries:
         card = load_card(card_and_split(entry)[0])
         maps = isinstance(card.sources[0], DenseSource)
+        inverse |= not task and any(source.inverse_depth for source in card.sources_of(DenseSource))
         given = card.read_names() or []
         # An object names the classes of images by their folders, which are read with the images.
         listed = maps or isinstance(given, list)
@@ -244,23 +252,27 @@ def class_names(config: MultitaskConfig, tasks: Mapping[str, Task]) -> dict[str,
         task = task or (SEGMENTATION if maps else Classification.name)
         if task in tasks and len(names) == tasks[task].channels:
             classes.setdefault(task, names)
-    union = [task for task in tasks.values() if isinstance(task, UnionClassification)]
-    labels = [f"{task.name}/{label}" for task in union for label in classes.get(task.name) or _numbered(task.classes)]
-    return {**classes, **{task.name: labels for task in union}}
+    counted = {name: tasks[name].channels for name in own_parts(config)}
+    return {"classes": classes, "inverse_depth": inverse, "counted": counted}
 
 
 def _numbered(count: int) -> list[str]:
     return [f"class {label}" for label in range(count)]
 
 
-def named_tasks(config: MultitaskConfig) -> dict[str, Task]:
-    """Return the trained tasks by name. Depth is as in the training sets, as inverse depth in all sets of a run or in none."""
+def named_tasks(config: MultitaskConfig, needed: JsonObject) -> tuple[dict[str, Task], dict[str, list[str]]]:
+    """Return the trained tasks by name, and the names of their classes. The names of a union are task/class, for all its tasks.
+
+    needed: What `names_in_sets` returned.
+    """
     tasks = {task.name: task for task in trained_tasks(config)}
     depth = tasks.get(Depth.name)
-    cards = [load_card(card_and_split(name)[0]) for name in config.data.train]
-    if isinstance(depth, Depth) and any(s.inverse_depth for card in cards for s in card.sources_of(DenseSource)):
+    if isinstance(depth, Depth) and needed["inverse_depth"]:
         tasks[Depth.name] = InverseDepth.of(depth)
-    return tasks
+    names = {name: labels for name, labels in needed["classes"].items() if name in tasks}
+    union = [task for task in tasks.values() if isinstance(task, UnionClassification)]
+    joint = [f"{task.name}/{label}" for task in union for label in names.get(task.name) or _numbered(task.classes)]
+    return tasks, {**names, **{task.name: joint for task in union}}
 
 
 def draw_predictions(
