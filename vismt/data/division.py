@@ -94,7 +94,12 @@ def _place(groups: Tensor, wanted: Sequence[int], part_of: dict[int, int]) -> bo
 
 
 def unseen(
-    training: Sequence[Hashable], others: Sequence[Hashable], name: str, groups: Sequence[Hashable] = ()
+    training: Sequence[Hashable],
+    others: Sequence[Hashable],
+    name: str,
+    groups: Sequence[Hashable] = (),
+    *,
+    divided: bool,
 ) -> list[bool]:
     """Return which training examples have a content that no validation or test example has.
 
@@ -102,6 +107,7 @@ def unseen(
         training, others: Content of each example.
         name: Name of the task or set, for messages.
         groups: Group of each training example, None for no group. A group with such an example is left out.
+        divided: Whether the parts are shares of one set. All are kept then if none would be left.
 
     Raises:
         UserError: If no training example is left.
@@ -109,6 +115,8 @@ def unseen(
     seen, of = {*others}, groups or [None] * len(training)
     out = {group for group, content in zip(of, training) if content in seen} - {None}
     kept = [content not in seen and group not in out for group, content in zip(of, training)]
+    if divided and not any(kept):  # a set of nothing but repeats
+        return [True] * len(kept)
     if kept and not any(kept):
         raise UserError(
             f"{name}: all {len(kept):,} training examples are also in validation or test, by their content; name another set to "

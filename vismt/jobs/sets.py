@@ -79,13 +79,13 @@ def divided(parts: PartsConfig, open_set: Callable[[str, bool], S]) -> dict[str,
         named = [open_set(entry, True) for entry in getattr(parts, part)]
         found[part] += [(images, torch.arange(len(images))) for images in named]
     if found["train"]:
-        found["train"] = _unseen(found)
+        found["train"] = _unseen(found, bool(kept))
     if parts.limit is not None:
         found["train"] = _limited(found["train"], parts.limit)
     return found
 
 
-def _unseen(found: Mapping[str, list[tuple[S, Tensor]]]) -> list[tuple[S, Tensor]]:
+def _unseen(found: Mapping[str, list[tuple[S, Tensor]]], divided: bool) -> list[tuple[S, Tensor]]:
     """Return the training sets without the images whose content is also in another part."""
     entries = {part: [(images, int(i)) for images, index in sets for i in index] for part, sets in found.items()}
     contents = {part: [content_of(*entry) for entry in of] for part, of in entries.items()}
@@ -94,7 +94,7 @@ def _unseen(found: Mapping[str, list[tuple[S, Tensor]]]) -> list[tuple[S, Tensor
         for images, i in entries["train"]
     ]
     name = "+".join(dict.fromkeys(images.name for images, _ in found["train"]))
-    kept = unseen(contents["train"], contents["validation"] + contents["test"], name, groups)
+    kept = unseen(contents["train"], contents["validation"] + contents["test"], name, groups, divided=divided)
     if not all(kept):
         text = f"{name}   {kept.count(False):,} of {len(kept):,} training images left out"
         console.stage(

@@ -244,7 +244,7 @@ class LmData:
             return {"train": {}, "validation": {}, "test": {own.name: [own]}}
         parts = self._open_sets(task)
         if task.train and task.kind != KIND:
-            _note_repeats(task.name, parts)
+            _note_repeats(task.name, parts, bool(shares(task)))
         return parts
 
     def _open_sets(self, task: LmTaskConfig) -> dict[str, dict[str, list[TextSet]]]:
@@ -320,12 +320,14 @@ def _divided(texts: TextSet, split_shares: Mapping[str, float], name: str, task:
     return {part: texts.take(index.tolist()) for part, index in parts.items()}
 
 
-def _note_repeats(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]]) -> None:
+def _note_repeats(task: str, parts: Mapping[str, Mapping[str, Sequence[TextSet]]], divided: bool) -> None:
     """Print how many training rows are also in another part. Raise UserError if all are."""
     contents = {
         part: [repr(row) for sets in of.values() for texts in sets for row in texts.rows] for part, of in parts.items()
     }
-    count = unseen(contents["train"], contents["validation"] + contents["test"], f"tasks: {task}").count(False)
+    count = unseen(
+        contents["train"], contents["validation"] + contents["test"], f"tasks: {task}", divided=divided
+    ).count(False)
     if count:
         text = f"{count:,} of {len(contents['train']):,} training rows are also in validation or test, with every field"
         console.stage("data", f"{task}   {text}")
