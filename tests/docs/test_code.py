@@ -90,7 +90,11 @@ def tiny_models(monkeypatch, tmp_path):
 
 
 def run(page: str, *changes: tuple[str, str], **names: Any) -> dict[str, Any]:
-    """Run the Python blocks of a page one after the other in one namespace, which is returned."""
+    """Run the Python blocks of a page one after the other in one namespace, which is returned.
+
+    Its name is that of a module, as timm looks up the module of a function that it registers.
+    """
+    names["__name__"] = __name__
     for block in pages.blocks(ROOT / page, "python"):
         code = block.code
         for old, new in changes:
@@ -117,7 +121,7 @@ def test_every_block_has_a_language_that_is_tested(page: Path) -> None:
 
 @pytest.mark.parametrize("page", [page for page in with_language("python") if page.id not in ASSERTED])
 def test_python_blocks_run(page: Path, tiny_models) -> None:
-    assert run(pages.name(page)).keys() > {"__builtins__"}
+    assert run(pages.name(page)).keys() > {"__builtins__", "__name__"}
 
 
 def test_the_readme_saves_exports_and_merges(tiny_models, tmp_path, capsys) -> None:

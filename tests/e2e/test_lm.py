@@ -230,7 +230,7 @@ def test_an_arm_on_quantised_weights_leaves_the_others_alone(home, tmp_path: Pat
     run, other = (next((tmp_path / out).iterdir()) for out in ("both", "alone"))
     trained = [next((folder / "arms" / "lora").glob("*/adapter/*.safetensors")) for folder in (run, other)]
     assert trained[0].read_bytes() == trained[1].read_bytes()
-    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "qpissa", "lora"}
+    assert {row.arm for row in read_results(run / "results.jsonl")} == {"frozen", "constant", "qpissa", "lora"}
     where = ["--arm", "qpissa", "--quiet"]
     assert "'pissa' lies on quantised weights" in refused(capsys, "export", run, "--format", "peft", *where)
     # Another process has the stock LM and the files alone.
@@ -537,7 +537,7 @@ def test_several_passes_are_averaged_and_other_texts_detected(home, tmp_path: Pa
     (found,) = [row for row in rows if (row.arm, row.seed) == ("lora", 0) and row.condition.startswith("against ")]
     assert found.data == inside and found.value == pytest.approx(float(larger.mean())) and found.unit == "rows"
     units = {training.arm for training in _evaluations(open_run(run).job)}
-    assert units == {"frozen", "lora", "dropped"}, "an ensemble is read from the records of its members"
+    assert units == {"frozen", "constant", "lora", "dropped"}, "an ensemble is read from the records of its members"
     report = (run / "report.html").read_text()
     assert "the mean probability of 2 trainings of lora; 2 passes for an answer" in report
     dropout = next(path for path in (run / "arms" / "dropped").rglob("*films-test-dropout.jsonl"))

@@ -161,13 +161,22 @@ def test_letters_of_figures_are_large_enough(pages: dict[str, Path], letters: li
 
 
 def test_a_report_answers_first(pages: dict[str, Path], chromium: Any) -> None:
-    """The first sentences name a model, which the commands have, too."""
+    """The first sentences name a model, which the commands have, too, unless the models are no better than a constant answer."""
     page = chromium.new_page(viewport={"width": 1280, "height": 800})
     page.goto(pages["compared"].as_uri())
-    assert page.locator("main > :nth-child(2)").inner_text().startswith("Take ")
+    assert page.locator("main > :nth-child(2)").inner_text().startswith("Take no model: none is told from")
+    page.goto(pages["lm"].as_uri())
+    assert page.locator("main > :nth-child(2)").inner_text().startswith("Take adapted.")
+    assert (
+        page.locator("pre")
+        .first.inner_text()
+        .startswith(f"vismt predict {pages['lm'].parent} my_texts.jsonl --arm adapted")
+    )
     page.goto(pages["multitask"].as_uri())
-    run = pages["multitask"].parent
-    assert f"vismt export {run} --arm adapted --format timm" in page.locator("pre").first.inner_text()
+    assert (
+        page.locator("main > pre").count() == 0
+        and "No model is told" in page.locator("main > :nth-child(2)").inner_text()
+    )
     assert page.locator("h2", has_text="Classes").count() == 1
     page.goto(pages["unfinished"].as_uri())
     assert "2 of 3" in page.locator("table").first.inner_text() and page.locator("img").count() == 1

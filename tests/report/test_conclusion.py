@@ -151,6 +151,10 @@ def test_a_model_is_not_taken_if_it_is_not_told_from_a_constant_answer() -> None
     # b is smaller and within one standard error, and its interval holds 0.5
     some = text(compared({"a": 0.56, "b": 0.545}, 0.02, **guess), a=2, b=1)
     assert some.startswith("Take a.") and "b is not told from a constant answer in accuracy." in some
+    # of two runs, each with its constant answer, the better constant answer decides
+    runs = {"one: constant": 0.5, "two: constant": 0.7, "a": 0.72, "b": 0.6}
+    assert text(compared(runs, 0.05)).startswith("Take no model: none is told from a constant answer in accuracy.")
+    assert text(compared(runs | {"a": 0.9}, 0.05)).startswith("Take a.")
     # the constant answer of the same examples, which is no model to take
     for error, told in ((0.02, True), (0.1, False)):
         found = conclude([compared({CONSTANT: 0.5, "a": 0.6}, error)], {})

@@ -182,7 +182,12 @@ class Comparison:
     def models(self) -> list[str]:
         """Arms that were trained on the task, best first. The constant answer is left out, unless it is alone."""
         trained = [name for name, cell in self.cells.items() if cell.trained]
-        return by_score(self, [name for name in trained if name != CONSTANT] or trained or self.cells)
+        return by_score(self, [name for name in trained if not is_constant(name)] or trained or self.cells)
+
+    @property
+    def constants(self) -> list[str]:
+        """Arms that are constant answers, best first."""
+        return by_score(self, filter(is_constant, self.cells))
 
     def tells(self, first: str, second: str) -> bool:
         """Return whether two arms are shown to differ. Scores without any spread show nothing."""
@@ -192,6 +197,11 @@ class Comparison:
             spread = one.high - one.low + other.high - other.low
             return (one.low > other.high or other.low > one.high) and spread > ROUNDING * step
         return abs(found.mean) > found.half_at(self.level) > ROUNDING * step
+
+
+def is_constant(arm: str) -> bool:
+    """Return whether an arm is the constant answer of a run. A comparison of runs names it "RUN: constant"."""
+    return arm.rpartition(": ")[2] == CONSTANT
 
 
 def by_score(c: Comparison, names: Iterable[str]) -> list[str]:
@@ -396,7 +406,7 @@ def _averages(groups: Sequence[Sequence[Result]]) -> Iterable[tuple[Sequence[Res
         chosen = [[row for row in group if row.arm not in out] for group in of_sets]
         arms = [row.arm for row in chosen[0]]
         alike = len(chosen) == sets and all([row.arm for row in group] == arms for group in chosen)
-        if sets > 1 and alike and {*arms} > {*arms} & {CONSTANT}:
+        if sets > 1 and alike and not all(map(is_constant, arms)):
             yield chosen[0], list(zip(*chosen, strict=True))
 
 

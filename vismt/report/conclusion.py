@@ -26,7 +26,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
-from vismt.report.comparison import CONSTANT, Cell, Comparison, by_score, count_differences, key_comparisons
+from vismt.report.comparison import Cell, Comparison, by_score, count_differences, is_constant, key_comparisons
 from vismt.report.tables import bounds_text, counts_text, interval_text, kinds_text, number_text, scale_text
 from vismt.uncertainty.intervals import HIGHER, SHARE, UNSTATED, Estimate, Scale
 
@@ -173,7 +173,7 @@ def conclude(comparisons: Sequence[Comparison], sizes: Mapping[str, float]) -> C
     criteria = key_comparisons(comparisons)
     if criteria[0].row.better == UNSTATED:
         return Conclusion([], 0, criteria[0].level, list(dict.fromkeys(c.row.metric for c in comparisons)))
-    everyone = dict.fromkeys(name for c in [*criteria, *comparisons] for name in c.models if name != CONSTANT)
+    everyone = dict.fromkeys(name for c in [*criteria, *comparisons] for name in c.models if not is_constant(name))
     alike = len({frozenset(c.models) for c in criteria}) == 1
     several = len({c.row.task for c in criteria}) > 1
     groups: dict[str, list[tuple[Comparison, Finding]]] = {}
@@ -214,7 +214,7 @@ def _finding(c: Comparison, name: str, everyone: Iterable[str]) -> Finding:
         half = found.half_at(c.level)
         lead = (found.mean, found.mean - half, found.mean + half)
     scores = {of: (c.cells[of].value, c.cells[of].low, c.cells[of].high) for of in c.models}
-    known = CONSTANT in c.cells or (row.chance is not None and row.better == HIGHER)
+    known = bool(c.constants) or (row.chance is not None and row.better == HIGHER)
     worse = [of for of in others if c.tells(best, of)]
     constant = [of for of in scores if known and not _beats_constant(c, of)]
     place = (row.task, c.data, row.protocol, c.condition, row.metric, row.scale)
@@ -223,8 +223,9 @@ def _finding(c: Comparison, name: str, everyone: Iterable[str]) -> Finding:
 
 def _beats_constant(c: Comparison, name: str) -> bool:
     """Return whether a model is shown to be better than the constant answer, or than a guess."""
-    if CONSTANT in c.cells and name != CONSTANT:
-        return name == by_score(c, [CONSTANT, name])[0] and c.tells(name, CONSTANT)
+    if c.constants and not is_constant(name):
+        constant = c.constants[0]
+        return name == by_score(c, [constant, name])[0] and c.tells(name, constant)
     return c.row.chance is None or c.cells[name].low > c.row.chance
 
 

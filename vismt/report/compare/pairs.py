@@ -18,7 +18,7 @@ import torch
 
 from vismt.base.errors import UserError
 from vismt.report.compare.score_tables import Say, TrainingValues
-from vismt.report.comparison import CONSTANT, Comparison, Values
+from vismt.report.comparison import Comparison, Values, is_constant
 from vismt.report.results import Result, result_of
 from vismt.report.tables import interval_text, number_text, without_further
 from vismt.storage.files import JsonObject
@@ -124,7 +124,7 @@ def paired_differences(comparisons: Sequence[Comparison], baseline: str | None =
     for c in without_further(comparisons):
         # Runs have rows of several protocols and conditions.
         words = [c.row.metric, *[c.row.protocol] * several, *[c.condition] * (c.condition != CLEAN.label)]
-        names = [name for name in c.cells if name != CONSTANT]
+        names = [name for name in c.cells if not is_constant(name)]
         named = [(baseline, name) for name in names if name != baseline] if baseline in names else []
         pairs = [
             _compared(c, ", ".join(words), a, b) for a, b in (combinations(names, 2) if baseline is None else named)
