@@ -62,6 +62,6 @@ def index_page(text: str, repository: str = REPOSITORY) -> str:
 setup(
     long_description=index_page((ROOT / "README.md").read_text(encoding="utf8")),
     long_description_content_type="text/markdown",
-    data_files=shared_files("datasets", "configs", "docs/results/rows"),
+    data_files=shared_files("datasets", "configs"),
     cmdclass={"editable_wheel": EditableWheel},
 )

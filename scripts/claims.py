@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from scripts.committed import both_intervals, interval_text, study
-from vismt.base.errors import UserError
-from vismt.report.claims import (
+from scripts.claim_rules import (
     CLAIMS,
     FAILS,
     HOLDS,
@@ -18,7 +16,9 @@ from vismt.report.claims import (
     Paper,
     read_claims,
 )
-from vismt.report.study_rows import ROWS, StudyRow, studies
+from scripts.committed import both_intervals, interval_text, study
+from scripts.study_rows import ROWS, StudyRow, studies
+from vismt.base.errors import UserError
 from vismt.report.tables import scale_text, typographic
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from scripts.study_rows import ROWS, About, StudyRow, StudyRows, read_study, studies
 from vismt.base import console
 from vismt.base.errors import UserError, near
-from vismt.report.study_rows import ROWS, About, StudyRow, StudyRows, read_study, studies
 from vismt.report.tables import number_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT

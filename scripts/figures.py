@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.committed import renew, study
+from scripts.study_rows import ROWS, SELECTED, StudyRow, StudyRows
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.base.seeds import digest
@@ -39,7 +40,6 @@ from vismt.report.figures import certified_figure, domain_bars
 from vismt.report.plotting import MUTED, NARROW, axes_at, color_of, dress, new_figure, one_panel, save_figure
 from vismt.report.results import ValuesByExample
 from vismt.report.score_sections import arm_scores, seeds_panel
-from vismt.report.study_rows import ROWS, SELECTED, StudyRow, StudyRows
 from vismt.report.tables import scale_text
 from vismt.report.weight_changes import depth_figure
 from vismt.storage.paths import CHECKOUT

@@ -34,6 +34,7 @@ from matplotlib.ticker import EngFormatter, LogLocator
 
 from scripts import committed
 from scripts.bench.accounting import peak_bytes, weight_bytes
+from scripts.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.config.sections import find_config
@@ -44,7 +45,6 @@ from vismt.jobs import load_config, make_job
 from vismt.jobs.training_job import TrainingJob
 from vismt.report.comparison import AVERAGE
 from vismt.report.plotting import INK, MUTED, axes_at, dress, new_figure, save_figure, short
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows, studies, study_of
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import LOWER, SHARE, Estimate, interval_kind_text

@@ -21,8 +21,8 @@ from pathlib import Path
 from textwrap import wrap
 
 from scripts import committed
+from scripts.study_rows import studies
 from vismt.report.plotting import INK, MUTED, PALETTE, axes_at, dress, new_figure, save_figure
-from vismt.report.study_rows import studies
 from vismt.storage.paths import CHECKOUT
 
 PAGE = CHECKOUT / "docs" / "rates.md"

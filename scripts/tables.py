@@ -32,14 +32,14 @@ from pathlib import Path
 from textwrap import wrap
 from typing import Any
 
+from scripts.claim_rules import of_study, read_claims
 from scripts.claims import sections
 from scripts.committed import both_intervals, interval_text, renew, study
+from scripts.study_rows import MATRICES, ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
 from vismt.base import console
 from vismt.base.errors import UserError, require_known
 from vismt.config.yaml_text import read_yaml
-from vismt.report.claims import of_study, read_claims
 from vismt.report.comparison import AVERAGE
-from vismt.report.study_rows import MATRICES, ROWS, SELECTED, StudyRow, StudyRows, study_of, write_study
 from vismt.report.tables import number_text
 from vismt.storage.paths import CHECKOUT
 from vismt.uncertainty.intervals import interval_kind_text

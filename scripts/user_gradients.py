@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scripts.study_rows import ROWS
 from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.engine.study import Training
@@ -39,7 +40,6 @@ from vismt.llm.tasks.base import Item, gather_items
 from vismt.llm.tasks.recommendation import listed_of
 from vismt.multitask.emtal.clusters import balanced_kmeans
 from vismt.report.plotting import INK, axes_at, dress, new_figure, save_figure
-from vismt.report.study_rows import ROWS
 from vismt.report.tables import interval_text
 from vismt.storage.files import atomic_write
 from vismt.storage.paths import CHECKOUT

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from helpers.pages import ROOT
 
+from scripts import claim_rules as rules
 from scripts import claims, committed, tables
+from scripts.claim_rules import ClaimEvidence, of_study, read_claims
+from scripts.study_rows import read_study, studies
 from vismt.base.errors import UserError
-from vismt.report import claims as rules
-from vismt.report.claims import ClaimEvidence, of_study, read_claims
-from vismt.report.study_rows import read_study, studies
 
 PAPERS = read_claims()
 EVIDENCE = [evidence for paper in PAPERS for claim in paper.claims for evidence in claim.shown]

@@ -216,7 +216,8 @@ def test_commands_within_sentences_exist(page: Path, tmp_path, monkeypatch, caps
 
 def _parse_script(words: list[str], monkeypatch) -> None:
     """Read the flags of a script of the repository by its own parser."""
-    file = f"{words[1].replace('.', '/')}/__main__.py" if words[0] == "-m" else words[0]
+    module = words[1].replace(".", "/")
+    file = next(name for name in (f"{module}.py", f"{module}/__main__.py", words[0]) if (ROOT / name).is_file())
     spec = importlib.util.spec_from_file_location("script", ROOT / file)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)

@@ -9,7 +9,7 @@ import pytest
 from helpers.pages import FENCE, README, ROOT, name, read
 
 from scripts import committed, figures, tables, user_gradients
-from vismt.report.study_rows import studies
+from scripts.study_rows import studies
 
 RESULTS = [
     page for page in sorted((ROOT / "docs/results").glob("*.md")) if page.stem != "paper_scale"

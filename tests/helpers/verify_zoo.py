@@ -274,6 +274,8 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
     "tiny update": ("llama", {"size": 1e-5}),
     "large update": ("llama", {"size": 0.3}),
     "gaussian": ("llama", {"init_lora_weights": "gaussian"}),
+    "a PiSSA start inside": ("llama", {"init_lora_weights": "pissa"}),
+    "t5 head": ("t5", {"modules_to_save": SAVED}),
     "orthogonal": ("llama", {"init_lora_weights": "orthogonal"}),
     "dropout": ("llama", {"lora_dropout": 0.1}),
     "rank 1": ("llama", {"r": 1}),
@@ -293,6 +295,51 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "vismt s2ft": ("llama", {"method": "s2ft", "ratio": 0.25, "target_modules": None}),
 }
+
+PROMPTS = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
+# Folders that peft does not merge, by name: the kind of model and the settings.
+UNMERGED: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
+    "prompt tuning": ("llama", lambda: peft.PromptTuningConfig(**PROMPTS)),
+    "prefix tuning": ("llama", lambda: peft.PrefixTuningConfig(**PROMPTS)),
+    "p-tuning": ("llama", lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **PROMPTS)),
+    "CPT": (
+        "llama",
+        lambda: peft.CPTConfig(cpt_token_ids=[1, 2, 3], cpt_tokens_type_mask=[1, 2, 3], task_type="CAUSAL_LM"),
+    ),
+    "adaption prompt": (
+        "llama",
+        lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
+    ),
+    "replicated layers": (
+        "llama",
+        lambda: peft.LoraConfig(
+            r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM"
+        ),
+    ),
+    **{
+        name: ("llama", lambda made=made: made(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+        for name, made in (
+            ("LoHa", peft.LoHaConfig),
+            ("IA3", lambda **o: peft.IA3Config(feedforward_modules=[], **o)),
+            ("VeRA", lambda **o: peft.VeraConfig(r=4, **o)),
+            ("BOFT", lambda **o: peft.BOFTConfig(boft_block_size=4, **o)),
+        )
+    },
+}
+
+
+def unmerged(case: str, root: Path) -> Folders:
+    """Return the base and the adapter of a case of UNMERGED."""
+    kind, settings = UNMERGED[case]
+    folder = root / re.sub(r"\W", "-", case)
+    found = Folders(kind, folder / "base", folder / "adapter", folder / "merged")
+    model = model_of(kind)
+    model.config._name_or_path = str(write(model, found.base))
+    torch.manual_seed(1)
+    hosted = peft.get_peft_model(model, settings())
+    trained(hosted, 0.05, 1)
+    hosted.save_pretrained(found.adapter)
+    return found
 
 
 # ---- faults
@@ -632,7 +679,19 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "task_type: x": ("llama", ALONE, setting(task_type="x")),
     "rank_pattern: null": ("llama", ALONE, setting(rank_pattern=None)),
     "alpha_pattern: null": ("llama", ALONE, setting(alpha_pattern=None)),
+    "a saved head of zeros": ("llama head", ALONE, adapter(every("lm_head", torch.zeros_like))),
     # ---- with the base
+    "a square lora_B transposed": (
+        "llama",
+        BASE,
+        adapter(every(r"0\.self_attn\.q_proj\.lora_B", lambda v: v.T.contiguous())),
+    ),
+    "a bias of the head less": ("bert classes", BASE, adapter(without(r"classifier\.bias"))),
+    "a head of other labels": ("bert classes", BASE, adapter(every("classifier", lambda v: torch.cat([v, v, v])))),
+    "a token outside the vocabulary": ("llama tokens trained", BASE, setting(trainable_token_indices=[3, 4, 500])),
+    "more rows than tokens": ("llama tokens trained", BASE, setting(trainable_token_indices=[3, 4])),
+    "targets that the base lacks": ("llama", BASE, setting(target_modules=["query"])),
+    "a target without factors": ("llama", BASE, setting(target_modules=["q_proj", "v_proj", "k_proj"])),
     **{f"base: {name}": ("llama", BASE, file("base", junk)) for name, junk in JUNK.items()},
     **{f"base of {name}": ("deep", BASE, base(renamed(*words))) for name, words in WRAPPED.items()},
     "layers beyond the end": ("deep", BASE, adapter(renamed(r"layers\.3", "layers.9"))),
@@ -656,6 +715,11 @@ FAULTS: dict[str, tuple[str, str, Change]] = {
     "update of 5 times the weight": ("deep", BASE, adapter(every("lora_B", lambda v: 60 * v))),
     "bert classes: a head of nothing": ("bert classes", BASE, adapter(without("classifier"))),
     # ---- with base and merged checkpoint
+    "a zero factor beside a whole merge": (
+        "deep",
+        MERGED,
+        adapter(every(r"1\.self_attn\.q_proj\.lora_B", torch.zeros_like)),
+    ),
     **{f"merged: {name}": ("llama", MERGED, file("merged", junk)) for name, junk in JUNK.items()},
     **{f"merged under {name}": ("deep", MERGED, merged(renamed(*words))) for name, words in WRAPPED.items()},
     "merged without norms": ("llama", MERGED, merged(without("layernorm"))),

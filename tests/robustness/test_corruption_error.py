@@ -2,10 +2,10 @@
 
 import pytest
 
+from scripts.study_rows import ROWS
 from vismt.base.errors import UserError
 from vismt.jobs.robustness.evaluation import ACCURACY, corruption_errors
 from vismt.jobs.robustness.report import CORRUPTION_NOTE
-from vismt.report.study_rows import ROWS
 from vismt.robustness.corruptions import error_under_corruptions
 from vismt.storage.lines import read_lines
 from vismt.storage.paths import CHECKOUT

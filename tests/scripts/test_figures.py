@@ -10,9 +10,9 @@ import yaml
 from helpers.run_folder import make_folder
 
 from scripts import committed, figures, tables
+from scripts.study_rows import ROWS, StudyRow, read_study, study_of, write_study
 from vismt.engine.study import ARMS, write_choice
 from vismt.engine.training_files import CHANGES
-from vismt.report.study_rows import ROWS, StudyRow, read_study, study_of, write_study
 from vismt.report.weight_changes import CHANGE
 from vismt.storage.lines import write_lines
 

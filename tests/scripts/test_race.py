@@ -13,10 +13,10 @@ from helpers.results import result
 from helpers.tiny_runs import CONFIGS, written
 
 from scripts import committed, race, tables
+from scripts.reproduction import verdicts
+from scripts.study_rows import ROWS, About, StudyRow, StudyRows, study_of
 from vismt.cli import main
 from vismt.config.yaml_text import read_yaml
-from vismt.report.reproduction import verdicts
-from vismt.report.study_rows import ROWS, About, StudyRow, StudyRows, study_of
 from vismt.storage.paths import CHECKOUT
 
 SPEC = {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts import committed, rates
-from vismt.report.study_rows import About, StudyRows
+from scripts.study_rows import About, StudyRows
 
 GRID = [1e-4, 3e-4, 1e-3, 3e-3]
 

@@ -13,7 +13,7 @@ import yaml
 from helpers.run_folder import make_folder
 
 from scripts import committed, tables
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows, read_study, study_of, write_study
+from scripts.study_rows import ROWS, StudyRow, StudyRows, read_study, study_of, write_study
 
 SPEC = {
     "digits": {

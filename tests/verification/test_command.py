@@ -37,6 +37,9 @@ KEYS = {
 }
 
 
+PEFT = "--base with the config.json of a model that the installed transformers knows"
+
+
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Folders:
     return made("llama", "lora", tmp_path_factory.mktemp("llama"), head=False, size=0.01)
@@ -67,7 +70,7 @@ def test_exit_codes_and_json(llama: Folders, tmp_path: Path, capsys: pytest.Capt
 def test_what_was_not_checked_is_said_everywhere(llama: Folders, tmp_path: Path, capsys) -> None:
     folders = llama.copied(tmp_path)
     needs = {
-        "": {"names and shapes": "--base", "size of the update": "--base", "scale and merge": "--merged"},
+        "": {"names and shapes": "--base", "peft": PEFT, "size of the update": "--base", "scale and merge": "--merged"},
         "base": {"scale and merge": "--merged"},
         "merged": {},
     }

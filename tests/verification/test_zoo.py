@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 from helpers.damage import damage_json
-from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, healthy, setting
+from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, UNMERGED, healthy, setting, unmerged
 
 import vismt
 from vismt.cli import main
@@ -32,6 +32,8 @@ EXPLAINED = {
     "merged under DDP": "wrapped",
     "mixtral: experts not merged": "unmerged",
     "token rows not merged": "head-not-merged",
+    "a zero factor beside a whole merge": "not-this-adapter",
+    "a square lora_B transposed": "peft",
 }
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "verify_tests.md"
 
@@ -56,6 +58,13 @@ def test_a_healthy_folder_is_ok(case: str, root: Path) -> None:
         vismt.verify(folders.merged),
     ]
     assert [verdict.status for verdict in verdicts] == ["ok"] * 5, [verdict.findings for verdict in verdicts]
+
+
+@pytest.mark.parametrize("case", UNMERGED)
+def test_a_tuner_that_is_not_merged_is_ok(case: str, root: Path) -> None:
+    folders = unmerged(case, root)
+    verdicts = [vismt.verify(folders.adapter), vismt.verify(folders.adapter, base=folders.base)]
+    assert [verdict.status for verdict in verdicts] == ["ok", "ok"], [verdict.findings for verdict in verdicts]
 
 
 @pytest.mark.parametrize("fault", FAULTS)

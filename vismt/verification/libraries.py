@@ -1,23 +1,32 @@
-"""Predict which tensors of a folder each library (a reader) uses, ignores, refuses or misreads, and why.
+"""Ask peft what it does with a folder, and predict which tensors each library (a reader) uses, ignores, refuses or misreads.
 
-The answers follow from the rules that the folder meets (rules.py).
+With the base's config.json, the installed peft reads the folder into the empty model. Without a model, and for transformers and
+timm, the answers follow from the rules that the folder meets (rules.py).
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 from vismt.base.errors import require_known
+from vismt.lowrank.files.facts import TENSORS
 from vismt.storage.files import JsonObject
-from vismt.verification.facts import Finding, Level
-from vismt.verification.rules import FolderCase, Met, met_rules, of_modules
+from vismt.storage.wheels import one_line
+from vismt.verification.checkpoints import Library
+from vismt.verification.facts import Facts, Finding, shorten_names
+from vismt.verification.rules import AGAIN, FolderCase, Met, met_rules, of_modules
 
 # The worst effect on a tensor counts.
 EFFECTS = ("used", "note", "misread", "ignored", "refused")
 # With which the rules were run.
+# Settings for which peft fetches other files or imports a module by its name, and the largest number that it is given.
+_FETCHING, _MOST = ("adapters", "megatron_config", "prompt_tuning_init_state_dict_path"), 2**20
 VERSIONS = {"peft": "0.21.2", "transformers": "5.24.0", "timm": "1.0.31"}
 TENSOR_GROUPS = dict.fromkeys(("A", "B", "C", "A0", "B0", "tuner", "shared"), "factors")
 TENSOR_GROUPS |= {"embedding_A": "embeddings", "embedding_B": "embeddings", "magnitude": "magnitudes"}
@@ -28,13 +37,12 @@ TENSOR_GROUPS |= {"bias": "biases", "saved": "parameters", "tokens": "embeddings
 class Remark:
     """What a reader does with some tensors.
 
-    effect: Name among EFFECTS. expected: Whether the rule was not run with the library. groups: Number of modules by kind.
+    effect: Name among EFFECTS. groups: Number of modules by kind.
     """
 
     effect: str
     why: str
     fix: str
-    expected: bool
     groups: dict[str, int]
 
     @property
@@ -43,7 +51,7 @@ class Remark:
         whole = self.effect == "refused" or not self.groups
         parts = (f"{group} of {n} module{'s' * (n != 1)}" for group, n in self.groups.items())
         what = "" if whole else " and ".join(parts) + " "
-        return f"{what}{self.effect}{' (expected)' if self.expected else ''}: {self.why}"
+        return f"{what}{self.effect}: {self.why}"
 
 
 @dataclass(frozen=True)
@@ -70,11 +78,6 @@ class Reading:
         return "differs" if effects & {"misread", "ignored"} else "applied"
 
     @property
-    def expected(self) -> bool:
-        """Whether the answer rests on rules that were not run or read."""
-        return any(remark.expected for remark in self.remarks if remark.effect != "note")
-
-    @property
     def line(self) -> str:
         """Return the answer in a few words."""
         count = f"{self.applied} of {self.of}"
@@ -87,7 +90,7 @@ class Reading:
             answer = f"{count}, serves the base" if ignored else f"{count} as meant, served model differs"
         else:
             answer = f"{count}, served model differs"
-        return f"{self.reader}: {answer}{' (expected)' if self.expected else ''}"
+        return f"{self.reader}: {answer}"
 
     @property
     def row(self) -> JsonObject:
@@ -99,10 +102,51 @@ class Reading:
     @property
     def findings(self) -> list[Finding]:
         """Return the findings if the user asked about this reader."""
-        level: Level = "suspicious" if self.expected else "broken"
-        name = self.line.partition(":")[0]
         causes = [remark for remark in self.remarks if remark.effect not in ("used", "note")]
-        return [Finding(level, f"reader-{self.state}", f"{name}: {remark.text}", remark.fix) for remark in causes]
+        code = f"reader-{self.state}"
+        return [Finding("broken", code, f"{self.reader}: {remark.text}", remark.fix) for remark in causes]
+
+
+def ask_peft(facts: Facts, library: Library | None) -> tuple[list[Finding], str]:
+    """Let the installed peft read a folder of peft into its empty base, on the meta device.
+
+    Return what peft says, or what the question needs if it was not asked.
+    """
+    try:
+        import peft
+    except ImportError:
+        return [], "needs peft: pip install peft"
+    config = facts.config
+    if facts.kind != "peft":
+        return [], ""
+    if library is None:
+        return [], "needs --base with the config.json of a model that the installed transformers knows"
+    if any(config.get(key) for key in _FETCHING) or any(
+        isinstance(size, int) and size > _MOST for size in config.values()
+    ):
+        return [], "needs settings of a usual size that neither name a module to import nor other files"
+    if not config or TENSORS not in facts.files or facts.stored.reasons:
+        return [], f"needs settings and tensors ({TENSORS}) that can be read"
+    name = f"peft {peft.__version__}"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            settings = peft.PeftConfig.from_pretrained(str(facts.folder))
+            settings.inference_mode = True
+            if hasattr(settings, "init_lora_weights"):
+                settings.init_lora_weights = True  # a start is replaced by the tensors
+            model = peft.get_peft_model(copy.deepcopy(library.model), settings, low_cpu_mem_usage=True)
+            values = peft.load_peft_weights(str(facts.folder), device="cpu")
+            found: Any = peft.set_peft_model_state_dict(model, values, low_cpu_mem_usage=True)
+    except Exception as error:  # whatever peft makes of the folder
+        text = f"{name} raises {type(error).__name__}: {one_line(str(error))}"
+        return [Finding("broken", "peft", text, "save the adapter again, or give the base it was trained on")], ""
+    own = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    lost = [key for key in found.missing_keys if key.replace(".default", "") in own]
+    left = [key for key in found.unexpected_keys if key.replace(".modules_to_save", "") not in values]
+    said = {"keeps first values of": lost, "leaves out": left}
+    texts = [f"{name} {verb} {shorten_names(keys)}" for verb, keys in said.items() if keys]
+    return [Finding("broken", "peft", text, AGAIN) for text in texts], ""
 
 
 def readings(case: FolderCase, readers: Sequence[str] = ()) -> list[Reading]:
@@ -131,13 +175,12 @@ def _reading(reader: str, case: FolderCase, met: Sequence[Met]) -> Reading:
         effect = one.rule.effects.get(reader)
         if effect is None:
             continue
-        kind = effect.removesuffix("?")
         paths = {name: facts.tensors[name].path if name in facts.tensors else name for name in one.names}
         found = Counter(group for group, _ in {(groups.get(name, "no tensors"), path) for name, path in paths.items()})
-        remarks.append(Remark(kind, one.why, one.rule.fix, effect != kind, dict(found)))
+        remarks.append(Remark(effect, one.why, one.rule.fix, dict(found)))
         for name in one.names:
             if name in groups:
-                effects[name] = max(effects[name], kind, key=EFFECTS.index)
+                effects[name] = max(effects[name], effect, key=EFFECTS.index)
             elif facts.is_adapter and groups:
                 lacking.add(name)
     units = list(facts.modules.values()) if facts.is_adapter else []

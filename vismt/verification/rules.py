@@ -1,8 +1,7 @@
 """The conditions of a folder that matter to a library that loads it (a reader). _RULES has one rule for each condition.
 
 Each rule was run with the library (libraries.py has the versions). A rule with a code is a finding of `vismt verify`. An
-effect on a reader is one word. A reader that a rule does not name uses the tensors. A "?" marks an effect that was reported and
-was not run. Such an effect is expected, not certain.
+effect on a reader is one word. A reader that a rule does not name uses the tensors.
 
 refused    the reader raises an error
 ignored    the tensors change nothing
@@ -35,8 +34,18 @@ from vismt.verification.facts import (
 )
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
-OF_PEFT_MODELS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "ADAPTION_PROMPT", "CPT"}
-OF_PEFT_MODELS |= {"CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA", "UNILORA", "FROD"}
+OF_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"}
+OF_PEFT_MODELS = OF_PROMPTS | {
+    "ADAPTION_PROMPT",
+    "CARTRIDGE",
+    "SHADOW",
+    "VERA",
+    "PVERA",
+    "VBLORA",
+    "TINYLORA",
+    "UNILORA",
+    "FROD",
+}
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
 WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 _BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
@@ -189,7 +198,8 @@ def _old(case: FolderCase, module: ModuleFacts) -> bool:
 
 def _absent(case: FolderCase, module: ModuleFacts) -> bool:
     """Return whether the base lacks a module. Experts and tied heads have other names in files than in models."""
-    if case.base is None or not case.base.lacks(module.path):
+    replicated = case.facts.config.get("layer_replication")
+    if case.base is None or not case.base.lacks(module.path) or replicated or not module.rank:
         return False
     return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
 
@@ -218,17 +228,6 @@ def _transposed(case: FolderCase, module: ModuleFacts) -> bool:
         and all(part is not None and len(part.shape) == 2 for part in pair)
         and pair[0].shape[1] == module.declared  # type: ignore[union-attr]
     )
-
-
-def _no_target(case: FolderCase) -> bool:
-    settings = case.facts.settings
-    if settings is None or settings.everywhere or settings.target_parameters:
-        return False
-    if case.base is None or not case.base.knows(case.facts):
-        return False
-    pieces = [name.split(".") for name in case.base.facts.tensors]
-    owners = {".".join(parts[:end]) for parts in pieces for end in range(1, len(parts))}
-    return not any(settings.names(path) for path in owners)
 
 
 def _not_held(case: FolderCase) -> list[str]:
@@ -318,7 +317,7 @@ _WRAPPERS = r"^(module|base_model\.model)\.|(^|\.)(_orig_mod|_fsdp_wrapped_modul
 CONVERT = "write a plain LoRA with peft: save_pretrained(..., path_initial_model_for_weight_conversion=...)"
 _MERGE = f"merge it into its base: {MERGE_COMMAND}"
 LOAD = "load it with vismt.load_adapter"
-_AGAIN = "save the adapter again"
+AGAIN = "save the adapter again"
 _BASE = "give the base it was trained on"
 _REFUSED = {"peft": "refused", "transformers": "refused"}
 _IGNORED = {"peft": "ignored", "transformers": "ignored"}
@@ -335,7 +334,7 @@ _RULES = (
     Rule(lambda case: case.facts.is_adapter and not case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, _MERGE),
     Rule(lambda case: case.beyond_low_rank, "timm reads no adapters", {"timm": "refused"}, LOAD),
     Rule(lambda case: case.facts.kind == "peft" and not case.facts.tensors, "it has no tensors that can be read",
-         _REFUSED, _AGAIN),
+         _REFUSED, AGAIN),
     Rule(_lacks("peft_type"), "adapter_config.json has no peft_type", _REFUSED, "add the peft_type"),
     Rule(_other_tuner, "peft_type names another tuner: the tensors are a LoRA's, and that tuner reads none of them", _IGNORED,
          "set peft_type to the tuner of the training", "tuner"),
@@ -361,7 +360,7 @@ _RULES = (
          {"transformers": "note"}, "keep adapter and merged model in two folders", "adapter-beside-model", "suspicious"),
     # names
     Rule(_tensors(lambda case, tensor: case.facts.kind == "peft" and tensor.role != "shared"
-                  and not tensor.name.startswith(PEFT_PREFIX)),
+                  and case.facts.tuner not in OF_PROMPTS and not tensor.name.startswith(PEFT_PREFIX)),
          f"the names lack '{PEFT_PREFIX}'", {"peft": "ignored"}, f"put '{PEFT_PREFIX}' before every name", "prefix"),
     Rule(_tensors(lambda case, tensor: tensor.adapter == "default"),
          "the names hold 'default', the adapter's name, which only peft reads",
@@ -376,7 +375,7 @@ _RULES = (
     Rule(_modules(lambda case, module: case.base and case.base.change == EARLIER and module.path in case.base.names
                   and f"{module.path}.weight" not in case.base.facts.tensors),
          "an earlier transformers named the modules so; the present one finds them in some models only",
-         {"peft": "ignored?"}, "load it with the transformers it was trained with", "earlier-names", "suspicious"),
+         fix="load it with the transformers it was trained with", code="earlier-names", level="suspicious"),
     Rule(_modules(lambda case, module: case.base and case.base.change and case.base.change != EARLIER
                   and module.path in case.base.names
                   and not (case.base.change in _BARE and case.base.facts.config.get("model_type"))),
@@ -390,12 +389,11 @@ _RULES = (
     # modules and shapes
     Rule(_modules(_outside), "target_modules do not name these modules", _IGNORED, "name them in target_modules"),
     Rule(_not_held, "target_modules name these modules, and the file holds no factors of them",
-         _IGNORED, _AGAIN, "missing-module"),
+         _IGNORED, AGAIN, "missing-module"),
     Rule(_gaps, "the file has factors of such modules in most layers, and none of these; --base shows whether the model has them",
          code="gap", level="note"),
-    Rule(_no_target, "target_modules name no module of the base", _REFUSED, _BASE),
     Rule(_modules(lambda case, module: module.unpaired), "one of the two factors is missing",
-         _IGNORED, _AGAIN, "unpaired"),
+         _IGNORED, AGAIN, "unpaired"),
     Rule(_modules(lambda case, module: _other_rank(case, module) and not _transposed(case, module)),
          "'{module.path}' has rank {module.rank} in the file and {module.declared} in the settings",
          _REFUSED,
@@ -407,29 +405,29 @@ _RULES = (
          "the update of '{module.path}' is {update}, the base's weight {weight}",
          _REFUSED, _BASE, "shape"),
     Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype in WHOLE_NUMBERS),
-         "the factors are whole numbers, which are read without their scale", MISREAD, _AGAIN, "dtype"),
+         "the factors are whole numbers, which are read without their scale", MISREAD, AGAIN, "dtype"),
     Rule(_tensors(lambda case, tensor: tensor.role in _FACTORS and tensor.dtype not in {*WHOLE_NUMBERS, *DTYPES.values()}),
-         "no reader takes factors of this type as they are", {"peft": "misread?", "transformers": "misread?"}, _AGAIN, "dtype"),
+         "no reader takes factors of this type as they are", fix=AGAIN, code="dtype"),
     # variants
     Rule(_role("magnitude", "use_dora", True), "load_adapter renames no magnitudes of DoRA: they keep their first values",
          {"transformers": "ignored"}, "load it with peft.PeftModel"),
     Rule(_role("magnitude", "use_dora", False), "the file has magnitudes of DoRA, and use_dora is not set", _IGNORED,
          "set use_dora", "dora"),
     Rule(_modules(lambda case, module: case.lora and case.facts.config.get("use_dora") and "magnitude" not in module.tensors),
-         "use_dora is set, and the file lacks magnitudes", MISREAD, _AGAIN, "dora"),
+         "use_dora is set, and the file lacks magnitudes", MISREAD, AGAIN, "dora"),
     Rule(_role("bias", "lora_bias", False), "the file has biases of B, and lora_bias is not set", _IGNORED, "set lora_bias",
          "lora-bias"),
     Rule(_tensors(lambda case, tensor: case.lora and tensor.role == "other"), "no variant of LoRA has such tensors",
          code="unknown-tensors", level="suspicious"),
     Rule(_not_saved, "modules_to_save names them, and the file does not hold them",
-         {"peft": "refused", "transformers": "ignored"}, _AGAIN, "head-lost"),
-    Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, _AGAIN, "head-lost"),
+         {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
+    Rule(_biases_lost, "the settings save biases, and the file holds none: they stay the base's", MISREAD, AGAIN, "head-lost"),
     Rule(lambda case: case.base is None and case.lora and case.facts.config.get("bias", "none") != "none"
          and not any(tensor.path.endswith("bias") for tensor in case.facts.with_role("saved")),
          "the settings save biases, and the file holds none; --base shows whether the model has any", code="gap", level="note"),
     Rule(lambda case: [_TOKENS] * (case.lora and bool(case.facts.config.get(_TOKENS)) and not case.facts.with_role("tokens")),
          "trainable_token_indices names rows of an embedding, and the file does not hold them",
-         {"peft": "refused", "transformers": "ignored"}, _AGAIN, "head-lost"),
+         {"peft": "refused", "transformers": "ignored"}, AGAIN, "head-lost"),
     Rule(lambda case: [tensor.name for tensor in case.facts.unlisted() if not tensor.path.endswith(TABLES)],
          "the settings do not name them: they replace the base's parameters, also while the adapter is disabled",
          {"peft": "note", "transformers": "note"}, "name them in modules_to_save", "unnamed-parameter", "suspicious"),

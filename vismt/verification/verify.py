@@ -24,7 +24,7 @@ from vismt.verification.checkpoints import (
     translated,
 )
 from vismt.verification.facts import LEVELS, Facts, Finding, read_facts, shorten_names
-from vismt.verification.libraries import readings
+from vismt.verification.libraries import ask_peft, readings
 from vismt.verification.rules import FolderCase, findings_of
 from vismt.verification.weights import ModuleRow, against_base, examine_values
 
@@ -171,6 +171,8 @@ def verify(
         opened = [replace(one, model_config=one.model_config or config) for one in opened]
         held, found = of_base(opened[0], facts)
         stock = locate(facts, held)
+    said, needs = ask_peft(facts, stock.library if stock else None)
+    found += said
     if facts.modules or not facts.is_adapter:
         try:
             found += findings_of(FolderCase(facts, stock, whole))
@@ -190,7 +192,7 @@ def verify(
 
             verdict.probe, more = measure(facts, str(base), None if merged is None else str(merged), str(probe))
             found += more
-    verdict.checks = list(_checks(facts, stock, whole, verdict, merged is not None))
+    verdict.checks = list(_checks(facts, stock, whole, verdict, merged is not None, needs))
     unseen = "; ".join(f"{check.name}: {check.text}" for check in verdict.checks if not check.done)
     verdict.about |= {UNSEEN: unseen} if unseen else {}
     found = [Finding("broken", "malformed", reason) for reason in facts.reasons + facts.stored.reasons] + found
@@ -206,9 +208,12 @@ def verify(
 
 
 def _checks(
-    facts: Facts, base: Located | None, whole: Translated | None, verdict: Verdict, merged: bool
+    facts: Facts, base: Located | None, whole: Translated | None, verdict: Verdict, merged: bool, needs: str
 ) -> Iterable[Check]:
-    """Yield the checks that were done, and the others with what they need. merged: Whether a merged checkpoint was given."""
+    """Yield the checks that were done, and the others with what they need.
+
+    merged: Whether a merged checkpoint was given. needs: What the question to peft needs.
+    """
     if facts.kind == "none":
         return
     tensors = f"{len(facts.tensors):,} tensors"
@@ -226,6 +231,8 @@ def _checks(
         f"{len(base.names):,} of {len(facts.modules):,} modules are in the base" if base is not None else "needs --base"
     )
     yield Check("names and shapes", base is not None, found)
+    if facts.kind == "peft":
+        yield Check("peft", not needs, needs or "reads the folder into the empty base")
     sizes = [row.ratio for row in verdict.modules if row.ratio is not None]
     text = f"|ΔW| / |W| is {_range(sorted(round(size, 4) for size in sizes))}" if sizes else "no update was determined"
     yield Check("size of the update", bool(sizes), text if base is not None else "needs --base")

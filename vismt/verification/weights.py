@@ -88,6 +88,9 @@ def examine_values(facts: Facts, rows: Mapping[str, ModuleRow]) -> Iterable[Find
         value = facts.stored.read(tensor.name)
         if value is not None and not fits(value):
             seen["bad"].append(tensor.path)
+        elif value is not None and value.ndim > 1 and not bool(value.any()):
+            text = f"'{tensor.path}', which was trained whole, is zero everywhere"
+            yield Finding("suspicious", "zero-modules", text, "save the adapter again", (tensor.path,))
     yield from _findings_of(seen, facts)
 
 
@@ -155,6 +158,7 @@ def against_base(facts: Facts, base: Located, rows: Mapping[str, ModuleRow]) -> 
         text = f"{shorten_names(large)}: the update is more than {LARGEST_RATIO:g} times as large as the weight"
         yield Finding("suspicious", "size", text, "look at lora_alpha and at the values of the factors", tuple(large))
     yield from _saved(facts, base.facts)
+    yield from _rows_of_tokens(facts, base.facts)
     yield from tokenizers(facts, base.facts, "the adapter")
 
 
@@ -230,6 +234,27 @@ def _saved(facts: Facts, base: Facts) -> Iterable[Finding]:
                 text = f"'{tensor.path}': the settings do not name it as trained, but it has other values than in this base"
                 fix = f"{GIVE_BASE}, or name it in modules_to_save"
                 yield Finding("broken", "other-base", text, fix, (tensor.path,))
+
+
+def _rows_of_tokens(facts: Facts, base: Facts) -> Iterable[Finding]:
+    """Yield findings for trained rows of an embedding that are not as many as their indices, or lie outside the embedding."""
+    for tensor in facts.with_role("tokens"):
+        chosen, name = token_rows(facts, tensor.path), find_parameter(f"{tensor.path}.weight", base)
+        if name is None:
+            continue
+        count = base.tensors[name].shape[0]
+        if len(chosen) != tensor.shape[0] or not all(0 <= row < count for row in chosen):
+            text = f"trainable_token_indices names {len(chosen)} rows up to {max(chosen, default=0)}"
+            text += f", the file holds {tensor.shape[0]}, and '{name}' has {count}"
+            yield Finding("broken", "tokens", text, "set trainable_token_indices to the value of the training")
+
+
+def token_rows(facts: Facts, path: str) -> list[int]:
+    """Return the rows of an embedding that the settings name as trained."""
+    chosen = facts.config.get("trainable_token_indices")
+    if isinstance(chosen, dict):
+        chosen = next((rows for name, rows in chosen.items() if f".{path}".endswith(f".{name}")), [])
+    return [row for row in chosen if isinstance(row, int)] if isinstance(chosen, list) else []
 
 
 # ---- tokenizers

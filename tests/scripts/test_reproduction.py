@@ -10,8 +10,8 @@ import pytest
 import torch
 from helpers.results import result
 
-from vismt.report.reproduction import predicted, verdicts
-from vismt.report.study_rows import About, StudyRow, StudyRows
+from scripts.reproduction import predicted, verdicts
+from scripts.study_rows import About, StudyRow, StudyRows
 
 
 def row(variance: float = 0.0004, freedom: float = 1e9, **changes: Any) -> StudyRow:

@@ -1,4 +1,4 @@
-"""`vismt check`: a re-run with other seeds is inside, a tampered recipe is not, and another configuration is named."""
+"""`python -m scripts.check`: a re-run is inside, a tampered recipe is not, and another configuration is named."""
 
 from __future__ import annotations
 
@@ -9,20 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from helpers.tiny_runs import refused
 from helpers.toy_job import job
 
 import vismt.jobs
+from scripts import claim_rules, study_rows
+from scripts.check import _committed, _differing, _known_keys
+from scripts.check import main as program
+from scripts.study_rows import About, StudyRows, read_study, studies, study_of, write_study
+from vismt.base import console
 from vismt.base.errors import UserError
 from vismt.cli import main
-from vismt.cli.check import _committed, _differing, _known_keys
 from vismt.config.sections import config_hash
 from vismt.config.typed import build
 from vismt.jobs import typed_config
 from vismt.jobs.calibration import ImageCalibrationConfig
 from vismt.jobs.fewshot.config import FewShotConfig
-from vismt.report import claims, study_rows
-from vismt.report.study_rows import About, StudyRows, read_study, studies, study_of, write_study
 from vismt.storage.lines import read_lines
 
 CONFIG = {
@@ -33,6 +34,12 @@ CONFIG = {
     "seeds": [0, 1, 2, 3],
 }
 OTHERS = "seeds=[4, 5, 6, 7]"
+
+
+def check(words: list[str]) -> int:
+    """Run the program, whose output the commands before it may have switched off."""
+    console.set_quiet(False)
+    return program(words)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +65,7 @@ def toy(committed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     """Return a function that runs the toy study with overrides; the rows are in tmp_path / "rows"."""
     monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
     shutil.copytree(committed / "rows", tmp_path / "rows")
-    for module in (study_rows, claims):
+    for module in (study_rows, claim_rules):
         monkeypatch.setattr(module, "shipped", lambda _: tmp_path / "rows")
     return lambda *overrides: run(committed / "toy.yaml", tmp_path, *overrides)
 
@@ -76,12 +83,12 @@ def test_rows_have_what_a_training_took(committed: Path) -> None:
 
 
 def test_other_seeds_are_inside_whose_rows_are_found(rerun: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", str(rerun)]) == 0
+    assert check([str(rerun)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("check   all numbers: ") and "condition clean" in lines[0]
     assert lines[1].split()[-5:] == ["toy", "predicted", "this", "run", "verdict"]
     assert lines[-1].startswith("check   16 of 16 numbers inside; ") and "gelu − relu" in "".join(lines)
-    assert main(["check", str(rerun), "toy", "--quiet"]) == 0
+    assert check([str(rerun), "toy"]) == 0
 
 
 def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,7 +96,7 @@ def test_swapped_labels_in_the_training_are_outside(toy, monkeypatch, capsys: py
     monkeypatch.setattr(job, "pairs", lambda seed, count: (pairs(seed, count)[0], 1 - pairs(seed, count)[1]))
     monkeypatch.setattr(job.ToyJob, "score", score_with(pairs))
     folder = toy(OTHERS)
-    assert main(["check", str(folder)]) == 1
+    assert check([str(folder)]) == 1
     printed = capsys.readouterr().out
     assert "outside" in printed.splitlines()[2] and "of 16 numbers inside" in printed
 
@@ -110,7 +117,7 @@ def score_with(pairs: Callable) -> Callable:
 
 def test_a_training_that_learns_nothing_is_outside(toy, monkeypatch) -> None:
     monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
-    assert main(["check", str(toy(OTHERS)), "--quiet"]) == 1
+    assert check([str(toy(OTHERS))]) == 1
 
 
 def test_a_number_that_the_run_does_not_have_is_missing(
@@ -120,7 +127,7 @@ def test_a_number_that_the_run_does_not_have_is_missing(
     study = read_study(path)
     other = study_rows.replace(study.rows[0], metric="ECE-15")
     write_study(path, study_rows.StudyRows(study.about, [*study.rows, other]))
-    assert main(["check", str(next((committed / "runs").iterdir()))]) == 1
+    assert check([str(next((committed / "runs").iterdir()))]) == 1
     assert "missing" in capsys.readouterr().out.splitlines()[2]
 
 
@@ -144,10 +151,11 @@ def test_what_is_no_committed_run_is_one_line(
         ([next(unfinished.iterdir())], "its evaluation has not ended"),
         ([tmp_path / "none"], "no such folder"),
     ):
-        assert text in refused(capsys, "check", *words)
+        assert check([str(word) for word in words]) == 2
+        assert text in capsys.readouterr().err
     (tmp_path / "rows" / "toy.jsonl").unlink()
-    assert main(["check", str(other)]) == 2
-    assert "this installation has no committed rows" in capsys.readouterr().err
+    assert check([str(other)]) == 2
+    assert "there are no committed rows" in capsys.readouterr().err
 
 
 def test_keys_that_sections_no_longer_have_are_left_out() -> None:
@@ -178,7 +186,7 @@ def test_keys_that_sections_no_longer_have_are_left_out() -> None:
 )
 def test_quick_starts_reproduce_their_committed_rows_and_verdicts(name: str, tmp_path: Path) -> None:
     assert main(["run", name, "--out", str(tmp_path), "--quiet"]) == 0
-    assert main(["check", str(next(tmp_path.iterdir())), "--quiet"]) == 0
+    assert check([str(next(tmp_path.iterdir()))]) == 0
 
 
 @pytest.mark.parametrize("above,code,verdict", [(-1000, 0, "holds"), (1000, 1, "does not hold")])
@@ -190,7 +198,7 @@ def test_a_claim_that_the_run_contradicts_fails(
     stated = [{"claim": "A smooth activation is better.", "shown": [{**shown, "verdict": "holds"}]}]
     paper = {"toy": {"title": "Toy", "page": "toy.md", "source": "https://example.org", "claims": stated}}
     (tmp_path / "rows" / "claims.yaml").write_text(yaml.safe_dump(paper))
-    assert main(["check", str(rerun)]) == code
+    assert check([str(rerun)]) == code
     printed = capsys.readouterr().out
     assert f"holds  {verdict}\n" in printed
     assert f"{1 - code} of 1 verdicts are not contradicted" in printed

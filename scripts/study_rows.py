@@ -6,7 +6,7 @@ The first line is about the run, the second has what all numbers share, and then
     {"column": "arm", "texts": ["lora", "head"], "values": [0, 1]}  values: places in `texts`
 
 The numbers are the rows of results.jsonl and what follows from the values by example, which are not kept: averages over sets,
-and differences of two arms on the same examples. Tables of the documentation are made from these files, and `vismt check`
+and differences of two arms on the same examples. Tables of the documentation are made from these files, and scripts/check.py
 compares a run with them.
 """
 
@@ -354,5 +354,5 @@ def _numbers(header: JsonObject, *lines: JsonObject) -> Iterator[JsonObject]:
 
 
 def studies() -> dict[str, Path]:
-    """Return the files of rows of the checkout, or of the wheel, by the name of their study."""
+    """Return the files of rows by the name of their study."""
     return {path.stem: path for path in sorted(shipped(ROWS).glob("*.jsonl"))}

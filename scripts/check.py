@@ -1,42 +1,46 @@
-"""`vismt check`: check whether a run reproduces the committed numbers of its configuration."""
+"""Check whether a run reproduces the committed numbers of its configuration: `python -m scripts.check RUN`."""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import is_dataclass
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
+from scripts.claim_rules import contradict, of_study, read_claims
+from scripts.reproduction import FAMILY, verdicts
+from scripts.study_rows import StudyRows, read_study, studies, study_of
 from vismt.base import console
 from vismt.base.errors import UserError, shown_value
-from vismt.cli.commands import Commands
-
-if TYPE_CHECKING:
-    from vismt.config.sections import RunConfig
-    from vismt.report.study_rows import StudyRows
+from vismt.config.sections import RunConfig, differences, flat
+from vismt.jobs import read_resolved, typed_config
+from vismt.report.tables import number_text, scale_text
 
 _SHOWN = 5  # number of keys in an error in which the nearest study differs
 SEEDS = ("seed", "seeds")  # keys that a run which reproduces a study may set otherwise, wherever they stand
 
 
-def add_commands(commands: Commands) -> None:
-    """Add the command of this file."""
-    parser = commands.add(
-        "check",
-        _check,
-        "compare a run with committed numbers; exit code 1 where one is outside its prediction interval",
-    )
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the options of a command line."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.check", description=__doc__.partition("\n")[0])
     parser.add_argument("run", type=Path, help="a finished run folder")
     parser.add_argument("rows", nargs="?", help="a study or file of rows (the committed ones of this configuration)")
+    return parser.parse_args(words)
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Compare a run with committed numbers. Return 1 where one is outside, and 2 for an error of the user."""
+    try:
+        return _check(arguments(words))
+    except UserError as error:
+        console.error(str(error))
+        return 2
 
 
 def _check(options: argparse.Namespace) -> int:
-    from vismt.jobs import read_resolved
-    from vismt.report.reproduction import FAMILY, verdicts
-    from vismt.report.study_rows import study_of
-    from vismt.report.tables import number_text, scale_text
-
     name, committed = _committed(options.run, read_resolved(options.run), options.rows)
     run = study_of(options.run, committed.about.differences)
     found = verdicts(committed, run)
@@ -66,8 +70,6 @@ def _check(options: argparse.Namespace) -> int:
 
 def _claims_fail(name: str, run: StudyRows) -> bool:
     """Print the verdicts on the claims that a study tests, as committed and by the run. Return whether any two contradict."""
-    from vismt.report.claims import contradict, of_study, read_claims
-
     lines = []
     for claim, evidence in of_study(read_claims(), name):
         arms = " − ".join(filter(None, (evidence.arm, evidence.minus)))
@@ -83,8 +85,6 @@ def _claims_fail(name: str, run: StudyRows) -> bool:
 
 def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str, StudyRows]:
     """Return name and numbers of the study of a run's configuration. Raise UserError if there is none."""
-    from vismt.report.study_rows import read_study, studies
-
     known = studies()
     paths = [known.get(given, Path(given))] if given else list(known.values())
     nearest: tuple[int, str, str] | None = None
@@ -97,18 +97,13 @@ def _committed(folder: Path, config: RunConfig, given: str | None) -> tuple[str,
         more = [f"{len(texts) - _SHOWN} more"] * (len(texts) > _SHOWN)
         nearest = min(filter(None, (nearest, (len(differing), path.stem, "; ".join([*texts[:_SHOWN], *more])))))
     if nearest is None:
-        raise UserError("check: this installation has no committed rows; name a file of rows.")
+        raise UserError("check: there are no committed rows; name a file of rows.")
     what = f"'{given}' has the rows" if given else "this configuration has no committed rows; the nearest are those"
     raise UserError(f"check: run '{folder}': {what} of another one, '{nearest[1]}': {nearest[2]}.")
 
 
 def _differing(config: RunConfig, study: StudyRows, path: Path) -> list[str]:
     """Return the keys, with both values, in which a run's configuration differs from a study. Seeds do not count."""
-    from dataclasses import asdict
-
-    from vismt.config.sections import RunConfig, differences, flat
-    from vismt.jobs import typed_config
-
     settings = study.about.settings
     task = settings.get("task", RunConfig.task)
     if task != config.task:
@@ -138,3 +133,7 @@ def _known_keys(settings: object, hint: object) -> Any:
         return settings
     hints = get_type_hints(section)
     return {name: _known_keys(value, hints[name]) for name, value in settings.items() if name in hints}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

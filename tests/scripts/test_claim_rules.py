@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from helpers.results import result
 
+from scripts.claim_rules import ClaimEvidence, contradict
+from scripts.study_rows import About, StudyRow, StudyRows
 from vismt.base.errors import UserError
-from vismt.report.claims import ClaimEvidence, contradict
-from vismt.report.study_rows import About, StudyRow, StudyRows
 
 ABOUT = About("", "", "", {}, [], "", "", {}, "", "", 0.0)
 

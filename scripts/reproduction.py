@@ -20,8 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import variance
 
+from scripts.study_rows import StudyRow, StudyRows
 from vismt.report.results import ROUNDING
-from vismt.report.study_rows import StudyRow, StudyRows
 from vismt.uncertainty.intervals import SHARE, Estimate
 
 FAMILY = 0.95

@@ -24,10 +24,10 @@ from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Annotated
 
+from scripts.study_rows import ROWS, StudyRow, StudyRows
 from vismt.base.errors import UserError
 from vismt.config.typed import Names, build
 from vismt.config.yaml_text import read_yaml
-from vismt.report.study_rows import ROWS, StudyRow, StudyRows
 from vismt.storage.paths import shipped
 from vismt.uncertainty.intervals import SHARE
 
@@ -135,7 +135,7 @@ class Paper:
 
 
 def read_claims() -> list[Paper]:
-    """Return the claims of the checkout, or of the wheel. Return [] if there are none."""
+    """Return the claims. Return [] if there are none."""
     path = shipped(ROWS) / CLAIMS
     if not path.is_file():
         return []

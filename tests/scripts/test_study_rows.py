@@ -10,8 +10,8 @@ import pytest
 from helpers.results import HASH, add, measure
 from helpers.run_folder import make_folder
 
+from scripts.study_rows import StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.base.errors import UserError
-from vismt.report.study_rows import StudyRow, StudyRows, read_study, studies, study_of, write_study
 from vismt.storage.files import sealed
 from vismt.storage.lines import read_lines, write_lines
 from vismt.storage.locks import locked
