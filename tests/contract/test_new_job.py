@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from helpers.toy_job.job import ToyJob
 
 import vismt.jobs
 from vismt.cli import main
+from vismt.engine import runtime
 from vismt.engine.study import read_choice
 from vismt.report.results import read_results
 from vismt.storage.files import file_digest
@@ -32,7 +34,9 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vismt.jobs.JOBS, "toy", "helpers.toy_job")
 
 
-def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_toy_job_runs_reports_merges_and_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = written(tmp_path / "toy.yaml", CONFIG)
     command = ["run", str(path), "--out", str(tmp_path / "runs")]
     assert main(command) == 0
@@ -47,7 +51,10 @@ def test_a_toy_job_runs_reports_merges_and_goes_on(tmp_path: Path, capsys: pytes
     assert (folder / "merged-gelu-seed-1" / "model.safetensors").exists()
     capsys.readouterr()
     assert main(command) == 0
-    assert "done before" in capsys.readouterr().out
+    assert re.search("^device  .* process.es.\ntrain   done before", capsys.readouterr().out)
+    monkeypatch.setattr(runtime, "hardware", lambda: "another machine")
+    assert main(command) == 0
+    assert "another machine   (before: " in capsys.readouterr().out
 
 
 def test_a_run_that_is_stopped_keeps_the_time_of_its_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -136,7 +136,7 @@ def test_a_run_folder_is_no_folder_of_the_user(tmp_path: Path, capsys) -> None:
     assert contents(tmp_path) == {"report.md": b"mine"}
 
 
-@pytest.mark.parametrize("words", ["predict RUN LONG", "check RUN LONG", "attack --model LONG --data digits"])
+@pytest.mark.parametrize("words", ["predict RUN LONG", "attack --model LONG --data digits"])
 def test_a_path_that_is_too_long_is_one_message(
     runs: dict[str, Path], words: str, tmp_path: Path, monkeypatch, capsys
 ) -> None:

@@ -32,7 +32,7 @@ SAFE = {
 def called(call: ast.Call) -> str | None:
     """Return the key of SAFE that a call stands for."""
     text = ast.unparse(call.func)
-    if "PeftModel." in text:  # reads the tensors of an adapter and no code
+    if "PeftModel." in text or "PeftConfig." in text:  # reads settings and tensors of an adapter and no code
         return None
     methods = ("from_pretrained", "load_dataset")
     return next((name for name in SAFE if text == name or (name in methods and text.endswith(f".{name}"))), None)

@@ -296,47 +296,32 @@ HEALTHY: dict[str, tuple[str, dict[str, Any]]] = {
     "vismt s2ft": ("llama", {"method": "s2ft", "ratio": 0.25, "target_modules": None}),
 }
 
-PROMPTS = {"num_virtual_tokens": 3, "task_type": "CAUSAL_LM"}
-# Folders that peft does not merge, by name: the kind of model and the settings.
-UNMERGED: dict[str, tuple[str, Callable[[], peft.PeftConfig]]] = {
-    "prompt tuning": ("llama", lambda: peft.PromptTuningConfig(**PROMPTS)),
-    "prefix tuning": ("llama", lambda: peft.PrefixTuningConfig(**PROMPTS)),
-    "p-tuning": ("llama", lambda: peft.PromptEncoderConfig(encoder_hidden_size=16, **PROMPTS)),
-    "CPT": (
-        "llama",
-        lambda: peft.CPTConfig(cpt_token_ids=[1, 2, 3], cpt_tokens_type_mask=[1, 2, 3], task_type="CAUSAL_LM"),
-    ),
-    "adaption prompt": (
-        "llama",
-        lambda: peft.AdaptionPromptConfig(adapter_len=4, adapter_layers=2, task_type="CAUSAL_LM"),
-    ),
-    "replicated layers": (
-        "llama",
-        lambda: peft.LoraConfig(
-            r=4, target_modules=["q_proj"], layer_replication=[[0, 2], [1, 2]], task_type="CAUSAL_LM"
-        ),
-    ),
-    **{
-        name: ("llama", lambda made=made: made(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
-        for name, made in (
-            ("LoHa", peft.LoHaConfig),
-            ("IA3", lambda **o: peft.IA3Config(feedforward_modules=[], **o)),
-            ("VeRA", lambda **o: peft.VeraConfig(r=4, **o)),
-            ("BOFT", lambda **o: peft.BOFTConfig(boft_block_size=4, **o)),
-        )
-    },
+PROMPTS = {"num_virtual_tokens": 3}
+LINEARS = {"target_modules": ["q_proj", "v_proj"]}
+# Folders of the Llama that peft does not merge, by name: the class of settings and its options.
+UNMERGED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "prompt tuning": (peft.PromptTuningConfig, PROMPTS),
+    "prefix tuning": (peft.PrefixTuningConfig, PROMPTS),
+    "p-tuning": (peft.PromptEncoderConfig, {"encoder_hidden_size": 16, **PROMPTS}),
+    "CPT": (peft.CPTConfig, {"cpt_token_ids": [1, 2, 3], "cpt_tokens_type_mask": [1, 2, 3]}),
+    "adaption prompt": (peft.AdaptionPromptConfig, {"adapter_len": 4, "adapter_layers": 2}),
+    "replicated layers": (peft.LoraConfig, {"layer_replication": [[0, 2], [1, 2]], **LINEARS}),
+    "LoHa": (peft.LoHaConfig, LINEARS),
+    "IA3": (peft.IA3Config, {"feedforward_modules": [], **LINEARS}),
+    "VeRA": (peft.VeraConfig, {"r": 4, **LINEARS}),
+    "BOFT": (peft.BOFTConfig, {"boft_block_size": 4, **LINEARS}),
 }
 
 
 def unmerged(case: str, root: Path) -> Folders:
     """Return the base and the adapter of a case of UNMERGED."""
-    kind, settings = UNMERGED[case]
+    made, options = UNMERGED[case]
     folder = root / re.sub(r"\W", "-", case)
-    found = Folders(kind, folder / "base", folder / "adapter", folder / "merged")
-    model = model_of(kind)
+    found = Folders("llama", folder / "base", folder / "adapter", folder / "merged")
+    model = model_of("llama")
     model.config._name_or_path = str(write(model, found.base))
     torch.manual_seed(1)
-    hosted = peft.get_peft_model(model, settings())
+    hosted = peft.get_peft_model(model, made(task_type="CAUSAL_LM", **options))
     trained(hosted, 0.05, 1)
     hosted.save_pretrained(found.adapter)
     return found

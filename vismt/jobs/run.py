@@ -65,6 +65,8 @@ class Run:
         with ExitStack() as held, ranks.shared():
             ranks.on_first(lambda: held.enter_context(locked(self.folder)))
             ranks.on_first(lambda: remove_partial(self.folder))
+            now, before = runtime.hardware(), self.facts.get("hardware")
+            console.stage("device", now if before in (None, now) else f"{now}   (before: {before})")
             self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
 

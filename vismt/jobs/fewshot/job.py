@@ -229,15 +229,12 @@ class FewShotJob(TrainingJob[FewShotConfig, Any]):
         arm = self.untrained.get(split_head(name)[0])
         return self.data if arm is None else self.data.variant(arm)
 
-    def _evaluation(self, name: str) -> Evaluation:
-        return Evaluation(self.folder, self._data(name))
-
     def loaded(self, training: Training) -> EpisodeNet:
         return self.models(training.seed).trained(training, merged=False)
 
     def score(self, training: Training, split: str, attacks: Sequence[AttackConfig] | None) -> list[Score]:
         models = self.models(training.seed, training.arm)
-        evaluation = self._evaluation(training.arm)
+        evaluation = Evaluation(self.folder, self._data(training.arm))
         if split == "validation":
             return evaluation.validation_scores(models, training)
         with_panel = training.arm == self.evaluated()[-1] and training.seed == self.study.seeds[0]
