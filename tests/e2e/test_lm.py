@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -287,29 +289,29 @@ def test_a_run_that_is_killed_keeps_the_time_of_every_evaluated_training(study: 
 def test_evaluating_again_computes_nothing(study: Path, monkeypatch) -> None:
     before = (study / "results.jsonl").read_bytes()
     monkeypatch.setattr("vismt.llm.net.LmNet.hidden", lambda *_: pytest.fail("a row was evaluated again"))
-    run = open_run(study)
-    run.evaluate()
+    open_run(study).evaluate()
     assert (study / "results.jsonl").read_bytes() == before
 
 
 @pytest.mark.parametrize("arm", ["lora", "polar-vbll"])
-def test_exports_load_elsewhere_and_answer_alike(study: Path, tmp_path: Path, arm: str) -> None:
-    peft = pytest.importorskip("peft")
+def test_exports_load_elsewhere_and_answer_alike(study: Path, tmp_path: Path, arm: str, monkeypatch) -> None:
     for form in ("transformers", "peft"):
-        where = ["--format", form, "--to", str(tmp_path / form)]
-        assert main(["export", str(study), *where, "--arm", f"{arm}:1", "--quiet"]) == 0
-        assert (tmp_path / form / "head.safetensors").exists()
-    job = open_run(study).job
+        command = ["export", str(study), "--format", form, "--to", str(tmp_path / form), "--arm", f"{arm}:1"]
+        assert main([*command, "--quiet"]) == 0 and (tmp_path / form / "head.safetensors").exists()
+        assert "`head.safetensors` has the classifier" in (tmp_path / form / "README.md").read_text()
+    job, names = open_run(study).job, dict[str, Any]()
     net, ids = job.loaded(job.study.find(f"{arm}:1")), torch.tensor([[5, 6, 7, 8, 9]])
     base = transformers.AutoModelForCausalLM.from_pretrained(job.config.model.name)
     with torch.no_grad():
         wanted, stock = net.lm(input_ids=ids).logits, base(input_ids=ids).logits
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "transformers")(input_ids=ids).logits
-        adapted = peft.PeftModel.from_pretrained(base, tmp_path / "peft")(input_ids=ids).logits
+        monkeypatch.chdir(tmp_path / "peft")  # where the README says to run its lines
+        exec(re.findall(r"```python\n(.*?)```", Path("README.md").read_text(), re.S)[0], names)
+        adapted = names["model"](input_ids=ids).logits
     assert (wanted - stock).abs().max() > 1e-4
     assert torch.allclose(merged, wanted, atol=1e-4) and torch.allclose(adapted, wanted, atol=1e-4)
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path / "transformers")
-    assert words("a bad film")["input_ids"] == job.models.tokenizer("a bad film")["input_ids"]
+    read = transformers.AutoTokenizer.from_pretrained(tmp_path / "transformers")
+    assert read("a bad film")["input_ids"] == job.models.tokenizer("a bad film")["input_ids"]
 
 
 def test_merge_writes_a_folder_of_transformers(study: Path) -> None:
@@ -415,11 +417,9 @@ def test_causal_training_with_calibration_and_forgetting(home, tmp_path: Path) -
             where = tmp_path / form
             assert main(["export", str(run), "--format", form, "--to", str(where), "--arm", "kpm", "--quiet"]) == 0
             if form == "peft":
-                peft = pytest.importorskip("peft")
                 assert json.loads((where / "adapter_config.json").read_text())["r"] == 4
-                model = peft.PeftModel.from_pretrained(
-                    transformers.AutoModelForCausalLM.from_pretrained(home["lm"]), str(where)
-                )
+                stock = transformers.AutoModelForCausalLM.from_pretrained(home["lm"])
+                model = pytest.importorskip("peft").PeftModel.from_pretrained(stock, str(where))
             else:
                 model = transformers.AutoModelForCausalLM.from_pretrained(where)
             assert torch.allclose(model.eval()(input_ids=ids).logits, wanted, atol=1e-4), form

@@ -18,6 +18,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from vismt.backbones.assets import list_assets
 from vismt.base import console, ranks
 from vismt.base.errors import UserError, require_known
 from vismt.config.sections import RESOLVED, RunConfig, config_hash, from_working_folder
@@ -188,7 +189,7 @@ class Run:
     def _write(self, target: Path, arm: str | None, form: str, model: Any, uniform: bool = False) -> Path:
         """Fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
         with new_files(target, first=EXPORTED) as folder:
-            base = "" if form in NAMES else self._base(model)
+            base = "" if form in NAMES else self._base(model, target)
             if form in NAMES:
                 write_graph(model, form, folder)
             elif form == "peft":
@@ -209,19 +210,21 @@ class Run:
             verify_written(target)
         return target
 
-    def _base(self, model: Any) -> str:
-        """Return the expression that builds the model that was adapted, without its weights if timm does not have them."""
+    def _base(self, model: Any, target: Path) -> str:
+        """Return the expression that builds the adapted model in the folder of an export, without weights that timm lacks."""
         section: Any = self.config.model
         if hasattr(model, "save_pretrained"):
-            return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(section.name)})"
+            name = os.path.relpath(section.name, target) if Path(section.name).is_dir() else section.name
+            if section.gguf_file or name in list_assets():  # which transformers alone does not find or expand
+                file = json.dumps(section.gguf_file) if section.gguf_file else None
+                return f"lm.create_lm({json.dumps(name)}, gguf_file={file})[0]"
+            return f"transformers.AutoModelForCausalLM.from_pretrained({json.dumps(name)})"
         from vismt.backbones.pyramid import image_size, takes_size
 
         name = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", section.name)
-        options = (
-            f"pretrained={getattr(section, 'pretrained', None) is True}, num_classes={getattr(model, 'num_classes', 0)}"
-        )
-        options += f", img_size={image_size(model)}" if takes_size(model) else ""
-        return f"timm.create_model({json.dumps(name)}, {options})"
+        pretrained, classes = getattr(section, "pretrained", None) is True, getattr(model, "num_classes", 0)
+        size = f", img_size={image_size(model)}" if takes_size(model) else ""
+        return f"timm.create_model({json.dumps(name)}, pretrained={pretrained}, num_classes={classes}{size})"
 
     def _model_config(self, model: Any, arm: str | None) -> JsonObject:
         about: JsonObject = {

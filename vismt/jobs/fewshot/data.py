@@ -112,7 +112,9 @@ class FewShotData:
             features = None if given is None else features_of(given, row_name(card), split)
             if features is None:
                 images = self._sets.images(name, grouped=False)
-                self._check_pixels(row_name(name))
+                if isinstance(getattr(self._stock, "vit", None), nn.Identity) and self.config.model.img_size is None:
+                    what = f"data '{row_name(name)}': it has images"
+                    raise UserError(f"{what}, and nn.Identity() is for precomputed features; give another model.")
                 self._pixels[name, size] = Pixels(images, size)
             else:
                 images, values = features
@@ -120,13 +122,6 @@ class FewShotData:
                 self._pixels[name, size] = Vectors(images, values)
             console.stage("data", f"{row_name(name)}   {len(images.classes)} classes   {len(images):,} images")
         return self._pixels[name, size]
-
-    def _check_pixels(self, name: str) -> None:
-        """Raise UserError if the model only passes precomputed features on."""
-        if isinstance(getattr(self._stock, "vit", None), nn.Identity) and self.config.model.img_size is None:
-            raise UserError(
-                f"data '{name}': it has images, and nn.Identity() is for precomputed features; give another model."
-            )
 
     def _check_vectors(self, name: str, values: Tensor) -> None:
         """Raise UserError for a model and conditions that need pixels."""
