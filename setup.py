@@ -40,7 +40,7 @@ class EditableWheel(editable_wheel):
 
 
 def shared_files(*folders: str) -> list[tuple[str, list[str]]]:
-    """Return the cards, split lists, configurations and rows of studies, which a wheel installs under <prefix>/share/vismt."""
+    """Return the cards, split lists and configurations, which a wheel installs under <prefix>/share/vismt."""
     files: dict[str, list[str]] = {}
     for folder in folders:
         for path in sorted((ROOT / folder).rglob("*")):

@@ -30,7 +30,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_console_ends_with_the_answer(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(run)]) == 0
-    _, answer, *paths = capsys.readouterr().out.splitlines()
+    answer, *paths = capsys.readouterr().out.splitlines()
     text = (run / "report.md").read_text()
     assert answer.startswith("answer  Take ") and answer.removeprefix("answer  ") in text.replace("\\", "")
     assert [Path(path.split()[1]).name for path in paths] == ["report.md", "report.html"]

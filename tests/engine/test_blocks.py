@@ -161,8 +161,8 @@ def test_compiled_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_compiled_blocks_without_the_private_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch._functorch.config", None)
-    with blocks._kept_buffers():
-        pass
+    with blocks._kept_buffers() as setting:
+        assert setting is None
 
 
 def test_blocks_of_two_nets_and_not_those_of_heads() -> None:

@@ -48,6 +48,7 @@ IMAGE: dict[str, Any] = {
     "patch_size": 8,
     "initializer_range": 0.2,
 }
+SWIN: dict[str, Any] = {"image_size": 32, "patch_size": 4, "embed_dim": 16, "window_size": 4}
 SIGLIP = {**IMAGE, "model_type": "siglip_vision_model"}
 # By kind: the automatic class that builds it, the model type, and its configuration.
 MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -78,19 +79,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "vit": ("ImageClassification", "vit", IMAGE),
     "dinov2": ("ImageClassification", "dinov2", {**IMAGE, "mlp_ratio": 2}),
     "beit": ("ImageClassification", "beit", IMAGE),
-    "swin": (
-        "ImageClassification",
-        "swin",
-        {
-            "image_size": 32,
-            "patch_size": 4,
-            "embed_dim": 16,
-            "depths": [1, 1],
-            "num_heads": [2, 4],
-            "window_size": 4,
-            "initializer_range": 0.2,
-        },
-    ),
+    "swin": ("ImageClassification", "swin", {**SWIN, "depths": [1, 1], "num_heads": [2, 4], "initializer_range": 0.2}),
     "clip": ("ZeroShotImageClassification", "clip", {"text_config": TEXT, "vision_config": IMAGE}),
     "siglip": ("ZeroShotImageClassification", "siglip", {"text_config": TEXT, "vision_config": IMAGE}),
     "llava": (
@@ -105,11 +94,7 @@ MODELS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "gemma3": (
         "ImageTextToText",
         "gemma3",
-        {
-            "text_config": {**WIDE, "model_type": "gemma3_text"},
-            "vision_config": SIGLIP,
-            "mm_tokens_per_image": 1,
-        },
+        {"text_config": {**WIDE, "model_type": "gemma3_text"}, "vision_config": SIGLIP, "mm_tokens_per_image": 1},
     ),
     "paligemma": (
         "ImageTextToText",

@@ -20,21 +20,8 @@ from vismt.base.errors import UserError
 from vismt.cli import main
 from vismt.verification.probe import _changes
 
-KEYS = {
-    "format",
-    "vismt",
-    "status",
-    "exit_code",
-    "folder",
-    "kind",
-    "about",
-    "checks",
-    "findings",
-    "modules",
-    "readers",
-    "answer",
-    "probe",
-}
+KEYS = {"format", "vismt", "status", "exit_code", "folder", "kind", "about", "checks", "findings", "modules", "readers"}
+KEYS |= {"answer", "probe"}
 
 
 PEFT = "--base with the config.json of a model that the installed transformers knows"

@@ -1,4 +1,4 @@
-"""What readers do with a folder: peft, transformers and timm are run on every condition, the rules of the others are as declared.
+"""What readers do with a folder: peft, transformers and timm are run on every condition.
 
 The truth of a run is an error, or how many modules carry the update they were trained to and whether the logits are those of the
 trained model; both have to be what the rules say.

@@ -9,8 +9,11 @@ from pathlib import Path
 from random import Random
 
 import pytest
+import torch
 from helpers.damage import damage_json
+from helpers.verified_folders import TENSORS, Folders
 from helpers.verify_zoo import ALONE, BASE, FAULTS, HEALTHY, JUNK, UNMERGED, healthy, setting, unmerged
+from safetensors.torch import load_file
 
 import vismt
 from vismt.cli import main
@@ -65,6 +68,29 @@ def test_a_tuner_that_is_not_merged_is_ok(case: str, root: Path) -> None:
     folders = unmerged(case, root)
     verdicts = [vismt.verify(folders.adapter), vismt.verify(folders.adapter, base=folders.base)]
     assert [verdict.status for verdict in verdicts] == ["ok", "ok"], [verdict.findings for verdict in verdicts]
+
+
+def as_bin(folders: Folders) -> None:
+    torch.save(load_file(folders.adapter / TENSORS), folders.adapter / "adapter_model.bin")
+    (folders.adapter / TENSORS).unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "needs"),
+    [
+        *((setting(**{key: {"a": "b"}}), "module to import") for key in ("adapters", "megatron_config")),
+        (setting(lora_alpha=2**30), "of a usual size"),
+        (as_bin, "tensors (adapter_model.safetensors)"),
+        (lambda _: None, "pip install peft"),
+    ],
+)
+def test_what_peft_is_not_asked_is_said(change, needs: str, root: Path, tmp_path: Path, monkeypatch) -> None:
+    folders = healthy("llama", root).copied(tmp_path)
+    change(folders)
+    if "install" in needs:
+        monkeypatch.setitem(sys.modules, "peft", None)
+    (check,) = (one for one in vismt.verify(folders.adapter, base=folders.base).checks if one.name == "peft")
+    assert not check.done and needs in check.text
 
 
 @pytest.mark.parametrize("fault", FAULTS)

@@ -188,7 +188,7 @@ def image_files(paths: Iterable[Path], target: Path) -> ImageFiles:
 
 
 def _left_out(place: Path, written: bool) -> str:
-    """Return why a file of a folder is no image of the user. "" for an image. written: Whether it is below the target."""
+    """Return the reason why a file of a folder is left out, "" for an image. written: Whether it is below the target."""
     if any(part.startswith((".", "__")) for part in place.parts):
         return "hidden files"
     if written:

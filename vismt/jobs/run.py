@@ -66,8 +66,6 @@ class Run:
         with ExitStack() as held, ranks.shared():
             ranks.on_first(lambda: held.enter_context(locked(self.folder)))
             ranks.on_first(lambda: remove_partial(self.folder))
-            now, before = runtime.hardware(), self.facts.get("hardware")
-            console.stage("device", now if before in (None, now) else f"{now}   (before: {before})")
             self.job.part_done = self._note  # a run that is killed keeps the time of its finished parts
             yield self
 
@@ -189,7 +187,7 @@ class Run:
     def _write(self, target: Path, arm: str | None, form: str, model: Any, uniform: bool = False) -> Path:
         """Fill the folder of an export, with the files that go beside it. A killed export leaves nothing there."""
         with new_files(target, first=EXPORTED) as folder:
-            base = "" if form in NAMES else self._base(model, target)
+            base = "" if form in NAMES else self._base(model)
             if form in NAMES:
                 write_graph(model, form, folder)
             elif form == "peft":
@@ -210,11 +208,11 @@ class Run:
             verify_written(target)
         return target
 
-    def _base(self, model: Any, target: Path) -> str:
-        """Return the expression that builds the adapted model in the folder of an export, without weights that timm lacks."""
+    def _base(self, model: Any) -> str:
+        """Return the expression that builds the model that was adapted, without its weights if timm does not have them."""
         section: Any = self.config.model
         if hasattr(model, "save_pretrained"):
-            name = os.path.relpath(section.name, target) if Path(section.name).is_dir() else section.name
+            name = str(Path(section.name).resolve()) if Path(section.name).is_dir() else section.name
             if section.gguf_file or name in list_assets():  # which transformers alone does not find or expand
                 file = json.dumps(section.gguf_file) if section.gguf_file else None
                 return f"lm.create_lm({json.dumps(name)}, gguf_file={file})[0]"
@@ -267,6 +265,8 @@ class Run:
             "wall_time_s": before.get("wall_time_s", 0.0) + now - self.started,
             "cpu_time_s": before.get("cpu_time_s", 0.0) + cpu - self.cpu,
         }
+        if (was := before.get("hardware")) != facts["hardware"]:
+            console.stage("device", f"{facts['hardware']}   (before: {was})" if was else facts["hardware"])
         self.started, self.cpu = now, cpu
         if runtime.processes().is_main_process:
             atomic_write(self.folder / FACTS, sealed({**before, **facts, **changes}, indent=1))

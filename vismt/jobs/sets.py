@@ -107,7 +107,7 @@ def _unseen(found: Mapping[str, list[tuple[S, Tensor]]], divided: bool) -> list[
 def content_of(images: ImageSet | DenseSet, i: int) -> Hashable:
     """Return a digest of the file of an image, or of its pixels if several share a file.
 
-    The images of a set of more than DECODED are told apart by their names.
+    In a set of more than DECODED images, the name of an image identifies it.
     """
     if len(images) > DECODED:
         return images.name, images.ids[i]

@@ -5,7 +5,7 @@ of the paired difference contains zero. Without such records, a tie means that t
 spread over two or more examples say nothing about other examples, and are ties too.
 
 A report has one rule of correction. Its criteria are the scores of `key_comparisons`. With K_c models, criterion c has
-k_c = K_c (K_c - 1) / 2 differences, k = sum_c k_c. Each difference by which models are told apart has the level 0.95^(1/k) (Sidak
+k_c = K_c (K_c - 1) / 2 differences, k = sum_c k_c. Each difference between models has the level 0.95^(1/k) (Sidak
 1967, doi:10.2307/2283989), so that all k intervals hold together with a probability of at least 95 %.
 
 Rows of arms with several trainings have intervals over examples and seeds together (vismt.uncertainty.intervals.Estimate). So
@@ -155,7 +155,7 @@ class Comparison:
     to, "" for none. differences: Differences arm - base on the same examples, by arm. Arms without records of them are left
     out. paired: Whether all marks come from paired differences. pair: Function that returns the difference of two arms, first -
     second on the same examples. None without records. shares: Function that returns the share of each independent unit in this
-    difference (`Evidence.unit_differences`). level: Level of the interval of each difference by which arms are told apart.
+    difference (`Evidence.unit_differences`). level: Level of the interval of each difference between arms.
     """
 
     row: Result

@@ -35,17 +35,8 @@ from vismt.verification.facts import (
 
 # Tuners that transformers' load_adapter cannot put into a model: of prompts, and with tensors that their layers share.
 OF_PROMPTS = {"PROMPT_TUNING", "MULTITASK_PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "CPT"}
-OF_PEFT_MODELS = OF_PROMPTS | {
-    "ADAPTION_PROMPT",
-    "CARTRIDGE",
-    "SHADOW",
-    "VERA",
-    "PVERA",
-    "VBLORA",
-    "TINYLORA",
-    "UNILORA",
-    "FROD",
-}
+OF_PEFT_MODELS = OF_PROMPTS | {"ADAPTION_PROMPT", "CARTRIDGE", "SHADOW", "VERA", "PVERA", "VBLORA", "TINYLORA"}
+OF_PEFT_MODELS |= {"UNILORA", "FROD"}
 # transformers leaves the name of the bare model out, or adds it inside a class with a head.
 WHOLE_NUMBERS = ("I8", "I16", "I32", "I64", "U8", "BOOL")
 _BARE = {f"without '{name}.'" for name in ("model", "transformer", "base_model", "vit", "bert", "gpt_neox")}
@@ -197,11 +188,15 @@ def _old(case: FolderCase, module: ModuleFacts) -> bool:
 
 
 def _absent(case: FolderCase, module: ModuleFacts) -> bool:
-    """Return whether the base lacks a module. Experts and tied heads have other names in files than in models."""
-    replicated = case.facts.config.get("layer_replication")
-    if case.base is None or not case.base.lacks(module.path) or replicated or not module.rank:
+    """Return whether the base lacks a module.
+
+    Experts and tied heads have other names in files than in models. Replicated layers, and modules that a tuner without a rank
+    adds, are in no base.
+    """
+    if case.base is None or not case.base.lacks(module.path):
         return False
-    return not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
+    made = case.facts.config.get("layer_replication") or not module.rank
+    return not made and not re.search(r"\.experts\b|(^|\.)lm_head$", module.path)
 
 
 def _outside(case: FolderCase, module: ModuleFacts) -> bool:

@@ -65,8 +65,11 @@ def test_adapted_trained_merged_and_undone(family: str, tmp_path: Path) -> None:
 def test_training_without_the_schedule_is_warned_of() -> None:
     model = tiny_vit()
     vismt.adapt(model, "lisa", active=1)
-    with pytest.warns(UserWarning, match=r"LISA: 2 of 2 layers train at once, and 1 should, because no schedule"):
+    with pytest.warns(
+        UserWarning, match=r"LISA: 2 of 2 layers train at once, and 1 should, because no schedule"
+    ) as said:
         model(images()).sum().backward()
+    assert len(said) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for step in range(2):

@@ -141,7 +141,7 @@ def _describe(model: FewShotModel) -> str:
     if isinstance(model, ProtoNet):
         return f"{float(model.scale):.6g}"
     raise UserError(
-        f"head: {type(model).__name__} is no vismt.metatune.probes.linear.LinearProbe; derive it from this class."
+        f"head: {type(model).__name__} is not a vismt.metatune.probes.linear.LinearProbe; derive it from this class."
     )
 
 
